@@ -1,0 +1,75 @@
+# make test     the quick tests (creates .venv on the first call)
+# make lint     format, lint and types
+# make help     everything else
+#
+# Another interpreter or environment: make PYTHON=python3.13 VENV=/tmp/venv test
+
+PYTHON ?= python3
+VENV ?= .venv
+DIST ?= dist
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+
+# Two workers for the two cores of the CI machines. torch must not start threads of its own in each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS)
+
+# torch is installed on its own and first, with its exact version. Asked for `torch>=2.2` along with
+# everything else, pip may take the newest CUDA build, some gigabytes of it. With the version given,
+# the CPU wheel `2.13.0+cpu` wins wherever pip can see one (a wheel folder, or PyTorch's CPU index),
+# because a local version sorts above the plain one.
+TORCH ?= torch==2.13.0
+
+.PHONY: help venv bench test test-slow lint format demo scores wheel clean
+
+help:
+	@echo "venv       create the environment $(VENV) and install this package into it, editable"
+	@echo "bench      also install what the SmolLM2 benchmark needs (compiles llama-cpp-python)"
+	@echo "test       run the quick tests"
+	@echo "test-slow  run all tests"
+	@echo "lint       check format, lint and types"
+	@echo "format     apply what lint would ask for, where that can be automatic"
+	@echo "demo       run the demonstration on the toy models"
+	@echo "wheel      build the wheel into $(DIST)"
+	@echo "clean      remove built files and caches (not $(VENV))"
+
+venv: $(VENV)/.installed
+bench: $(VENV)/.installed-bench
+
+$(VENV)/.installed: pyproject.toml mergekit_wp_autoload.pth
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) --editable ".[bench]"
+	touch $@
+
+test: venv
+	$(PYTEST)
+
+test-slow: venv
+	$(PYTEST) -m "slow or not slow"
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: venv
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: venv
+	$(PY) benchmarks/zoo/demo.py
+
+scores: bench
+	@echo "make scores: not there yet" >&2; exit 1
+
+wheel: venv
+	$(PY) -m build --wheel --no-isolation --outdir $(DIST)
+
+clean:
+	rm -rf $(DIST) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mergekit_wp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,113 @@
+"""How often checkpoints answer in capitals, when asked to and when not, on unseen prompts.
+
+Greedy answers, rates with 95% Wilson intervals, and an exact paired comparison (McNemar) of every
+folder with the first one on the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.smollm2.generate import generate
+from benchmarks.smollm2.paths import PROMPTS, read_jsonl
+from benchmarks.smollm2.rules import capital_fraction, english_capital, follows
+from benchmarks.smollm2.stats import mcnemar, wilson
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One folder's responses to one set of requests, and which of them are all capitals."""
+
+    model: str
+    asked: bool
+    capitals: list[bool]
+    responses: list[str]
+
+    @property
+    def rate(self) -> float:
+        """Fraction of responses all in capitals."""
+        return sum(self.capitals) / len(self.capitals)
+
+    def row(self, first: Outcome) -> str:
+        """One line of the table; ``first`` is the outcome to compare with."""
+        n, k = len(self.capitals), sum(self.capitals)
+        low, high = wilson(k, n)
+        letters = sum(capital_fraction(text) for text in self.responses) / n
+        line = (
+            f"{self.model:<34} {'yes' if self.asked else 'no':<6} {k:>3}/{n:<3} {self.rate:.2f} "
+            f"[{low:.2f}, {high:.2f}]  {letters:.2f}   "
+        )
+        if self is first:
+            return line.rstrip()
+        lost, won, p = mcnemar(first.capitals, self.capitals)
+        return f"{line}+{won} -{lost}, p = {p:.1g}"
+
+
+HEADER = f"{'model':<34} asked    all capitals, 95% interval  letters  against the first"
+
+
+def measure(
+    folder: Path, requests: list[str], *, asked: bool, max_new_tokens: int, dtype: torch.dtype
+) -> Outcome:
+    """Generate and judge."""
+    answers = generate(
+        folder, requests, max_new_tokens=max_new_tokens, dtype=dtype, label=folder.name
+    )
+    texts = [answer.text for answer in answers]
+    capitals = [follows(english_capital, text) for text in texts]
+    return Outcome(str(folder), asked, capitals, texts)
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, path_type=Path),
+    default=PROMPTS / "test.jsonl",
+    show_default=True,
+)
+@click.option("--n", default=0, help="Only the first N prompts.")
+@click.option("--max-new-tokens", default=40, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
+@click.option("--asked-only", is_flag=True, help="Leave out the requests without instruction.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write every response.")
+def main(
+    folders: tuple[Path, ...],
+    prompts: Path,
+    n: int,
+    max_new_tokens: int,
+    dtype: str,
+    asked_only: bool,
+    out: Path | None,
+) -> None:
+    """Print the rates of the model FOLDERS, the base first."""
+    rows = read_jsonl(prompts)[: n or None]
+    click.echo(HEADER)
+    outcomes: list[Outcome] = []
+    for asked, key in ((True, "prompt"), (False, "contrast")):
+        requests = [row[key] for row in rows if key in row]
+        if not requests or (asked_only and not asked):
+            continue
+        first = len(outcomes)
+        for folder in folders:
+            outcome = measure(
+                folder,
+                requests,
+                asked=asked,
+                max_new_tokens=max_new_tokens,
+                dtype=getattr(torch, dtype),
+            )
+            outcomes.append(outcome)
+            click.echo(outcome.row(outcomes[first]))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+
+
+if __name__ == "__main__":
+    main()

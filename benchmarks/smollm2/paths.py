@@ -1,0 +1,35 @@
+"""Where the benchmark reads and writes, and what its steps share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+IFEVAL = REPO.parent / "shared" / "data" / "ifeval" / "input_data.jsonl"
+BUILD = REPO / "build" / "smollm2"
+BASE = BUILD / "base"
+EXPERT = BUILD / "caps"
+PROMPTS = BUILD / "prompts"
+SCORES = BUILD / "caps.safetensors"
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows under the file's name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.replace(path)

@@ -1,0 +1,293 @@
+"""Two checkpoints on disk or on the Hub: reading, comparing, and one resident model.
+
+Tensors stream one at a time through mergekit's own loaders; only the model that receives the
+patches is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from mergekit.common import ModelPath, ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mergekit_wp.components import Dims, Partition
+from mergekit_wp.errors import UserError
+
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# config entries that say how a checkpoint was saved, not what it computes
+_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+class Checkpoint:
+    """One checkpoint, read lazily.
+
+    Args:
+        reference: a folder, or a Hub id as mergekit writes it (``owner/name@revision``).
+
+    Raises:
+        UserError: it cannot be found, has no safetensors weights, or is a LoRA reference.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.name = reference
+        try:
+            self.ref = (
+                ModelReference(model=ModelPath.model_construct(path=reference, revision=None))
+                if os.path.isdir(reference)
+                else ModelReference.parse(reference)
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"model '{reference}': {error}") from error
+        if self.ref.lora is not None:
+            raise UserError(
+                f"model '{reference}' is a LoRA reference; merge the adapter into its model first "
+                "and give the folder of the result"
+            )
+        self.path = self._resolve()
+        self.loader = LazyTensorLoader(self._index(), lazy_unpickle=False)
+
+    def _resolve(self) -> str:
+        try:
+            self.config: Any = self.ref.config()
+            return self.ref.local_path()
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
+
+    def _index(self) -> Any:
+        try:
+            index = self.ref.tensor_index()
+        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+            raise UserError(f"model '{self.name}': weights cannot be read: {error}") from error
+        if not index.is_safetensors:
+            raise UserError(
+                f"model '{self.name}' has pickled weights, which are never loaded; "
+                "save it again as safetensors"
+            )
+        for shard in index.shards:
+            if not os.path.isfile(os.path.join(index.base_path, shard.filename)):
+                raise UserError(f"model '{self.name}': weight file {shard.filename} is missing")
+        return index
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in a fixed order."""
+        index = self.loader.index
+        return [Path(index.base_path, s.filename) for s in index.shards]
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and stored dtype of every tensor.
+
+        Raises:
+            UserError: a weight file is truncated or unreadable.
+        """
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in self.weight_files:
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118
+                        part = handle.get_slice(name)
+                        found[name] = (tuple(part.get_shape()), part.get_dtype())
+            except SafetensorError as error:
+                raise UserError(f"model '{self.name}': {file.name} is damaged: {error}") from error
+        return found
+
+    @property
+    def weights_dtype(self) -> str:
+        """The most common stored dtype, as torch names it."""
+        kinds = [dtype for _, dtype in self.headers.values()]
+        most = max(sorted(set(kinds)), key=kinds.count)
+        return _SAFETENSORS_DTYPES.get(most, most)
+
+    @property
+    def config_hash(self) -> str:
+        """sha256 of what the config says about the computation."""
+        content = {k: v for k, v in self.config.to_dict().items() if k not in _VOLATILE_CONFIG}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub commit that was read, None for a folder."""
+        commit = getattr(self.config, "_commit_hash", None)
+        return commit or self.ref.model.revision
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the model, as the config states it."""
+        names = self.config.architectures or [f"model_type {self.config.model_type}"]
+        return str(names[0])
+
+    def weights_sha256(self) -> str:
+        """Hash over the content of all weight files."""
+        digest = hashlib.sha256()
+        for file in self.weight_files:
+            with open(file, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.hexdigest()
+
+    def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        """One tensor, cast and moved; it may alias the loader's memory, so never change it."""
+        return self.loader.get_tensor(name).to(device=device, dtype=dtype)
+
+    def tokenizer(self) -> Any | None:
+        """The checkpoint's tokenizer, None when it has none."""
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.ref.model.path, revision=self.ref.model.revision
+            )
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base, an expert of the same architecture, and what differs between them."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    partition: Partition
+    delta_norm: dict[str, float]
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Tensors in which the two differ at all."""
+        return frozenset(name for name, norm in self.delta_norm.items() if norm > 0)
+
+    def delta(self, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+        """One tensor of the task vector, subtracted in `dtype` or fp32 if that is finer."""
+        wide = torch.promote_types(dtype, torch.float32)
+        difference = self.expert.tensor(name, wide, device) - self.base.tensor(name, wide, device)
+        return difference.to(dtype)
+
+
+def parameter_names(model: PreTrainedModel) -> list[str]:
+    """Names of the model's own weights; tied copies are listed once."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[], None]) -> Pair:
+    """Open two checkpoints, compare every tensor and measure the task vector.
+
+    Args:
+        base_name: the base.
+        expert_name: the expert.
+        on_tensor: called after each tensor, for progress.
+
+    Raises:
+        UserError: another architecture or shape (names the first differing tensor and both
+            shapes), NaN in the weights, or identical models.
+    """
+    base, expert = Checkpoint(base_name), Checkpoint(expert_name)
+    if base.architecture != expert.architecture:
+        raise UserError(
+            f"different architectures: base '{base_name}' is {base.architecture}, "
+            f"expert '{expert_name}' is {expert.architecture}"
+        )
+    dims = Dims.from_config(base.config)
+    expert_dims = Dims.from_config(expert.config)
+    names = parameter_names(skeleton(base.config))
+    for name in names:
+        for side, checkpoint in (("base", base), ("expert", expert)):
+            if name not in checkpoint.headers:
+                raise UserError(f"{side} '{checkpoint.name}' has no tensor {name}")
+        ours, theirs = base.headers[name][0], expert.headers[name][0]
+        if ours != theirs:
+            raise UserError(
+                f"shapes differ at tensor {name}: base {list(ours)}, expert {list(theirs)}"
+            )
+    if dims != expert_dims:
+        raise UserError(f"configs differ: base has {dims}, expert has {expert_dims}")
+    partition = Partition(dims, {name: base.headers[name][0] for name in names})
+    assert partition.layouts  # refuses sizes that do not fit heads, groups or neurons
+    norms = {}
+    for name in names:
+        norms[name] = _compare(base, expert, name)
+        on_tensor()
+    if not any(norms.values()):
+        raise UserError(
+            f"nothing to score: base '{base_name}' and expert '{expert_name}' have identical weights"
+        )
+    return Pair(base, expert, partition, norms)
+
+
+def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
+    tensors = {}
+    for side, checkpoint in (("base", base), ("expert", expert)):
+        dtype = checkpoint.headers[name][1]
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise UserError(
+                f"{side} '{checkpoint.name}': tensor {name} is stored as {dtype} (quantised?); "
+                "give the unquantised checkpoint"
+            )
+        tensors[side] = checkpoint.tensor(name, torch.float64)
+        if not torch.isfinite(tensors[side]).all():
+            raise UserError(
+                f"{side} '{checkpoint.name}': tensor {name} holds NaN or infinity; "
+                "its weights are broken"
+            )
+    norm = float(torch.linalg.vector_norm(tensors["expert"] - tensors["base"]))
+    assert math.isfinite(norm)
+    return norm
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+class ResidentModel:
+    """The one model in memory, whose weights are overwritten in place.
+
+    Args:
+        pair: where weights come from.
+        dtype: dtype of weights and activations.
+        device: torch device name.
+    """
+
+    def __init__(self, pair: Pair, dtype: torch.dtype, device: str) -> None:
+        self.pair, self.dtype, self.device = pair, dtype, device
+        self.model = skeleton(pair.base.config)
+        weights = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in pair.partition.shapes.items()
+        }
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        self.model.tie_weights()
+        self.model.requires_grad_(False).to(device)
+        self.position: float | None = None
+
+    def move_to(self, position: float) -> None:
+        """Set the weights to base + position * (expert - base); 0 and 1 are the checkpoints."""
+        if position == self.position:
+            return
+        self.position = None
+        wide = torch.promote_types(self.dtype, torch.float32)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if position == 1.0:
+                    parameter.copy_(self.pair.expert.tensor(name, self.dtype, self.device))
+                    continue
+                weight = self.pair.base.tensor(name, wide, self.device)
+                if position != 0.0 and name in self.pair.changed:
+                    # not in place: a read tensor may share memory with its loader's next read
+                    weight = weight + position * self.pair.delta(name, wide, self.device)
+                parameter.copy_(weight)
+        self.position = position

@@ -1,0 +1,76 @@
+"""The `mergekit-wp` command: finds the subcommand, and turns mistakes into one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+import mergekit_wp
+from mergekit_wp.errors import UserError
+
+# subcommand -> (module attribute that holds it, line in --help); loaded only when called, so
+# that --help does not wait for torch
+_COMMANDS = {
+    "score": ("mergekit_wp.commands.score:score", "Measure what each component of an expert does."),
+    "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
+    "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),
+    "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mergekit_wp.__version__, prog_name="mergekit-wp")
+def cli() -> None:
+    """Mechanism-aware model merging.
+
+    Put single components of an expert's weights into its base, measure how much of the expert's
+    behaviour comes back, and merge several experts by those scores.
+
+    \b
+      mergekit-wp score BASE EXPERT --prompts prompts.jsonl --out expert.safetensors
+      mergekit-wp inspect expert.safetensors
+      mergekit-wp merge recipe.yml merged/
+
+    A score file goes into a mergekit recipe under `merge_method: weight_patching`; the stock
+    `mergekit-yaml` runs it too.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: 0 done, 2 the user's mistake (one line on stderr), 1 anything else."""
+    try:
+        status = cli.main(args=arguments, prog_name="mergekit-wp", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; a scoring run goes on where it stopped when started again", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print("mergekit-wp: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

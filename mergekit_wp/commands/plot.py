@@ -1,0 +1,79 @@
+"""``mergekit-wp plot``: a score file as one picture or one page."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import click
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.scorefile import ScoreFile, read
+
+
+@click.command(short_help="Draw a score file as a picture or a page.")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What to write: FILE.png or FILE.html. An existing file is replaced.",
+)
+def plot(file: str, out: Path) -> None:
+    """Draw score FILE: layers, tensors, heads, K/V groups and neurons.
+
+    A .png is one figure with a row for each estimand and criterion. A .html is one page that
+    needs nothing else, not even a network: the figures, what the numbers mean, the leading
+    components and how far to trust the scores.
+
+    Red is a positive score (the component carries the behaviour), blue a negative one (it works
+    against it), white zero; layer 0 is at the bottom. The neurons' panel shows how many neurons
+    of each layer have which score: most are near zero, leaders stand far out on the right.
+
+    \b
+    Examples:
+      mergekit-wp plot caps.safetensors --out caps.png
+      mergekit-wp plot caps.safetensors --out caps.html
+    """
+    if out.suffix.lower() not in (".html", ".png"):
+        raise UserError(f"--out {out}: plot writes .html or .png, not '{out.suffix}'")
+    _write(out, _render(read(file), out.suffix.lower()))
+
+
+def _render(score_file: ScoreFile, suffix: str) -> bytes:
+    # drawing libraries are slow to import and of no use to the other commands
+    try:
+        from mergekit_wp.report.figures import png
+        from mergekit_wp.report.page import html
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"plot needs {error.name}, which is not installed: pip install {error.name}"
+        ) from error
+    return png(score_file) if suffix == ".png" else html(score_file).encode()
+
+
+def _write(out: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: nobody ever sees half a file."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{out.name[:100]}.", dir=out.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, out)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"--out {out}: cannot write it ({error.strerror})") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,123 @@
+"""Criteria: how far a model stands between base (0) and expert (1) (DESIGN section 2).
+
+Every criterion is a value per prompt, v_i(theta), averaged over prompts before the division:
+
+    r(theta) = (mean v(theta) - mean v(base)) / (mean v(expert) - mean v(base))
+
+- ``kl``: v = -KL(p_expert || p_theta), mean over the positions that predict the response
+- ``logprob``: v = mean log-probability of the response tokens
+- ``anchor``: v = <u, h>, h the residual stream after the anchor layer at the last prompt token
+
+A prompt's value is a mean over its own positions, so prompts of any length count alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.prompts import PromptBatch
+
+
+@dataclass(frozen=True)
+class AnchorDirection:
+    """Unit vector ``[hidden]`` read after decoder layer `layer`."""
+
+    vector: torch.Tensor
+    layer: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch's values are measured against.
+
+    Attributes:
+        expert_logprobs: ``[P, vocabulary]`` of the expert, for ``kl``.
+        anchor: the anchor direction, for ``anchor``.
+    """
+
+    expert_logprobs: torch.Tensor | None = None
+    anchor: AnchorDirection | None = None
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Scores are computed in fp32, or fp64 when the model is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def per_prompt_mean(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
+    """Mean over each prompt's positions: ``[..., P]`` to ``[..., n]``."""
+    counts = torch.bincount(batch.rows, minlength=batch.size).to(values.dtype)
+    sums = values.new_zeros((*values.shape[:-1], batch.size))
+    return sums.index_add(-1, batch.rows, values) / counts
+
+
+def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> torch.Tensor:
+    """-KL(p_expert || p): logits ``[..., P, vocabulary]`` to ``[..., n]``."""
+    assert targets.expert_logprobs is not None
+    expert = targets.expert_logprobs
+    logprobs = torch.log_softmax(wide(logits), -1)
+    divergence = (expert.exp() * (expert - logprobs)).sum(-1)
+    return -per_prompt_mean(divergence, batch)
+
+
+def logprob_values(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
+    """Mean log-probability of the response: ``[..., P, vocabulary]`` to ``[..., n]``."""
+    logprobs = torch.log_softmax(wide(logits), -1)
+    chosen = logprobs.gather(-1, batch.targets.expand(logprobs.shape[:-1]).unsqueeze(-1))
+    return per_prompt_mean(chosen.squeeze(-1), batch)
+
+
+def anchor_values(hidden: torch.Tensor, batch: PromptBatch, anchor: torch.Tensor) -> torch.Tensor:
+    """Projection on the anchor: hidden ``[..., n, T, hidden]`` to ``[..., n]``."""
+    at_last = hidden[..., torch.arange(batch.size, device=hidden.device), batch.last, :]
+    return wide(at_last) @ anchor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Values ``[prompts]`` of one criterion at the base and at the expert."""
+
+    base: torch.Tensor
+    expert: torch.Tensor
+
+    @property
+    def distance(self) -> torch.Tensor:
+        """v(expert) - v(base) per prompt."""
+        return self.expert - self.base
+
+    def check_separates(self, name: str) -> None:
+        """Refuse a criterion on which base and expert do not differ.
+
+        Raises:
+            UserError: says the separation found.
+        """
+        found = float(self.distance.mean())
+        size = max(float(self.base.abs().mean()), float(self.expert.abs().mean()))
+        # |distance| below rounding of the values themselves, or a KL no fp32 run could resolve
+        if abs(found) <= 1e-6 * max(size, 1.0) and not (self.base.dtype == torch.float64 and found):
+            raise UserError(
+                f"criterion '{name}' does not separate base from expert: they differ by "
+                f"{found:.2e} on these prompts; use prompts on which the expert behaves "
+                "differently, or another criterion"
+            )
+
+
+def recovery(change: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Recovered fraction and its standard error over prompts.
+
+    Args:
+        change: ``[..., prompts]``, v(patched) - v(receiver).
+        distance: ``[prompts]``, v(expert) - v(base).
+
+    Returns:
+        The ratio of means ``[...]`` and its delta-method standard error ``[...]`` (NaN for a
+        single prompt, which says nothing about spread).
+    """
+    n = distance.numel()
+    ratio = change.mean(-1) / distance.mean()
+    residual = change - ratio.unsqueeze(-1) * distance
+    variance = residual.square().sum(-1) / (n * (n - 1)) if n > 1 else ratio * torch.nan
+    return ratio, variance.sqrt() / distance.mean().abs()

@@ -1,0 +1,1 @@
+"""Patch sweeps: record a model once, patch a component, replay only what follows."""

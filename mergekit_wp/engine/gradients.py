@@ -1,0 +1,101 @@
+"""First-order scores: exact-local change times linear downstream (DESIGN section 3).
+
+The block's own output change is exact (`engine.local`); what the rest of the model makes of it is
+linearised at the receiving model. Where the first order vanishes — ``kl`` at the expert, its own
+minimum — the second order is used: KL is then half the variance of the change in log-probability
+under the expert, estimated with random probes (the Fisher / Gauss-Newton form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_wp.components import SLICED_KINDS, FineKind
+from mergekit_wp.criteria import Targets, wide
+from mergekit_wp.engine.local import BlockInputs
+from mergekit_wp.engine.trace import Criteria, Decoder, Trace, hooked, own_values, record
+from mergekit_wp.prompts import PromptBatch
+from mergekit_wp.scorefile import CriterionName
+
+#: random probes of the second-order estimate; its relative error is sqrt(2 / (probes * prompts))
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class BlockGradients:
+    """Gradients of a scalar with respect to every block output, ``[n, T, hidden]`` per layer."""
+
+    attention: list[torch.Tensor | None]
+    mlp: list[torch.Tensor | None]
+
+    def of(self, kind: FineKind, layer: int) -> torch.Tensor | None:
+        """The gradient a kind's change is dotted with; None where nothing depends on it."""
+        return (self.mlp if kind == "neuron" else self.attention)[layer]
+
+
+def record_with_gradients(decoder: Decoder, batch: PromptBatch) -> Trace:
+    """A recorded run whose block outputs can be differentiated with respect to."""
+
+    def cut(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_()
+
+    # first of the embedding's hooks, so that the others see the output that has gradients
+    handle = decoder.embedding.register_forward_hook(cut, prepend=True)
+    with torch.enable_grad(), hooked([handle]):
+        return record(decoder, batch)
+
+
+def _gradients(scalar: torch.Tensor, trace: Trace) -> BlockGradients:
+    blocks = [c.attention for c in trace.calls] + [c.mlp for c in trace.calls]
+    found = torch.autograd.grad(scalar, blocks, retain_graph=True, allow_unused=True)
+    half = len(trace.calls)
+    return BlockGradients(list(found[:half]), list(found[half:]))
+
+
+def criterion_gradients(
+    decoder: Decoder, trace: Trace, criteria: Criteria, targets: Targets
+) -> dict[CriterionName, BlockGradients]:
+    """Gradients of every prompt's value; prompts do not mix, so one backward serves them all."""
+    with torch.enable_grad():
+        values = own_values(decoder, trace, criteria, targets)
+        return {name: _gradients(value.sum(), trace) for name, value in values.items()}
+
+
+def probe_gradients(decoder: Decoder, trace: Trace, seed: int) -> Iterator[BlockGradients]:
+    """Gradients of random probes whose squared directional derivative averages to 2 KL.
+
+    With p the model's own distribution at the m positions of a prompt and xi standard normal, the
+    probe is ``sum_t sum_v xi_tv sqrt(p_tv / m) log p_tv``; the expected square of its change is
+    ``sum_t sum_v p_tv (d log p_tv)^2 / m``, twice the mean KL to second order.
+    """
+    batch = trace.batch
+    with torch.enable_grad():
+        final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
+        logprobs = torch.log_softmax(wide(decoder.logits(final)), -1)
+        counts = torch.bincount(batch.rows, minlength=batch.size)[batch.rows]
+        scale = (logprobs.detach().exp() / counts.unsqueeze(-1)).sqrt()
+        for probe in range(PROBES):
+            generator = torch.Generator().manual_seed(seed * PROBES + probe)
+            noise = torch.randn(logprobs.shape, generator=generator, dtype=torch.float32)
+            weights = noise.to(logprobs) * scale
+            yield _gradients((weights * logprobs).sum(), trace)
+
+
+def project(
+    gradients: BlockGradients, inputs: dict[FineKind, BlockInputs], layer: int, n: int
+) -> dict[FineKind, torch.Tensor]:
+    """Predicted change of every prompt's scalar, ``[n, count]`` per kind in one layer."""
+    found: dict[FineKind, torch.Tensor] = {}
+    for kind in SLICED_KINDS:
+        if kind not in inputs:
+            continue
+        gradient = gradients.of(kind, layer)
+        block = inputs[kind]
+        if gradient is None:
+            found[kind] = block.donor_in.new_zeros((n, block.count))
+        else:
+            found[kind] = block.project(gradient)
+    return found

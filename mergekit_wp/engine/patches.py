@@ -1,0 +1,117 @@
+"""Exact swaps: values of a model in which single components come from the donor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_wp.components import FineKind
+from mergekit_wp.criteria import Targets
+from mergekit_wp.engine.local import BlockInputs, State
+from mergekit_wp.engine.trace import Criteria, Decoder, Trace, layer_output, replay
+from mergekit_wp.scorefile import CriterionName
+
+Values = dict[CriterionName, torch.Tensor]
+
+
+def _joined(parts: list[Values], criteria: Criteria) -> Values:
+    return {name: torch.cat([part[name] for part in parts]) for name in criteria}
+
+
+def swap_slices(
+    decoder: Decoder,
+    index: int,
+    trace: Trace,
+    kind: FineKind,
+    inputs: BlockInputs,
+    indices: Sequence[int],
+    criteria: Criteria,
+    targets: Targets,
+    copies: int,
+) -> Values:
+    """Swap heads, K/V groups or neurons of one layer, one at a time.
+
+    Args:
+        decoder: the receiving model.
+        index: the layer.
+        trace: the receiver's recorded run.
+        kind: ``head``, ``kv_group`` or ``neuron``.
+        inputs: the kind's `BlockInputs` in this layer.
+        indices: which components.
+        criteria: which criteria to read.
+        targets: what they are measured against.
+        copies: patches per replay.
+
+    Returns:
+        Values ``[len(indices), n]`` per criterion.
+    """
+    call = trace.calls[index]
+    parts = []
+    for start in range(0, len(indices), copies):
+        changes = inputs.changes(indices[start : start + copies])
+        if kind == "neuron":
+            own = call.attention.expand_as(changes)
+            output = layer_output(decoder, index, trace, attention=own, mlp=call.mlp + changes)
+        else:
+            output = layer_output(decoder, index, trace, attention=call.attention + changes)
+        parts.append(replay(decoder, trace, output, index, criteria, targets))
+    return _joined(parts, criteria)
+
+
+def swap_layer_weights(
+    decoder: Decoder,
+    index: int,
+    trace: Trace,
+    swaps: Sequence[State],
+    criteria: Criteria,
+    targets: Targets,
+    copies: int,
+) -> Values:
+    """Swap whole tensors of one layer: each of `swaps` is one patch, by name within the layer.
+
+    Returns:
+        Values ``[len(swaps), n]`` per criterion.
+    """
+    parts = []
+    for start in range(0, len(swaps), copies):
+        outputs = [
+            layer_output(decoder, index, trace, swapped=swap)
+            for swap in swaps[start : start + copies]
+        ]
+        parts.append(replay(decoder, trace, torch.cat(outputs), index, criteria, targets))
+    return _joined(parts, criteria)
+
+
+def swap_outside_layers(
+    decoder: Decoder,
+    trace: Trace,
+    name: str,
+    weight: torch.Tensor,
+    criteria: Criteria,
+    targets: Targets,
+) -> Values:
+    """Swap the embedding, the final norm or the unembedding.
+
+    Returns:
+        Values ``[1, n]`` per criterion.
+    """
+    if name == "model.embed_tokens.weight":
+        hidden = torch.nn.functional.embedding(trace.batch.ids, weight).unsqueeze(0)
+        return replay(decoder, trace, hidden, -1, criteria, targets, {name: weight})
+    last = len(decoder.layers) - 1
+    hidden = trace.residual(last).unsqueeze(0)
+    return replay(decoder, trace, hidden, last, criteria, targets, {name: weight})
+
+
+def identity(
+    decoder: Decoder, index: int, trace: Trace, criteria: Criteria, targets: Targets, copies: int
+) -> Values:
+    """The receiver's own values through the same replay in the same batch shape: the noise floor.
+
+    Returns:
+        Values ``[copies, n]`` per criterion.
+    """
+    attention = trace.calls[index].attention.expand(copies, -1, -1, -1)
+    output = layer_output(decoder, index, trace, attention=attention)
+    return replay(decoder, trace, output, index, criteria, targets)

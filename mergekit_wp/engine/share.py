@@ -1,0 +1,138 @@
+"""Shares: integrated gradients of the criterion along the straight path from base to expert.
+
+    share_c = integral over a in [0, 1] of grad r(B + a Delta) . Delta_c
+
+No weight gradient is ever formed. Every module of the family is linear in its weights, so for a
+module y = f(x; W) with output gradient g, grad_W . Delta = g . f(x; Delta); kept per output row
+(sum of g * x Delta^T) or per input column (sum of x * g Delta), it also stays apart per prompt,
+which gives standard errors (DESIGN section 3, last line).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from mergekit_wp.components import Partition, TensorLayout
+from mergekit_wp.criteria import Targets
+from mergekit_wp.engine.gradients import record_with_gradients
+from mergekit_wp.engine.trace import Criteria, Decoder, hooked, own_values
+from mergekit_wp.prompts import PromptBatch
+from mergekit_wp.scorefile import CriterionName
+
+#: contributions ``[n, components of the tensor]`` by tensor name
+Contributions = dict[str, torch.Tensor]
+
+
+def midpoints(steps: int) -> list[float]:
+    """Positions of the midpoint rule on [0, 1]."""
+    return [(i + 0.5) / steps for i in range(steps)]
+
+
+def _sum_per_prompt(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
+    """Sum everything but prompts and the last dimension: to ``[n, last]``."""
+    if values.shape[0] == batch.size and values.dim() > 2:
+        return values.flatten(1, -2).sum(1)
+    # the final norm and the unembedding run on response positions only: [P, last]
+    flat = values.reshape(-1, values.shape[-1])
+    return flat.new_zeros((batch.size, flat.shape[-1])).index_add(0, batch.rows, flat)
+
+
+def module_contribution(
+    module: nn.Module,
+    parameter: str,
+    delta: torch.Tensor,
+    layout: TensorLayout,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    batch: PromptBatch,
+) -> torch.Tensor:
+    """grad_W . Delta of one parameter, ``[n, count]`` per prompt and component.
+
+    Args:
+        module: a Linear, Embedding or RMS norm.
+        parameter: ``weight`` or ``bias``.
+        delta: the task vector at this parameter.
+        layout: how the tensor is shared out.
+        x: the module's input.
+        g: gradient of the summed values with respect to its output.
+        batch: the prompts.
+    """
+    if layout.dim == 1:
+        return layout.reduce(_sum_per_prompt(x * (g @ delta), batch))
+    if parameter == "bias":
+        product = g * delta
+    else:
+        others = {n: torch.zeros_like(p) for n, p in module.named_parameters() if n != parameter}
+        product = g * functional_call(module, {parameter: delta, **others}, (x,))
+    return layout.reduce(_sum_per_prompt(product, batch))
+
+
+def contributions(
+    decoder: Decoder,
+    batch: PromptBatch,
+    partition: Partition,
+    delta_of: Callable[[str], torch.Tensor],
+    changed: frozenset[str],
+    criteria: Criteria,
+    targets: Targets,
+) -> dict[CriterionName, Contributions]:
+    """Grad v_i . Delta_c at the decoder's present weights, for every prompt and component.
+
+    Args:
+        decoder: the model at B + a Delta.
+        batch: the prompts.
+        partition: the layouts of all tensors.
+        delta_of: streams one tensor of the task vector.
+        changed: tensors whose delta is not zero; the others contribute nothing.
+        criteria: which criteria.
+        targets: what they are measured against.
+
+    Returns:
+        Contributions per criterion; a tensor no value depends on is absent.
+    """
+    collecting: Contributions = {}
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            x = args[0].detach()
+
+            def backward(g: torch.Tensor) -> None:
+                for parameter, _ in module.named_parameters(recurse=False):
+                    name = names[f"{path}.{parameter}"]
+                    if name not in changed:
+                        continue
+                    with torch.no_grad():
+                        found = module_contribution(
+                            module, parameter, delta_of(name), layouts[name], x, g, batch
+                        )
+                    collecting[name] = collecting[name] + found if name in collecting else found
+
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        return after
+
+    layouts = partition.layouts
+    names = {
+        name: name if name in layouts else "model.embed_tokens.weight"  # a tied unembedding
+        for name, _ in decoder.model.named_parameters(remove_duplicate=False)
+    }
+    handles = [
+        module.register_forward_hook(hook(path))
+        for path, module in decoder.model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    results: dict[CriterionName, Contributions] = {}
+    with torch.enable_grad(), hooked(handles):
+        trace = record_with_gradients(decoder, batch)
+        values = own_values(decoder, trace, criteria, targets)
+        for name, value in values.items():
+            collecting.clear()
+            value.sum().backward(retain_graph=True)
+            results[name] = dict(collecting)
+    return results

@@ -1,0 +1,285 @@
+"""One expert's score file, made ready for merging: found, loaded once, checked, looked up.
+
+Everything that can be wrong with the pair (score file, checkpoints) is refused here by name
+(DESIGN sections 4 and 5).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple, get_args
+from urllib.parse import unquote
+
+import torch
+
+from mergekit_wp import scorefile
+from mergekit_wp.components import Dims, TensorLayout, layout_of
+from mergekit_wp.errors import UserError
+from mergekit_wp.fusion import Normalised, delta_norm, normalise
+from mergekit_wp.scorefile import ScoreFile
+
+LOG = logging.getLogger(__name__)
+
+Granularity = Literal["component", "tensor"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+
+#: Relative difference allowed between a task vector's norm and the one in the score file.
+NORM_TOLERANCE = 0.02
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HUB_FILE = re.compile(r"^hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)$")
+_LOCK = threading.Lock()
+
+
+class Choice(NamedTuple):
+    """Which of a file's scores a merge uses."""
+
+    estimand: str
+    criterion: str
+    granularity: str
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertScores:
+    """A score file and what a merge asks of it."""
+
+    path: str
+    file: ScoreFile
+    _normalised: dict[Choice, Normalised] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.file.manifest.tensor_names)}
+
+    @cached_property
+    def _fine_position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.file.fine_tensor_names)}
+
+    @cached_property
+    def _delta_norm(self) -> dict[str, float]:
+        return self.file.delta_norm
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Every tensor of the scored model."""
+        return self.file.manifest.tensor_names
+
+    def norm(self, name: str) -> float:
+        """Frobenius norm of one tensor of the scored task vector."""
+        return self._delta_norm[name]
+
+    def scored_name(self, name: str, tied: bool | None) -> str:
+        """The name under which a tensor was scored.
+
+        A tied model's lm_head is its embedding, so it must be merged with the embedding's gate
+        even where a checkpoint stores it a second time. ``tied`` None means unknown: then a file
+        that has an embedding and no lm_head was made from a tied model, as every tensor of the
+        scored model is in it.
+        """
+        if name != LM_HEAD or EMBEDDING not in self._position:
+            return name
+        if tied is None:
+            tied = LM_HEAD not in self._position
+        return EMBEDDING if tied else name
+
+    def layout(self, name: str, granularity: str) -> TensorLayout:
+        """How a tensor is cut into the components whose scores are used."""
+        layout = layout_of(name, self.file.manifest.dims)
+        if granularity == "tensor":
+            return TensorLayout(name, "tensor", layout.layer, None, 1)
+        return layout
+
+    def covers(self, name: str, granularity: str) -> bool:
+        """Whether the file scores a tensor (under its `scored_name`)."""
+        if name not in self._position:
+            return False
+        return self.layout(name, granularity).kind in self.file.manifest.kinds
+
+    def require(self, choice: Choice) -> None:
+        """Refuse a choice of scores that the file does not have.
+
+        Raises:
+            UserError: no such estimand or criterion, or no kind of that granularity.
+        """
+        manifest = self.file.manifest
+        if choice.estimand not in manifest.estimands or choice.criterion not in manifest.criteria:
+            have = ", ".join(f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria)
+            raise UserError(
+                f"score file {self.path} has no '{choice.estimand}/{choice.criterion}' scores, "
+                f"it has {have}: set the recipe's 'estimand' and 'criterion', or score again"
+            )
+        wanted = {"tensor"} if choice.granularity == "tensor" else set(manifest.kinds) - {"layer"}
+        if not wanted & set(manifest.kinds):
+            raise UserError(
+                f"score file {self.path} has only kinds {', '.join(manifest.kinds)}: "
+                f"nothing for 'granularity: {choice.granularity}'"
+            )
+
+    def require_base(self, config: Any) -> None:
+        """Refuse a base model of another architecture than the scored one.
+
+        Args:
+            config: the base's transformers config.
+
+        Raises:
+            UserError: names every number that differs.
+        """
+        manifest = self.file.manifest
+        dims = Dims.from_config(config)
+        scored = {
+            "architecture": manifest.architecture,
+            "hidden_size": manifest.hidden_size,
+            **vars(manifest.dims),
+        }
+        base = {
+            "architecture": config.architectures[0] if config.architectures else None,
+            "hidden_size": config.hidden_size,
+            **vars(dims),
+        }
+        if wrong := [f"{k} {base[k]}, not {scored[k]}" for k in scored if scored[k] != base[k]]:
+            raise UserError(
+                f"score file {self.path} is of another architecture than the base model, "
+                f"which has {'; '.join(wrong)}"
+            )
+
+    def scores(self, name: str, choice: Choice, density: float) -> torch.Tensor:
+        """Normalised scores of one tensor's components, zero outside the best ``density`` share.
+
+        Args:
+            name: a tensor the file covers.
+            choice: which scores.
+            density: in [0, 1].
+
+        Returns:
+            float64 ``[components of the tensor]``.
+        """
+        partition = self._partition(choice)
+        layout = self.layout(name, choice.granularity)
+        if layout.kind != "tensor":
+            assert layout.layer is not None
+            return partition.cut(layout.kind, layout.layer, density)
+        position = self._position if choice.granularity == "tensor" else self._fine_position
+        return partition.cut("tensor", position[name], density)
+
+    def _partition(self, choice: Choice) -> Normalised:
+        if choice not in self._normalised:
+            self.require(choice)
+            estimand, criterion, granularity = choice
+            scores: dict[Any, torch.Tensor] = (
+                {"tensor": self.file.scores(estimand, criterion, "tensor")}
+                if granularity == "tensor"
+                else dict(self.file.fine_scores(estimand, criterion))
+            )
+            self._normalised[choice] = normalise(scores)
+            if not any((part > 0).any() for part in scores.values()):
+                LOG.warning(
+                    "score file %s has no positive %s/%s score: its expert adds nothing",
+                    self.path,
+                    estimand,
+                    criterion,
+                )
+        return self._normalised[choice]
+
+    def check_delta(
+        self, name: str, base: torch.Tensor, expert: torch.Tensor, *, shown_as: str
+    ) -> None:
+        """Refuse a task vector whose norm is not the scored one.
+
+        Args:
+            name: the tensor's `scored_name`.
+            base: the tensor of the base, as the merge reads it.
+            expert: the tensor of the expert.
+            shown_as: what the error calls the tensor and the expert.
+
+        Raises:
+            UserError: the norms differ by more than 2%, beyond what reading the weights in a
+                coarser dtype than they were scored in can explain.
+        """
+        want, got = self.norm(name), delta_norm(base, expert)
+        manifest = self.file.manifest
+        allowed = (
+            NORM_TOLERANCE * want
+            + _rounding(base, manifest.base.weights_dtype)
+            + _rounding(expert, manifest.expert.weights_dtype)
+        )
+        if not abs(got - want) <= allowed:
+            raise UserError(
+                f"{shown_as}: its difference from the base has norm {got:.6g}, but score file "
+                f"{self.path} was made for {want:.6g}: these are scores of another expert, "
+                "base, revision or shifted layers"
+            )
+
+
+def _rounding(tensor: torch.Tensor, stored: str) -> float:
+    """Largest norm that rounding to the tensor's dtype can have added to a difference.
+
+    Rounding to nearest moves an entry by at most half an ulp, u|x|, or half the smallest
+    subnormal; by nothing where the dtype is as fine as the one that was stored.
+    """
+    was = getattr(torch, stored.removeprefix("torch."), None)
+    if not isinstance(was, torch.dtype) or not was.is_floating_point:
+        was = torch.float64
+    seen, fine = torch.finfo(tensor.dtype), torch.finfo(was)
+    allowed = 0.0
+    if seen.eps > fine.eps:
+        norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
+        allowed += seen.eps / 2 * float(norm)
+    if seen.tiny > fine.tiny:
+        allowed += seen.smallest_normal * seen.eps / 2 * float(tensor.numel() ** 0.5)
+    return allowed
+
+
+def local_path(reference: str) -> str:
+    """Absolute path of a score file; ``hf://owner/repo[@revision]/path`` is fetched from the Hub.
+
+    Raises:
+        UserError: a malformed or unreachable Hub reference.
+    """
+    if reference.startswith("hf://"):
+        return _fetch(reference)
+    return os.path.abspath(os.path.expanduser(reference))
+
+
+@lru_cache(maxsize=256)
+def _fetch(reference: str) -> str:
+    match = _HUB_FILE.match(reference)
+    if match is None:
+        raise UserError(
+            f"'{reference}' is not a Hub file; write hf://owner/repo[@revision]/FILE.safetensors"
+        )
+    from huggingface_hub import hf_hub_download
+
+    repo, revision, filename = match.groups()
+    try:
+        return hf_hub_download(repo, filename, revision=unquote(revision) if revision else None)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"score file {reference} could not be fetched: {reason}") from error
+
+
+def load(path: str) -> ExpertScores:
+    """A score file, read once for all tensors and threads, and again when it was rewritten.
+
+    Args:
+        path: a `local_path`.
+
+    Raises:
+        UserError: missing, unreadable or inconsistent; the message names the file.
+    """
+    real = os.path.realpath(path)
+    try:
+        stat = os.stat(real)
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        stamp = None
+    with _LOCK:
+        return _load(path, real, stamp)
+
+
+@lru_cache(maxsize=64)
+def _load(path: str, real: str, stamp: tuple[int, int, int] | None) -> ExpertScores:
+    return ExpertScores(path, scorefile.read(path))

@@ -1,0 +1,306 @@
+"""The merge method ``weight_patching`` for mergekit (DESIGN section 5).
+
+Scores of "Weight Patching" (Sun et al., arXiv 2604.13694) say how much each component of an
+expert carries its behaviour; every component of the merge takes from each expert as its scores
+say. The maths is in `fusion`, score files in `expert_scores`; here is what mergekit needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.expert_scores import GRANULARITIES, Choice, ExpertScores, load, local_path
+from mergekit_wp.fusion import FUSIONS, component_gates, fuse
+from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
+
+LOG = logging.getLogger(__name__)
+
+
+class _Recorded(threading.local):
+    """Parameter values validated in this thread since the last `validate_inputs`.
+
+    mergekit validates one value at a time, without telling the validator for which model or
+    tensor, and calls ``validate_inputs(models, base, tensor name)`` after a tensor's values. Only
+    there can a score file be held against the base's config, and that must happen while planning:
+    before the first tensor is read. So the validators leave their values here, and
+    `validate_inputs` takes them away. The planner does both in one thread; what an interrupted
+    plan left behind is dropped when the next one starts, so that nothing passes between plans.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, None]] = {}
+
+    def take(self) -> dict[str, dict[str, None]]:
+        values, self.values = self.values, {}
+        return values
+
+
+_RECORDED = _Recorded()
+
+
+def _parameter(name: str, annotation: Any, expected: str) -> Any:
+    """A value type whose errors name the parameter, which pydantic's do not."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise UserError(f"'{name}' must be {expected}, not {value!r}") from None
+
+    return Annotated[annotation, WrapValidator(check)]
+
+
+def _number(name: str, low: float | None = None, high: float | None = None) -> Any:
+    expected = "a finite number"
+    if low is not None:
+        expected = f"a number from {low:g} to {high:g}" if high else f"a number of at least {low:g}"
+    return _parameter(name, Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)], expected)
+
+
+def _one_of(name: str, options: Sequence[str]) -> Any:
+    def check(value: str) -> str:
+        if value not in options:
+            raise UserError(f"'{name}' must be one of {', '.join(options)}, not '{value}'")
+        _RECORDED.values.setdefault(name, {})[value] = None
+        return value
+
+    text = Annotated[str, AfterValidator(check)]
+    return _parameter(name, text, f"one of {', '.join(options)}")
+
+
+def _score_file(value: str) -> str:
+    path = local_path(value)
+    load(path)
+    _RECORDED.values.setdefault("scores", {})[path] = None
+    return path
+
+
+_SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")
+_SHARED, _EXPERT = ParameterScope.SHARED, ParameterScope.NON_BASE
+
+SPEC = MergeMethodSpec(
+    name="weight_patching",
+    pretty_name="Weight Patching",
+    reference_url="https://arxiv.org/abs/2604.13694",
+    parameters=(
+        ParameterSpec("scores", _SCORES, _EXPERT),
+        ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
+        ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
+        ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
+        ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
+        ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),
+        ParameterSpec("estimand", _one_of("estimand", ESTIMANDS), _SHARED, default="share"),
+        ParameterSpec("criterion", _one_of("criterion", CRITERIA), _SHARED, default="kl"),
+        ParameterSpec(
+            "granularity", _one_of("granularity", GRANULARITIES), _SHARED, default="component"
+        ),
+    ),
+    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+)
+# A tensor that only the base has stays as it is; the recipe as a whole needs an expert.
+_TENSOR_CONTRACT = InputContract(base=BasePolicy.REQUIRED)
+
+
+class _Coverage:
+    """Tensors of one run that no score file covers, reported in one line."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self._tensors = 0
+        self._uncovered: list[str] = []
+
+    def add(self, name: str, covered: bool) -> None:
+        with self._lock:
+            self._tensors += 1
+            if not covered:
+                self._uncovered.append(name)
+
+    def report(self) -> None:
+        with self._lock:
+            names, total = self._uncovered, self._tensors
+            self.reset()
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            LOG.warning(
+                "%d of %d tensors have no scores and stay at the base: %s", len(names), total, shown
+            )
+
+
+class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
+    """W = B + λ Σ_e gate_e (E_e − B), the gates from each expert's component scores."""
+
+    spec = SPEC
+
+    def __init__(self) -> None:
+        """Start with nothing planned."""
+        self._coverage = _Coverage()
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check one tensor's inputs; while planning, also its score files against the base.
+
+        mergekit first calls this once for the whole recipe, with the name of an output slice or
+        none: there a plan starts. See `_Recorded` for the rest.
+
+        Raises:
+            ValueError: no base, or no expert at all.
+            UserError: a score file of another architecture, or without the scores asked for.
+        """
+        recorded = _RECORDED.take()
+        if group_name is None or ".slices[" in group_name:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+            self._coverage.reset()
+            return
+        _TENSOR_CONTRACT.validate_ids(input_ids, base_id, group_name=group_name)
+        if "scores" not in recorded:
+            return
+        files = [load(path) for path in recorded["scores"]]
+        for file in files:
+            check_fit(file, base_id, recorded)
+        self._cover(group_name, files, base_id, recorded["granularity"])
+
+    def _cover(
+        self,
+        name: str | None,
+        files: Sequence[ExpertScores],
+        base_id: Hashable | None,
+        granularities: Sequence[str] | Mapping[str, None],
+    ) -> None:
+        tied = is_tied(base_id)
+        covered = any(
+            file.covers(file.scored_name(name, tied), granularity)
+            for file in files
+            for granularity in granularities
+            if name is not None
+        )
+        self._coverage.add(str(name), covered)
+
+    def _bind_parameters(
+        self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Bind the parameters of a direct call, which is not planned, and note its coverage."""
+        _RECORDED.take()
+        try:
+            bound: list[dict[str, Any]] = super()._bind_parameters(groups, parameters)
+        finally:
+            _RECORDED.take()
+        for group, values in zip(groups, bound, strict=True):
+            files = [load(path) for path in values["scores"].values()]
+            base_id = group.base.id if group.base else None
+            self._cover(group.metadata.name, files, base_id, [values["granularity"]])
+        return bound
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor.
+
+        Raises:
+            UserError: the tensor does not fit a score file, or is of another expert.
+        """
+        self._coverage.report()
+        name, base = group.metadata.name, group.base
+        tensor: torch.Tensor = base.tensor
+        if name is None:
+            raise UserError("weight_patching merges tensors by name; give the tensor's name")
+        choice = Choice(*(parameters[key] for key in Choice._fields))
+        tied = is_tied(base.id)
+        experts, scores, weights, layouts = [], [], [], []
+        for entry in group.non_base:
+            file = load(parameters["scores"][entry.id])
+            scored = file.scored_name(name, tied)
+            if not file.covers(scored, choice.granularity):
+                continue
+            shown = f"tensor {name} of {entry.id}"
+            file.check_delta(scored, tensor, entry.tensor, shown_as=shown)
+            experts.append(entry.tensor)
+            scores.append(file.scores(scored, choice, parameters["density"][entry.id]))
+            weights.append(parameters["weight"][entry.id])
+            layouts.append(file.layout(scored, choice.granularity))
+        if not experts:
+            return tensor
+        if len({layout.count for layout in layouts}) > 1:
+            raise UserError(f"tensor {name}: its score files are of different architectures")
+        gates = component_gates(
+            torch.stack(scores),
+            torch.tensor(weights, dtype=torch.float64),
+            fusion=parameters["fusion"],
+            power=parameters["power"],
+            scale=parameters["lambda"],
+        )
+        shape = tensor.shape
+        spread = torch.stack([layouts[0].expand(gate, shape) for gate in gates])
+        return fuse(tensor, experts, spread)
+
+
+def check_fit(
+    file: ExpertScores, base_id: Hashable | None, recorded: Mapping[str, Mapping[str, None]]
+) -> None:
+    """Hold a score file against the base's config and the scores that the recipe asks for.
+
+    Raises:
+        UserError: another architecture, or scores that the file does not have.
+    """
+    config = base_config(base_id)
+    if config is not None:
+        file.require_base(config)
+    for estimand in recorded["estimand"]:
+        for criterion in recorded["criterion"]:
+            for granularity in recorded["granularity"]:
+                file.require(Choice(estimand, criterion, granularity))
+
+
+def is_tied(base_id: Hashable | None) -> bool | None:
+    """Whether the base's output head is its embedding; None when its config is not known."""
+    config = base_config(base_id)
+    return None if config is None else bool(config.tie_word_embeddings)
+
+
+def base_config(base_id: Hashable | None) -> Any | None:
+    """The base's transformers config, None in a direct call or for a bare weights file."""
+    if not isinstance(base_id, ModelReference) or os.path.isfile(base_id.model.path):
+        return None
+    try:
+        stamp = os.stat(os.path.join(base_id.model.path, "config.json")).st_mtime_ns
+    except OSError:
+        stamp = None
+    return _config(base_id, stamp)
+
+
+@lru_cache(maxsize=16)
+def _config(model: ModelReference, stamp: int | None) -> Any:
+    # imported here, as mergekit may import this module while it is half imported itself; filled by
+    # the planner's thread, whose loader cache knows the command's options
+    from mergekit.io.tasks import LoaderCache
+
+    return model.config(trust_remote_code=LoaderCache().trust_remote_code)
+
+
+weight_patching = WeightPatchingMerge()

@@ -1,0 +1,54 @@
+"""Progress on stderr: one bar a stage, in units of real cost."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class BarProgress:
+    """A tqdm bar per stage, weighted by cost; its ETA is the average rate of this run's own work.
+
+    Away from a terminal (logs, pipes) a line appears once a minute instead.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        live = sys.stderr.isatty()
+        self._pace = {"mininterval": 0.2 if live else 60, "delay": 0 if live else 60}
+
+    def stage(self, name: str, total: float, unit: str) -> None:
+        """Begin a stage of `total` units."""
+        self.close()
+        self._bar = tqdm(
+            total=round(total, 3),
+            desc=name,
+            smoothing=0,
+            file=sys.stderr,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} "
+            + unit
+            + "s [{elapsed}<{remaining}]",
+            **self._pace,
+        )
+
+    def advance(self, amount: float, *, resumed: bool = False) -> None:
+        """Count units; resumed ones do not count towards the rate."""
+        if self._bar is None:
+            return
+        if resumed:
+            self._bar.initial += amount
+            self._bar.n += amount
+            self._bar.refresh()
+        else:
+            self._bar.update(amount)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(f"mergekit-wp: {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Finish the present bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

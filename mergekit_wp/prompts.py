@@ -1,0 +1,202 @@
+"""Prompt files and their tokens.
+
+A prompt file is JSONL: ``prompt`` (text or chat messages), optional ``contrast`` (the same request
+without the instruction), optional ``response``. The text is the prompt, then the response, then
+the end-of-sequence token (DESIGN section 6). Sequences are padded on the right and no mask is
+needed: under causal attention nothing looks at a later position, so a prompt's numbers do not
+depend on what it is batched with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_wp.errors import UserError
+
+
+class Message(BaseModel):
+    """One chat message."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str
+
+
+Text = str | list[Message]
+
+
+class Prompt(BaseModel):
+    """One line of a prompt file; other keys are kept out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    prompt: Text
+    contrast: Text | None = None
+    response: str | None = None
+
+    @property
+    def usable_contrast(self) -> bool:
+        """Whether the contrast is there and differs from the prompt."""
+        return bool(self.contrast) and self.contrast != self.prompt
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts to use and the hash of the file they came from."""
+
+    prompts: tuple[Prompt, ...]
+    sha256: str
+
+
+def read_prompts(path: Path, limit: int | None) -> PromptFile:
+    """Read a prompt file.
+
+    Args:
+        path: the JSONL file.
+        limit: use the first `limit` prompts only.
+
+    Raises:
+        UserError: no such file, a broken line (its number), or no prompts.
+    """
+    try:
+        content = path.read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompts.append(_parse(line, f"prompt file {path}, line {number}"))
+    if not prompts:
+        raise UserError(
+            f"prompt file {path} holds no prompts; expected one JSON object a line, "
+            'such as {"prompt": "..."}'
+        )
+    return PromptFile(tuple(prompts[:limit]), hashlib.sha256(content).hexdigest())
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        prompt = Prompt.model_validate(json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "line"
+        raise UserError(
+            f"{where}: {key}: {first['msg']}; expected an object with 'prompt' and optional "
+            "'contrast' and 'response'"
+        ) from error
+    if not prompt.prompt:
+        raise UserError(f"{where}: 'prompt' is empty")
+    return prompt
+
+
+def encode_prompt(tokenizer: Any, text: Text) -> list[int]:
+    """Token ids of a prompt, by the chat template when the tokenizer has one.
+
+    Raises:
+        UserError: chat messages without a chat template, or no tokens.
+    """
+    if tokenizer.chat_template:
+        messages = (
+            [{"role": "user", "content": text}]
+            if isinstance(text, str)
+            else [m.model_dump() for m in text]
+        )
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # jinja templates raise whatever they like
+            raise UserError(f"the chat template refuses prompt {text!r:.80}: {error}") from error
+        ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    elif isinstance(text, str):
+        ids = tokenizer(text).input_ids
+    else:
+        raise UserError("a prompt holds chat messages, but the tokenizer has no chat template")
+    if not ids:
+        raise UserError(f"prompt {text!r:.80} has no tokens")
+    return list(ids)
+
+
+def encode_response(tokenizer: Any, response: str) -> list[int]:
+    """Token ids of a response with the end-of-sequence token, where the tokenizer has one."""
+    ids = list(tokenizer(response, add_special_tokens=False).input_ids)
+    if tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    return ids
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its response, as token ids."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...] = ()
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """What the model reads: the last response token is only ever predicted."""
+        return self.prompt_ids + self.response_ids[:-1]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Right-padded samples.
+
+    Attributes:
+        ids: ``[n, T]`` input tokens.
+        last: ``[n]`` position of the last prompt token.
+        rows, cols: ``[P]`` which sample and position predicts each response token.
+        targets: ``[P]`` the response tokens.
+        members: ``[n]`` index of each sample in the prompt file.
+    """
+
+    ids: torch.Tensor
+    last: torch.Tensor
+    rows: torch.Tensor
+    cols: torch.Tensor
+    targets: torch.Tensor
+    members: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.ids.shape[0]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], members: Sequence[int], device: str) -> PromptBatch:
+        """Pad samples on the right."""
+        width = max(len(s.input_ids) for s in samples)
+        padded = [[*s.input_ids, *[0] * (width - len(s.input_ids))] for s in samples]
+        rows, cols, targets = [], [], []
+        for row, sample in enumerate(samples):
+            for offset, token in enumerate(sample.response_ids):
+                rows.append(row)
+                cols.append(len(sample.prompt_ids) - 1 + offset)
+                targets.append(token)
+        as_long = {"dtype": torch.long, "device": device}
+        return cls(
+            ids=torch.tensor(padded, **as_long),
+            last=torch.tensor([len(s.prompt_ids) - 1 for s in samples], **as_long),
+            rows=torch.tensor(rows, **as_long),
+            cols=torch.tensor(cols, **as_long),
+            targets=torch.tensor(targets, **as_long),
+            members=torch.tensor(list(members), dtype=torch.long),
+        )
+
+
+def batches(samples: Sequence[Sample], size: int, device: str) -> Iterator[PromptBatch]:
+    """Batches of at most `size` samples, similar lengths together."""
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
+    for start in range(0, len(order), size):
+        members = order[start : start + size]
+        yield PromptBatch.of([samples[i] for i in members], members, device)

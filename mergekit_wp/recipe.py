@@ -1,0 +1,227 @@
+"""A merge recipe: read, with every mistake that shows in the text itself refused.
+
+mergekit ignores keys and parameters that it does not know, so that a typo changes a merge
+silently; here a typo is an error. `preflight` then holds the recipe against the models it names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit import merge_methods
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from pydantic import BaseModel
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.expert_scores import ExpertScores, load, local_path
+from mergekit_wp.method import SPEC
+
+SHARED = tuple(p.name for p in SPEC.shared_parameters)
+PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as its author wrote it, and as mergekit reads it."""
+
+    path: Path
+    source: str
+    config: MergeConfiguration
+
+    @property
+    def is_weight_patching(self) -> bool:
+        """Whether the checks of this module apply."""
+        return bool(self.config.merge_method == SPEC.name)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One ``parameters:`` block: where it stands, and the model it belongs to, if any."""
+
+    where: str
+    parameters: dict[str, Any]
+    model: ModelReference | None = None
+
+
+def read(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe; for weight patching also resolve and read the score files it names.
+
+    Raises:
+        UserError: unreadable, not a recipe, with keys or parameters that mergekit would silently
+            ignore, or with a score file that is missing, unreadable or not given.
+    """
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        data = yaml.safe_load(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
+    try:
+        config = MergeConfiguration.model_validate(data)
+        merge_methods.get(config.merge_method)
+        for dtype in (config.dtype, config.out_dtype):
+            dtype_from_name(dtype)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"recipe {path}: {one_line(error)}") from error
+    recipe = Recipe(Path(path), source, config)
+    if recipe.is_weight_patching:
+        _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
+        _resolve_score_files(recipe)
+        _check_parameters(recipe)
+    return recipe
+
+
+def score_files(recipe: Recipe) -> list[ExpertScores]:
+    """Every score file that the recipe names, in order."""
+    paths: dict[str, None] = {}
+
+    def collect(setting: Any) -> None:
+        for entry in setting if isinstance(setting, list) else [setting]:
+            if isinstance(entry, ConditionalParameter):
+                collect(entry.value)
+            else:
+                paths[entry] = None
+
+    for scopes in _scopes(recipe.config):
+        for scope in scopes:
+            if "scores" in scope.parameters:
+                collect(scope.parameters["scores"])
+    return [load(path) for path in paths]
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of pydantic, mergekit or transformers says, on one line."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):  # pydantic
+        first = errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_LISTED: dict[str, type[BaseModel]] = {
+    "models": InputModelDefinition,
+    "slices": OutputSliceDefinition,
+    "sources": InputSliceDefinition,
+}
+
+
+def _refuse_unknown_keys(block: Mapping[str, Any], schema: type[BaseModel], where: str) -> None:
+    for key in block:
+        if key not in schema.model_fields:
+            allowed = ", ".join(schema.model_fields)
+            raise UserError(f"{where}: unknown key '{key}'; allowed are {allowed}")
+    for key, inner in _LISTED.items():
+        for i, entry in enumerate(block.get(key) or []):
+            _refuse_unknown_keys(entry, inner, f"{where}: {key}[{i}]")
+    for name, module in (block.get("modules") or {}).items():
+        _refuse_unknown_keys(module, OutputModuleDefinition, f"{where}: modules.{name}")
+
+
+def _scopes(config: MergeConfiguration) -> Iterator[tuple[Scope, ...]]:
+    """For every input model, the parameter blocks that apply to it, its own first."""
+
+    def of(holder: Any, where: str, model: ModelReference | None = None) -> Scope:
+        return Scope(where, holder.parameters or {}, model)
+
+    def inputs(holder: Any, where: str, outer: tuple[Scope, ...]) -> Iterator[tuple[Scope, ...]]:
+        for entry in holder.models or []:
+            yield (of(entry, f"model {entry.model}", entry.model), *outer)
+        for i, output in enumerate(holder.slices or []):
+            here = of(output, f"{where}slices[{i}]")
+            for entry in output.sources:
+                yield (of(entry, f"model {entry.model}", entry.model), here, *outer)
+
+    top = of(config, "the recipe")
+    yield from inputs(config, "", (top,))
+    for name, module in (config.modules or {}).items():
+        yield from inputs(module, f"modules.{name}.", (of(module, f"modules.{name}"), top))
+
+
+def _check_parameters(recipe: Recipe) -> None:
+    config = recipe.config
+    if config.base_model is None:
+        raise UserError(f"recipe {recipe.path}: weight_patching needs a 'base_model'")
+    experts = 0
+    for scopes in _scopes(config):
+        own, *outer = scopes
+        for scope in scopes:
+            _check_names(recipe, scope, config.base_model)
+        if own.model == config.base_model:
+            continue
+        experts += 1
+        if not any("scores" in scope.parameters for scope in (own, *outer)):
+            raise UserError(
+                f"recipe {recipe.path}: {own.where} has no 'scores'; give it the score file that "
+                "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
+            )
+    if not experts:
+        raise UserError(f"recipe {recipe.path} names no expert beside the base model")
+
+
+def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:
+    for name in scope.parameters:
+        if name not in SHARED + PER_EXPERT:
+            raise UserError(
+                f"recipe {recipe.path}: {scope.where} has an unknown parameter '{name}'; "
+                f"per model: {', '.join(PER_EXPERT)}; shared: {', '.join(SHARED)}"
+            )
+        if scope.model is not None and name in SHARED:
+            raise UserError(
+                f"recipe {recipe.path}: '{name}' is shared by all models; move it from "
+                f"{scope.where} to the recipe's own 'parameters'"
+            )
+        if scope.model == base:
+            raise UserError(
+                f"recipe {recipe.path}: the base {scope.where} takes no parameters, "
+                f"but has '{name}'"
+            )
+
+
+def _resolve_score_files(recipe: Recipe) -> None:
+    """Make every ``scores`` path absolute: beside the recipe first, else from here."""
+    folder = recipe.path.absolute().parent
+
+    def resolve(setting: Any) -> Any:
+        if isinstance(setting, list):
+            return [resolve(entry) for entry in setting]
+        if isinstance(setting, ConditionalParameter):
+            return ConditionalParameter(value=resolve(setting.value), filter=setting.filter)
+        if not isinstance(setting, str):
+            raise UserError(f"recipe {recipe.path}: 'scores' must be a path, not {setting!r}")
+        if setting.startswith("hf://"):
+            found = local_path(setting)
+        else:
+            found = os.path.expanduser(setting)
+            beside = folder / found
+            if beside.is_file():
+                found = str(beside)
+            elif not os.path.isfile(found):
+                raise UserError(
+                    f"score file {setting} not found, neither in the recipe's folder {folder} nor "
+                    "in the current one; make one with 'mergekit-wp score BASE EXPERT "
+                    "--prompts FILE.jsonl --out FILE.safetensors'"
+                )
+            found = os.path.abspath(found)
+        load(found)
+        return found
+
+    for scopes in _scopes(recipe.config):
+        for scope in scopes:
+            if "scores" in scope.parameters:
+                scope.parameters["scores"] = resolve(scope.parameters["scores"])

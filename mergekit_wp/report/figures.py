@@ -1,0 +1,162 @@
+"""Figures of a score file: one PNG with everything, or a panel at a time for a page."""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from mergekit_wp.components import Kind
+from mergekit_wp.report import panels, words
+from mergekit_wp.report.ranking import select
+from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
+
+#: Left to right; a reader meets the whole before the parts.
+ORDER: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
+_MOST_PIXELS = 16_000
+# stands for the page's text colour in an inline SVG
+_INK = "#010203"
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Matplotlib's defaults, whatever the user's matplotlibrc says; glyphs may be missing."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.size": 9,
+                "axes.titlesize": 10,
+                "svg.fonttype": "none",
+                "svg.hashsalt": "mergekit-wp",
+                "axes.linewidth": 0.6,
+            }
+        )
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def panel_list(
+    score_file: ScoreFile, estimand: Estimand, criterion: CriterionName
+) -> list[panels.Panel]:
+    """The panels of one estimand and criterion: one for each kind the file has."""
+    manifest = score_file.manifest
+    found = []
+    for kind in ORDER:
+        if kind not in manifest.kinds or 0 in manifest.shape(kind):
+            continue
+        key = f"{estimand}/{criterion}/{kind}"
+        scores = score_file.tensors[key].numpy().astype(np.float64)
+        se = score_file.tensors.get(f"{key}.se")
+        errors = None if se is None else se.numpy().astype(np.float64)
+        found.append(panels.make(manifest, kind, scores, errors, f"{estimand}/{criterion}"))
+    return found
+
+
+def png(score_file: ScoreFile) -> bytes:
+    """One figure, a row of panels for each estimand and criterion."""
+    pairs = select(score_file).pairs
+    rows = [panel_list(score_file, e, c) for e, c in pairs]
+    height = min(max(0.075 * score_file.manifest.n_layers, 1.6), 6.0) + 1.9
+    width = max(sum(p.width + 0.75 for p in row) for row in rows) + 0.4
+    size = (max(width, 5.0), height * len(rows) + 0.8)
+    with _settings():
+        figure = Figure(figsize=size, layout="constrained")
+        title = _wrap(_title(score_file), size[0] * 9.5)
+        figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
+        parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+        for part, row, (estimand, criterion) in zip(parts, rows, pairs, strict=True):
+            title = _wrap(_row_title(score_file, estimand, criterion), size[0] * 11.5)
+            part.suptitle(title, fontsize=10, x=0.01, ha="left")
+            _row(part, row)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=min(150.0, _MOST_PIXELS / max(size)))
+    return buffer.getvalue()
+
+
+def _wrap(text: str, width: float) -> str:
+    """Break lines to a number of characters; give up after three of them."""
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, int(width))[:3]]
+    return "\n".join(lines)
+
+
+def _title(score_file: ScoreFile) -> str:
+    manifest = score_file.manifest
+    expert = words.clean(manifest.expert.reference)
+    base = words.clean(manifest.base.reference)
+    return f"{words.clean(manifest.behavior)}\n{expert} against {base}"
+
+
+def _row_title(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> str:
+    if estimand == "share":
+        return f"share/{criterion}: {words.share_words(score_file, criterion)}"
+    spread = words.portrait(score_file, estimand, criterion).spread
+    return f"{estimand}/{criterion}: {spread}"
+
+
+def _row(part: SubFigure, row: list[panels.Panel]) -> None:
+    grid = part.subplots(
+        1, len(row), squeeze=False, sharey=True, width_ratios=[panel.width for panel in row]
+    )
+    for place, (ax, panel) in enumerate(zip(grid[0], row, strict=True)):
+        _draw(part, ax, panel)
+        if place == 0:
+            ax.set_ylabel("layer")
+
+
+def _draw(part: Figure | SubFigure, ax: Axes, panel: panels.Panel) -> None:
+    ax.set_title(panel.title)
+    drawn = panel.draw(ax)
+    if drawn is None:
+        return
+    image, label = drawn
+    bar = part.colorbar(image, ax=ax, location="bottom", aspect=14, fraction=0.06, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(length=2, labelsize="small")
+    end = image.get_clim()[1]
+    if panel.kind == "neuron":
+        ticks = [10.0**power for power in range(int(np.log10(end)) + 1)]
+        bar.set_ticks(ticks, labels=[f"{tick:,.0f}" for tick in ticks])
+        bar.minorticks_off()
+    else:
+        bar.set_ticks([-end, 0, end], labels=[panels.signed(t) for t in (-end, 0, end)])
+
+
+def svg(panel: panels.Panel, prefix: str, n_layers: int) -> str:
+    """One panel as an ``<svg>`` element to be put into a page.
+
+    It takes the page's text colour, has no address in it, and its ids start with ``prefix``.
+    """
+    height = min(max(0.09 * n_layers, 1.6), 6.0) + 1.2
+    with _settings():
+        figure = Figure(figsize=(3.8, height), layout="constrained")
+        ax = figure.subplots()
+        ax.set_ylabel("layer")
+        _draw(figure, ax, panel)
+        ax.set_title("")
+        for text in figure.findobj(matplotlib.text.Text):
+            text.set_color(_INK)
+        figure.patch.set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
+    return _inline(buffer.getvalue(), prefix)
+
+
+def _inline(text: str, prefix: str) -> str:
+    """Matplotlib's SVG document as an element of an HTML page."""
+    element = text[text.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", element)
+    element = re.sub(r'\s(width|height)="[\d.]+pt"', "", element, count=2)
+    element = re.sub(r'\bid="', f'id="{prefix}-', element)
+    element = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", element)
+    return element.replace(_INK, "currentColor")

@@ -1,0 +1,252 @@
+"""Panels of a score figure, each drawn on one axes: layers upward, as the residual stream runs.
+
+Colours: red above zero, blue below, white at zero (a ColorBrewer scheme that stays readable with
+any colour blindness); counts run from pale to dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import MaxNLocator
+
+from mergekit_wp.components import Kind, layout_of
+from mergekit_wp.scorefile import Manifest
+
+Array = npt.NDArray[np.float64]
+
+DIVERGING = "RdBu_r"
+SEQUENTIAL = "Purples"
+POSITIVE, NEGATIVE = "#b2182b", "#2166ac"
+MISSING = "#dddddd"
+_BINS = 49
+
+# last part of a module's name -> column of the tensor panel
+_ROLES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+_COLUMNS = (*_ROLES.values(), "norms", "other")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One kind of component: its title, how wide to draw it, and how.
+
+    ``draw`` returns what a colour bar should explain and its label, or None for bars.
+    """
+
+    kind: Kind
+    title: str
+    width: float
+    alt: str
+    draw: Callable[[Axes], tuple[ScalarMappable, str] | None]
+
+
+def make(manifest: Manifest, kind: Kind, scores: Array, se: Array | None, unit: str) -> Panel:
+    """The panel of one kind of component.
+
+    Args:
+        manifest: of the score file.
+        kind: which components.
+        scores: shaped as `Manifest.shape` says.
+        se: standard errors of the same shape, where known.
+        unit: what a score is called, such as ``share/kl``.
+    """
+    layers = f"{manifest.n_layers} layers (upward)"
+    if kind == "layer":
+        alt = f"Bars: {unit} of each of {layers}"
+        return Panel(kind, "layers", 1.5, alt, lambda ax: _bars(ax, scores, se, unit))
+    if kind == "tensor":
+        grid, columns, outside = tensor_grid(manifest, scores)
+        alt = f"Heat map: {unit} of each whole tensor, {layers} by {', '.join(columns)}"
+        if outside:
+            alt += "; outside the layers: " + ", ".join(f"{n} {s:+.2g}" for n, s in outside)
+        width = 0.6 + 0.33 * len(columns)
+        return Panel(
+            kind, "tensors", width, alt, lambda ax: _tensors(ax, grid, columns, outside, unit)
+        )
+    if kind == "neuron":
+        n = manifest.n_neurons
+        alt = f"Density: how many of {n} neurons have which {unit}, for each of {layers}"
+        return Panel(kind, "neurons", 3.0, alt, lambda ax: _density(ax, scores, unit))
+    word = "head" if kind == "head" else "K/V group"
+    n = scores.shape[1]
+    alt = f"Heat map: {unit} of each {word}, {layers} by {n} {word}s"
+    width = min(max(0.16 * n, 1.2), 4.5)
+    return Panel(kind, f"{word}s", width, alt, lambda ax: _heat(ax, scores, unit))
+
+
+def limit(scores: Array) -> float:
+    """End of a symmetric colour scale: the largest |score|, or 1 when all are zero."""
+    return float(np.abs(scores).max(initial=0.0)) or 1.0
+
+
+def tensor_grid(
+    manifest: Manifest, scores: Array
+) -> tuple[Array, list[str], list[tuple[str, float]]]:
+    """Tensor scores as layers by role; tensors of one role and layer are added up.
+
+    Returns:
+        The grid (NaN where there is no such tensor), its column names, and the scores of the
+        tensors outside the layers.
+    """
+    grid = np.full((manifest.n_layers, len(_COLUMNS)), np.nan)
+    outside = []
+    for name, score in zip(manifest.tensor_names, scores.tolist(), strict=True):
+        layer = layout_of(name, manifest.dims).layer
+        if layer is None or layer >= manifest.n_layers:
+            outside.append((_short(name), score))
+            continue
+        column = _COLUMNS.index(_role(name))
+        grid[layer, column] = np.nansum([grid[layer, column], score])
+    used = ~np.isnan(grid).all(axis=0)
+    return grid[:, used], [c for c, keep in zip(_COLUMNS, used, strict=True) if keep], outside
+
+
+def _role(name: str) -> str:
+    parts = name.split(".")
+    module = parts[-2] if len(parts) > 1 else name
+    return _ROLES.get(module, "norms" if "norm" in module else "other")
+
+
+def _short(name: str) -> str:
+    """Name for a tensor outside the layers; anything unknown is plain 'other'."""
+    for part, word in (("embed", "embedding"), ("lm_head", "lm_head"), ("norm", "final norm")):
+        if part in name:
+            return word
+    return "other"
+
+
+def _layer_axis(ax: Axes, n_layers: int) -> None:
+    ax.set_ylim(-0.5, n_layers - 0.5)
+    ax.set_yticks(_counting(n_layers, 8))
+    ax.tick_params(length=2)
+
+
+def _counting(n: int, most: int) -> range:
+    """Ticks for 0 to n - 1, at steps of 1, 2, 4 or 8 (and so on)."""
+    step = 1
+    while n > most * step:
+        step *= 2
+    return range(0, n, step)
+
+
+def _heat(ax: Axes, scores: Array, unit: str) -> tuple[ScalarMappable, str]:
+    image = _image(ax, scores)
+    ax.set_xticks(_counting(scores.shape[1], 10))
+    return image, unit
+
+
+def _image(ax: Axes, grid: Array) -> ScalarMappable:
+    end = limit(grid[np.isfinite(grid)])
+    ax.set_facecolor(MISSING)
+    image = ax.imshow(
+        grid,
+        cmap=DIVERGING,
+        norm=Normalize(-end, end),
+        aspect="auto",
+        origin="lower",
+        interpolation="none",
+    )
+    _layer_axis(ax, grid.shape[0])
+    return image
+
+
+def _tensors(
+    ax: Axes, grid: Array, columns: list[str], outside: list[tuple[str, float]], unit: str
+) -> tuple[ScalarMappable, str]:
+    image = _image(ax, grid)
+    ax.set_xticks(range(len(columns)), columns)
+    # such tensors have no layer, but are too few for a panel of their own
+    note = "  ".join(f"{name} {signed(score)}" for name, score in outside[:3])
+    ax.set_xlabel(note, fontsize="small")
+    return image, unit
+
+
+def _bars(ax: Axes, scores: Array, se: Array | None, unit: str) -> None:
+    colours = [POSITIVE if score >= 0 else NEGATIVE for score in scores]
+    ax.barh(np.arange(len(scores)), scores, xerr=se, color=colours, height=0.8, error_kw=_ERROR)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set_xlabel(unit)
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    _layer_axis(ax, len(scores))
+
+
+_ERROR: dict[str, Any] = {"elinewidth": 0.8, "ecolor": "0.5"}
+
+
+def bend(scores: Array) -> float:
+    """Where the neurons' axis turns from linear to logarithmic.
+
+    That is the median |score| that is not zero, held between one and four decades below the
+    largest, so that leaders and the bulk are both visible.
+    """
+    end = limit(scores)
+    sizes = np.abs(scores[scores != 0])
+    bulk = float(np.median(sizes)) if sizes.size else end
+    return float(np.clip(bulk, end * 1e-4, end * 1e-1))
+
+
+def _density(ax: Axes, scores: Array, unit: str) -> tuple[ScalarMappable, str]:
+    linear = bend(scores)
+    bent = np.arcsinh(scores / linear)
+    span = float(np.abs(bent).max(initial=0.0)) * 1.001 or 1.0
+    counts = np.stack([np.histogram(row, bins=_BINS, range=(-span, span))[0] for row in bent])
+    ax.set_facecolor("white")
+    image = ax.imshow(
+        np.ma.masked_equal(counts, 0),
+        cmap=_darker(SEQUENTIAL),
+        norm=LogNorm(1, max(counts.max(initial=1), 2)),
+        aspect="auto",
+        origin="lower",
+        interpolation="none",
+        extent=(-span, span, -0.5, len(scores) - 0.5),
+    )
+    ax.axvline(0, color="0.5", linewidth=0.6, linestyle=":")
+    ticks = _decades(limit(scores), linear)
+    ax.set_xticks([float(np.arcsinh(t / linear)) for t in ticks], [_power(t) for t in ticks])
+    ax.set_xlabel(unit)
+    _layer_axis(ax, len(scores))
+    return image, "neurons"
+
+
+def _darker(name: str) -> Any:
+    """A sequential map without its palest part, so that a single neuron shows."""
+    import matplotlib
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(matplotlib.colormaps[name](np.linspace(0.25, 1, 256)))
+
+
+def _decades(end: float, linear: float) -> list[float]:
+    """Two powers of ten in the logarithmic part (or one), of both signs, and zero."""
+    last = int(np.floor(np.log10(end)))
+    first = min(int(np.ceil(np.log10(linear))) + 1, last)
+    powers = [10.0**p for p in sorted({max(first, last - 2), last})]
+    return [-p for p in reversed(powers)] + [0.0] + powers
+
+
+def _power(value: float) -> str:
+    exponent = str(round(np.log10(abs(value)))) if value else ""
+    if exponent in ("", "-1", "0", "1"):
+        return signed(value)
+    raised = exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{'−' if value < 0 else ''}10{raised}"
+
+
+def signed(value: float) -> str:
+    """Two figures with a true minus."""
+    return f"{value + 0.0:.2g}".replace("-", "−")

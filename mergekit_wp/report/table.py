@@ -1,0 +1,133 @@
+"""The text of ``mergekit-wp inspect``: a summary, then the leaders; plain, for pipes too."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from mergekit_wp.components import SLICED_KINDS
+from mergekit_wp.report import words
+from mergekit_wp.report.ranking import Row, Selection, leaders
+from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
+
+_WIDTH = 80
+
+
+def render(
+    score_file: ScoreFile, selection: Selection, top: int, *, width: int | None = None
+) -> Iterator[str]:
+    """Lines of the table.
+
+    Args:
+        score_file: a checked score file.
+        selection: which scores to show.
+        top: leaders for each estimand and criterion.
+        width: of the terminal, to shorten tensor names to; None prints them whole.
+    """
+    manifest = score_file.manifest
+    yield f"behaviour: {words.clean(manifest.behavior)}"
+    yield from _list(words.identity(manifest))
+    yield ""
+    yield "criteria, scaled to 0 at the base and 1 at the expert"
+    for c in selection.criteria:
+        yield from _list([(c, words.CRITERION_WORDS[c]), (c, words.criterion_facts(manifest, c))])
+    for estimand, criterion in selection.pairs:
+        yield ""
+        yield from _heading(f"{estimand}/{criterion}")
+        yield from _list(_facts(score_file, selection, estimand, criterion))
+        lists = leaders(score_file, estimand, criterion, selection.kinds, top)
+        yield from _list([(f"top {x.title}", _in_line(x.rows)) for x in lists if x.aside])
+        for listed in lists:
+            if not listed.aside:
+                yield ""
+                yield from _rows(listed.rows, width)
+
+
+def _heading(text: str) -> Iterator[str]:
+    yield text
+    yield "-" * len(text)
+
+
+def _facts(
+    score_file: ScoreFile, selection: Selection, estimand: Estimand, criterion: CriterionName
+) -> list[tuple[str, str]]:
+    facts = [("score", words.ESTIMAND_WORDS[estimand])]
+    if estimand == "share":
+        facts.append(("sum", words.share_words(score_file, criterion)))
+    if set(score_file.manifest.kinds) & {"tensor", *SLICED_KINDS}:
+        facts.append(("spread", words.portrait(score_file, estimand, criterion).spread))
+    rows = words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds)
+    facts += [("method", f"{', '.join(row.kinds)}: {row.words}") for row in rows]
+    return facts
+
+
+def _list(items: Sequence[tuple[str, str]]) -> Iterator[str]:
+    last = None
+    for label, text in items:
+        head = f"  {'' if label == last else label:<12}"
+        last = label
+        yield from textwrap.wrap(
+            text, _WIDTH, initial_indent=head, subsequent_indent=" " * 14, break_on_hyphens=False
+        )
+
+
+def _in_line(rows: list[Row]) -> str:
+    score = ScoreFormat([row.score for row in rows])
+    return ", ".join(f"{words.clean(row.name)} {score(row.score)}" for row in rows)
+
+
+def _rows(rows: list[Row], width: int | None) -> Iterator[str]:
+    if not rows:
+        yield "  no components"
+        return
+    score = ScoreFormat([row.score for row in rows])
+    cells: list[tuple[str, ...]] = [
+        (
+            str(number),
+            row.kind,
+            "-" if row.layer is None else str(row.layer),
+            str(row.index),
+            score(row.score),
+            "" if row.se is None else score(row.se, sign=""),
+            words.clean(row.name),
+        )
+        for number, row in enumerate(rows, 1)
+    ]
+    table: list[tuple[str, ...]] = [
+        ("#", "kind", "layer", "index", "score", "± se", "name"),
+        *cells,
+    ]
+    if all(row.se is None for row in rows):
+        table = [line[:5] + line[6:] for line in table]
+    widths = [max(map(len, column)) for column in list(zip(*table, strict=True))[:-1]]
+    for line in table:
+        padded = [
+            cell.ljust(size) if place == 1 else cell.rjust(size)
+            for place, (cell, size) in enumerate(zip(line, widths, strict=False))
+        ]
+        before = "  ".join(padded) + "  "
+        yield before + _shorten(line[-1], None if width is None else width - len(before))
+
+
+def _shorten(name: str, room: int | None) -> str:
+    """Drop the start of a name, which the other columns repeat."""
+    if room is None or len(name) <= room:
+        return name
+    return "…" + name[len(name) - max(room - 1, 8) :]
+
+
+class ScoreFormat:
+    """Writes scores with as many decimals as the largest needs for three figures."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        """Fix the decimals for these scores."""
+        largest = max((abs(score) for score in scores), default=0.0)
+        self.scientific = 0 < largest < 1e-7 or largest >= 1e6
+        magnitude = math.floor(math.log10(largest)) if largest > 0 else 0
+        self.decimals = min(max(2 - magnitude, 3), 10)
+
+    def __call__(self, score: float, sign: str = "+") -> str:
+        """One score."""
+        score += 0.0  # no minus zero
+        return f"{score:{sign}.3e}" if self.scientific else f"{score:{sign}.{self.decimals}f}"

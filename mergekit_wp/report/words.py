@@ -1,0 +1,223 @@
+"""The facts of a score file in plain sentences, shared by the table and the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from mergekit_wp.components import Kind
+from mergekit_wp.scorefile import (
+    CriterionName,
+    Estimand,
+    Fidelity,
+    Manifest,
+    ModelId,
+    ScoreFile,
+)
+
+#: Plural, as said in a sentence.
+KIND_WORDS: dict[Kind, str] = {
+    "layer": "layers",
+    "tensor": "tensors",
+    "head": "heads",
+    "kv_group": "K/V groups",
+    "neuron": "neurons",
+}
+ESTIMAND_WORDS: dict[Estimand, str] = {
+    "share": "the component's part of the whole way from base to expert (integrated gradients)",
+    "gain": "how far the base gets when only this component is swapped in from the expert "
+    "(sufficiency); single swaps do not add up",
+    "knockout": "how much the expert loses when only this component is set back to the base "
+    "(necessity); single swaps do not add up",
+}
+CRITERION_WORDS: dict[CriterionName, str] = {
+    "kl": "closeness to the expert's next-token distribution over the response",
+    "anchor": "position along the behaviour's direction in the residual stream",
+    "logprob": "mean log-probability of the response",
+}
+
+METHOD_WORDS = {
+    "exact": "exact swaps",
+    "first-order": "first-order",
+    "integrated-gradients": "integrated gradients",
+}
+
+
+def clean(text: str) -> str:
+    """Text without control characters: a file from elsewhere cannot steer the terminal."""
+    return "".join(
+        ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text
+    )
+
+
+def percent(part: float) -> str:
+    """A fraction as a percentage, with a decimal only where it matters."""
+    if 0 < part < 0.0005:
+        return "under 0.1%"
+    return f"{part:.1%}" if abs(part) < 0.0995 else f"{part:.0%}"
+
+
+def count(n: int, singular: str) -> str:
+    """A number with its noun: 1 prompt, 1,536 neurons."""
+    return f"{n:,} {singular}{'' if n == 1 else 's'}"
+
+
+def identity(manifest: Manifest) -> list[tuple[str, str]]:
+    """What was scored: (label, text)."""
+    return [
+        ("base", _model(manifest.base)),
+        ("expert", _model(manifest.expert)),
+        (
+            "model",
+            f"{clean(manifest.architecture)}, {count(manifest.n_layers, 'layer')} of "
+            f"{count(manifest.n_heads, 'head')}, {count(manifest.n_kv_groups, 'K/V group')} "
+            f"and {count(manifest.n_neurons, 'neuron')}",
+        ),
+        (
+            "scored",
+            f"on {count(manifest.n_prompts, 'prompt')}, {clean(manifest.dtype)}, "
+            f"seed {manifest.seed}, {clean(manifest.created)}",
+        ),
+    ]
+
+
+def _model(model: ModelId) -> str:
+    revision = f" @ {model.revision}" if model.revision else ""
+    return f"{clean(model.reference + revision)} ({clean(model.weights_dtype)})"
+
+
+def criterion_facts(manifest: Manifest, criterion: CriterionName) -> str:
+    """How far base and expert are apart, and what counts as noise."""
+    parts = []
+    if scale := manifest.scale.get(criterion):
+        apart = abs(scale.expert - scale.base)
+        parts.append(
+            f"{scale.base:.4g} at the base, {scale.expert:.4g} at the expert: {apart:.4g} apart"
+        )
+    if criterion in manifest.noise_floor:
+        parts.append(f"noise floor {manifest.noise_floor[criterion]:.2g}")
+    if criterion == "anchor" and (anchor := manifest.anchor):
+        pairs = f" from {count(anchor.n_contrasts, 'contrast')}" if anchor.n_contrasts else ""
+        parts.append(
+            f"taken after layer {anchor.layer}, direction by {anchor.contrast}{pairs}, "
+            f"separation {anchor.separation:.3g} on held-out prompts"
+        )
+    return "; ".join(parts) or "nothing recorded"
+
+
+def fidelity_words(fidelity: Fidelity | None) -> str:
+    """How scores were computed and how far to trust them, as one sentence."""
+    if fidelity is None:
+        return "method not recorded"
+    words = METHOD_WORDS[fidelity.method]
+    if fidelity.steps is not None:
+        words += f", {count(fidelity.steps, 'step')}"
+    swaps = fidelity.verified_top + fidelity.verified_random
+    if not swaps:
+        unchecked = fidelity.method == "first-order"
+        return f"{words}; not verified by exact swaps" if unchecked else words
+    words += (
+        f"; against {count(swaps, 'exact swap')} ({count(fidelity.verified_top, 'leader')}, "
+        f"{fidelity.verified_random:,} random)"
+    )
+    figures = [
+        f"{name} {value:.3f}"
+        for name, value in (
+            ("Pearson", fidelity.pearson),
+            ("Spearman", fidelity.spearman),
+            ("Pearson of the random alone", fidelity.pearson_random),
+        )
+        if value is not None
+    ]
+    if fidelity.largest_missed is not None:
+        figures.append(f"largest missed {fidelity.largest_missed:.2g}")
+    return f"{words}: {', '.join(figures)}" if figures else words
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """Kinds of one estimand and criterion that share a fidelity statement."""
+
+    estimand: Estimand
+    criterion: CriterionName
+    kinds: tuple[Kind, ...]
+    fidelity: Fidelity | None
+
+    @property
+    def words(self) -> str:
+        """The statement as a sentence."""
+        return fidelity_words(self.fidelity)
+
+
+def fidelity_rows(
+    manifest: Manifest, estimand: Estimand, criterion: CriterionName, kinds: tuple[Kind, ...]
+) -> list[FidelityRow]:
+    """Fidelity of each kind; neighbours with the same statement share a row."""
+    of_kind = {k: manifest.fidelity.get(f"{estimand}/{criterion}/{k}") for k in kinds}
+    return [
+        FidelityRow(estimand, criterion, tuple(group), fidelity)
+        for fidelity, group in groupby(kinds, key=of_kind.__getitem__)
+    ]
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """How the scores of one estimand and criterion are spread over the fine partition."""
+
+    n: int
+    total: float
+    by_kind: dict[Kind, float]
+    n_positive: int
+    n_half: int
+
+    @property
+    def parts(self) -> list[tuple[str, float]]:
+        """Kind in words and its part of the total; empty when the total is not positive."""
+        if self.total <= 0:
+            return []
+        order = sorted(self.by_kind.items(), key=lambda item: -item[1])
+        return [(_fine_word(kind), value / self.total) for kind, value in order]
+
+    @property
+    def spread(self) -> str:
+        """How concentrated the positive scores are, as a sentence."""
+        if not self.n_positive:
+            return f"none of {count(self.n, 'component')} scores above zero"
+        return (
+            f"half of the positive score sits in {self.n_half:,} of "
+            f"{count(self.n, 'component')} ({percent(self.n_half / self.n)})"
+        )
+
+
+def _fine_word(kind: Kind) -> str:
+    return "other tensors" if kind == "tensor" else KIND_WORDS[kind]
+
+
+def portrait(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> Portrait:
+    """Sums and concentration over the fine partition, as far as the file's kinds reach."""
+    fine = {
+        kind: tensor.numpy().reshape(-1).astype(np.float64)
+        for kind, tensor in score_file.fine_scores(estimand, criterion).items()
+    }
+    every = np.concatenate([np.empty(0), *fine.values()])
+    mass = np.sort(every[every > 0])[::-1].cumsum()
+    half = int(np.searchsorted(mass, mass[-1] / 2)) + 1 if len(mass) else 0
+    return Portrait(
+        n=len(every),
+        total=float(every.sum()),
+        by_kind={kind: float(values.sum()) for kind, values in fine.items()},
+        n_positive=len(mass),
+        n_half=half,
+    )
+
+
+def share_words(score_file: ScoreFile, criterion: CriterionName) -> str:
+    """Completeness and the part of each kind, for estimand ``share``."""
+    facts = portrait(score_file, "share", criterion)
+    manifest = score_file.manifest
+    stated = manifest.completeness.get(f"share/{criterion}", manifest.completeness.get(criterion))
+    total = facts.total if stated is None else stated
+    parts = ", ".join(f"{word} {percent(part)}" for word, part in facts.parts)
+    return f"the shares add up to {total:.3g} (1 is complete)" + (f": {parts}" if parts else "")

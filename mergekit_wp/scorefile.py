@@ -1,0 +1,281 @@
+"""The score file: one safetensors file with a JSON manifest (DESIGN section 4, names FIXED).
+
+Reading refuses whatever does not fit: a score file nobody can misuse silently is the point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+
+from mergekit_wp.components import SLICED_KINDS, Dims, Kind, layout_of
+from mergekit_wp.errors import UserError
+
+FORMAT_VERSION = 1
+METADATA_KEY = "mergekit_wp"
+
+Estimand = Literal["share", "gain", "knockout"]
+CriterionName = Literal["kl", "anchor", "logprob"]
+ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
+CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelId(_Strict):
+    """Which checkpoint was scored."""
+
+    reference: str
+    revision: str | None
+    config_hash: str
+    #: dtype the weights are stored in; merges cast down from it are compared less strictly
+    weights_dtype: str
+
+
+class Anchor(_Strict):
+    """The vector anchor: where it was taken and how well it separates.
+
+    ``separation`` is the effect size on held-out prompts, None with too few prompts to hold out.
+    """
+
+    layer: int
+    contrast: Literal["instruction", "checkpoint"]
+    separation: float | None
+    n_contrasts: int
+
+
+class Fidelity(_Strict):
+    """How the scores of one estimand/criterion/kind were computed, and how far to trust them.
+
+    For first-order scores, ``verified_top`` leaders and ``verified_random`` uniformly drawn
+    components were swapped exactly; the correlations are between the two, over all verified
+    components and over the random ones alone, and ``largest_missed`` is the largest exact
+    |score| among random components that are not leaders.
+    """
+
+    method: Literal["exact", "first-order", "second-order", "integrated-gradients"]
+    steps: int | None = None
+    verified_top: int = 0
+    verified_random: int = 0
+    pearson: float | None = None
+    spearman: float | None = None
+    pearson_random: float | None = None
+    largest_missed: float | None = None
+
+
+class Scale(_Strict):
+    """Raw criterion value at the base and at the expert (means over prompts)."""
+
+    base: float
+    expert: float
+
+
+class Manifest(_Strict):
+    """The JSON under the metadata key ``mergekit_wp``."""
+
+    format_version: int = FORMAT_VERSION
+    base: ModelId
+    expert: ModelId
+    behavior: str
+    n_prompts: int
+    prompts_sha256: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_groups: int
+    n_neurons: int
+    hidden_size: int
+    criteria: tuple[CriterionName, ...]
+    estimands: tuple[Estimand, ...]
+    kinds: tuple[Kind, ...]
+    anchor: Anchor | None
+    scale: dict[CriterionName, Scale]
+    fidelity: dict[str, Fidelity]
+    noise_floor: dict[CriterionName, float]
+    completeness: dict[str, float]
+    tensor_names: tuple[str, ...]
+    dtype: str
+    seed: int
+    created: str
+    versions: dict[str, str]
+
+    @property
+    def dims(self) -> Dims:
+        """The dimensions that fix the components."""
+        return Dims(self.n_layers, self.n_heads, self.n_kv_groups, self.n_neurons)
+
+    def shape(self, kind: Kind) -> tuple[int, ...]:
+        """Shape of a score tensor of one kind."""
+        return {
+            "layer": (self.n_layers,),
+            "tensor": (len(self.tensor_names),),
+            "head": (self.n_layers, self.n_heads),
+            "kv_group": (self.n_layers, self.n_kv_groups),
+            "neuron": (self.n_layers, self.n_neurons),
+        }[kind]
+
+    def score_keys(self) -> list[str]:
+        """Names of all score tensors this manifest promises."""
+        return [f"{e}/{c}/{k}" for e in self.estimands for c in self.criteria for k in self.kinds]
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """A checked score file in memory."""
+
+    manifest: Manifest
+    tensors: dict[str, torch.Tensor]
+
+    def scores(self, estimand: str, criterion: str, kind: str) -> torch.Tensor:
+        """One score tensor, float32, shaped as `Manifest.shape` says.
+
+        Raises:
+            UserError: the file has no such scores; says which it has.
+        """
+        key = f"{estimand}/{criterion}/{kind}"
+        if key not in self.tensors:
+            have = ", ".join(self.manifest.score_keys())
+            raise UserError(f"no scores '{key}' in this score file; it has {have}")
+        return self.tensors[key]
+
+    @property
+    def delta_norm(self) -> dict[str, float]:
+        """Frobenius norm of each tensor of the task vector."""
+        return dict(
+            zip(self.manifest.tensor_names, self.tensors["delta_norm"].tolist(), strict=True)
+        )
+
+    def fine_scores(self, estimand: str, criterion: str) -> dict[Kind, torch.Tensor]:
+        """Scores over the fine partition, as far as the file's kinds reach.
+
+        Under ``tensor`` only the tensors that are components by themselves remain, in the order
+        of `fine_tensor_names`.
+        """
+        fine: dict[Kind, torch.Tensor] = {}
+        for kind in SLICED_KINDS:
+            if kind in self.manifest.kinds:
+                fine[kind] = self.scores(estimand, criterion, kind)
+        if "tensor" in self.manifest.kinds:
+            every = self.scores(estimand, criterion, "tensor")
+            index = {name: i for i, name in enumerate(self.manifest.tensor_names)}
+            fine["tensor"] = every[[index[name] for name in self.fine_tensor_names]]
+        return fine
+
+    @property
+    def fine_tensor_names(self) -> tuple[str, ...]:
+        """Tensors that are fine components by themselves (norms, embeddings, ...)."""
+        dims = self.manifest.dims
+        return tuple(n for n in self.manifest.tensor_names if layout_of(n, dims).kind == "tensor")
+
+
+def _expected_shapes(manifest: Manifest, keys: set[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {key: manifest.shape(key.split("/")[2]) for key in manifest.score_keys()}  # type: ignore[arg-type]
+    shapes |= {f"{key}.se": shape for key, shape in shapes.items() if f"{key}.se" in keys}
+    shapes["delta_norm"] = (len(manifest.tensor_names),)
+    if manifest.anchor is not None:
+        shapes["anchor/vector"] = (manifest.hidden_size,)
+    return shapes
+
+
+def check(score_file: ScoreFile) -> None:
+    """Refuse tensors that do not fit the manifest.
+
+    Raises:
+        UserError: a missing, extra or misshapen tensor, another dtype, or a NaN.
+    """
+    tensors = score_file.tensors
+    expected = _expected_shapes(score_file.manifest, set(tensors))
+    for key, shape in expected.items():
+        if key not in tensors:
+            raise UserError(f"tensor '{key}' is missing; the manifest promises it")
+        if tuple(tensors[key].shape) != shape:
+            raise UserError(f"tensor '{key}' has shape {tuple(tensors[key].shape)}, not {shape}")
+        if tensors[key].dtype != torch.float32:
+            raise UserError(f"tensor '{key}' is {tensors[key].dtype}, not torch.float32")
+        if not torch.isfinite(tensors[key]).all():
+            raise UserError(f"tensor '{key}' holds NaN or infinity")
+    if extra := sorted(set(tensors) - set(expected)):
+        raise UserError(f"tensor '{extra[0]}' is not in the manifest")
+
+
+def parse_manifest(text: str | None) -> Manifest:
+    """Parse and check the JSON manifest.
+
+    Raises:
+        UserError: not a manifest, or one of another format version.
+    """
+    if text is None:
+        raise UserError(f"not a score file: no '{METADATA_KEY}' in its metadata")
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"its manifest is not JSON ({error})") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"format version {version!r}; this mergekit-wp reads {FORMAT_VERSION}")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"bad manifest: {where}: {first['msg']}") from error
+
+
+def read(path: str | os.PathLike[str]) -> ScoreFile:
+    """Read and check a score file.
+
+    Raises:
+        UserError: missing, unreadable, truncated, of another version, or inconsistent; the
+            message names the file.
+    """
+    if not os.path.isfile(path):
+        raise UserError(
+            f"score file {path} not found; make one with "
+            "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors'"
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as handle:
+            manifest = parse_manifest((handle.metadata() or {}).get(METADATA_KEY))
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        score_file = ScoreFile(manifest, tensors)
+        check(score_file)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"score file {path} is unreadable or truncated: {error}") from error
+    except UserError as error:
+        raise UserError(f"score file {path}: {error}") from error
+    return score_file
+
+
+def write(score_file: ScoreFile, path: str | os.PathLike[str]) -> None:
+    """Check a score file and write it under its name only when complete."""
+    check(score_file)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: score_file.tensors[key].contiguous() for key in sorted(score_file.tensors)}
+    metadata = {METADATA_KEY: score_file.manifest.model_dump_json()}
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

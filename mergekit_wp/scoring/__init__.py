@@ -1,0 +1,1 @@
+"""From two checkpoints and a prompt file to a score file."""

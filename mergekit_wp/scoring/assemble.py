@@ -1,0 +1,85 @@
+"""Put the results of a run into a score file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+import mergekit_wp
+from mergekit_wp.checkpoints import Checkpoint, Pair
+from mergekit_wp.prompts import PromptFile
+from mergekit_wp.scorefile import CriterionName, Manifest, ModelId, Scale
+from mergekit_wp.scoring.references import References
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.run import SweepRun
+
+
+def score_tensors(run: SweepRun, pair: Pair, references: References) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for estimand, c, kind in run.changes:
+        if kind not in run.request.kinds:
+            continue
+        scores, errors = run.scores(estimand, c, kind)
+        tensors[f"{estimand}/{c}/{kind}"] = scores.float()
+        if run.context.n_prompts > 1:
+            tensors[f"{estimand}/{c}/{kind}.se"] = errors.float()
+    tensors["delta_norm"] = torch.tensor(list(pair.delta_norm.values()), dtype=torch.float32)
+    anchor = references.targets[0].anchor
+    if anchor is not None:
+        tensors["anchor/vector"] = anchor.vector.float().cpu()
+    return tensors
+
+
+def make_manifest(
+    request: ScoreRequest,
+    pair: Pair,
+    prompts: PromptFile,
+    criteria: tuple[CriterionName, ...],
+    references: References,
+    run: SweepRun,
+    created: str,
+) -> Manifest:
+    dims = pair.partition.dims
+    packages = ("torch", "transformers", "mergekit", "safetensors")
+    return Manifest(
+        base=_model_id(pair.base),
+        expert=_model_id(pair.expert),
+        behavior=request.behavior or request.prompts.stem,
+        n_prompts=len(prompts.prompts),
+        prompts_sha256=prompts.sha256,
+        architecture=pair.base.architecture,
+        n_layers=dims.n_layers,
+        n_heads=dims.n_heads,
+        n_kv_groups=dims.n_kv_groups,
+        n_neurons=dims.n_neurons,
+        hidden_size=int(pair.base.config.hidden_size),
+        criteria=criteria,
+        estimands=request.estimands,
+        kinds=request.kinds,
+        anchor=references.anchor,
+        scale={
+            name: Scale(base=float(r.base.mean()), expert=float(r.expert.mean()))
+            for name, r in references.values.items()
+        },
+        fidelity=run.fidelity,
+        noise_floor=run.noise,
+        completeness=run.completeness,
+        tensor_names=pair.partition.tensor_names,
+        dtype=request.dtype,
+        seed=request.seed,
+        created=created,
+        versions={
+            "mergekit-wp": mergekit_wp.__version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    )
+
+
+def _model_id(checkpoint: Checkpoint) -> ModelId:
+    return ModelId(
+        reference=checkpoint.name,
+        revision=checkpoint.revision,
+        config_hash=checkpoint.config_hash,
+        weights_dtype=checkpoint.weights_dtype,
+    )

@@ -1,0 +1,340 @@
+"""A sweep: every component's change of the criteria, block by block.
+
+A block is the smallest piece that is kept when a run is killed: one layer's patches on one batch
+of prompts, one first-order pass, or one step of the share integral. Results are changes per
+prompt, so that standard errors can be taken at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from mergekit_wp.checkpoints import ResidentModel
+from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
+from mergekit_wp.engine.gradients import (
+    PROBES,
+    criterion_gradients,
+    probe_gradients,
+    project,
+    record_with_gradients,
+)
+from mergekit_wp.engine.local import State, block_inputs
+from mergekit_wp.engine.patches import (
+    Values,
+    identity,
+    swap_layer_weights,
+    swap_outside_layers,
+    swap_slices,
+)
+from mergekit_wp.engine.share import contributions, midpoints
+from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
+from mergekit_wp.prompts import PromptBatch
+from mergekit_wp.scorefile import Estimand
+from mergekit_wp.scoring.references import References
+
+#: result tensors of a block, ``[components, prompts of the batch]`` by "criterion/kind/..." key
+Result = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One resumable piece of work; cost is in forward passes over all prompts."""
+
+    key: str
+    cost: float
+    run: Callable[[], Result]
+
+
+@dataclass
+class SweepContext:
+    """What all sweeps share.
+
+    Attributes:
+        resident: the model in memory.
+        references: prompts, targets and reference values.
+        criteria: which criteria to read.
+        batch_size: sequences per forward.
+    """
+
+    resident: ResidentModel
+    references: References
+    criteria: Criteria
+    batch_size: int
+    _traces: dict[tuple[float, int], Trace] = field(default_factory=dict)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The resident model's parts."""
+        return Decoder(self.resident.model)
+
+    @property
+    def partition(self) -> Partition:
+        """The components."""
+        return self.resident.pair.partition
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of prompts."""
+        return sum(batch.size for batch in self.references.batches)
+
+    def weight_of(self, batch: PromptBatch) -> float:
+        """The batch's part of all prompts."""
+        return batch.size / self.n_prompts
+
+    def copies(self, batch: PromptBatch) -> int:
+        """Patches per replay: as many as fill the batch size."""
+        return max(1, self.batch_size // batch.size)
+
+    def trace(self, position: float, b: int) -> Trace:
+        """The recorded run of the base (0) or the expert (1) on batch b; one is kept."""
+        if (position, b) not in self._traces:
+            self._traces.clear()
+            self.resident.move_to(position)
+            with torch.no_grad():
+                self._traces[position, b] = record(self.decoder, self.references.batches[b])
+        return self._traces[position, b]
+
+    def donor(self, position: float, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the other checkpoint."""
+        pair = self.resident.pair
+        source = pair.expert if position == 0.0 else pair.base
+        return {n: source.tensor(n, self.resident.dtype, self.resident.device) for n in names}
+
+    def layer_state(self, position: float, layer: int) -> State:
+        """The donor's weights of one layer, by name within the layer."""
+        names = list(self.partition.layer_tensors(layer))
+        prefix = f"model.layers.{layer}."
+        return {n.removeprefix(prefix): t for n, t in self.donor(position, names).items()}
+
+    def changed(self, kind: Kind, layer: int) -> bool:
+        """Whether base and expert differ in any tensor of a kind in a layer."""
+        changed = self.resident.pair.changed
+        if kind in SLICED_KINDS:
+            return any(t.name in changed for t in self.partition.owned_by(kind, layer))  # type: ignore[arg-type]
+        return any(name in changed for name in self.partition.layer_tensors(layer))
+
+    def depth(self, layer: int) -> float:
+        """Part of a forward pass that replaying from `layer` costs."""
+        last = last_layer(self.decoder, self.criteria, self.references.targets[0])
+        return max(0, last - layer + 1) / self.partition.dims.n_layers
+
+
+def receiver_position(estimand: Estimand) -> float:
+    """Gains are measured from the base (0), knockouts from the expert (1)."""
+    return 0.0 if estimand == "gain" else 1.0
+
+
+def exact_blocks(
+    context: SweepContext,
+    estimand: Estimand,
+    selected: dict[Kind, list[list[int]]],
+    label: str,
+) -> Iterator[Block]:
+    """Exact swaps of chosen components.
+
+    Args:
+        context: the sweep.
+        estimand: ``gain`` or ``knockout``.
+        selected: per kind, per layer, the indices to swap; for ``layer`` the index is 0. Tensors
+            outside the layers stand under kind ``tensor`` in an extra, last list, as positions in
+            `Partition.tensor_names`; so do those inside.
+        label: names the blocks.
+
+    Yields:
+        Blocks whose results hold changes ``[C, n]`` under ``criterion/kind``.
+    """
+    position = receiver_position(estimand)
+    n_layers = context.partition.dims.n_layers
+    for b, batch in enumerate(context.references.batches):
+        weight = context.weight_of(batch)
+        for layer in [*range(n_layers), n_layers]:
+            chosen = {kind: lists[layer] for kind, lists in selected.items() if layer < len(lists)}
+            chosen = {kind: indices for kind, indices in chosen.items() if indices}
+            if not chosen:
+                continue
+            count = sum(len(indices) for indices in chosen.values())
+            depth = context.depth(layer) if layer < n_layers else 1.0
+            if depth == 0:  # above the last layer that matters: nothing changes
+                continue
+            yield Block(
+                key=f"{label}.{estimand}.batch{b:04d}.layer{layer:04d}",
+                cost=count * depth * weight,
+                run=lambda b=b, layer=layer, chosen=chosen: _swap(  # type: ignore[misc]
+                    context, position, b, layer, chosen
+                ),
+            )
+
+
+@torch.no_grad()
+def _swap(
+    context: SweepContext, position: float, b: int, layer: int, chosen: dict[Kind, list[int]]
+) -> Result:
+    trace = context.trace(position, b)
+    targets = context.references.targets[b]
+    decoder, criteria, batch = context.decoder, context.criteria, trace.batch
+    copies = context.copies(batch)
+    own = own_values(decoder, trace, criteria, targets)
+    found: dict[Kind, Values] = {}
+    if layer == context.partition.dims.n_layers:
+        names = [context.partition.tensor_names[i] for i in chosen["tensor"]]
+        parts = [
+            swap_outside_layers(decoder, trace, name, weight, criteria, targets)
+            for name, weight in context.donor(position, names).items()
+        ]
+        found["tensor"] = {c: torch.cat([part[c] for part in parts]) for c in criteria}
+    else:
+        state = context.layer_state(position, layer)
+        if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
+            inputs = block_inputs(decoder, layer, trace, state, context.partition.dims)
+            for kind in sliced:
+                found[kind] = swap_slices(
+                    decoder,
+                    layer,
+                    trace,
+                    kind,
+                    inputs[kind],
+                    chosen[kind],
+                    criteria,
+                    targets,
+                    copies,
+                )
+        swaps: list[State] = []
+        if "layer" in chosen:
+            swaps.append(state)
+        for i in chosen.get("tensor", []):
+            name = context.partition.tensor_names[i].removeprefix(f"model.layers.{layer}.")
+            swaps.append({name: state[name]})
+        if swaps:
+            values = swap_layer_weights(decoder, layer, trace, swaps, criteria, targets, copies)
+            if "layer" in chosen:
+                found["layer"] = {c: v[:1] for c, v in values.items()}
+                values = {c: v[1:] for c, v in values.items()}
+            if "tensor" in chosen:
+                found["tensor"] = values
+    return {f"{c}/{kind}": v[c] - own[c] for kind, v in found.items() for c in criteria}
+
+
+def first_order_blocks(
+    context: SweepContext, estimand: Estimand, kinds: list[FineKind], seed: int
+) -> Iterator[Block]:
+    """Exact-local, linear-downstream changes of whole kinds.
+
+    Yields:
+        Blocks whose results hold changes ``[layers, n, count]`` under ``criterion/kind``.
+    """
+    for b, batch in enumerate(context.references.batches):
+        passes = 3 + 2 * len(context.criteria) + (2 * PROBES if estimand == "knockout" else 0)
+        yield Block(
+            key=f"first-order.{estimand}.batch{b:04d}",
+            cost=passes * context.weight_of(batch),
+            run=lambda b=b: _first_order(context, estimand, b, kinds, seed),  # type: ignore[misc]
+        )
+
+
+def _first_order(
+    context: SweepContext, estimand: Estimand, b: int, kinds: list[FineKind], seed: int
+) -> Result:
+    position = receiver_position(estimand)
+    context.resident.move_to(position)
+    decoder, batch = context.decoder, context.references.batches[b]
+    trace = record_with_gradients(decoder, batch)
+    criteria = context.criteria
+    second_order = estimand == "knockout" and "kl" in criteria
+    linear: Criteria = tuple(c for c in criteria if not (second_order and c == "kl"))
+    gradients = {}
+    if linear:
+        gradients = criterion_gradients(decoder, trace, linear, context.references.targets[b])
+    probes = list(probe_gradients(decoder, trace, seed * 1_000_003 + b)) if second_order else []
+    dims = context.partition.dims
+    found: Result = {}
+    for kind in kinds:
+        for c in criteria:
+            found[f"{c}/{kind}"] = torch.zeros(
+                (dims.n_layers, batch.size, dims.count(kind)), dtype=torch.float64
+            )
+    with torch.no_grad():
+        for layer in range(dims.n_layers):
+            if not any(context.changed(kind, layer) for kind in kinds):
+                continue
+            state = context.layer_state(position, layer)
+            inputs = block_inputs(decoder, layer, trace, state, dims)
+            wanted = {kind: inputs[kind] for kind in kinds if context.changed(kind, layer)}
+            for c, gradient in gradients.items():
+                for kind, change in project(gradient, wanted, layer, batch.size).items():
+                    found[f"{c}/{kind}"][layer] = change.cpu()
+            for probe in probes:
+                for kind, change in project(probe, wanted, layer, batch.size).items():
+                    # KL = half the probes' mean square, and v = -KL
+                    found[f"kl/{kind}"][layer] -= change.cpu().double().square() / (2 * PROBES)
+    return found
+
+
+def share_blocks(context: SweepContext, steps: int) -> Iterator[Block]:
+    """The share integral, one step on one batch at a time.
+
+    Yields:
+        Blocks whose results hold contributions per prompt: ``[n, layers, count]`` under
+        ``criterion/kind`` for sliced kinds, ``[n, tensors]`` under ``criterion/tensor``.
+    """
+    for s, position in enumerate(midpoints(steps)):
+        for b, batch in enumerate(context.references.batches):
+            yield Block(
+                key=f"share.step{s:04d}.batch{b:04d}",
+                cost=(2 + 2 * len(context.criteria)) * context.weight_of(batch),
+                run=lambda position=position, b=b: _share(context, position, b),  # type: ignore[misc]
+            )
+
+
+def _share(context: SweepContext, position: float, b: int) -> Result:
+    resident, partition = context.resident, context.partition
+    resident.move_to(position)
+    batch = context.references.batches[b]
+    per_criterion = contributions(
+        context.decoder,
+        batch,
+        partition,
+        lambda name: resident.pair.delta(name, resident.dtype, resident.device),
+        resident.pair.changed,
+        context.criteria,
+        context.references.targets[b],
+    )
+    dims = partition.dims
+    found: Result = {}
+    for c, per_tensor in per_criterion.items():
+        for kind in SLICED_KINDS:
+            shape = (batch.size, dims.n_layers, dims.count(kind))
+            found[f"{c}/{kind}"] = torch.zeros(shape, dtype=torch.float64)
+        tensors = torch.zeros((batch.size, len(partition.tensor_names)), dtype=torch.float64)
+        for i, name in enumerate(partition.tensor_names):
+            if name not in per_tensor:
+                continue
+            layout, value = partition.layouts[name], per_tensor[name].cpu().double()
+            tensors[:, i] = value.sum(-1)
+            if layout.kind != "tensor":
+                found[f"{c}/{layout.kind}"][:, layout.layer] += value
+        found[f"{c}/tensor"] = tensors
+    return found
+
+
+def noise_blocks(context: SweepContext, estimand: Estimand) -> Iterator[Block]:
+    """Identity patches in the first and middle layer: what a swap of nothing scores."""
+    batch = context.references.batches[0]
+    for layer in sorted({0, context.partition.dims.n_layers // 2}):
+        cost = context.copies(batch) * context.depth(layer) * context.weight_of(batch)
+        yield Block(
+            key=f"noise.{estimand}.layer{layer:04d}",
+            cost=cost,
+            run=lambda layer=layer: _noise(context, estimand, layer),  # type: ignore[misc]
+        )
+
+
+@torch.no_grad()
+def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
+    trace = context.trace(receiver_position(estimand), 0)
+    targets, criteria = context.references.targets[0], context.criteria
+    own = own_values(context.decoder, trace, criteria, targets)
+    same = identity(context.decoder, layer, trace, criteria, targets, context.copies(trace.batch))
+    return {c: same[c] - own[c] for c in criteria}

@@ -1,0 +1,64 @@
+"""How well first-order scores predict exact ones: selection of what to verify, and the verdict."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import scipy.stats
+import torch
+
+from mergekit_wp.scorefile import Fidelity
+
+
+def leaders(scores: torch.Tensor, k: int) -> list[int]:
+    """Flat indices of the `k` largest |score|, ties by index."""
+    order = torch.sort(scores.flatten().abs(), descending=True, stable=True).indices
+    return order[:k].tolist()
+
+
+def uniform_sample(candidates: torch.Tensor, k: int, seed: int) -> list[int]:
+    """`k` flat indices drawn uniformly without replacement where `candidates` is true."""
+    places = candidates.flatten().nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(places), generator=generator)
+    return places[order[:k]].tolist()
+
+
+def _correlation(kind: str, first: np.ndarray, second: np.ndarray) -> float | None:
+    if len(first) < 3:
+        return None
+    function = scipy.stats.pearsonr if kind == "pearson" else scipy.stats.spearmanr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant input: the NaN below says it
+        value = float(function(first, second).statistic)
+    return value if np.isfinite(value) else None
+
+
+def verdict(
+    predicted: torch.Tensor, exact: dict[int, float], top: list[int], random: list[int], method: str
+) -> Fidelity:
+    """Compare predictions with exact scores.
+
+    Args:
+        predicted: first-order scores of a kind.
+        exact: exact score by flat index, for every index in `top` and `random`.
+        top: the leaders.
+        random: the uniform sample.
+        method: ``first-order`` or ``second-order``.
+    """
+    flat = predicted.flatten()
+    every = sorted({*top, *random})
+    pairs = {i: (float(flat[i]), exact[i]) for i in every}
+    both = np.array([pairs[i] for i in every]).reshape(-1, 2).T
+    drawn = np.array([pairs[i] for i in random]).reshape(-1, 2).T
+    missed = [abs(exact[i]) for i in random if i not in set(top)]
+    return Fidelity(
+        method=method,  # type: ignore[arg-type]
+        verified_top=len(top),
+        verified_random=len(random),
+        pearson=_correlation("pearson", *both),
+        spearman=_correlation("spearman", *both),
+        pearson_random=_correlation("pearson", *drawn),
+        largest_missed=max(missed, default=None),
+    )

@@ -1,0 +1,192 @@
+"""What every patch is measured against: the responses, and base and expert on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mergekit_wp.checkpoints import ResidentModel
+from mergekit_wp.criteria import AnchorDirection, Reference, Targets, wide
+from mergekit_wp.engine.trace import Criteria, Decoder, own_values, record
+from mergekit_wp.prompts import Prompt, PromptBatch, Sample, batches, encode_prompt
+from mergekit_wp.scorefile import Anchor, CriterionName
+from mergekit_wp.scoring.anchor import Contrast, choose_anchor
+
+
+@dataclass(frozen=True)
+class References:
+    """Reference values per criterion, and the targets of every batch.
+
+    Attributes:
+        batches: the prompts, padded.
+        targets: one per batch.
+        values: ``[prompts]`` at base and expert, per criterion.
+        anchor: how the anchor was chosen, when there is one.
+    """
+
+    batches: list[PromptBatch]
+    targets: list[Targets]
+    values: dict[CriterionName, Reference]
+    anchor: Anchor | None
+
+
+@torch.no_grad()
+def greedy_responses(
+    resident: ResidentModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+) -> list[list[int]]:
+    """The resident model's greedy continuations, each ending with its end token if it got there.
+
+    One batch, padded on the left behind an attention mask.
+    """
+    model: Any = resident.model
+    width = max(len(p) for p in prompts)
+    device = resident.device
+    ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
+    ends = torch.tensor(list(eos_ids), device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    rows: list[list[int]] = [[] for _ in prompts]
+    cache, step = None, ids
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    for _ in range(max_new_tokens):
+        output = model(
+            input_ids=step,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
+        for row, token in enumerate(chosen.tolist()):
+            if not done[row]:
+                rows[row].append(token)
+        done |= torch.isin(chosen, ends)
+        if done.all():
+            break
+        step, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], -1)
+    return rows
+
+
+@torch.no_grad()
+def last_token_states(
+    decoder: Decoder, samples: Iterable[PromptBatch], n_prompts: int
+) -> torch.Tensor:
+    """Residual stream at the last prompt token after every layer, ``[prompts, layers, hidden]``."""
+    states: torch.Tensor | None = None
+    for batch in samples:
+        trace = record(decoder, batch)
+        rows = torch.arange(batch.size, device=batch.ids.device)
+        found = torch.stack([c.output[rows, batch.last] for c in trace.calls], 1)
+        found = wide(found).cpu()
+        if states is None:
+            states = found.new_empty((n_prompts, *found.shape[1:]))
+        states[batch.members] = found
+    assert states is not None
+    return states
+
+
+def contrast_batches(
+    prompts: Sequence[Prompt], tokenizer: Any, size: int, device: str
+) -> tuple[list[int], list[PromptBatch]]:
+    """Which prompts have a usable contrast, and those contrasts as batches."""
+    members = [i for i, p in enumerate(prompts) if p.usable_contrast]
+    samples = []
+    for i in members:
+        contrast = prompts[i].contrast
+        assert contrast is not None
+        samples.append(Sample(tuple(encode_prompt(tokenizer, contrast))))
+    return members, list(batches(samples, size, device))
+
+
+@torch.no_grad()
+def measure_references(
+    resident: ResidentModel,
+    samples: Sequence[Sample],
+    contrasts: tuple[list[int], list[PromptBatch]],
+    criteria: Criteria,
+    anchor_layer: int | None,
+    batch_size: int,
+) -> References:
+    """Run expert and base over all prompts; leaves the resident model at the base.
+
+    Args:
+        resident: the model in memory.
+        samples: prompts with responses.
+        contrasts: from `contrast_batches`; no members for the matched-checkpoint anchor.
+        criteria: which criteria are asked for.
+        anchor_layer: the anchor's layer, None to choose.
+        batch_size: samples per forward.
+
+    Raises:
+        UserError: a criterion that does not separate, or no anchor can be chosen.
+    """
+    decoder = Decoder(resident.model)
+    device = resident.device
+    every = list(batches(samples, batch_size, device))
+    n = len(samples)
+    prompt_only = list(batches([Sample(s.prompt_ids) for s in samples], batch_size, device))
+    outputs: Criteria = tuple(c for c in criteria if c != "anchor")
+
+    resident.move_to(1.0)
+    expert_logprobs: list[torch.Tensor | None] = [None] * len(every)
+    if "kl" in criteria:
+        expert_logprobs = [_logprobs(decoder, batch) for batch in every]
+    towards = away = None
+    if "anchor" in criteria:
+        towards = last_token_states(decoder, prompt_only, n)
+        if contrasts[0]:
+            away = last_token_states(decoder, contrasts[1], len(contrasts[0]))
+    plain = [Targets(expert_logprobs=logprobs) for logprobs in expert_logprobs]
+    at_expert = _values(decoder, every, plain, outputs, n)
+
+    resident.move_to(0.0)
+    at_base = _values(decoder, every, plain, outputs, n)
+    anchor: AnchorDirection | None = None
+    info: Anchor | None = None
+    if towards is not None:
+        base_states = last_token_states(decoder, prompt_only, n)
+        contrast = (
+            Contrast(towards[contrasts[0]], away, True)
+            if away is not None
+            else Contrast(towards, base_states, False)
+        )
+        anchor, info = choose_anchor(contrast, anchor_layer)
+        at_expert["anchor"] = towards[:, anchor.layer] @ anchor.vector
+        at_base["anchor"] = base_states[:, anchor.layer] @ anchor.vector
+        anchor = AnchorDirection(anchor.vector.to(device), anchor.layer)
+    values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
+    for name, reference in values.items():
+        reference.check_separates(name)
+    targets = [Targets(logprobs, anchor) for logprobs in expert_logprobs]
+    return References(every, targets, values, info)
+
+
+def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
+    trace = record(decoder, batch)
+    final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
+    return torch.log_softmax(wide(decoder.logits(final)), -1)
+
+
+def _values(
+    decoder: Decoder,
+    every: Sequence[PromptBatch],
+    targets: Sequence[Targets],
+    criteria: Criteria,
+    n: int,
+) -> dict[CriterionName, torch.Tensor]:
+    found: dict[CriterionName, torch.Tensor] = {}
+    if not criteria:
+        return found
+    for batch, target in zip(every, targets, strict=True):
+        own = own_values(decoder, record(decoder, batch), criteria, target)
+        for name, value in own.items():
+            found.setdefault(name, torch.empty(n, dtype=value.dtype))[batch.members] = value.cpu()
+    return found

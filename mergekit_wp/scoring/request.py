@@ -1,0 +1,60 @@
+"""What a scoring run is asked for, and where it reports how far it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_wp.components import KINDS, Kind
+from mergekit_wp.scorefile import CriterionName, Estimand
+
+#: a kind is swapped exactly when that costs at most this many forward passes over the prompts
+EXACT_BUDGET = 256.0
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+class ScoreRequest(BaseModel):
+    """Everything `mergekit-wp score` is asked for; see its ``--help``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    base: str
+    expert: str
+    prompts: Path
+    out: Path
+    behavior: str | None = None
+    estimands: tuple[Estimand, ...] = ("share", "gain")
+    criteria: tuple[CriterionName, ...] | None = None
+    kinds: tuple[Kind, ...] = KINDS
+    anchor_layer: int | None = None
+    verify: int = Field(32, ge=0)
+    max_prompts: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    dtype: DTypeName = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    restart: bool = False
+    share_steps: int = Field(5, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    exact_budget: float = EXACT_BUDGET
+
+
+class Progress(Protocol):
+    """Where a run reports how far it is."""
+
+    def stage(self, name: str, total: float, unit: str) -> None:
+        """A new stage of `total` units begins."""
+
+    def advance(self, amount: float, *, resumed: bool = False) -> None:
+        """Units done; `resumed` ones were done by an earlier run."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""

@@ -1,0 +1,237 @@
+"""Run the sweeps of one request, and collect every component's change per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from mergekit_wp.components import KINDS, SLICED_KINDS, FineKind, Kind
+from mergekit_wp.criteria import recovery
+from mergekit_wp.scorefile import CriterionName, Estimand, Fidelity
+from mergekit_wp.scoring.blocks import (
+    Block,
+    Result,
+    SweepContext,
+    exact_blocks,
+    first_order_blocks,
+    noise_blocks,
+    share_blocks,
+)
+from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.request import Progress, ScoreRequest
+
+
+class SweepRun:
+    """The sweeps of one request, and the changes they found.
+
+    ``changes[estimand, criterion, kind]`` is ``[prompts, *shape of the kind]``.
+    """
+
+    def __init__(
+        self, request: ScoreRequest, context: SweepContext, journal: Journal, progress: Progress
+    ) -> None:
+        self.request, self.context = request, context
+        self.journal, self.progress = journal, progress
+        self.changes: dict[tuple[str, str, str], torch.Tensor] = {}
+        self.fidelity: dict[str, Fidelity] = {}
+        self.noise: dict[CriterionName, float] = {}
+        self.completeness: dict[str, float] = {}
+
+    def all(self) -> None:
+        swaps: list[Estimand] = [e for e in self.request.estimands if e != "share"]
+        if "share" in self.request.estimands:
+            self._share()
+        for estimand in swaps:
+            self._noise(estimand)
+            self._exact(estimand)
+            self._first_order(estimand)
+        if not swaps:
+            self._noise("gain")
+
+    def _finished(self, name: str, blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
+        """Run blocks, or take them from the journal."""
+        listed = list(blocks)
+        if listed:
+            self.progress.stage(name, sum(block.cost for block in listed), "forward")
+        for block in listed:
+            result = self.journal.load(block.key)
+            resumed = result is not None
+            if result is None:
+                result = block.run()
+                self.journal.save(block.key, result)
+            yield block, result
+            self.progress.advance(block.cost, resumed=resumed)
+
+    def _shape(self, kind: Kind) -> tuple[int, ...]:
+        dims = self.context.partition.dims
+        if kind == "layer":
+            return (dims.n_layers,)
+        if kind == "tensor":
+            return (len(self.context.partition.tensor_names),)
+        return (dims.n_layers, dims.count(kind))
+
+    def _zeros(self, estimand: str, kinds: Iterable[Kind]) -> None:
+        for kind in kinds:
+            for c in self.context.criteria:
+                shape = (self.context.n_prompts, *self._shape(kind))
+                self.changes[estimand, c, kind] = torch.zeros(shape, dtype=torch.float64)
+
+    def _members(self, key: str) -> torch.Tensor:
+        number = next(part for part in key.split(".") if part.startswith("batch"))
+        return self.context.references.batches[int(number[5:])].members
+
+    def _share(self) -> None:
+        self._zeros("share", KINDS)
+        steps = self.request.share_steps
+        for block, result in self._finished("share", share_blocks(self.context, steps)):
+            members = self._members(block.key)
+            for name, value in result.items():
+                c, kind = name.split("/")
+                self.changes["share", c, kind][members] += value.double() / steps
+        partition = self.context.partition
+        of_layer = torch.zeros((len(partition.tensor_names), partition.dims.n_layers)).double()
+        for i, name in enumerate(partition.tensor_names):
+            if (layer := partition.layouts[name].layer) is not None:
+                of_layer[i, layer] = 1
+        whole = [partition.tensor_names.index(name) for name in partition.whole_tensors]
+        for c in self.context.criteria:
+            tensors = self.changes["share", c, "tensor"]
+            self.changes["share", c, "layer"] = tensors @ of_layer
+            distance = self.context.references.values[c].distance.double()
+            fine = tensors[:, whole].sum(-1)
+            for kind in SLICED_KINDS:
+                fine = fine + self.changes["share", c, kind].flatten(1).sum(-1)
+            self.completeness[f"share/{c}"] = float(fine.mean() / distance.mean())
+            for kind in self.request.kinds:
+                self.fidelity[f"share/{c}/{kind}"] = Fidelity(
+                    method="integrated-gradients", steps=steps
+                )
+
+    def _noise(self, estimand: Estimand) -> None:
+        for block, result in self._finished("noise floor", noise_blocks(self.context, estimand)):
+            members = self.context.references.batches[0].members
+            del block
+            for c, change in result.items():
+                distance = self.context.references.values[c].distance[members].double()
+                floor = float((change.double().mean(-1) / distance.mean()).abs().max())
+                self.noise[c] = max(floor, self.noise.get(c, 0.0))
+
+    def _affordable(self, kind: FineKind) -> bool:
+        context, dims = self.context, self.context.partition.dims
+        layers = [i for i in range(dims.n_layers) if context.changed(kind, i)]
+        cost = dims.count(kind) * sum(context.depth(layer) for layer in layers)
+        return cost <= self.request.exact_budget
+
+    def _exact_kinds(self) -> list[Kind]:
+        return [
+            kind
+            for kind in self.request.kinds
+            if kind not in SLICED_KINDS or self._affordable(kind)
+        ]
+
+    def _all_of(self, kind: Kind) -> list[list[int]]:
+        """Indices by layer of every component of a kind that differs at all."""
+        context, partition = self.context, self.context.partition
+        n_layers = partition.dims.n_layers
+        if kind == "tensor":
+            lists: list[list[int]] = [[] for _ in range(n_layers + 1)]
+            for i, name in enumerate(partition.tensor_names):
+                layer = partition.layouts[name].layer
+                if name in context.resident.pair.changed:
+                    lists[n_layers if layer is None else layer].append(i)
+            return lists
+        count = 1 if kind == "layer" else partition.dims.count(kind)
+        return [list(range(count)) if context.changed(kind, i) else [] for i in range(n_layers)]
+
+    def _exact(self, estimand: Estimand) -> None:
+        kinds = self._exact_kinds()
+        self._zeros(estimand, kinds)
+        selected = {kind: self._all_of(kind) for kind in kinds}
+        blocks = exact_blocks(self.context, estimand, selected, "exact")
+        for block, result in self._finished(f"{estimand}, exact", blocks):
+            members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
+            for name, value in result.items():
+                c, kind = name.split("/")
+                target = self.changes[estimand, c, kind]
+                indices = selected[kind][layer]  # type: ignore[index]
+                rows = value.T.double()
+                if kind == "tensor":
+                    target[members.unsqueeze(-1), torch.tensor(indices)] = rows
+                elif kind == "layer":
+                    target[members, layer] = rows[:, 0]
+                else:
+                    target[members.unsqueeze(-1), layer, torch.tensor(indices)] = rows
+        for kind in kinds:
+            for c in self.context.criteria:
+                self.fidelity[f"{estimand}/{c}/{kind}"] = Fidelity(method="exact")
+
+    def _first_order(self, estimand: Estimand) -> None:
+        exact = self._exact_kinds()
+        kinds: list[FineKind] = [
+            k for k in SLICED_KINDS if k in self.request.kinds and k not in exact
+        ]
+        if not kinds:
+            return
+        self._zeros(estimand, kinds)
+        blocks = first_order_blocks(self.context, estimand, kinds, self.request.seed)
+        for block, result in self._finished(f"{estimand}, first-order", blocks):
+            members = self._members(block.key)
+            for name, value in result.items():
+                c, kind = name.split("/")
+                self.changes[estimand, c, kind][members] = value.transpose(0, 1).double()
+        self._verify(estimand, kinds)
+
+    def _verify(self, estimand: Estimand, kinds: list[FineKind]) -> None:
+        """Swap the leaders and a uniform sample exactly, and compare."""
+        context, k = self.context, self.request.verify
+        top: dict[tuple[str, str], list[int]] = {}
+        random: dict[str, list[int]] = {}
+        selected: dict[Kind, list[list[int]]] = {}
+        for kind in kinds:
+            n_layers, count = context.partition.dims.n_layers, context.partition.dims.count(kind)
+            changed = torch.tensor([context.changed(kind, i) for i in range(n_layers)])
+            random[kind] = uniform_sample(
+                changed.unsqueeze(-1).expand(n_layers, count), k, self.request.seed
+            )
+            chosen = set(random[kind])
+            for c in context.criteria:
+                top[c, kind] = leaders(self.scores(estimand, c, kind)[0], k)
+                chosen |= set(top[c, kind])
+            selected[kind] = [
+                sorted(i % count for i in chosen if i // count == layer)
+                for layer in range(n_layers)
+            ]
+        found: dict[tuple[str, str, int], torch.Tensor] = {}
+        blocks = exact_blocks(context, estimand, selected, "verify")
+        for block, result in self._finished(f"{estimand}, verifying", blocks):
+            members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
+            for name, value in result.items():
+                c, kind = name.split("/")
+                count = context.partition.dims.count(kind)  # type: ignore[arg-type]
+                for row, i in zip(value, selected[kind][layer], strict=True):  # type: ignore[index]
+                    place = (c, kind, layer * count + i)
+                    found.setdefault(place, torch.zeros(context.n_prompts).double())
+                    found[place][members] = row.double()
+        for kind in kinds:
+            for c in context.criteria:
+                sign = 1.0 if estimand == "gain" else -1.0
+                distance = context.references.values[c].distance.double()
+                exact = {
+                    i: sign * float(change.mean() / distance.mean())
+                    for (c2, kind2, i), change in found.items()
+                    if (c2, kind2) == (c, kind)
+                }
+                method = "second-order" if (estimand, c) == ("knockout", "kl") else "first-order"
+                chosen = top[c, kind] if k else []
+                self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
+                    self.scores(estimand, c, kind)[0], exact, chosen, random[kind], method
+                )
+
+    def scores(self, estimand: str, c: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and standard errors from the changes."""
+        change = self.changes[estimand, c, kind].movedim(0, -1)
+        # knockout = 1 - r(expert with c from the base): what the criterion loses
+        change = -change if estimand == "knockout" else change
+        return recovery(change, self.context.references.values[c].distance.double())  # type: ignore[index]

@@ -1,0 +1,208 @@
+"""The whole way: two checkpoints and a prompt file in, a score file out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+import mergekit_wp
+from mergekit_wp.checkpoints import Checkpoint, Pair, ResidentModel, open_pair
+from mergekit_wp.errors import UserError
+from mergekit_wp.prompts import (
+    Prompt,
+    PromptFile,
+    Sample,
+    encode_prompt,
+    encode_response,
+    read_prompts,
+)
+from mergekit_wp.scorefile import CriterionName, ScoreFile, write
+from mergekit_wp.scoring.assemble import make_manifest, score_tensors
+from mergekit_wp.scoring.blocks import SweepContext
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.references import (
+    References,
+    contrast_batches,
+    greedy_responses,
+    measure_references,
+)
+from mergekit_wp.scoring.request import DTYPES, Progress, ScoreRequest
+from mergekit_wp.scoring.run import SweepRun
+
+
+def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
+    """Run the sweeps and write the score file.
+
+    Raises:
+        UserError: any mistake in the inputs, before anything is written.
+    """
+    prompt_file = read_prompts(request.prompts, request.max_prompts)
+    criteria = choose_criteria(request.criteria, prompt_file.prompts)
+    progress.stage("comparing checkpoints", 1, "model")
+    pair = open_pair(request.base, request.expert, lambda: None)
+    tokenizer = _tokenizer(pair)
+    prompt_ids = [encode_prompt(tokenizer, p.prompt) for p in prompt_file.prompts]
+    vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
+    if (largest := max(max(ids) for ids in prompt_ids)) >= vocabulary:
+        raise UserError(f"the tokenizer gives token {largest}; the models have {vocabulary} tokens")
+    inputs = _inputs(request, pair, prompt_file, criteria)
+    progress.advance(1)
+    with Journal(request.out, inputs, request.restart) as journal:
+        if journal.resumed:
+            progress.note(f"continuing the run in {journal.folder}")
+        resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
+        samples = _samples(
+            request,
+            prompt_file.prompts,
+            prompt_ids,
+            tokenizer,
+            resident,
+            criteria,
+            journal,
+            progress,
+        )
+        batch_size = request.batch_size or _auto_batch_size(samples, vocabulary, request.device)
+        contrasts: tuple[list[int], list[Any]] = ([], [])
+        if "anchor" in criteria:
+            contrasts = contrast_batches(prompt_file.prompts, tokenizer, batch_size, request.device)
+        references = measure_references(
+            resident, samples, contrasts, criteria, request.anchor_layer, batch_size
+        )
+        _warn_of_wrong_sign(references, progress)
+        context = SweepContext(resident, references, criteria, batch_size)
+        run = SweepRun(request, context, journal, progress)
+        run.all()
+        result = ScoreFile(
+            make_manifest(request, pair, prompt_file, criteria, references, run, journal.created),
+            score_tensors(run, pair, references),
+        )
+        write(result, request.out)
+        journal.discard()
+    return result
+
+
+def choose_criteria(
+    asked: tuple[CriterionName, ...] | None, prompts: Sequence[Prompt]
+) -> tuple[CriterionName, ...]:
+    """The criteria to use: ``kl``, and ``anchor`` too when contrasts are given.
+
+    Raises:
+        UserError: the anchor is asked for and contrasts are given but none can be used.
+    """
+    given = any(p.contrast is not None for p in prompts)
+    usable = any(p.usable_contrast for p in prompts)
+    if asked is None:
+        asked = ("kl", "anchor") if given else ("kl",)
+    if "anchor" in asked and given and not usable:
+        raise UserError(
+            "no usable contrast: every 'contrast' is empty or equal to its prompt; give the same "
+            "request without the instruction, or leave 'contrast' out for the base-to-expert anchor"
+        )
+    return asked
+
+
+def _tokenizer(pair: Pair) -> Any:
+    tokenizer = pair.expert.tokenizer() or pair.base.tokenizer()
+    if tokenizer is None:
+        raise UserError(
+            f"neither '{pair.expert.name}' nor '{pair.base.name}' has a tokenizer; copy "
+            "tokenizer.json and tokenizer_config.json into the expert's folder"
+        )
+    return tokenizer
+
+
+def _inputs(
+    request: ScoreRequest, pair: Pair, prompts: PromptFile, criteria: Sequence[str]
+) -> dict[str, Any]:
+    """All that the results depend on, by the names a user knows."""
+    options = request.model_dump(mode="json", exclude={"out", "restart", "prompts", "criteria"})
+    return {
+        **options,
+        "criterion": list(criteria),
+        "prompts": prompts.sha256,
+        "base weights": pair.base.weights_sha256(),
+        "expert weights": pair.expert.weights_sha256(),
+        "base config": pair.base.config_hash,
+        "expert config": pair.expert.config_hash,
+        "mergekit-wp": mergekit_wp.__version__,
+    }
+
+
+def _samples(
+    request: ScoreRequest,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    tokenizer: Any,
+    resident: ResidentModel,
+    criteria: Sequence[str],
+    journal: Journal,
+    progress: Progress,
+) -> list[Sample]:
+    """Prompts with their responses: the given ones, else the expert's greedy continuations."""
+    if all(c == "anchor" for c in criteria):
+        return [Sample(tuple(ids)) for ids in prompt_ids]
+    responses: dict[int, list[int]] = {
+        i: encode_response(tokenizer, p.response)
+        for i, p in enumerate(prompts)
+        if p.response is not None
+    }
+    missing = [i for i in range(len(prompts)) if i not in responses]
+    size = request.batch_size or 32
+    chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+    if chunks:
+        progress.stage("expert answers", len(missing), "prompt")
+    for number, chunk in enumerate(chunks):
+        key = f"responses.batch{number:04d}"
+        saved = journal.load(key)
+        if saved is None:
+            resident.move_to(1.0)
+            found = greedy_responses(
+                resident,
+                [prompt_ids[i] for i in chunk],
+                request.max_new_tokens,
+                _end_tokens(resident.pair.expert, tokenizer),
+            )
+            saved = {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
+            journal.save(key, saved)
+        responses |= {int(i): ids.tolist() for i, ids in saved.items()}
+        progress.advance(len(chunk))
+    samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompt_ids)]
+    if any(not s.response_ids for s in samples):
+        raise UserError("a response is empty and the tokenizer has no end-of-sequence token")
+    return samples
+
+
+def _end_tokens(expert: Checkpoint, tokenizer: Any) -> list[int]:
+    """Tokens that end the expert's answers: the tokenizer's and the generation config's."""
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    try:
+        config = GenerationConfig.from_pretrained(
+            expert.ref.model.path, revision=expert.ref.model.revision
+        )
+    except OSError:  # a checkpoint without one
+        return sorted(ends)
+    stated = config.eos_token_id
+    ends.update([stated] if isinstance(stated, int) else stated or [])
+    return sorted(ends)
+
+
+def _auto_batch_size(samples: Sequence[Sample], vocabulary: int, device: str) -> int:
+    """Sequences a forward: bounded by tokens, and by the logits of the response positions."""
+    longest = max(len(s.input_ids) for s in samples)
+    response = max(1, *(len(s.response_ids) for s in samples), 1)
+    tokens = 2048 if device == "cpu" else 16384
+    logits = 2**26 if device == "cpu" else 2**29
+    return max(1, min(tokens // longest, logits // (response * vocabulary)))
+
+
+def _warn_of_wrong_sign(references: References, progress: Progress) -> None:
+    for name, reference in references.values.items():
+        if float(reference.distance.mean()) < 0:
+            progress.note(
+                f"warning: criterion '{name}' is lower for the expert than for the base "
+                f"({float(reference.expert.mean()):.3g} against {float(reference.base.mean()):.3g})"
+                "; its scores say what lowers it"
+            )

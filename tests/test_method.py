@@ -1,0 +1,555 @@
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge_methods as merge_methods
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from mergekit.options import MergeOptions
+from mergekit.scripts import merge_raw_pytorch, multimerge
+from safetensors.torch import load_file, save_file
+
+from mergekit_wp import expert_scores, scorefile
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.errors import UserError
+from mergekit_wp.method import weight_patching
+from tests.merging import (
+    Family,
+    State,
+    add,
+    llama_config,
+    norms,
+    qwen_config,
+    random_state,
+    reference,
+    scores_for,
+)
+
+ensure_registered()
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    return Family.make(tmp_path, llama_config())
+
+
+@pytest.fixture(autouse=True)
+def fresh_loaders() -> Iterator[None]:
+    LoaderCache.loaders.clear()
+    yield
+
+
+def run(recipe: dict[str, Any], out: Path, **options: Any) -> State:
+    config = MergeConfiguration.model_validate(recipe)
+    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
+    return load_file(out / "model.safetensors")
+
+
+def direct(family: Family, **parameters: Any) -> State:
+    """Merge in memory, as a notebook would."""
+    models = {"base": family.base.state} | {
+        str(e): expert.state for e, expert in enumerate(family.experts)
+    }
+    scores = {str(e): str(path) for e, path in enumerate(family.paths)}
+    return merge_state_dicts(
+        models, weight_patching, base="base", parameters={"scores": scores} | parameters
+    )
+
+
+def states(family: Family) -> list[State]:
+    return [expert.state for expert in family.experts]
+
+
+def assert_merged(merged: State, expected: State, rtol: float = 1e-6) -> None:
+    assert set(merged) == set(expected)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=rtol, atol=rtol, msg=name)
+
+
+# --- the maths, against the definition component by component -------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["component", "tensor"])
+@pytest.mark.parametrize("fusion", ["share", "winner", "gate", "topk"])
+@pytest.mark.parametrize(
+    ("config", "n_experts"),
+    [(llama_config(), 2), (llama_config(tied=False), 3), (qwen_config(), 2)],
+)
+def test_every_fusion_equals_the_definition(
+    tmp_path: Path, config: Any, n_experts: int, fusion: str, granularity: str
+) -> None:
+    family = Family.make(tmp_path, config, n_experts)
+    options = {"fusion": fusion, "granularity": granularity, "power": 0.7, "estimand": "gain"}
+    weights, densities = [1.5, -0.5, 0.25][:n_experts], [0.4, 0.9, 0.5][:n_experts]
+    merged = direct(family, weight=weights, density=densities, **options, **{"lambda": 0.8})
+    expected = reference(
+        family.base.state,
+        states(family),
+        family.files,
+        weights=weights,
+        densities=densities,
+        lam=0.8,
+        **options,
+    )
+    assert_merged(merged, expected)
+    assert any(not torch.equal(merged[name], family.base.state[name]) for name in merged)
+
+
+def test_defaults_through_mergekit(family: Family, tmp_path: Path) -> None:
+    merged = run(family.recipe(), tmp_path / "out")
+    assert_merged(merged, reference(family.base.state, states(family), family.files))
+
+
+def test_bfloat16_rounds_once(tmp_path: Path) -> None:
+    family = Family.make(tmp_path, llama_config(), dtype=torch.bfloat16)
+    merged = run(family.recipe(dtype="bfloat16"), tmp_path / "out")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    expected = reference(family.base.state, states(family), family.files)
+    assert_merged(merged, expected, rtol=2**-8)
+
+
+def test_float64_is_merged_in_float64(tmp_path: Path) -> None:
+    family = Family.make(tmp_path, llama_config(), dtype=torch.float64)
+    merged = direct(family)
+    assert merged["model.norm.weight"].dtype == torch.float64
+    assert_merged(merged, reference(family.base.state, states(family), family.files), rtol=1e-13)
+
+
+def test_one_expert_with_equal_scores_comes_back_exactly(tmp_path: Path) -> None:
+    family = Family.make(tmp_path, qwen_config(), n_experts=1)
+    file = family.files[0]
+    same = {
+        key: torch.full_like(tensor, 0.3) if "/" in key else tensor
+        for key, tensor in file.tensors.items()
+    }
+    scorefile.write(replace(file, tensors=same), family.paths[0])
+    for fusion in ("share", "winner", "gate", "topk"):
+        merged = direct(family, fusion=fusion)
+        assert all(torch.equal(merged[n], family.experts[0].state[n]) for n in merged)
+
+
+def test_no_positive_score_keeps_the_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family = Family.make(tmp_path, llama_config(), n_experts=1)
+    file = family.files[0]
+    harmful = {k: -t.abs() if "/" in k else t for k, t in file.tensors.items()}
+    scorefile.write(replace(file, tensors=harmful), family.paths[0])
+    merged = direct(family, power=0.0)
+    assert all(torch.equal(merged[n], family.base.state[n]) for n in merged)
+    assert "no positive share/kl score: its expert adds nothing" in caplog.text
+
+
+def test_scores_belong_to_their_expert(tmp_path: Path) -> None:
+    """With deltas of equal norm the files can be swapped, and the merge is another one."""
+    config = llama_config()
+    family = Family.make(tmp_path, config)
+    base = family.base.state
+    family.experts[1].state = {n: 2 * base[n] - t for n, t in family.experts[0].state.items()}
+    for e in (0, 1):
+        file = scores_for(base, family.experts[e].state, config, seed=e)
+        scorefile.write(file, family.paths[e])
+    merged = direct(family)
+    family.paths.reverse()
+    swapped = direct(family)
+    assert any(not torch.allclose(merged[n], swapped[n]) for n in merged)
+
+
+def test_filters_and_gradients(family: Family, tmp_path: Path) -> None:
+    filters = {
+        "weight": [{"filter": "mlp", "value": 0.25}, {"value": 2.0}],
+        "density": [0.2, 0.8],
+    }
+    recipe = family.recipe(filters, {}, parameters={"lambda": [1.0, 0.5], "fusion": "gate"})
+    merged = run(recipe, tmp_path / "out")
+    for layer, density, lam in ((0, 0.2, 1.0), (1, 0.8, 0.5)):
+        for name in merged:
+            if f"layers.{layer}." not in name:
+                continue
+            weight = 0.25 if "mlp" in name else 2.0
+            expected = reference(
+                family.base.state,
+                states(family),
+                family.files,
+                weights=[weight, 1.0],
+                densities=[density, 1.0],
+                fusion="gate",
+                lam=lam,
+            )
+            torch.testing.assert_close(merged[name].double(), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_numbers_may_be_written_as_text(family: Family) -> None:
+    one, other = direct(family, power="5e-1"), direct(family)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_threads_merge_alike(family: Family) -> None:
+    expected = direct(family)
+    with ThreadPoolExecutor(4) as pool:
+        for merged in pool.map(lambda _: direct(family), range(8)):
+            assert all(torch.equal(merged[n], expected[n]) for n in merged)
+
+
+# --- coverage, tied weights ------------------------------------------------------------------
+
+
+def test_tensors_without_scores_stay_at_the_base_and_are_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = ("head", "neuron")
+    family = Family.make(tmp_path, llama_config(), kinds=kinds)
+    merged = run(family.recipe(), tmp_path / "out")
+    base = family.base.state
+    for name in merged:
+        kept = torch.equal(merged[name], base[name])
+        assert kept == not_scored(name), name
+    said = [r.getMessage() for r in caplog.records if "no scores" in r.getMessage()]
+    assert said == [
+        "10 of 20 tensors have no scores and stay at the base: model.embed_tokens.weight, "
+        "model.layers.0.input_layernorm.weight, model.layers.0.self_attn.k_proj.weight, ..."
+    ]
+
+
+def not_scored(name: str) -> bool:
+    return not any(part in name for part in ("q_proj", "o_proj", "mlp"))
+
+
+def test_an_expert_whose_file_lacks_a_tensor_adds_nothing_there(tmp_path: Path) -> None:
+    family = Family.make(tmp_path, llama_config())
+    kept = norms(family.base.state, family.experts[0].state)
+    del kept["model.norm.weight"]
+    file = scores_for(family.base.state, family.experts[0].state, family.config, delta_norm=kept)
+    scorefile.write(file, family.paths[0])
+    merged = direct(family, fusion="winner", granularity="tensor")
+    name = "model.norm.weight"
+    index = family.files[1].manifest.tensor_names.index(name)
+    positive = family.files[1].tensors["share/kl/tensor"][index] > 0
+    expected = family.experts[1].state[name] if positive else family.base.state[name]
+    assert torch.equal(merged[name], expected)
+
+
+@pytest.mark.parametrize("also_scored", [False, True])
+def test_a_tied_head_stored_twice_stays_equal_to_the_embedding(
+    tmp_path: Path, also_scored: bool
+) -> None:
+    family = Family.make(tmp_path, llama_config(tied=True), n_experts=1)
+    expert = family.experts[0]
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    twice = expert.state | {head: expert.state[embedding].clone()}
+    save_file(twice, expert.path / "model.safetensors", metadata={"format": "pt"})
+    if also_scored:
+        base = family.base.state | {head: family.base.state[embedding]}
+        scorefile.write(scores_for(base, twice, family.config, seed=3), family.paths[0])
+    merged = run(family.recipe(parameters={"fusion": "gate"}), tmp_path / "out")
+    assert torch.equal(merged[head], merged[embedding])
+
+
+def test_an_untied_head_keeps_its_own_scores(tmp_path: Path) -> None:
+    family = Family.make(tmp_path, llama_config(tied=False))
+    merged = run(family.recipe(), tmp_path / "out")
+    assert_merged(merged, reference(family.base.state, states(family), family.files))
+
+
+# --- score files -----------------------------------------------------------------------------
+
+
+def test_a_score_file_is_read_once_and_again_when_rewritten(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    real = scorefile.read
+    monkeypatch.setattr(scorefile, "read", lambda path: reads.append(str(path)) or real(path))
+    before = run(family.recipe(), tmp_path / "one")
+    assert sorted(reads) == sorted(str(path) for path in family.paths)
+    file = scores_for(family.base.state, family.experts[0].state, family.config, seed=9)
+    scorefile.write(file, family.paths[0])
+    after = run(family.recipe(), tmp_path / "two")
+    assert reads[2:] == [str(family.paths[0])]
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_hub_files(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo: str, filename: str, revision: str | None) -> str:
+        asked.append((repo, filename, revision))
+        return str(family.paths[0])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    expert_scores._fetch.cache_clear()
+    for _ in range(2):
+        assert expert_scores.local_path("hf://me/exp@refs%2Fpr%2F1/wp/s.safetensors") == str(
+            family.paths[0]
+        )
+    assert expert_scores.local_path("hf://me/exp/s.safetensors") == str(family.paths[0])
+    assert asked == [
+        ("me/exp", "wp/s.safetensors", "refs/pr/1"),
+        ("me/exp", "s.safetensors", None),
+    ]
+    expert_scores._fetch.cache_clear()
+
+
+def test_bad_hub_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is not a Hub file; write hf://owner/repo"):
+        expert_scores.local_path("hf://nobody")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError("no such repository\nlong help")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(UserError, match="hf://a/b/c could not be fetched: no such repository$"):
+        expert_scores.local_path("hf://a/b/c")
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"density": 1.5}, "'density' must be a number from 0 to 1, not 1.5"),
+        ({"density": -0.1}, "'density' must be a number from 0 to 1, not -0.1"),
+        ({"weight": float("nan")}, "'weight' must be a finite number, not nan"),
+        ({"weight": "much"}, "'weight' must be a finite number, not 'much'"),
+        ({"lambda": float("inf")}, "'lambda' must be a finite number, not inf"),
+        ({"power": -1}, "'power' must be a number of at least 0, not -1"),
+        ({"fusion": "mean"}, "'fusion' must be one of share, winner, gate, topk, not 'mean'"),
+        ({"estimand": 3}, "'estimand' must be one of share, gain, knockout, not 3"),
+        ({"granularity": "layer"}, "'granularity' must be one of component, tensor, not 'layer'"),
+        ({"estimand": "knockout"}, "has no 'knockout/kl' scores, it has share/kl, gain/kl"),
+        ({"criterion": "anchor"}, "has no 'share/anchor' scores, it has share/kl, gain/kl"),
+    ],
+)
+def test_bad_values_are_named(family: Family, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        direct(family, **parameters)
+    assert message in str(caught.value)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", refuse)
+
+
+@pytest.mark.usefixtures("unread")
+def test_missing_score_file_is_found_while_planning(family: Family, tmp_path: Path) -> None:
+    family.paths[1].unlink()
+    with pytest.raises(UserError, match="expert1.safetensors not found; make one with"):
+        run(family.recipe(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("unread")
+def test_scores_not_in_the_file_are_missed_while_planning(family: Family, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no 'share/logprob' scores"):
+        run(family.recipe(parameters={"criterion": "logprob"}), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 8, "head_dim": 4}, "n_heads 4, not 8"),
+        ({"num_hidden_layers": 3}, "n_layers 2, not 3"),
+        ({"intermediate_size": 8}, "n_neurons 6, not 8"),
+        ({"hidden_size": 32}, "hidden_size 16, not 32"),
+    ],
+)
+def test_another_architecture_is_refused_before_any_tensor_is_read(
+    family: Family, tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    config = llama_config(**change)
+    state = random_state(config, 0)
+    scorefile.write(scores_for(state, add(state, state), config), family.paths[1])
+    with pytest.raises(UserError) as caught:
+        run(family.recipe(), tmp_path / "out")
+    assert "expert1.safetensors is of another architecture than the base model" in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("unread")
+def test_another_model_class_is_refused(family: Family, tmp_path: Path) -> None:
+    manifest = family.files[0].manifest.model_copy(update={"architecture": "MistralForCausalLM"})
+    scorefile.write(replace(family.files[0], manifest=manifest), family.paths[0])
+    with pytest.raises(UserError, match="architecture LlamaForCausalLM, not MistralForCausalLM"):
+        run(family.recipe(), tmp_path / "out")
+
+
+def test_a_plan_that_failed_leaves_nothing_to_the_next(family: Family, tmp_path: Path) -> None:
+    """mergekit-multi plans several recipes in one process."""
+    config = llama_config(num_hidden_layers=3)
+    deep = Family.make(tmp_path / "deep", config)
+    bad = deep.recipe({"weight": float("nan")}, {})
+    with pytest.raises(UserError, match="'weight'"):
+        run(bad, tmp_path / "bad")
+    merged = run(family.recipe(), tmp_path / "good")
+    assert_merged(merged, reference(family.base.state, states(family), family.files))
+
+
+def test_scores_of_another_expert_are_refused_by_name(family: Family, tmp_path: Path) -> None:
+    family.paths.reverse()
+    with pytest.raises(UserError) as caught:
+        run(family.recipe(), tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith("tensor ")
+    assert "of another expert, base, revision or shifted layers" in message
+    assert "its difference from the base has norm" in message
+
+
+def test_shifted_layers_are_refused(family: Family, tmp_path: Path) -> None:
+    sources = [
+        {"model": str(m.path), "layer_range": [1, 2]} for m in (family.base, *family.experts)
+    ]
+    for source, path in zip(sources[1:], family.paths, strict=True):
+        source["parameters"] = {"scores": str(path)}
+    recipe = family.recipe(slices=[{"sources": sources}])
+    del recipe["models"]
+    with pytest.raises(UserError, match="tensor model.layers.0.* shifted layers"):
+        run(recipe, tmp_path / "out")
+
+
+def test_slices_in_place_are_merged(family: Family, tmp_path: Path) -> None:
+    slices = []
+    for layer in (0, 1):
+        sources = [
+            {"model": str(expert.path), "layer_range": [layer, layer + 1]}
+            for expert in family.experts
+        ]
+        for source, path in zip(sources, family.paths, strict=True):
+            source["parameters"] = {"scores": str(path)}
+        sources.append({"model": str(family.base.path), "layer_range": [layer, layer + 1]})
+        slices.append({"sources": sources})
+    recipe = family.recipe(slices=slices)
+    del recipe["models"]
+    merged = run(recipe, tmp_path / "out")
+    assert_merged(merged, reference(family.base.state, states(family), family.files))
+
+
+def test_a_merge_coarser_than_the_checkpoints_is_not_refused(tmp_path: Path) -> None:
+    """Small deltas drown in bfloat16's rounding of float32 weights; that is no mistake."""
+    config = llama_config()
+    family = Family.make(tmp_path, config, n_experts=1)
+    base = family.base.state
+    small = add(base, random_state(config, 5, 1e-4))
+    scorefile.write(scores_for(base, small, config), family.paths[0])
+    save_file(small, family.experts[0].path / "model.safetensors", metadata={"format": "pt"})
+    run(family.recipe(dtype="bfloat16"), tmp_path / "coarse")
+    file = scorefile.read(family.paths[0])
+    stored = file.manifest.base.model_copy(update={"weights_dtype": "bfloat16"})
+    manifest = file.manifest.model_copy(update={"base": stored, "expert": stored})
+    scorefile.write(replace(file, manifest=manifest), family.paths[0])
+    with pytest.raises(UserError, match="of another expert"):
+        run(family.recipe(dtype="bfloat16"), tmp_path / "strict")
+
+
+def test_a_tensor_that_does_not_fit_is_named(family: Family) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    odd = torch.ones(7, 16)
+    file = family.files[0]
+    kept = dict(zip(file.manifest.tensor_names, file.tensors["delta_norm"].tolist(), strict=True))
+    kept[name] = float((odd * 2 - odd).norm())
+    scorefile.write(
+        scores_for(family.base.state, family.experts[0].state, family.config, delta_norm=kept),
+        family.paths[0],
+    )
+    with pytest.raises(UserError, match=f"{name}: dimension 0 has 7 entries, not a multiple of 6"):
+        merge_tensors(
+            [odd, 2 * odd],
+            weight_patching,
+            base_index=0,
+            name=name,
+            parameters={"scores": str(family.paths[0])},
+        )
+
+
+def test_structure(family: Family) -> None:
+    a, b = torch.zeros(2, 2), torch.ones(2, 2)
+    scores = {"scores": str(family.paths[0])}
+    with pytest.raises(ValueError, match="requires a base input"):
+        merge_tensors([a, b], weight_patching, name="x", parameters=scores)
+    with pytest.raises(ValueError, match="at least 1 non-base inputs"):
+        merge_state_dicts({"base": {"x": a}}, weight_patching, base="base", parameters=scores)
+    with pytest.raises(UserError, match="by name"):
+        merge_tensors([a, b], weight_patching, base_index=0, parameters=scores)
+    with pytest.raises(TypeError, match="Missing required parameter scores"):
+        merge_tensors([a, b], weight_patching, base_index=0, name="x")
+    assert merge_methods.get("weight_patching") is weight_patching
+
+
+def test_a_plan_in_another_thread_is_another_plan(family: Family, tmp_path: Path) -> None:
+    results: dict[int, State] = {}
+
+    def work(i: int) -> None:
+        results[i] = run(family.recipe(), tmp_path / str(i))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def test_mergekit_multi_runs_several_plans(family: Family, tmp_path: Path) -> None:
+    """The second recipe merges onto the first one's result, for which its scores were made."""
+    first = family.recipe({"weight": 0.5}, {}, name="first")
+    merged = reference(family.base.state, states(family), family.files, weights=[0.5, 1.0])
+    start = {name: tensor.float() for name, tensor in merged.items()}
+    path = tmp_path / "second.safetensors"
+    scorefile.write(scores_for(start, family.experts[0].state, family.config, seed=7), path)
+    second = family.recipe({"scores": str(path)}, {}, base_model="first")
+    del second["models"][1]
+    recipe = tmp_path / "multi.yml"
+    recipe.write_text(yaml.safe_dump_all([first, second]))
+    arguments = [str(recipe), "--out-path", str(tmp_path / "out"), "-I", str(tmp_path / "inter")]
+    result = CliRunner().invoke(multimerge.main, [*arguments, "--quiet", "--no-copy-tokenizer"])
+    assert result.exception is None, result.exception
+    expected = reference(start, states(family)[:1], [scorefile.read(path)])
+    assert_merged(load_file(tmp_path / "out" / "model.safetensors"), expected)
+
+
+def test_mergekit_pytorch_has_no_config(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe()
+    for holder, key in [(recipe, "base_model"), *((model, "model") for model in recipe["models"])]:
+        holder[key] = str(Path(holder[key]) / "model.safetensors")
+    path = tmp_path / "raw.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(merge_raw_pytorch.main, [str(path), str(tmp_path / "out")])
+    assert result.exception is None, result.exception
+    expected = reference(family.base.state, states(family), family.files)
+    assert_merged(load_file(tmp_path / "out" / "model.safetensors"), expected)
+
+
+def test_tensors_that_only_the_base_has_stay(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe()
+    for holder, key in [(recipe, "base_model"), *((model, "model") for model in recipe["models"])]:
+        holder[key] = str(Path(holder[key]) / "model.safetensors")
+    extra = family.base.state | {"extra.weight": torch.ones(3)}
+    save_file(extra, recipe["base_model"])
+    # mergekit-pytorch lists tensors of `models` only, so the base is one of them
+    recipe["models"].append({"model": recipe["base_model"]})
+    path = tmp_path / "raw.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    arguments = [str(path), str(tmp_path / "out"), "--tensor-union"]
+    result = CliRunner().invoke(merge_raw_pytorch.main, arguments)
+    assert result.exception is None, result.exception
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["extra.weight"], torch.ones(3))
+
+
+def test_recipes_survive_mergekits_own_yaml(family: Family) -> None:
+    config = MergeConfiguration.model_validate(family.recipe())
+    again = MergeConfiguration.model_validate(yaml.safe_load(config.to_yaml()))
+    assert again == config
