@@ -63,7 +63,7 @@ class Checkpoint:
     def _resolve(self) -> str:
         try:
             self.config: Any = self.ref.config()
-            return self.ref.local_path()
+            return str(self.ref.local_path())
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
@@ -124,7 +124,8 @@ class Checkpoint:
     def revision(self) -> str | None:
         """The Hub commit that was read, None for a folder."""
         commit = getattr(self.config, "_commit_hash", None)
-        return commit or self.ref.model.revision
+        revision: str | None = commit or self.ref.model.revision
+        return revision
 
     @property
     def architecture(self) -> str:
@@ -142,7 +143,8 @@ class Checkpoint:
 
     def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         """One tensor, cast and moved; it may alias the loader's memory, so never change it."""
-        return self.loader.get_tensor(name).to(device=device, dtype=dtype)
+        tensor: torch.Tensor = self.loader.get_tensor(name).to(device=device, dtype=dtype)
+        return tensor
 
     def tokenizer(self) -> Any | None:
         """The checkpoint's tokenizer, None when it has none."""
@@ -220,7 +222,8 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[], None]) -
         on_tensor()
     if not any(norms.values()):
         raise UserError(
-            f"nothing to score: base '{base_name}' and expert '{expert_name}' have identical weights"
+            f"nothing to score: base '{base_name}' and expert '{expert_name}' "
+            "have identical weights"
         )
     return Pair(base, expert, partition, norms)
 
@@ -248,9 +251,13 @@ def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
 def skeleton(config: Any) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa"
+        )
     model.tie_weights()
-    return model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 class ResidentModel:
@@ -271,7 +278,8 @@ class ResidentModel:
         }
         self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
-        self.model.requires_grad_(False).to(device)
+        self.model.requires_grad_(False)
+        torch.nn.Module.to(self.model, device)  # buffers; weights are there already
         self.position: float | None = None
 
     def move_to(self, position: float) -> None:

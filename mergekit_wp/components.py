@@ -141,7 +141,8 @@ class TensorLayout:
         """Sum entries of the cut dimension into components: ``[..., size]`` to ``[..., count]``."""
         if self.dim is None:
             return values.sum(-1, keepdim=True)
-        return values.unflatten(-1, (self.count, -1)).sum(-1)
+        blocks: torch.Tensor = values.unflatten(-1, (self.count, -1))
+        return blocks.sum(-1)
 
 
 def layout_of(name: str, dims: Dims) -> TensorLayout:

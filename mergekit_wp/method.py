@@ -2,7 +2,7 @@
 
 Scores of "Weight Patching" (Sun et al., arXiv 2604.13694) say how much each component of an
 expert carries its behaviour; every component of the merge takes from each expert as its scores
-say. The maths is in `fusion`, score files in `expert_scores`; here is what mergekit needs.
+say. The maths is in `fusion`, score files in `expert_scores`, the recipe's names in `parameters`.
 """
 
 from __future__ import annotations
@@ -10,114 +10,22 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
-from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContract, TensorGroup
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import GRANULARITIES, Choice, ExpertScores, load, local_path
-from mergekit_wp.fusion import FUSIONS, component_gates, fuse
-from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
+from mergekit_wp.expert_scores import Choice, ExpertScores, load
+from mergekit_wp.fusion import component_gates, fuse
+from mergekit_wp.parameters import RECORDED, SPEC
 
 LOG = logging.getLogger(__name__)
 
 
-class _Recorded(threading.local):
-    """Parameter values validated in this thread since the last `validate_inputs`.
-
-    mergekit validates one value at a time, without telling the validator for which model or
-    tensor, and calls ``validate_inputs(models, base, tensor name)`` after a tensor's values. Only
-    there can a score file be held against the base's config, and that must happen while planning:
-    before the first tensor is read. So the validators leave their values here, and
-    `validate_inputs` takes them away. The planner does both in one thread; what an interrupted
-    plan left behind is dropped when the next one starts, so that nothing passes between plans.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[str, dict[str, None]] = {}
-
-    def take(self) -> dict[str, dict[str, None]]:
-        values, self.values = self.values, {}
-        return values
-
-
-_RECORDED = _Recorded()
-
-
-def _parameter(name: str, annotation: Any, expected: str) -> Any:
-    """A value type whose errors name the parameter, which pydantic's do not."""
-
-    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise UserError(f"'{name}' must be {expected}, not {value!r}") from None
-
-    return Annotated[annotation, WrapValidator(check)]
-
-
-def _number(name: str, low: float | None = None, high: float | None = None) -> Any:
-    expected = "a finite number"
-    if low is not None:
-        expected = f"a number from {low:g} to {high:g}" if high else f"a number of at least {low:g}"
-    return _parameter(name, Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)], expected)
-
-
-def _one_of(name: str, options: Sequence[str]) -> Any:
-    def check(value: str) -> str:
-        if value not in options:
-            raise UserError(f"'{name}' must be one of {', '.join(options)}, not '{value}'")
-        _RECORDED.values.setdefault(name, {})[value] = None
-        return value
-
-    text = Annotated[str, AfterValidator(check)]
-    return _parameter(name, text, f"one of {', '.join(options)}")
-
-
-def _score_file(value: str) -> str:
-    path = local_path(value)
-    load(path)
-    _RECORDED.values.setdefault("scores", {})[path] = None
-    return path
-
-
-_SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")
-_SHARED, _EXPERT = ParameterScope.SHARED, ParameterScope.NON_BASE
-
-SPEC = MergeMethodSpec(
-    name="weight_patching",
-    pretty_name="Weight Patching",
-    reference_url="https://arxiv.org/abs/2604.13694",
-    parameters=(
-        ParameterSpec("scores", _SCORES, _EXPERT),
-        ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
-        ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
-        ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
-        ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
-        ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),
-        ParameterSpec("estimand", _one_of("estimand", ESTIMANDS), _SHARED, default="share"),
-        ParameterSpec("criterion", _one_of("criterion", CRITERIA), _SHARED, default="kl"),
-        ParameterSpec(
-            "granularity", _one_of("granularity", GRANULARITIES), _SHARED, default="component"
-        ),
-    ),
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-)
 # A tensor that only the base has stays as it is; the recipe as a whole needs an expert.
 _TENSOR_CONTRACT = InputContract(base=BasePolicy.REQUIRED)
 
@@ -169,13 +77,13 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         """Check one tensor's inputs; while planning, also its score files against the base.
 
         mergekit first calls this once for the whole recipe, with the name of an output slice or
-        none: there a plan starts. See `_Recorded` for the rest.
+        none: there a plan starts. See `Recorded` for the rest.
 
         Raises:
             ValueError: no base, or no expert at all.
             UserError: a score file of another architecture, or without the scores asked for.
         """
-        recorded = _RECORDED.take()
+        recorded = RECORDED.take()
         if group_name is None or ".slices[" in group_name:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
             self._coverage.reset()
@@ -208,11 +116,11 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """Bind the parameters of a direct call, which is not planned, and note its coverage."""
-        _RECORDED.take()
+        RECORDED.take()
         try:
             bound: list[dict[str, Any]] = super()._bind_parameters(groups, parameters)
         finally:
-            _RECORDED.take()
+            RECORDED.take()
         for group, values in zip(groups, bound, strict=True):
             files = [load(path) for path in values["scores"].values()]
             base_id = group.base.id if group.base else None

@@ -14,7 +14,7 @@ class BarProgress:
     """
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        self._bar: tqdm | None = None
         live = sys.stderr.isatty()
         self._pace = {"mininterval": 0.2 if live else 60, "delay": 0 if live else 60}
 

@@ -183,13 +183,16 @@ class PromptBatch:
                 rows.append(row)
                 cols.append(len(sample.prompt_ids) - 1 + offset)
                 targets.append(token)
-        as_long = {"dtype": torch.long, "device": device}
+
+        def long(values: list[int] | list[list[int]]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
         return cls(
-            ids=torch.tensor(padded, **as_long),
-            last=torch.tensor([len(s.prompt_ids) - 1 for s in samples], **as_long),
-            rows=torch.tensor(rows, **as_long),
-            cols=torch.tensor(cols, **as_long),
-            targets=torch.tensor(targets, **as_long),
+            ids=long(padded),
+            last=long([len(s.prompt_ids) - 1 for s in samples]),
+            rows=long(rows),
+            cols=long(cols),
+            targets=long(targets),
             members=torch.tensor(list(members), dtype=torch.long),
         )
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores, load, local_path
-from mergekit_wp.method import SPEC
+from mergekit_wp.parameters import SPEC
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)

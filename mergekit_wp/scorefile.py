@@ -25,6 +25,7 @@ METADATA_KEY = "mergekit_wp"
 
 Estimand = Literal["share", "gain", "knockout"]
 CriterionName = Literal["kl", "anchor", "logprob"]
+Method = Literal["exact", "first-order", "second-order", "integrated-gradients"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
 
@@ -64,7 +65,7 @@ class Fidelity(_Strict):
     |score| among random components that are not leaders.
     """
 
-    method: Literal["exact", "first-order", "second-order", "integrated-gradients"]
+    method: Method
     steps: int | None = None
     verified_top: int = 0
     verified_random: int = 0

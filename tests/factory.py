@@ -68,7 +68,7 @@ def make_score_file(
             for c in criteria
             for k in kinds
         },
-        noise_floor={c: 0.0 for c in criteria},
+        noise_floor=dict.fromkeys(criteria, 0.0),
         completeness={},
         tensor_names=names,
         dtype="float32",

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with score files that fit them, and a merge written out component by component."""
+"""Tiny checkpoints with fitting score files, and a merge written out component by component."""
 
 from __future__ import annotations
 

@@ -267,13 +267,14 @@ def test_a_lora_needs_a_place(family: Family, tmp_path: Path) -> None:
     assert "has a LoRA: give --lora-merge-cache FOLDER" in message
 
 
-def test_another_architecture_before_any_tensor_is_read(
+def test_another_architecture_before_weights_are_opened(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> torch.Tensor:
-        raise AssertionError("a tensor was read")
+        raise AssertionError("weights were opened")
 
     monkeypatch.setattr(LazyTensorLoader, "get_tensor", refuse)
+    monkeypatch.setattr(LoaderCache, "get", refuse)
     config = llama_config(num_hidden_layers=3)
     state = random_state(config, 0)
     scorefile.write(scores_for(state, add(state, state), config), family.paths[1])

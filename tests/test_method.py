@@ -253,6 +253,15 @@ def test_a_tied_head_stored_twice_stays_equal_to_the_embedding(
     assert torch.equal(merged[head], merged[embedding])
 
 
+def test_without_a_config_a_file_without_a_head_means_a_tied_model(family: Family) -> None:
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    for checkpoint in (family.base, *family.experts):
+        checkpoint.state[head] = checkpoint.state[embedding].clone()
+    merged = direct(family, fusion="gate")
+    assert torch.equal(merged[head], merged[embedding])
+    assert not torch.equal(merged[head], family.base.state[head])
+
+
 def test_an_untied_head_keeps_its_own_scores(tmp_path: Path) -> None:
     family = Family.make(tmp_path, llama_config(tied=False))
     merged = run(family.recipe(), tmp_path / "out")

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "mergekit_wp"
 
 
 def run(*command: str | Path) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ignored = ("PYTHONPATH", "MERGEKIT_WP_AUTOLOAD")
+    environment = {key: value for key, value in os.environ.items() if key not in ignored}
     done = subprocess.run(
         command, env=environment, cwd="/", capture_output=True, text=True, timeout=120
     )

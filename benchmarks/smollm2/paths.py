@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,17 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial.replace(path)
+
+
+def command(program: str, *arguments: str, quiet: bool = False) -> None:
+    """Run an installed program, from the repository's root.
+
+    Raises:
+        SystemExit: it failed; what it printed is shown.
+    """
+    beside = Path(sys.executable).with_name(program)
+    start = [str(beside)] if beside.exists() else [program]
+    done = subprocess.run([*start, *arguments], cwd=REPO, capture_output=quiet, text=True)
+    if done.returncode:
+        shown = f"\n{done.stdout}{done.stderr}" if quiet else ""
+        raise SystemExit(f"{program} {' '.join(arguments)} ended with {done.returncode}{shown}")

@@ -11,7 +11,7 @@ from mergekit_wp.components import KINDS
 from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
 
 
-class _NameList(click.ParamType):
+class _NameList(click.ParamType[tuple[str, ...]]):
     """A comma-separated choice of names."""
 
     def __init__(self, what: str, allowed: tuple[str, ...]) -> None:
@@ -31,7 +31,7 @@ class _NameList(click.ParamType):
         return tuple(name for name in self.allowed if name in names)
 
 
-class _OrAuto(click.ParamType):
+class _OrAuto(click.ParamType[int | None]):
     """A whole number, or 'auto' (None)."""
 
     def __init__(self, minimum: int) -> None:

@@ -79,7 +79,8 @@ class BlockInputs:
         """
         products = (gradient @ self.donor_out) * self.donor_in
         products -= (gradient @ self.receiver_out) * self.receiver_in
-        return products.sum(1).unflatten(-1, (self.count, -1)).sum(-1)
+        found: torch.Tensor = products.sum(1).unflatten(-1, (self.count, -1)).sum(-1)
+        return found
 
 
 def _inputs_of(modules: Sequence[nn.Module], run: Any) -> list[torch.Tensor]:
@@ -109,8 +110,8 @@ def block_inputs(
         `BlockInputs` by kind: ``head``, ``kv_group``, ``neuron``.
     """
     layer, call = decoder.layers[index], trace.calls[index]
-    out_proj: nn.Module = layer.self_attn.o_proj  # type: ignore[union-attr, assignment]
-    down_proj: nn.Module = layer.mlp.down_proj  # type: ignore[union-attr, assignment]
+    out_proj: nn.Module = layer.self_attn.o_proj
+    down_proj: nn.Module = layer.mlp.down_proj
 
     def inputs(modules: Sequence[nn.Module], names: Sequence[str]) -> list[torch.Tensor]:
         swapped = {name: donor[name] for name in names if name in donor}
@@ -118,12 +119,13 @@ def block_inputs(
         return _inputs_of(modules, lambda: functional_call(layer, swapped, (hidden,), call.kwargs))
 
     own_attention, own_mlp = inputs([out_proj, down_proj], ())
-    own_out, own_down = out_proj.weight, down_proj.weight
+    own_out: torch.Tensor = layer.self_attn.o_proj.weight
+    own_down: torch.Tensor = layer.mlp.down_proj.weight
     return {
         "head": BlockInputs(
             own_attention,
             inputs([out_proj], _QUERY)[0],
-            own_out,  # type: ignore[arg-type]
+            own_out,
             donor[_OUT],
             dims.n_heads,
         ),
@@ -131,14 +133,14 @@ def block_inputs(
         "kv_group": BlockInputs(
             own_attention,
             inputs([out_proj], _KEY_VALUE)[0],
-            own_out,  # type: ignore[arg-type]
-            own_out,  # type: ignore[arg-type]
+            own_out,
+            own_out,
             dims.n_kv_groups,
         ),
         "neuron": BlockInputs(
             own_mlp,
             inputs([down_proj], _GATE_UP)[0],
-            own_down,  # type: ignore[arg-type]
+            own_down,
             donor[_DOWN],
             dims.n_neurons,
         ),

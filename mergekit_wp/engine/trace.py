@@ -31,32 +31,36 @@ from mergekit_wp.scorefile import CriterionName
 class Decoder:
     """The parts of a Llama-family model that a sweep touches."""
 
-    model: nn.Module
+    model: Any
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Any:
         """Decoder layers."""
-        return self.model.model.layers  # type: ignore[union-attr, return-value]
+        return self.model.model.layers
 
     @property
     def embedding(self) -> nn.Module:
         """Token embedding."""
-        return self.model.model.embed_tokens  # type: ignore[union-attr, return-value]
+        module: nn.Module = self.model.model.embed_tokens
+        return module
 
     @property
     def norm(self) -> nn.Module:
         """Norm after the last layer."""
-        return self.model.model.norm  # type: ignore[union-attr, return-value]
+        module: nn.Module = self.model.model.norm
+        return module
 
     @property
     def head(self) -> nn.Module:
         """Unembedding."""
-        return self.model.lm_head  # type: ignore[return-value]
+        module: nn.Module = self.model.lm_head
+        return module
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and activations."""
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     def logits(
         self, at_positions: torch.Tensor, swapped: Mapping[str, torch.Tensor] | None = None
@@ -73,7 +77,8 @@ class Decoder:
         if self.tied and "model.embed_tokens.weight" in swapped:
             head = {"weight": swapped["model.embed_tokens.weight"]}
         normed = functional_call(self.norm, norm, (at_positions,))
-        return functional_call(self.head, head, (normed,))  # type: ignore[no-any-return]
+        logits: torch.Tensor = functional_call(self.head, head, (normed,))
+        return logits
 
     @property
     def tied(self) -> bool:
@@ -109,7 +114,8 @@ class Trace:
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 @contextmanager
@@ -139,10 +145,10 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
     for layer in decoder.layers:
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(keep("output")))
-        handles.append(layer.self_attn.register_forward_hook(keep("attention")))  # type: ignore[union-attr, operator]
-        handles.append(layer.mlp.register_forward_hook(keep("mlp")))  # type: ignore[union-attr, operator]
+        handles.append(layer.self_attn.register_forward_hook(keep("attention")))
+        handles.append(layer.mlp.register_forward_hook(keep("mlp")))
     with hooked(handles):
-        decoder.model.model(input_ids=batch.ids, use_cache=False)  # type: ignore[union-attr, operator]
+        decoder.model.model(input_ids=batch.ids, use_cache=False)
     return Trace(batch, calls)
 
 
@@ -162,7 +168,7 @@ def repeated_kwargs(call: LayerCall, n: int, copies: int) -> dict[str, Any]:
 @contextmanager
 def returning(module: nn.Module, value: torch.Tensor, *, as_tuple: bool) -> Iterator[None]:
     """Make a block return a given value instead of computing."""
-    module.forward = lambda *_args, **_kwargs: (value, None) if as_tuple else value  # type: ignore[method-assign]
+    module.forward = lambda *_args, **_kwargs: (value, None) if as_tuple else value
     try:
         yield
     finally:
@@ -195,12 +201,13 @@ def layer_output(
     hidden = call.hidden.repeat(copies, 1, 1)
     with ExitStack() as stack:
         if attention is not None:
-            stack.enter_context(returning(layer.self_attn, attention.flatten(0, 1), as_tuple=True))  # type: ignore[arg-type]
+            stack.enter_context(returning(layer.self_attn, attention.flatten(0, 1), as_tuple=True))
         if mlp is not None:
-            stack.enter_context(returning(layer.mlp, mlp.flatten(0, 1), as_tuple=False))  # type: ignore[arg-type]
+            stack.enter_context(returning(layer.mlp, mlp.flatten(0, 1), as_tuple=False))
         kwargs = repeated_kwargs(call, n, copies)
         output = _first(functional_call(layer, dict(swapped or {}), (hidden,), kwargs))
-    return output.unflatten(0, (copies, n))
+    unflat: torch.Tensor = output.unflatten(0, (copies, n))
+    return unflat
 
 
 Criteria = tuple[CriterionName, ...]
@@ -248,7 +255,7 @@ def replay(
         if "anchor" in criteria and anchor is not None and index == anchor.layer:
             at_anchor = flat.unflatten(0, (copies, n))
             values["anchor"] = anchor_values(at_anchor, trace.batch, anchor.vector)
-    outputs = [c for c in criteria if c != "anchor"]
+    outputs: Criteria = tuple(c for c in criteria if c != "anchor")
     if outputs:
         final = flat.unflatten(0, (copies, n))[:, trace.batch.rows, trace.batch.cols]
         values |= output_values(decoder, final, trace.batch, outputs, targets, head_weights)
@@ -259,7 +266,7 @@ def output_values(
     decoder: Decoder,
     final: torch.Tensor,
     batch: PromptBatch,
-    criteria: list[CriterionName],
+    criteria: Criteria,
     targets: Targets,
     head_weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[CriterionName, torch.Tensor]:

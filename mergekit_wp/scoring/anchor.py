@@ -38,7 +38,10 @@ class Contrast:
 def direction(towards: torch.Tensor, away: torch.Tensor) -> torch.Tensor:
     """Unit difference of means: two ``[prompts, ..., hidden]`` to ``[..., hidden]``."""
     difference = towards.mean(0) - away.mean(0)
-    return difference / torch.linalg.vector_norm(difference, dim=-1, keepdim=True).clamp_min(1e-30)
+    unit: torch.Tensor = difference / torch.linalg.vector_norm(
+        difference, dim=-1, keepdim=True
+    ).clamp_min(1e-30)
+    return unit
 
 
 def separation(towards: torch.Tensor, away: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from mergekit_wp.scoring.run import SweepRun
 
 
 def score_tensors(run: SweepRun, pair: Pair, references: References) -> dict[str, torch.Tensor]:
+    """All tensors of the score file."""
     tensors: dict[str, torch.Tensor] = {}
     for estimand, c, kind in run.changes:
         if kind not in run.request.kinds:
@@ -40,6 +41,7 @@ def make_manifest(
     run: SweepRun,
     created: str,
 ) -> Manifest:
+    """The manifest of the score file."""
     dims = pair.partition.dims
     packages = ("torch", "transformers", "mergekit", "safetensors")
     return Manifest(

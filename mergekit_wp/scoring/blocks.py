@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -32,11 +33,17 @@ from mergekit_wp.engine.patches import (
 from mergekit_wp.engine.share import contributions, midpoints
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.scorefile import Estimand
+from mergekit_wp.scorefile import CriterionName, Estimand
 from mergekit_wp.scoring.references import References
 
 #: result tensors of a block, ``[components, prompts of the batch]`` by "criterion/kind/..." key
 Result = dict[str, torch.Tensor]
+
+
+def criterion_and_kind(key: str) -> tuple[CriterionName, Kind]:
+    """Take a result's key apart."""
+    criterion, kind = key.split("/")
+    return cast(CriterionName, criterion), cast(Kind, kind)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class SweepContext:
         """Whether base and expert differ in any tensor of a kind in a layer."""
         changed = self.resident.pair.changed
         if kind in SLICED_KINDS:
-            return any(t.name in changed for t in self.partition.owned_by(kind, layer))  # type: ignore[arg-type]
+            return any(t.name in changed for t in self.partition.owned_by(kind, layer))
         return any(name in changed for name in self.partition.layer_tensors(layer))
 
     def depth(self, layer: int) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from mergekit_wp.scorefile import Fidelity
+from mergekit_wp.scorefile import Fidelity, Method
 
 
 def leaders(scores: torch.Tensor, k: int) -> list[int]:
@@ -36,25 +36,22 @@ def _correlation(kind: str, first: np.ndarray, second: np.ndarray) -> float | No
 
 
 def verdict(
-    predicted: torch.Tensor, exact: dict[int, float], top: list[int], random: list[int], method: str
+    predicted: torch.Tensor, exact: torch.Tensor, top: list[int], random: list[int], method: Method
 ) -> Fidelity:
     """Compare predictions with exact scores.
 
     Args:
         predicted: first-order scores of a kind.
-        exact: exact score by flat index, for every index in `top` and `random`.
+        exact: exact scores, flat; read at `top` and `random` only.
         top: the leaders.
         random: the uniform sample.
         method: ``first-order`` or ``second-order``.
     """
-    flat = predicted.flatten()
-    every = sorted({*top, *random})
-    pairs = {i: (float(flat[i]), exact[i]) for i in every}
-    both = np.array([pairs[i] for i in every]).reshape(-1, 2).T
-    drawn = np.array([pairs[i] for i in random]).reshape(-1, 2).T
-    missed = [abs(exact[i]) for i in random if i not in set(top)]
+    pairs = torch.stack([predicted.flatten(), exact.flatten()]).double().numpy()
+    both, drawn = pairs[:, sorted({*top, *random})], pairs[:, random]
+    missed = [abs(float(exact[i])) for i in set(random) - set(top)]
     return Fidelity(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         verified_top=len(top),
         verified_random=len(random),
         pearson=_correlation("pearson", *both),

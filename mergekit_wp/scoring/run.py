@@ -8,11 +8,12 @@ import torch
 
 from mergekit_wp.components import KINDS, SLICED_KINDS, FineKind, Kind
 from mergekit_wp.criteria import recovery
-from mergekit_wp.scorefile import CriterionName, Estimand, Fidelity
+from mergekit_wp.scorefile import CriterionName, Estimand, Fidelity, Method
 from mergekit_wp.scoring.blocks import (
     Block,
     Result,
     SweepContext,
+    criterion_and_kind,
     exact_blocks,
     first_order_blocks,
     noise_blocks,
@@ -34,12 +35,13 @@ class SweepRun:
     ) -> None:
         self.request, self.context = request, context
         self.journal, self.progress = journal, progress
-        self.changes: dict[tuple[str, str, str], torch.Tensor] = {}
+        self.changes: dict[tuple[str, CriterionName, str], torch.Tensor] = {}
         self.fidelity: dict[str, Fidelity] = {}
         self.noise: dict[CriterionName, float] = {}
         self.completeness: dict[str, float] = {}
 
     def all(self) -> None:
+        """Every sweep that was asked for."""
         swaps: list[Estimand] = [e for e in self.request.estimands if e != "share"]
         if "share" in self.request.estimands:
             self._share()
@@ -88,7 +90,7 @@ class SweepRun:
         for block, result in self._finished("share", share_blocks(self.context, steps)):
             members = self._members(block.key)
             for name, value in result.items():
-                c, kind = name.split("/")
+                c, kind = criterion_and_kind(name)
                 self.changes["share", c, kind][members] += value.double() / steps
         partition = self.context.partition
         of_layer = torch.zeros((len(partition.tensor_names), partition.dims.n_layers)).double()
@@ -113,7 +115,8 @@ class SweepRun:
         for block, result in self._finished("noise floor", noise_blocks(self.context, estimand)):
             members = self.context.references.batches[0].members
             del block
-            for c, change in result.items():
+            for c in self.context.criteria:
+                change = result[c]
                 distance = self.context.references.values[c].distance[members].double()
                 floor = float((change.double().mean(-1) / distance.mean()).abs().max())
                 self.noise[c] = max(floor, self.noise.get(c, 0.0))
@@ -153,9 +156,9 @@ class SweepRun:
         for block, result in self._finished(f"{estimand}, exact", blocks):
             members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
             for name, value in result.items():
-                c, kind = name.split("/")
+                c, kind = criterion_and_kind(name)
                 target = self.changes[estimand, c, kind]
-                indices = selected[kind][layer]  # type: ignore[index]
+                indices = selected[kind][layer]
                 rows = value.T.double()
                 if kind == "tensor":
                     target[members.unsqueeze(-1), torch.tensor(indices)] = rows
@@ -179,7 +182,7 @@ class SweepRun:
         for block, result in self._finished(f"{estimand}, first-order", blocks):
             members = self._members(block.key)
             for name, value in result.items():
-                c, kind = name.split("/")
+                c, kind = criterion_and_kind(name)
                 self.changes[estimand, c, kind][members] = value.transpose(0, 1).double()
         self._verify(estimand, kinds)
 
@@ -189,49 +192,61 @@ class SweepRun:
         top: dict[tuple[str, str], list[int]] = {}
         random: dict[str, list[int]] = {}
         selected: dict[Kind, list[list[int]]] = {}
+        n_layers = context.partition.dims.n_layers
         for kind in kinds:
-            n_layers, count = context.partition.dims.n_layers, context.partition.dims.count(kind)
+            count = context.partition.dims.count(kind)
             changed = torch.tensor([context.changed(kind, i) for i in range(n_layers)])
-            random[kind] = uniform_sample(
-                changed.unsqueeze(-1).expand(n_layers, count), k, self.request.seed
-            )
-            chosen = set(random[kind])
+            candidates = changed.unsqueeze(-1).expand(n_layers, count)
+            random[kind] = uniform_sample(candidates, k, self.request.seed)
             for c in context.criteria:
                 top[c, kind] = leaders(self.scores(estimand, c, kind)[0], k)
-                chosen |= set(top[c, kind])
+            chosen = {*random[kind], *(i for c in context.criteria for i in top[c, kind])}
             selected[kind] = [
                 sorted(i % count for i in chosen if i // count == layer)
                 for layer in range(n_layers)
             ]
-        found: dict[tuple[str, str, int], torch.Tensor] = {}
+        exact = self._swapped(estimand, selected)
+        for kind in kinds:
+            for c in context.criteria:
+                method: Method = (
+                    "second-order" if (estimand, c) == ("knockout", "kl") else "first-order"
+                )
+                predicted = self.scores(estimand, c, kind)[0]
+                self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
+                    predicted, exact[c, kind], top[c, kind], random[kind], method
+                )
+
+    def _swapped(
+        self, estimand: Estimand, selected: dict[Kind, list[list[int]]]
+    ) -> dict[tuple[str, str], torch.Tensor]:
+        """Exact scores of selected components, zero elsewhere, flat, by criterion and kind."""
+        context, criteria = self.context, self.context.criteria
+        changes = {
+            (c, kind): torch.zeros((*self._shape(kind), context.n_prompts), dtype=torch.float64)
+            for kind in selected
+            for c in criteria
+        }
         blocks = exact_blocks(context, estimand, selected, "verify")
         for block, result in self._finished(f"{estimand}, verifying", blocks):
             members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
-            for name, value in result.items():
-                c, kind = name.split("/")
-                count = context.partition.dims.count(kind)  # type: ignore[arg-type]
-                for row, i in zip(value, selected[kind][layer], strict=True):  # type: ignore[index]
-                    place = (c, kind, layer * count + i)
-                    found.setdefault(place, torch.zeros(context.n_prompts).double())
-                    found[place][members] = row.double()
-        for kind in kinds:
-            for c in context.criteria:
-                sign = 1.0 if estimand == "gain" else -1.0
-                distance = context.references.values[c].distance.double()
-                exact = {
-                    i: sign * float(change.mean() / distance.mean())
-                    for (c2, kind2, i), change in found.items()
-                    if (c2, kind2) == (c, kind)
-                }
-                method = "second-order" if (estimand, c) == ("knockout", "kl") else "first-order"
-                chosen = top[c, kind] if k else []
-                self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
-                    self.scores(estimand, c, kind)[0], exact, chosen, random[kind], method
-                )
+            for kind, lists in selected.items():
+                if not lists[layer]:
+                    continue
+                for c in criteria:
+                    rows = torch.tensor(lists[layer]).unsqueeze(-1)
+                    changes[c, kind][layer, rows, members] = result[f"{c}/{kind}"].double()
+        sign = -1.0 if estimand == "knockout" else 1.0
+        return {
+            (c, kind): sign
+            * (change.mean(-1) / context.references.values[c].distance.double().mean()).flatten()
+            for (c, kind), change in changes.items()
+        }
 
-    def scores(self, estimand: str, c: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(
+        self, estimand: str, c: CriterionName, kind: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and standard errors from the changes."""
         change = self.changes[estimand, c, kind].movedim(0, -1)
         # knockout = 1 - r(expert with c from the base): what the criterion loses
         change = -change if estimand == "knockout" else change
-        return recovery(change, self.context.references.values[c].distance.double())  # type: ignore[index]
+        return recovery(change, self.context.references.values[c].distance.double())

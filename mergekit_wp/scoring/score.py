@@ -54,16 +54,11 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
         resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
-        samples = _samples(
-            request,
-            prompt_file.prompts,
-            prompt_ids,
-            tokenizer,
-            resident,
-            criteria,
-            journal,
-            progress,
-        )
+        samples = [Sample(tuple(ids)) for ids in prompt_ids]
+        if any(c != "anchor" for c in criteria):
+            samples = _with_responses(
+                request, prompt_file.prompts, prompt_ids, tokenizer, resident, journal, progress
+            )
         batch_size = request.batch_size or _auto_batch_size(samples, vocabulary, request.device)
         contrasts: tuple[list[int], list[Any]] = ([], [])
         if "anchor" in criteria:
@@ -94,14 +89,14 @@ def choose_criteria(
     """
     given = any(p.contrast is not None for p in prompts)
     usable = any(p.usable_contrast for p in prompts)
-    if asked is None:
-        asked = ("kl", "anchor") if given else ("kl",)
-    if "anchor" in asked and given and not usable:
+    default: tuple[CriterionName, ...] = ("kl", "anchor") if given else ("kl",)
+    criteria = asked or default
+    if "anchor" in criteria and given and not usable:
         raise UserError(
             "no usable contrast: every 'contrast' is empty or equal to its prompt; give the same "
             "request without the instruction, or leave 'contrast' out for the base-to-expert anchor"
         )
-    return asked
+    return criteria
 
 
 def _tokenizer(pair: Pair) -> Any:
@@ -131,19 +126,16 @@ def _inputs(
     }
 
 
-def _samples(
+def _with_responses(
     request: ScoreRequest,
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[list[int]],
     tokenizer: Any,
     resident: ResidentModel,
-    criteria: Sequence[str],
     journal: Journal,
     progress: Progress,
 ) -> list[Sample]:
     """Prompts with their responses: the given ones, else the expert's greedy continuations."""
-    if all(c == "anchor" for c in criteria):
-        return [Sample(tuple(ids)) for ids in prompt_ids]
     responses: dict[int, list[int]] = {
         i: encode_response(tokenizer, p.response)
         for i, p in enumerate(prompts)

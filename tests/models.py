@@ -1,0 +1,126 @@
+"""Tiny random models with a tokenizer, saved as ordinary checkpoints."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+VOCABULARY = 40
+LETTERS = string.ascii_lowercase + string.digits + "AB"
+EOS = VOCABULARY - 1
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, Callable[[], object]] = {
+    "llama": lambda: LlamaConfig(
+        **_SIZES, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    ),
+    "llama-tied": lambda: LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_SIZES, num_key_value_heads=2),
+    "qwen3": lambda: Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=8),
+}
+
+
+def make_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random float64 model; biases and norms are random too, so that they matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            assert torch.isfinite(parameter).all(), name
+    return model
+
+
+def perturbed(model: PreTrainedModel, scale: float = 0.1, seed: int = 1) -> PreTrainedModel:
+    """A copy whose every weight differs."""
+    torch.manual_seed(seed)
+    other = type(model)(model.config).double().eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return other
+
+
+def finetuned(model: PreTrainedModel, prompts: Path, steps: int = 20) -> PreTrainedModel:
+    """A copy trained on the prompts' responses: a task vector with a direction, unlike noise."""
+    other = perturbed(model, 0.0)
+    other.requires_grad_(True)
+    items = [json.loads(line) for line in prompts.read_text().splitlines()]
+    optimizer = torch.optim.Adam(other.parameters(), lr=2e-3)
+    for _ in range(steps):
+        loss = torch.zeros(())
+        for item in items:
+            ids = [LETTERS.index(c) for c in item["prompt"] + item["response"]] + [EOS]
+            logits = other(torch.tensor([ids])).logits[0, len(item["prompt"]) - 1 : -1]
+            loss = loss + torch.nn.functional.cross_entropy(
+                logits, torch.tensor(ids[len(item["prompt"]) :])
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return other.requires_grad_(False).eval()
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """Save a model with a letter tokenizer."""
+    model.to(dtype).save_pretrained(folder)
+    model.to(torch.float64)
+    # byte-level BPE without merges, one token a letter: the one shape every family's own
+    # tokenizer class (AutoTokenizer goes by the config's model_type) loads alike
+    tokens = {letter: i for i, letter in enumerate(LETTERS)} | {
+        "<unk>": VOCABULARY - 2,
+        "<eos>": EOS,
+    }
+    tokenizer = Tokenizer(models.BPE(tokens, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def _word(start: int, step: int, length: int) -> str:
+    return "".join(LETTERS[(start + step * j) % len(LETTERS)] for j in range(length))
+
+
+def write_prompts(
+    path: Path, n: int = 5, *, contrast: bool = False, response: bool = False
+) -> Path:
+    """Prompts of different lengths."""
+    lines = []
+    for i in range(n):
+        line = {"prompt": _word(7 * i, 3, 2 + i % 3)}
+        if contrast:
+            line["contrast"] = _word(i + 5, 11, 2)
+        if response:
+            line["response"] = _word(5 * i, 2, 1 + i % 4)
+        lines.append(json.dumps(line))
+    path.write_text("\n".join(lines) + "\n")
+    return path
