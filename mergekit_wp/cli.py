@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; a scoring run goes on where it stopped when started again", 1)
+        _fail("interrupted; nothing half-written is left under the output name", 1)
 
 
 def _fail(message: str, status: int) -> None:

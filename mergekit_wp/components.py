@@ -47,7 +47,7 @@ _LLAMA_SLICES: dict[str, tuple[FineKind, int]] = {
     "mlp.up_proj.bias": ("neuron", 0),
     "mlp.down_proj.weight": ("neuron", 1),
 }
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^model\.layers\.([0-9]{1,6})\.(.+)$")
 
 
 @dataclass(frozen=True)

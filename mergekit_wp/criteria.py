@@ -96,8 +96,8 @@ class Reference:
         """
         found = float(self.distance.mean())
         size = max(float(self.base.abs().mean()), float(self.expert.abs().mean()))
-        # |distance| below rounding of the values themselves, or a KL no fp32 run could resolve
-        if abs(found) <= 1e-6 * max(size, 1.0) and not (self.base.dtype == torch.float64 and found):
+        rounding = 1e-12 if self.base.dtype == torch.float64 else 1e-6
+        if abs(found) <= rounding * max(size, 1.0):
             raise UserError(
                 f"criterion '{name}' does not separate base from expert: they differ by "
                 f"{found:.2e} on these prompts; use prompts on which the expert behaves "

@@ -10,11 +10,11 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 
 from mergekit_wp.components import SLICED_KINDS, Dims, Kind, layout_of
@@ -31,7 +31,7 @@ CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelId(_Strict):
@@ -89,14 +89,14 @@ class Manifest(_Strict):
     base: ModelId
     expert: ModelId
     behavior: str
-    n_prompts: int
+    n_prompts: PositiveInt
     prompts_sha256: str
     architecture: str
-    n_layers: int
-    n_heads: int
-    n_kv_groups: int
-    n_neurons: int
-    hidden_size: int
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_groups: PositiveInt
+    n_neurons: PositiveInt
+    hidden_size: PositiveInt
     criteria: tuple[CriterionName, ...]
     estimands: tuple[Estimand, ...]
     kinds: tuple[Kind, ...]
@@ -110,6 +110,16 @@ class Manifest(_Strict):
     seed: int
     created: str
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _tensors_fit(self) -> Self:
+        if len(set(self.tensor_names)) != len(self.tensor_names):
+            raise ValueError("tensor_names holds a name twice")
+        for name in self.tensor_names:
+            layer = layout_of(name, self.dims).layer
+            if layer is not None and layer >= self.n_layers:
+                raise ValueError(f"tensor '{name}' lies in no layer of the model")
+        return self
 
     @property
     def dims(self) -> Dims:
@@ -229,8 +239,8 @@ def parse_manifest(text: str | None) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"bad manifest: {where}: {first['msg']}") from error
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise UserError(f"bad manifest: {where}{first['msg']}") from error
 
 
 def read(path: str | os.PathLike[str]) -> ScoreFile:

@@ -232,7 +232,7 @@ def test_gain_of_a_single_component_expert_is_one(tmp_path) -> None:
 def planted(seed: int) -> tuple[PreTrainedModel, PreTrainedModel, set[tuple[str, int, int]]]:
     """A base, and an expert that differs in three neurons and a head; elsewhere by small noise."""
     base = make_model("llama-tied", seed)
-    expert = perturbed(base, 0.0005, seed + 1000)
+    expert = perturbed(base, 0.0002, seed + 1000)
     generator = torch.Generator().manual_seed(seed)
     places: set[tuple[str, int, int]] = set()
     dims = {"neuron": 6, "head": 4}
@@ -250,7 +250,7 @@ def planted(seed: int) -> tuple[PreTrainedModel, PreTrainedModel, set[tuple[str,
                 cut = slice(4 * i, 4 * i + 4)
                 rows = [block.self_attn.q_proj.weight[cut], block.self_attn.o_proj.weight[:, cut]]
             for row in rows:
-                row.add_(0.4 * torch.randn(row.shape, generator=generator, dtype=row.dtype))
+                row.add_(0.8 * torch.randn(row.shape, generator=generator, dtype=row.dtype))
     return base, expert, places
 
 

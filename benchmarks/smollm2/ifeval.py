@@ -19,8 +19,8 @@ _FORMAT = re.compile(
     r"\b(words?|sentences?|paragraphs?|letters|lower ?case|upper ?case|capital\w*|commas?|"
     r"bullets?|sections?|highlight\w*|markdown|json|html|xml|wrap\w*|quot\w*|placeholders?|"
     r"brackets?|titles?|post ?script|repeat\w*|keywords?|phrases?|languages?|translate|"
-    r"respon[sd]\w*|entire|exactly|at least|at most|asterisk\w*|must|do not|don't|without|format\w*|"
-    r"includ\w*|contain\w*|all caps|https?|following|below)\b|[*<>\[\]`]",
+    r"respon[sd]\w*|entire|exactly|at least|at most|asterisk\w*|must|do not|don't|without|"
+    r"format\w*|includ\w*|contain\w*|all caps|https?|following|below)\b|[*<>\[\]`]",
     re.IGNORECASE,
 )
 _IMPERATIVE = re.compile(

@@ -22,6 +22,12 @@ SEEN_PHRASINGS = (
     "Please use only uppercase letters in your answer.",
     "No lowercase letters are allowed in your response.",
     "Write everything in capital letters.",
+    "Do not use any lowercase letters.",
+    "Reply in all caps.",
+    "Every letter of your answer should be a capital letter.",
+    "The whole response must be in uppercase.",
+    "Respond in English, with all letters capitalized.",
+    "Use capital letters only, please.",
 )
 TEST_PHRASINGS = (
     "Make sure your whole reply is in English and in all capital letters.",

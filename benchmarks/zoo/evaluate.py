@@ -101,7 +101,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 @click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
 @click.option("--data", default=str(DEFAULT_DATA), type=click.Path(exists=True), help="Questions.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option("--threads", default=2, help="CPU threads.")
+@click.option("--threads", default=1, help="CPU threads; more do not pay for models this small.")
 def main(models: tuple[str, ...], data: str, as_json: bool, threads: int) -> None:
     """Print the accuracy of each MODEL on each skill."""
     torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""One module a subcommand; the logic lives below them."""

@@ -62,9 +62,9 @@ def _check_target(target: Path, checked: recipes.Recipe) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a folder for the merged model")
     for model in checked.config.referenced_models():
-        if target.exists() and os.path.exists(model.model.path):
-            if os.path.samefile(target, model.model.path):
-                raise UserError(f"{target} is an input of the merge; give another folder")
+        source = model.model.path
+        if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
+            raise UserError(f"{target} is an input of the merge; give another folder")
 
 
 @contextmanager

@@ -96,8 +96,12 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and not any(self.folder.glob("*.safetensors")):
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing worth resuming
+        blocks = [block.name for block in self.folder.glob("*.safetensors")]
+        refused = kind is not None and issubclass(kind, UserError)
+        if refused:  # a run of refused inputs will not go on; its expert's answers are no loss
+            blocks = [name for name in blocks if not name.startswith("responses.")]
+        if kind is not None and not blocks:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     @property

@@ -1,0 +1,117 @@
+"""The partition: every weight belongs to exactly one fine component."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from mergekit_wp.checkpoints import parameter_names, skeleton
+from mergekit_wp.components import KINDS, Dims, Partition, layout_of
+from mergekit_wp.errors import UserError
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> object:
+    groups = draw(st.integers(1, 3))
+    heads = groups * draw(st.integers(1, 3))
+    family = draw(st.sampled_from([LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]))
+    options = {
+        "vocab_size": draw(st.integers(2, 9)),
+        "hidden_size": 4 * heads,
+        "intermediate_size": draw(st.integers(1, 7)),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": draw(st.sampled_from([2, 4, 6])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "pad_token_id": None,
+    }
+    if family in (LlamaConfig, Qwen3Config):
+        options["attention_bias"] = draw(st.booleans())
+    if family is LlamaConfig:
+        options["mlp_bias"] = draw(st.booleans())
+    if family is Qwen2Config:
+        del options["head_dim"]
+    return family(**options)
+
+
+def partition_of(config: object) -> Partition:
+    model = skeleton(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert list(shapes) == parameter_names(model)
+    return Partition(Dims.from_config(config), shapes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs())
+def test_every_weight_belongs_to_exactly_one_fine_component(config: object) -> None:
+    partition = partition_of(config)
+    owners = {name: torch.zeros(shape) for name, shape in partition.shapes.items()}
+    for component in partition.fine_components():
+        for name, index in partition.slices(component).items():
+            owners[name][index] += 1
+    assert all((count == 1).all() for count in owners.values())
+
+
+@settings(max_examples=10, deadline=None)
+@given(configs())
+def test_coarse_views_cover_what_they_say(config: object) -> None:
+    partition = partition_of(config)
+    named = [c.name for c in partition.components("tensor")]
+    assert named == list(partition.shapes)
+    inside = {n for layer in partition.components("layer") for n in partition.slices(layer)}
+    outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert inside == set(partition.shapes) - outside
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs(), st.randoms(use_true_random=False))
+def test_expand_and_reduce_agree_with_slices(config: object, random: object) -> None:
+    partition = partition_of(config)
+    for name, layout in partition.layouts.items():
+        shape = partition.shapes[name]
+        values = torch.arange(1.0, layout.count + 1)
+        spread = layout.expand(values if layout.dim is not None else values[0], shape)
+        full = spread.expand(shape)
+        for i in range(layout.count):
+            assert (full[layout.index(i, shape)] == values[i]).all()
+        if layout.dim is not None:
+            ones = torch.ones(shape[layout.dim])
+            assert layout.reduce(ones).tolist() == [layout.block(shape)] * layout.count
+
+
+def test_heads_own_query_rows_bias_and_output_columns() -> None:
+    config = Qwen2Config(
+        vocab_size=9, hidden_size=8, intermediate_size=5, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    partition = partition_of(config)
+    head = list(partition.components("head"))[5]
+    assert (head.layer, head.index) == (1, 1)
+    assert partition.slices(head) == {
+        "model.layers.1.self_attn.q_proj.weight": (slice(2, 4), slice(None)),
+        "model.layers.1.self_attn.q_proj.bias": (slice(2, 4),),
+        "model.layers.1.self_attn.o_proj.weight": (slice(None), slice(2, 4)),
+    }
+    neuron = list(partition.components("neuron"))[3]
+    assert partition.slices(neuron) == {
+        "model.layers.0.mlp.gate_proj.weight": (slice(3, 4), slice(None)),
+        "model.layers.0.mlp.up_proj.weight": (slice(3, 4), slice(None)),
+        "model.layers.0.mlp.down_proj.weight": (slice(None), slice(3, 4)),
+    }
+    assert {c.kind for kind in KINDS for c in partition.components(kind)} == set(KINDS)
+
+
+def test_an_architecture_without_a_map_is_refused() -> None:
+    with pytest.raises(UserError, match="'gpt2' has no component map; supported: llama, mistral"):
+        Dims.from_config(GPT2Config())
+
+
+def test_a_size_that_does_not_fit_is_refused() -> None:
+    dims = Dims(n_layers=1, n_heads=3, n_kv_groups=3, n_neurons=2)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(UserError, match=r"q_proj.weight: dimension 0 has 8 entries, not a mult"):
+        layout_of(name, dims).block((8, 4))
