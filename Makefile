@@ -29,7 +29,8 @@ help:
 	@echo "test-slow  run all tests"
 	@echo "lint       check format, lint and types"
 	@echo "format     apply what lint would ask for, where that can be automatic"
-	@echo "demo       run the demonstration on the toy models"
+	@echo "demo       score, merge and compare the toy models (recipes/, benchmarks/zoo/)"
+	@echo "scores     only score them: the recipes in recipes/ need the files in scores/"
 	@echo "wheel      build the wheel into $(DIST)"
 	@echo "clean      remove built files and caches (not $(VENV))"
 
@@ -64,8 +65,8 @@ format: venv
 demo: venv
 	$(PY) benchmarks/zoo/demo.py
 
-scores: bench
-	@echo "make scores: not there yet" >&2; exit 1
+scores: venv
+	$(PY) benchmarks/zoo/demo.py --only-scores
 
 wheel: venv
 	$(PY) -m build --wheel --no-isolation --outdir $(DIST)

@@ -1,0 +1,96 @@
+"""`make demo`: score the zoo's experts, merge them with stock mergekit, compare with TIES and DARE.
+
+Every step is a public command, printed before it runs. Usage, from the repository's root:
+``python benchmarks/zoo/demo.py [--only-scores]``
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+ZOO = Path("benchmarks/zoo/checkpoints")
+SCORES = Path("scores")
+OUT = Path("build/demo")
+EXPERTS = ("inst", "math", "sort")
+RECIPES = {
+    "two-experts": "weight_patching, inst + math",
+    "one-expert": "weight_patching, math without what harms it",
+    "three-experts": "weight_patching, three experts",
+    "three-experts-ties": "TIES, three experts",
+    "three-experts-dare-ties": "DARE-TIES, three experts",
+}
+
+
+def run(*command: str) -> str:
+    """Print and run a command from the environment that runs this script."""
+    click.echo(click.style(f"$ {' '.join(command)}", bold=True))
+    program = Path(sys.executable).with_name(command[0])
+    done = subprocess.run(
+        [str(program), *command[1:]],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # models this small
+    )
+    return done.stdout
+
+
+def score_experts() -> None:
+    """Write scores/EXPERT.safetensors for the three experts; those that exist are kept."""
+    for expert in EXPERTS:
+        out = SCORES / f"{expert}.safetensors"
+        if (ROOT / out).exists():
+            click.echo(f"{out} is there already")
+            continue
+        prompts = ZOO / "prompts" / f"{expert}.jsonl"
+        run(
+            *("mergekit-wp", "score", str(ZOO / "base"), str(ZOO / expert)),
+            *("--prompts", str(prompts), "--criterion", "kl"),
+            *("--out", str(out)),
+        )
+
+
+def merge_and_compare() -> None:
+    """Merge every recipe with the stock command and print accuracies on every skill."""
+    for recipe in RECIPES:
+        shutil.rmtree(ROOT / OUT / recipe, ignore_errors=True)
+        run("mergekit-yaml", f"recipes/{recipe}.yml", str(OUT / recipe), "--quiet")
+    models = {"base": ZOO / "base", **{f"expert {e}": ZOO / e for e in EXPERTS}}
+    models |= {RECIPES[recipe]: OUT / recipe for recipe in RECIPES}
+    printed = run(
+        *("python", "benchmarks/zoo/evaluate.py", "--json"), *(str(p) for p in models.values())
+    )
+    accuracy = dict(zip(models, json.loads(printed).values(), strict=True))
+    skills = list(next(iter(accuracy.values())))
+    click.echo(f"\n{'accuracy on 200 unseen questions':44}" + "".join(f"{s:>7}" for s in skills))
+    for name, values in accuracy.items():
+        click.echo(f"{name:44}" + "".join(f"{values[s]:7.2f}" for s in skills))
+    click.echo("\nmean over the three skills, relative to each skill's own expert:")
+    for recipe in ("three-experts", "three-experts-ties", "three-experts-dare-ties"):
+        name = RECIPES[recipe]
+        parts = [accuracy[name][e] / accuracy[f"expert {e}"][e] for e in EXPERTS]
+        click.echo(f"{name:44}{sum(parts) / len(parts):7.2f}")
+
+
+@click.command()
+@click.option("--only-scores", is_flag=True, help="Stop after scoring (`make scores`).")
+def main(only_scores: bool) -> None:
+    """Score, merge, compare."""
+    score_experts()
+    if only_scores:
+        return
+    merge_and_compare()
+    report = OUT / "inst.html"
+    run("mergekit-wp", "plot", str(SCORES / "inst.safetensors"), "--out", str(report))
+    click.echo(f"\nWhat the instruction expert's components do: file://{ROOT / report}")
+
+
+if __name__ == "__main__":
+    main()
