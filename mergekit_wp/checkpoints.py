@@ -28,6 +28,7 @@ from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # config entries that say how a checkpoint was saved, not what it computes
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -147,13 +148,18 @@ class Checkpoint:
         return tensor
 
     def tokenizer(self) -> Any | None:
-        """The checkpoint's tokenizer, None when it has none."""
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.ref.model.path, revision=self.ref.model.revision
-            )
-        except (OSError, ValueError, KeyError):
+        """The checkpoint's tokenizer, None when it has none.
+
+        Raises:
+            UserError: it has one that cannot be loaded.
+        """
+        if not any(Path(self.path, name).exists() for name in _TOKENIZER_FILES):
             return None
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # tokenizers raise whatever they like
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error
 
 
 @dataclass(frozen=True)

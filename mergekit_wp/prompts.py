@@ -67,7 +67,7 @@ def read_prompts(path: Path, limit: int | None) -> PromptFile:
     """
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read: {error}") from error
     prompts = []

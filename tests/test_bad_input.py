@@ -124,7 +124,7 @@ def test_bad_models_and_prompts(zoo, tmp_path, capfd, base, expert, prompts, mes
             ["--criterion", "anchor", "--anchor-layer", "2"],
             "out of range: the model has layers 0 to 1",
         ),
-        (["--criterion", "anchor", "--max-prompts", "3"], "auto needs at least 4 prompts"),
+        (["--criterion", "anchor", "--max-prompts", "1"], "auto needs at least 2 prompts"),
         (["--batch-size", "0"], "'0' is neither 'auto' nor a whole number from 1"),
         (["--device", "warp"], "--device warp"),
         (["--dtype", "int8"], "'int8' is not one of"),

@@ -28,7 +28,7 @@ _WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(
 @click.argument("out", type=click.Path())
 @add_merge_options  # type: ignore[untyped-decorator]
 def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
-    r"""Merge the models of RECIPE into the folder OUT.
+    """Merge the models of RECIPE into the folder OUT.
 
     RECIPE is a mergekit recipe; every merge method and every option of `mergekit-yaml` works.
     For `merge_method: weight_patching` the recipe, its score files and a few tensors of every

@@ -79,7 +79,8 @@ class _OrAuto(click.ParamType[int | None]):
     "criteria",
     type=_NameList("criterion", CRITERIA),
     help="kl: the expert's next-token distribution. anchor: a direction in the residual stream. "
-    "logprob: likelihood of the response.  [default: kl, and anchor too when contrasts are given]",
+    "logprob: likelihood of the response.  [default: kl, and anchor too when two or more contrasts "
+    "are given]",
 )
 @click.option(
     "--kinds",

@@ -2,8 +2,8 @@
 
 With contrasts (the same request without the instruction) the direction is the difference of
 means, expert with instruction minus expert without; without contrasts it is expert minus base,
-the matched-checkpoint anchor (DESIGN section 2). The layer is chosen on held-out prompts by how
-well the projection separates the two.
+the matched-checkpoint anchor (DESIGN section 2). The layer is chosen by how well the projection
+separates the two on held-out prompts: each prompt is projected on the direction of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.scorefile import Anchor
 
 #: fewest prompts from which a layer can be chosen on held-out ones
-MIN_HELD_OUT = 4
+MIN_HELD_OUT = 2
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,18 @@ def separation(towards: torch.Tensor, away: torch.Tensor) -> torch.Tensor:
 
 
 def held_out_separation(contrast: Contrast) -> torch.Tensor | None:
-    """Separation per layer, direction and projection on different halves of the prompts.
+    """Separation per layer, every prompt projected on the direction of the other prompts.
 
     Returns:
-        ``[layers]``, the mean over both ways round; None with fewer than `MIN_HELD_OUT` prompts.
+        ``[layers]``; None with fewer than `MIN_HELD_OUT` prompts.
     """
     n = contrast.towards.shape[0]
     if n < MIN_HELD_OUT:
         return None
-    halves = (torch.arange(n) % 2 == 0, torch.arange(n) % 2 == 1)
-    found = []
-    for fit, test in (halves, halves[::-1]):
-        u = direction(contrast.towards[fit], contrast.away[fit])
-        projections = [(side[test] * u).sum(-1) for side in (contrast.towards, contrast.away)]
-        found.append(separation(*projections))
-    return torch.stack(found).mean(0)
+    difference = contrast.towards - contrast.away
+    others = (difference.sum(0) - difference) / (n - 1)
+    u = others / torch.linalg.vector_norm(others, dim=-1, keepdim=True).clamp_min(1e-30)
+    return separation((contrast.towards * u).sum(-1), (contrast.away * u).sum(-1))
 
 
 def choose_anchor(contrast: Contrast, layer: int | None) -> tuple[AnchorDirection, Anchor]:

@@ -61,7 +61,7 @@ class SweepRun:
             result = self.journal.load(block.key)
             resumed = result is not None
             if result is None:
-                result = block.run()
+                result = {key: value.cpu() for key, value in block.run().items()}
                 self.journal.save(block.key, result)
             yield block, result
             self.progress.advance(block.cost, resumed=resumed)

@@ -20,6 +20,7 @@ from mergekit_wp.prompts import (
     read_prompts,
 )
 from mergekit_wp.scorefile import CriterionName, ScoreFile, write
+from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
 from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.journal import Journal
@@ -82,21 +83,20 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
 def choose_criteria(
     asked: tuple[CriterionName, ...] | None, prompts: Sequence[Prompt]
 ) -> tuple[CriterionName, ...]:
-    """The criteria to use: ``kl``, and ``anchor`` too when contrasts are given.
+    """The criteria to use: ``kl``, and ``anchor`` too when contrasts are given (two or more).
 
     Raises:
         UserError: the anchor is asked for and contrasts are given but none can be used.
     """
     given = any(p.contrast is not None for p in prompts)
-    usable = any(p.usable_contrast for p in prompts)
-    default: tuple[CriterionName, ...] = ("kl", "anchor") if given else ("kl",)
-    criteria = asked or default
-    if "anchor" in criteria and given and not usable:
+    usable = sum(p.usable_contrast for p in prompts)
+    default: tuple[CriterionName, ...] = ("kl", "anchor") if usable >= MIN_HELD_OUT else ("kl",)
+    if (asked is None or "anchor" in asked) and given and not usable:
         raise UserError(
             "no usable contrast: every 'contrast' is empty or equal to its prompt; give the same "
             "request without the instruction, or leave 'contrast' out for the base-to-expert anchor"
         )
-    return criteria
+    return asked or default
 
 
 def _tokenizer(pair: Pair) -> Any:
