@@ -188,13 +188,13 @@ def parameter_names(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[], None]) -> Pair:
+def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], None]) -> Pair:
     """Open two checkpoints, compare every tensor and measure the task vector.
 
     Args:
         base_name: the base.
         expert_name: the expert.
-        on_tensor: called after each tensor, for progress.
+        on_tensor: called after each tensor with how many are done and how many there are.
 
     Raises:
         UserError: another architecture or shape (names the first differing tensor and both
@@ -223,9 +223,9 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[], None]) -
     partition = Partition(dims, {name: base.headers[name][0] for name in names})
     assert partition.layouts  # refuses sizes that do not fit heads, groups or neurons
     norms = {}
-    for name in names:
+    for done, name in enumerate(names, start=1):
         norms[name] = _compare(base, expert, name)
-        on_tensor()
+        on_tensor(done, len(names))
     if not any(norms.values()):
         raise UserError(
             f"nothing to score: base '{base_name}' and expert '{expert_name}' "

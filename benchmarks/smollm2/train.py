@@ -67,11 +67,11 @@ def batches(
 @click.option("--base", type=click.Path(exists=True, path_type=Path), default=BASE)
 @click.option("--prompts", type=click.Path(exists=True, path_type=Path), default=PROMPTS)
 @click.option("--out", type=click.Path(path_type=Path), default=EXPERT)
-@click.option("--steps", default=40, show_default=True)
+@click.option("--steps", default=60, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--rank", default=16, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
-@click.option("--max-response", default=48, show_default=True, help="Tokens of a response.")
+@click.option("--max-response", default=32, show_default=True, help="Tokens of a response.")
 @click.option("--seed", default=0, show_default=True)
 def main(
     base: Path,

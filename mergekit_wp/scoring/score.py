@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,15 +44,14 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     """
     prompt_file = read_prompts(request.prompts, request.max_prompts)
     criteria = choose_criteria(request.criteria, prompt_file.prompts)
-    progress.stage("comparing checkpoints", 1, "model")
-    pair = open_pair(request.base, request.expert, lambda: None)
+    pair = _open(request, progress)
     tokenizer = _tokenizer(pair)
     prompt_ids = [encode_prompt(tokenizer, p.prompt) for p in prompt_file.prompts]
     vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
     if (largest := max(max(ids) for ids in prompt_ids)) >= vocabulary:
         raise UserError(f"the tokenizer gives token {largest}; the models have {vocabulary} tokens")
-    inputs = _inputs(request, pair, prompt_file, criteria)
-    progress.advance(1)
+    progress.stage("hashing weights", 1, "pair")
+    inputs = _inputs(request, pair, prompt_file, criteria, prompt_ids)
     with Journal(request.out, inputs, request.restart) as journal:
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
@@ -99,6 +100,15 @@ def choose_criteria(
     return asked or default
 
 
+def _open(request: ScoreRequest, progress: Progress) -> Pair:
+    def compared(done: int, total: int) -> None:
+        if done == 1:
+            progress.stage("comparing checkpoints", total, "tensor")
+        progress.advance(1)
+
+    return open_pair(request.base, request.expert, compared)
+
+
 def _tokenizer(pair: Pair) -> Any:
     tokenizer = pair.expert.tokenizer() or pair.base.tokenizer()
     if tokenizer is None:
@@ -110,7 +120,11 @@ def _tokenizer(pair: Pair) -> Any:
 
 
 def _inputs(
-    request: ScoreRequest, pair: Pair, prompts: PromptFile, criteria: Sequence[str]
+    request: ScoreRequest,
+    pair: Pair,
+    prompts: PromptFile,
+    criteria: Sequence[str],
+    prompt_ids: Sequence[list[int]],
 ) -> dict[str, Any]:
     """All that the results depend on, by the names a user knows."""
     options = request.model_dump(mode="json", exclude={"out", "restart", "prompts", "criteria"})
@@ -118,6 +132,7 @@ def _inputs(
         **options,
         "criterion": list(criteria),
         "prompts": prompts.sha256,
+        "tokens": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
         "base weights": pair.base.weights_sha256(),
         "expert weights": pair.expert.weights_sha256(),
         "base config": pair.base.config_hash,
