@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,14 +38,14 @@ class Step:
 
 def chain(ifeval: Path, scoring: str) -> list[Step]:
     """Every command of the benchmark."""
-    python = f"{shlex.quote(sys.executable)} -m benchmarks.smollm2"
+    python = "python -m benchmarks.smollm2"
     base, caps, scores = (path.relative_to(REPO) for path in (BASE, EXPERT, SCORES))
     build, prompts = BUILD.relative_to(REPO), PROMPTS.relative_to(REPO)
     merges = [
         Step(f"mergekit-wp merge {HERE}/{recipe}.yml {build}/{out}", BUILD / out / "config.json")
-        for recipe, out in (("recipe", "merged"), ("recipe-tenth", "tenth"), ("ties", "ties"))
+        for recipe, out in (("recipe", "merged"), ("ties", "ties"))
     ]
-    folders = f"{base} {caps} {build}/merged {build}/tenth {build}/ties"
+    folders = f"{base} {caps} {build}/merged {build}/ties"
     return [
         Step(f"{python}.fetch", BASE),
         Step(f"{python}.prompts --ifeval {shlex.quote(str(ifeval))}", PROMPTS / "train.jsonl"),
@@ -59,13 +58,13 @@ def chain(ifeval: Path, scoring: str) -> list[Step]:
         Step(f"mergekit-wp inspect {scores} --estimand share --criterion kl --top 10"),
         Step(f"mergekit-wp plot {scores} --out {build}/caps.png", BUILD / "caps.png"),
         *merges,
-        Step(f"{python}.evaluate {folders} --json {build}/test.json", BUILD / "test.json"),
+        Step(f"{python}.evaluate {folders} --n 32 --json {build}/test.json", BUILD / "test.json"),
         Step(
-            f"{python}.evaluate {folders} --prompts {prompts}/ifeval.jsonl "
+            f"{python}.evaluate {base} {caps} {build}/merged --prompts {prompts}/ifeval.jsonl "
             f"--json {build}/ifeval.json",
             BUILD / "ifeval.json",
         ),
-        Step(f"{python}.restore", BUILD / "restore.png"),
+        Step(f"{python}.restore --n 24", BUILD / "restore.png"),
     ]
 
 
@@ -73,11 +72,10 @@ def run(steps: Sequence[Step]) -> None:
     """Run each step whose product is missing, and say how long it took."""
     start = time.monotonic()
     for step in steps:
-        shown = step.line.replace(shlex.quote(sys.executable), "python")
         if step.makes is not None and step.makes.exists():
-            click.secho(f"[done before] {shown}", dim=True)
+            click.secho(f"[done before] {step.line}", dim=True)
             continue
-        click.secho(f"$ {shown}", bold=True)
+        click.secho(f"$ {step.line}", bold=True)
         begin = time.monotonic()
         command(*shlex.split(step.line))
         click.echo(f"[{time.monotonic() - begin:.0f} s]")
@@ -88,7 +86,7 @@ def run(steps: Sequence[Step]) -> None:
 @click.option("--ifeval", type=click.Path(exists=True, path_type=Path), default=IFEVAL)
 @click.option(
     "--scoring",
-    default="--estimand share --criterion kl --kinds head,kv_group,neuron,tensor --max-prompts 20",
+    default="--estimand share --criterion kl --max-prompts 16 --max-new-tokens 32",
     show_default=True,
     help="Options of `mergekit-wp score`.",
 )
@@ -97,7 +95,7 @@ def main(ifeval: Path, scoring: str, keep: bool) -> None:
     """Fetch, train, score, merge, evaluate and restore."""
     run(chain(ifeval, scoring))
     if not keep:
-        for name in ("merged", "tenth", "ties"):
+        for name in ("merged", "ties"):
             shutil.rmtree(BUILD / name, ignore_errors=True)
 
 
