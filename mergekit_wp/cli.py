@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 import click
@@ -56,6 +57,8 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: 0 done, 2 the user's mistake (one line on stderr), 1 anything else."""
+    # a batch system's SIGTERM ends a run as tidily as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = cli.main(args=arguments, prog_name="mergekit-wp", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -65,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing half-written is left under the output name", 1)
+    except OSError as error:  # a full disk, a lost network drive
+        _fail(f"{type(error).__name__}: {error}", 1)
 
 
 def _fail(message: str, status: int) -> None:

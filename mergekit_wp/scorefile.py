@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from mergekit_wp.components import SLICED_KINDS, Dims, Kind, layout_of
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import written_whole
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_wp"
@@ -271,22 +271,7 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
 def write(score_file: ScoreFile, path: str | os.PathLike[str]) -> None:
     """Check a score file and write it under its name only when complete."""
     check(score_file)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: score_file.tensors[key].contiguous() for key in sorted(score_file.tensors)}
     metadata = {METADATA_KEY: score_file.manifest.model_dump_json()}
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
+    with written_whole(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

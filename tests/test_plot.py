@@ -200,10 +200,10 @@ def test_nothing_is_left_behind_by_a_failure(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"page\.html: cannot write it \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"page\.html cannot be written: No space left on device"):
         run(small, out)
     assert os.listdir(out.parent) == ["page.html"] and out.read_bytes() == before
-    with pytest.raises(UserError, match="cannot write there"):
+    with pytest.raises(UserError, match="cannot be written"):
         run(small, small / "page.html")
 
 

@@ -126,7 +126,7 @@ def test_nothing_is_left_when_a_write_fails(tmp_path) -> None:
     with pytest.raises(UserError):
         write(bad, tmp_path / "s.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="folder.safetensors cannot be written"):
         write(good, tmp_path / "folder.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["folder.safetensors"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import click
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import written_whole
 from mergekit_wp.scorefile import ScoreFile, read
 
 
@@ -38,7 +37,9 @@ def plot(file: str, out: Path) -> None:
     """
     if out.suffix.lower() not in (".html", ".png"):
         raise UserError(f"--out {out}: plot writes .html or .png, not '{out.suffix}'")
-    _write(out, _render(read(file), out.suffix.lower()))
+    content = _render(read(file), out.suffix.lower())
+    with written_whole(out) as temporary:
+        temporary.write_bytes(content)
 
 
 def _render(score_file: ScoreFile, suffix: str) -> bytes:
@@ -51,29 +52,3 @@ def _render(score_file: ScoreFile, suffix: str) -> bytes:
             f"plot needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
     return png(score_file) if suffix == ".png" else html(score_file).encode()
-
-
-def _write(out: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: nobody ever sees half a file."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{out.name[:100]}.", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, out)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"--out {out}: cannot write it ({error.strerror})") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
