@@ -65,9 +65,11 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         contrasts: tuple[list[int], list[Any]] = ([], [])
         if "anchor" in criteria:
             contrasts = contrast_batches(prompt_file.prompts, tokenizer, batch_size, request.device)
+        progress.stage("base and expert on the prompts", 1, "pair")
         references = measure_references(
             resident, samples, contrasts, criteria, request.anchor_layer, batch_size
         )
+        progress.advance(1)
         _warn_of_wrong_sign(references, progress)
         context = SweepContext(resident, references, criteria, batch_size)
         run = SweepRun(request, context, journal, progress)
