@@ -69,7 +69,7 @@ def draw(points: list[Point], scored: str, levels: dict[str, float], out: Path) 
         ylabel="answers all in capitals, when asked",
         ylim=(-0.03, 1.05),
     )
-    axes.legend(loc="center right")
+    axes.legend(loc="upper left")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     plt.close(figure)

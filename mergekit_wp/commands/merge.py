@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import transformers
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
@@ -47,6 +48,7 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     parameters: {fusion: share, power: 0.5, lambda: 1.0}
     dtype: bfloat16
     """
+    transformers.logging.set_verbosity_error()  # mergekit's own use of deprecated names
     ensure_registered()
     merge_options.apply_global_options()
     target = Path(os.path.abspath(out))
