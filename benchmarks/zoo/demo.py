@@ -22,6 +22,7 @@ RECIPES = {
     "two-experts": "weight_patching, inst + math",
     "one-expert": "weight_patching, math without what harms it",
     "three-experts": "weight_patching, three experts",
+    "three-experts-task-arithmetic": "plain averaging, three experts",
     "three-experts-ties": "TIES, three experts",
     "three-experts-dare-ties": "DARE-TIES, three experts",
 }
@@ -37,7 +38,12 @@ def run(*command: str) -> str:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # models this small
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        },
     )
     return done.stdout
 
@@ -61,7 +67,10 @@ def merge_and_compare() -> None:
     """Merge every recipe with the stock command and print accuracies on every skill."""
     for recipe in RECIPES:
         shutil.rmtree(ROOT / OUT / recipe, ignore_errors=True)
-        run("mergekit-yaml", f"recipes/{recipe}.yml", str(OUT / recipe), "--quiet")
+        run(
+            *("mergekit-yaml", f"recipes/{recipe}.yml", str(OUT / recipe)),
+            *("--quiet", "--random-seed", "0"),  # for DARE
+        )
     models = {"base": ZOO / "base", **{f"expert {e}": ZOO / e for e in EXPERTS}}
     models |= {RECIPES[recipe]: OUT / recipe for recipe in RECIPES}
     printed = run(
@@ -73,8 +82,9 @@ def merge_and_compare() -> None:
     for name, values in accuracy.items():
         click.echo(f"{name:44}" + "".join(f"{values[s]:7.2f}" for s in skills))
     click.echo("\nmean over the three skills, relative to each skill's own expert:")
-    for recipe in ("three-experts", "three-experts-ties", "three-experts-dare-ties"):
-        name = RECIPES[recipe]
+    for recipe, name in RECIPES.items():
+        if not recipe.startswith("three"):
+            continue
         parts = [accuracy[name][e] / accuracy[f"expert {e}"][e] for e in EXPERTS]
         click.echo(f"{name:44}{sum(parts) / len(parts):7.2f}")
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -105,6 +106,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(models: tuple[str, ...], data: str, as_json: bool, threads: int) -> None:
     """Print the accuracy of each MODEL on each skill."""
     torch.set_num_threads(threads)
+    disable_progress_bar()
     results = {model: evaluate(model, data) for model in models}
     click.echo(json.dumps(results, indent=2) if as_json else table(results))
 
