@@ -20,7 +20,7 @@ OUT = Path("build/demo")
 EXPERTS = ("inst", "math", "sort")
 RECIPES = {
     "two-experts": "weight_patching, inst + math",
-    "one-expert": "weight_patching, math without what harms it",
+    "one-expert": "weight_patching, math, positive scores only",
     "three-experts": "weight_patching, three experts",
     "three-experts-task-arithmetic": "plain averaging, three experts",
     "three-experts-ties": "TIES, three experts",
