@@ -29,6 +29,18 @@ from mergekit_wp.errors import UserError
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# config entries of the family that change what the same weights compute
+_COMPUTING = (
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
 # config entries that say how a checkpoint was saved, not what it computes
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -45,6 +57,9 @@ class Checkpoint:
 
     def __init__(self, reference: str) -> None:
         self.name = reference
+        looks_local = reference.startswith(("/", ".", "~")) or reference.count("/") > 1
+        if looks_local and "+" not in reference and not os.path.isdir(reference):
+            raise UserError(f"model folder '{reference}' not found")
         try:
             self.ref = (
                 ModelReference(model=ModelPath.model_construct(path=reference, revision=None))
@@ -207,8 +222,13 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
             f"expert '{expert_name}' is {expert.architecture}"
         )
     dims = Dims.from_config(base.config)
-    expert_dims = Dims.from_config(expert.config)
     names = parameter_names(skeleton(base.config))
+    theirs_only = set(parameter_names(skeleton(expert.config))) - set(names)
+    if theirs_only and base.config.num_hidden_layers != expert.config.num_hidden_layers:
+        name = min(theirs_only, key=list(expert.headers).index)
+        raise UserError(
+            f"shapes differ at tensor {name}: base has none, expert {list(expert.headers[name][0])}"
+        )
     for name in names:
         for side, checkpoint in (("base", base), ("expert", expert)):
             if name not in checkpoint.headers:
@@ -218,8 +238,7 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
             raise UserError(
                 f"shapes differ at tensor {name}: base {list(ours)}, expert {list(theirs)}"
             )
-    if dims != expert_dims:
-        raise UserError(f"configs differ: base has {dims}, expert has {expert_dims}")
+    _check_configs(base, expert)
     partition = Partition(dims, {name: base.headers[name][0] for name in names})
     assert partition.layouts  # refuses sizes that do not fit heads, groups or neurons
     norms = {}
@@ -232,6 +251,23 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
             "have identical weights"
         )
     return Pair(base, expert, partition, norms)
+
+
+def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
+    """Refuse experts whose config makes other computations of the same weights.
+
+    The expert is run, and merged, under the base's config: with another one its scores would be
+    those of a model that is not the expert.
+    """
+    ours, theirs = vars(Dims.from_config(base.config)), vars(Dims.from_config(expert.config))
+    for key in _COMPUTING:
+        ours[key], theirs[key] = (getattr(c.config, key, None) or None for c in (base, expert))
+    for key in ours:
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"configs differ in {key}: base '{base.name}' has {ours[key]}, expert "
+                f"'{expert.name}' has {theirs[key]}; both have to compute alike"
+            )
 
 
 def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:

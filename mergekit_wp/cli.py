@@ -64,12 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing half-written is left under the output name", 1)
-    except OSError as error:  # a full disk, a lost network drive
-        _fail(f"{type(error).__name__}: {error}", 1)
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        _fail(f"{type(error).__name__}: {error}", 1)  # a full disk, a lost network drive
 
 
 def _fail(message: str, status: int) -> None:

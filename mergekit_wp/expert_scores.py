@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -231,6 +232,25 @@ def _rounding(tensor: torch.Tensor, stored: str) -> float:
     if seen.tiny > fine.tiny:
         allowed += seen.smallest_normal * seen.eps / 2 * float(tensor.numel() ** 0.5)
     return allowed
+
+
+def unwritten(scored: Iterable[str], planned: Collection[str]) -> list[str]:
+    """Scored tensors that a merge would lose.
+
+    mergekit writes what its own architecture definition lists; that of Llama knows no biases, for
+    instance. Layers that a recipe leaves out altogether are the recipe's will, not a loss.
+
+    Args:
+        scored: tensor names of score files.
+        planned: names of the tensors that will be written.
+    """
+    layers = {_layer_of(name) for name in planned}
+    return [name for name in scored if name not in planned and _layer_of(name) in layers]
+
+
+def _layer_of(name: str) -> str | None:
+    match = re.match(r"model\.layers\.([0-9]+)\.", name)
+    return match[1] if match else None
 
 
 def local_path(reference: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mergekit_wp.errors import UserError
 
 
@@ -27,8 +29,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{target} cannot be written: {reason}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

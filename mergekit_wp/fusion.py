@@ -72,7 +72,7 @@ def normalise(scores: Mapping[str, torch.Tensor]) -> Normalised:
 
 def n_best(size: int, density: float) -> int:
     """How many components the best ``density`` share is: at least one unless density is 0."""
-    return max(1, int(density * size)) if density > 0 else 0
+    return max(1, int(density * size + 1e-9)) if density > 0 else 0
 
 
 def component_gates(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContract, TensorGroup
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import Choice, ExpertScores, load
+from mergekit_wp.expert_scores import Choice, ExpertScores, load, unwritten
 from mergekit_wp.fusion import component_gates, fuse
 from mergekit_wp.parameters import RECORDED, SPEC
 
@@ -38,23 +38,33 @@ class _Coverage:
         self.reset()
 
     def reset(self) -> None:
-        self._tensors = 0
+        self._names: set[str] = set()
         self._uncovered: list[str] = []
+        self._scored: dict[str, None] = {}
 
-    def add(self, name: str, covered: bool) -> None:
+    def add(self, name: str, covered: bool, scored: Iterable[str]) -> None:
         with self._lock:
-            self._tensors += 1
+            self._names.add(name)
+            self._scored.update(dict.fromkeys(scored))
             if not covered:
                 self._uncovered.append(name)
 
     def report(self) -> None:
         with self._lock:
-            names, total = self._uncovered, self._tensors
+            names, total = self._uncovered, len(self._names)
+            lost = unwritten(self._scored, self._names) if total > 1 else []
             self.reset()
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             LOG.warning(
                 "%d of %d tensors have no scores and stay at the base: %s", len(names), total, shown
+            )
+        if lost:
+            LOG.warning(
+                "mergekit does not write %d scored tensors of this architecture, the merged model "
+                "lacks them: %s",
+                len(lost),
+                ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else ""),
             )
 
 
@@ -110,7 +120,8 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             for granularity in granularities
             if name is not None
         )
-        self._coverage.add(str(name), covered)
+        scored = (scored for file in files for scored in file.tensor_names)
+        self._coverage.add(str(name), covered, scored)
 
     def _bind_parameters(
         self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]

@@ -21,7 +21,7 @@ from mergekit.plan import MergePlanner
 from safetensors import SafetensorError, safe_open
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import ExpertScores, load
+from mergekit_wp.expert_scores import ExpertScores, load, unwritten
 from mergekit_wp.method import is_tied
 from mergekit_wp.recipe import Recipe, one_line, score_files
 
@@ -40,6 +40,7 @@ def check(recipe: Recipe, options: MergeOptions) -> None:
     tasks = _dry_plan(recipe, options)
     if recipe.is_weight_patching:
         _refuse_shifted_layers(tasks)
+        _refuse_lost_tensors(recipe, tasks)
         _sample(tasks)
 
 
@@ -95,6 +96,18 @@ def _refuse_shifted_layers(tasks: list[ExecuteMergeMethodTask]) -> None:
                     f"slices: {weight.name} of {model} would become {task.output_weight.name}, "
                     "where other scores apply; weight_patching needs layers to keep their numbers"
                 )
+
+
+def _refuse_lost_tensors(recipe: Recipe, tasks: list[ExecuteMergeMethodTask]) -> None:
+    planned = {task.output_weight.name for task in tasks}
+    for file in score_files(recipe):
+        if lost := unwritten(file.tensor_names, planned):
+            raise UserError(
+                f"mergekit does not write {lost[0]}"
+                + (f" and {len(lost) - 1} more scored tensors" if len(lost) > 1 else "")
+                + f" of this architecture, so the merged model would lack them; {file.path} was "
+                "scored with them. Use mergekit-pytorch on the weight files instead"
+            )
 
 
 def _sample(tasks: list[ExecuteMergeMethodTask]) -> None:

@@ -15,8 +15,11 @@ class BarProgress:
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        live = sys.stderr.isatty()
-        self._pace = {"mininterval": 0.2 if live else 60, "delay": 0 if live else 60}
+        self._live = sys.stderr.isatty()
+        self._pace = {
+            "mininterval": 0.2 if self._live else 60,
+            "delay": 0 if self._live else 60,
+        }
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Begin a stage of `total` units."""
@@ -39,13 +42,17 @@ class BarProgress:
         if resumed:
             self._bar.initial += amount
             self._bar.n += amount
-            self._bar.refresh()
+            if self._live:
+                self._bar.refresh()
         else:
             self._bar.update(amount)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        tqdm.write(f"mergekit-wp: {text}", file=sys.stderr)
+        if self._live:
+            tqdm.write(f"mergekit-wp: {text}", file=sys.stderr)
+        else:  # tqdm.write would draw the waiting bar as well
+            print(f"mergekit-wp: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Finish the present bar."""

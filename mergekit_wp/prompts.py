@@ -84,9 +84,11 @@ def read_prompts(path: Path, limit: int | None) -> PromptFile:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        prompt = Prompt.model_validate(json.loads(line))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
+        raw = json.loads(line)
+        json.dumps(raw, ensure_ascii=False).encode()
+        prompt = Prompt.model_validate(raw)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a surrogate pair, which is no character") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "line"
@@ -94,6 +96,8 @@ def _parse(line: str, where: str) -> Prompt:
             f"{where}: {key}: {first['msg']}; expected an object with 'prompt' and optional "
             "'contrast' and 'response'"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits are a ValueError, too
+        raise UserError(f"{where}: not JSON ({error})") from error
     if not prompt.prompt:
         raise UserError(f"{where}: 'prompt' is empty")
     return prompt

@@ -115,6 +115,11 @@ class Manifest(_Strict):
     def _tensors_fit(self) -> Self:
         if len(set(self.tensor_names)) != len(self.tensor_names):
             raise ValueError("tensor_names holds a name twice")
+        for field in (self.estimands, self.criteria, self.kinds):
+            if len(set(field)) != len(field):
+                raise ValueError(f"{', '.join(field)}: a name stands twice")
+        if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
+            raise ValueError(f"the anchor lies in layer {self.anchor.layer} of {self.n_layers}")
         for name in self.tensor_names:
             layer = layout_of(name, self.dims).layer
             if layer is not None and layer >= self.n_layers:
@@ -216,6 +221,8 @@ def check(score_file: ScoreFile) -> None:
             raise UserError(f"tensor '{key}' is {tensors[key].dtype}, not torch.float32")
         if not torch.isfinite(tensors[key]).all():
             raise UserError(f"tensor '{key}' holds NaN or infinity")
+    if (tensors["delta_norm"] < 0).any():
+        raise UserError("tensor 'delta_norm' holds a negative norm")
     if extra := sorted(set(tensors) - set(expected)):
         raise UserError(f"tensor '{extra[0]}' is not in the manifest")
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from mergekit_wp.cli import main
-from tests.models import _SIZES, make_model, perturbed, save, write_prompts
+from tests.models import _SIZES, VOCABULARY, make_model, perturbed, save, write_prompts
 
 torch.set_num_threads(1)
 
@@ -45,7 +45,22 @@ def zoo(tmp_path_factory):
     save(base, folder / "mute-base")
     for file in (folder / "mute-base").glob("tokenizer*"):
         file.unlink()
+    for name, changes in {
+        "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
+        "untied": {"tie_word_embeddings": False},
+        "deep": {"num_hidden_layers": 3},
+    }.items():
+        options = {**_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, **changes}
+        save(LlamaForCausalLM(LlamaConfig(**options)).double(), folder / name)
     write_prompts(folder / "prompts.jsonl", 4)
+    (folder / "surrogate.jsonl").write_text('{"prompt": "a", "contrast": "\\ud800"}\n')
+    (folder / "digits.jsonl").write_text('{"prompt": "a", "n": ' + "9" * 5000 + "}\n")
+    foreign = '{"prompt": "a", "response": "<extra>"}\n'
+    (folder / "foreign.jsonl").write_text(foreign)
+    tokenizer = json.loads((folder / "expert" / "tokenizer.json").read_text())
+    extra = {**tokenizer["added_tokens"][-1], "id": VOCABULARY, "content": "<extra>"}
+    tokenizer["added_tokens"].append(extra)
+    (folder / "expert" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "empty.jsonl").write_text("\n\n")
     (folder / "broken.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "abc"\n')
     (folder / "keyless.jsonl").write_text('{"prompt": "abc"}\n\n{"text": "abc"}\n')
@@ -81,7 +96,7 @@ def refused(capfd, tmp_path, *arguments: str, status: int = 2) -> str:
         ("base", "twin", "prompts", "nothing to score: .* have identical weights"),
         ("base", "nan", "prompts", "tensor model.layers.1.mlp.up_proj.weight holds NaN"),
         ("base", "truncated", "prompts", "(damaged|cannot be read)"),
-        ("base", "nowhere", "prompts", "model '.*nowhere' cannot be read"),
+        ("base", "nowhere", "prompts", "model folder '.*nowhere' not found"),
         ("mute-base", "mute", "prompts", "has a tokenizer; copy tokenizer.json"),
         (
             "base",
@@ -89,6 +104,22 @@ def refused(capfd, tmp_path, *arguments: str, status: int = 2) -> str:
             "prompts",
             r"criterion 'kl' does not separate base from expert: they differ by \d",
         ),
+        (
+            "base",
+            "rope",
+            "prompts",
+            r"configs differ in rope_parameters: base .* has .*10000.* expert .* has .*50000",
+        ),
+        ("base", "untied", "prompts", "configs differ in tie_word_embeddings"),
+        (
+            "base",
+            "deep",
+            "prompts",
+            r"shapes differ at tensor model.layers.2.* base has none, expert \[",
+        ),
+        ("base", "expert", "foreign", "the tokenizer gives token 40; the models have 40 tokens"),
+        ("base", "expert", "surrogate", "line 1: holds half a surrogate pair"),
+        ("base", "expert", "digits", "line 1: not JSON"),
         ("base", "expert", "empty", "holds no prompts"),
         ("base", "expert", "broken", r"broken.jsonl, line 2: not JSON"),
         ("base", "expert", "keyless", r"keyless.jsonl, line 3: prompt: Field required"),
@@ -126,8 +157,10 @@ def test_bad_models_and_prompts(zoo, tmp_path, capfd, base, expert, prompts, mes
         ),
         (["--criterion", "anchor", "--max-prompts", "1"], "auto needs at least 2 prompts"),
         (["--batch-size", "0"], "'0' is neither 'auto' nor a whole number from 1"),
-        (["--device", "warp"], "--device warp"),
+        (["--device", "warp"], "device 'warp' cannot be used here"),
         (["--dtype", "int8"], "'int8' is not one of"),
+        (["--device", "meta"], "device 'meta' holds no numbers"),
+        (["--anchor-layer", "0"], "add --criterion anchor"),
         (["--verify", "-1"], "-1 is not in the range"),
         (["--no-such-option"], "No such option"),
     ],
@@ -180,3 +213,36 @@ def test_a_good_run_says_where_the_result_is(zoo, tmp_path, capfd) -> None:
     assert set(found["components"][0]) == {
         "kind", "layer", "index", "name", "estimand", "criterion", "score",
     }  # fmt: skip
+
+
+def test_an_output_that_is_something_else_is_not_overwritten(zoo, tmp_path, capfd) -> None:
+    precious = tmp_path / "notes.txt"
+    precious.write_text("mine")
+    arguments = [str(zoo / "base"), str(zoo / "expert"), "--prompts", str(zoo / "prompts.jsonl")]
+    with pytest.raises(SystemExit) as stop:
+        main(["score", *arguments, "--out", str(precious)])
+    assert stop.value.code == 2
+    assert "exists and is no score file" in capfd.readouterr().err
+    assert precious.read_text() == "mine"
+
+
+def test_unwritable_outputs_and_new_folders(zoo, tmp_path, capfd) -> None:
+    (tmp_path / "file").write_text("")
+    pair = [str(zoo / "base"), str(zoo / "expert"), "--prompts", str(zoo / "prompts.jsonl")]
+    for out in ("file/s.safetensors", "x" * 300 + ".safetensors"):
+        with pytest.raises(SystemExit) as stop:
+            main(["score", *pair, "--out", str(tmp_path / out)])
+        assert stop.value.code == 2
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "cannot be written" in lines[0]
+    bad = [*pair, "--criterion", "anchor", "--anchor-layer", "9"]
+    with pytest.raises(SystemExit):
+        main(["score", *bad, "--out", str(tmp_path / "new" / "deep" / "s.safetensors")])
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_bare_command_shows_its_help(capfd) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "Commands:" in capfd.readouterr().err.splitlines()

@@ -67,6 +67,14 @@ def test_names_are_those_of_the_design(tmp_path) -> None:
         (lambda m, t: m.update(n_heads="many"), "bad manifest: n_heads"),
         (lambda m, t: m.update(n_heads=0), "bad manifest: n_heads"),
         (lambda m, t: m.update(noise_floor={"kl": float("nan")}), "bad manifest: noise_floor"),
+        (lambda m, t: m.update(estimands=["share", "share"]), "a name stands twice"),
+        (
+            lambda m, t: m.update(
+                anchor={"layer": 9, "contrast": "checkpoint", "separation": 1, "n_contrasts": 0}
+            ),
+            "the anchor lies in layer 9 of 2",
+        ),
+        (lambda m, t: t["delta_norm"].neg_(), "'delta_norm' holds a negative norm"),
         (lambda m, t: m.update(surprise=1), "bad manifest: surprise"),
         (lambda m, t: m.update(tensor_names=["a", "a"]), "tensor_names holds a name twice"),
         (

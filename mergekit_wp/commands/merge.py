@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_wp import preflight
 from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.devices import check_device
 from mergekit_wp.errors import UserError
 
 # weight files of an earlier merge into the same folder, which a loader might take for the new ones
@@ -51,6 +52,8 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     transformers.logging.set_verbosity_error()  # mergekit's own use of deprecated names
     ensure_registered()
     merge_options.apply_global_options()
+    if merge_options.device:
+        check_device(merge_options.device)
     target = Path(os.path.abspath(out))
     checked = recipes.read(recipe)
     _check_target(target, checked)
@@ -76,8 +79,11 @@ def _staged(target: Path) -> Iterator[Path]:
     Whatever ends the merge, nothing half-written remains.
     """
     missing = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
     try:
         staged = hidden / target.name
         yield staged

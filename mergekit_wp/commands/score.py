@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,13 @@ class _OrAuto(click.ParamType[int | None]):
     help="Of weights and activations; criteria are always computed in float32 or finer.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the random sample.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Draws the random sample, and the probes of second-order scores.",
+)
 @click.option(
     "--share-steps",
     type=click.IntRange(min=1),
@@ -152,22 +159,22 @@ def score(**options: Any) -> None:
     over all prompts; the heads of a model are swapped one by one for about half as many passes as
     it has heads, all neurons to first order for a handful.
     """
+    import huggingface_hub
     import torch
     import transformers
     from pydantic import ValidationError
 
+    from mergekit_wp.devices import check_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
     from mergekit_wp.scoring.request import ScoreRequest
     from mergekit_wp.scoring.score import score as run
 
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
     if options["device"] == "auto":
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=options["device"])
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options['device']}: {error}") from error
+    check_device(options["device"])
     try:
         request = ScoreRequest(**options)
     except ValidationError as error:

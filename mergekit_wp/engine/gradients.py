@@ -21,7 +21,7 @@ from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName
 
 #: random probes of the second-order estimate; its relative error is sqrt(2 / (probes * prompts))
-PROBES = 8
+PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,18 @@ def probe_gradients(decoder: Decoder, trace: Trace, seed: int) -> Iterator[Block
         counts = torch.bincount(batch.rows, minlength=batch.size)[batch.rows]
         scale = (logprobs.detach().exp() / counts.unsqueeze(-1)).sqrt()
         for probe in range(PROBES):
-            generator = torch.Generator().manual_seed(seed * PROBES + probe)
-            noise = torch.randn(logprobs.shape, generator=generator, dtype=torch.float32)
-            weights = noise.to(logprobs) * scale
+            weights = _noise(batch, logprobs, seed, probe) * scale
             yield _gradients((weights * logprobs).sum(), trace)
+
+
+def _noise(batch: PromptBatch, like: torch.Tensor, seed: int, probe: int) -> torch.Tensor:
+    """Standard normal ``[P, vocabulary]``, drawn per prompt so that batching does not matter."""
+    parts = []
+    for row, member in enumerate(batch.members.tolist()):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + member) * PROBES + probe)
+        positions = int((batch.rows == row).sum())
+        parts.append(torch.randn((positions, like.shape[-1]), generator=generator))
+    return torch.cat(parts).to(like)  # rows of a batch are in order
 
 
 def project(

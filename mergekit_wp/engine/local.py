@@ -94,6 +94,22 @@ def _inputs_of(modules: Sequence[nn.Module], run: Any) -> list[torch.Tensor]:
     return [seen[module] for module in modules]
 
 
+def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) -> torch.Tensor:
+    """The receiver's own attention output, added up head by head, ``[n, T, hidden]``.
+
+    Equal to the recorded one but for rounding: an identity patch whose effect is the noise floor.
+    """
+    layer, call = decoder.layers[index], trace.calls[index]
+    out_proj = layer.self_attn.o_proj
+    (own,) = _inputs_of([out_proj], lambda: layer(call.hidden, **call.kwargs))
+    total = torch.zeros_like(call.attention)
+    width = own.shape[-1] // dims.n_heads
+    for head in range(dims.n_heads):
+        cut = slice(head * width, (head + 1) * width)
+        total = total + own[..., cut] @ out_proj.weight[:, cut].T
+    return total if out_proj.bias is None else total + out_proj.bias
+
+
 def block_inputs(
     decoder: Decoder, index: int, trace: Trace, donor: State, dims: Dims
 ) -> dict[str, BlockInputs]:

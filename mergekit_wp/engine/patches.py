@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_wp.components import FineKind
+from mergekit_wp.components import Dims, FineKind
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.local import BlockInputs, State
+from mergekit_wp.engine.local import BlockInputs, State, attention_by_head
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, layer_output, replay
 from mergekit_wp.scorefile import CriterionName
 
@@ -105,13 +105,19 @@ def swap_outside_layers(
 
 
 def identity(
-    decoder: Decoder, index: int, trace: Trace, criteria: Criteria, targets: Targets, copies: int
+    decoder: Decoder,
+    index: int,
+    trace: Trace,
+    dims: Dims,
+    criteria: Criteria,
+    targets: Targets,
+    copies: int,
 ) -> Values:
-    """The receiver's own values through the same replay in the same batch shape: the noise floor.
+    """Swap every head of a layer for itself: what rounding alone does to the values.
 
     Returns:
         Values ``[copies, n]`` per criterion.
     """
-    attention = trace.calls[index].attention.expand(copies, -1, -1, -1)
+    attention = attention_by_head(decoder, index, trace, dims).expand(copies, -1, -1, -1)
     output = layer_output(decoder, index, trace, attention=attention)
     return replay(decoder, trace, output, index, criteria, targets)

@@ -254,7 +254,7 @@ def _first_order(
     gradients = {}
     if linear:
         gradients = criterion_gradients(decoder, trace, linear, context.references.targets[b])
-    probes = list(probe_gradients(decoder, trace, seed * 1_000_003 + b)) if second_order else []
+    probes = list(probe_gradients(decoder, trace, seed)) if second_order else []
     dims = context.partition.dims
     found: Result = {}
     for kind in kinds:
@@ -327,7 +327,7 @@ def _share(context: SweepContext, position: float, b: int) -> Result:
 
 
 def noise_blocks(context: SweepContext, estimand: Estimand) -> Iterator[Block]:
-    """Identity patches in the first and middle layer: what a swap of nothing scores."""
+    """Heads swapped for themselves in the first and middle layer: what rounding alone scores."""
     batch = context.references.batches[0]
     for layer in sorted({0, context.partition.dims.n_layers // 2}):
         cost = context.copies(batch) * context.depth(layer) * context.weight_of(batch)
@@ -343,5 +343,6 @@ def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
     trace = context.trace(receiver_position(estimand), 0)
     targets, criteria = context.references.targets[0], context.criteria
     own = own_values(context.decoder, trace, criteria, targets)
-    same = identity(context.decoder, layer, trace, criteria, targets, context.copies(trace.batch))
+    copies, dims = context.copies(trace.batch), context.partition.dims
+    same = identity(context.decoder, layer, trace, dims, criteria, targets, copies)
     return {c: same[c] - own[c] for c in criteria}

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -47,12 +48,19 @@ class Journal:
         self.folder = output.with_name(output.name + ".partial")
         self.inputs = inputs
         self.restart = restart
+        self._made: list[Path] = []  # folders that were not there before
         #: the day the run began, so that a resumed run writes what an unbroken one would have
         self.created = _today()
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        try:
+            if self.output.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            self._made = [folder for folder in self.folder.parents if not folder.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")
+        except OSError as error:  # now, not after hours of work
+            raise UserError(f"{self.output} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,8 +78,14 @@ class Journal:
     def _check_inputs(self) -> None:
         stated = self.folder / "inputs.json"
         if stated.exists():
-            header = json.loads(stated.read_text())
-            earlier, self.created = header["inputs"], header["created"]
+            try:
+                header = json.loads(stated.read_text())
+                earlier, self.created = header["inputs"], header["created"]
+            except (ValueError, KeyError, TypeError) as error:
+                self._lock.close()
+                raise UserError(
+                    f"{stated} is damaged ({error}); add --restart to begin anew"
+                ) from error
             keys = sorted(set(earlier) | set(self.inputs))
             changed = [key for key in keys if earlier.get(key) != self.inputs.get(key)]
             if changed:
@@ -102,6 +116,9 @@ class Journal:
             blocks = [name for name in blocks if not name.startswith("responses.")]
         if kind is not None and not blocks:
             shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._made:
+                with suppress(OSError):  # somebody else has put something there
+                    folder.rmdir()
         self._lock.close()
 
     @property

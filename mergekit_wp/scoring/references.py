@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.criteria import AnchorDirection, Reference, Targets, wide
 from mergekit_wp.engine.trace import Criteria, Decoder, own_values, record
-from mergekit_wp.prompts import Prompt, PromptBatch, Sample, batches, encode_prompt
+from mergekit_wp.prompts import PromptBatch, Sample, batches
 from mergekit_wp.scorefile import Anchor, CriterionName
 from mergekit_wp.scoring.anchor import Contrast, choose_anchor
 
@@ -94,16 +94,11 @@ def last_token_states(
 
 
 def contrast_batches(
-    prompts: Sequence[Prompt], tokenizer: Any, size: int, device: str
+    contrasts: Mapping[int, list[int]], size: int, device: str
 ) -> tuple[list[int], list[PromptBatch]]:
-    """Which prompts have a usable contrast, and those contrasts as batches."""
-    members = [i for i, p in enumerate(prompts) if p.usable_contrast]
-    samples = []
-    for i in members:
-        contrast = prompts[i].contrast
-        assert contrast is not None
-        samples.append(Sample(tuple(encode_prompt(tokenizer, contrast))))
-    return members, list(batches(samples, size, device))
+    """Which prompts have a usable contrast, and the contrasts' token ids as batches."""
+    samples = [Sample(tuple(ids)) for ids in contrasts.values()]
+    return list(contrasts), list(batches(samples, size, device))
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from mergekit_wp.prompts import (
     encode_response,
     read_prompts,
 )
-from mergekit_wp.scorefile import CriterionName, ScoreFile, write
+from mergekit_wp.scorefile import CriterionName, ScoreFile, read, write
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
 from mergekit_wp.scoring.blocks import SweepContext
@@ -44,27 +46,26 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     """
     prompt_file = read_prompts(request.prompts, request.max_prompts)
     criteria = choose_criteria(request.criteria, prompt_file.prompts)
+    _check_request(request, criteria, prompt_file.prompts, progress)
     pair = _open(request, progress)
     tokenizer = _tokenizer(pair)
-    prompt_ids = [encode_prompt(tokenizer, p.prompt) for p in prompt_file.prompts]
+    texts = _encode(tokenizer, prompt_file.prompts, request.prompts)
     vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
-    if (largest := max(max(ids) for ids in prompt_ids)) >= vocabulary:
-        raise UserError(f"the tokenizer gives token {largest}; the models have {vocabulary} tokens")
+    texts.check_vocabulary(vocabulary)
     progress.stage("hashing weights", 1, "pair")
-    inputs = _inputs(request, pair, prompt_file, criteria, prompt_ids)
+    inputs = _inputs(request, pair, prompt_file, criteria, texts)
+    progress.advance(1)
     with Journal(request.out, inputs, request.restart) as journal:
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
         resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
-        samples = [Sample(tuple(ids)) for ids in prompt_ids]
+        samples = [Sample(tuple(ids)) for ids in texts.prompts]
         if any(c != "anchor" for c in criteria):
-            samples = _with_responses(
-                request, prompt_file.prompts, prompt_ids, tokenizer, resident, journal, progress
-            )
+            samples = _with_responses(request, texts, tokenizer, resident, journal, progress)
         batch_size = request.batch_size or _auto_batch_size(samples, vocabulary, request.device)
         contrasts: tuple[list[int], list[Any]] = ([], [])
         if "anchor" in criteria:
-            contrasts = contrast_batches(prompt_file.prompts, tokenizer, batch_size, request.device)
+            contrasts = contrast_batches(texts.contrasts, batch_size, request.device)
         progress.stage("base and expert on the prompts", 1, "pair")
         references = measure_references(
             resident, samples, contrasts, criteria, request.anchor_layer, batch_size
@@ -111,6 +112,74 @@ def _open(request: ScoreRequest, progress: Progress) -> Pair:
     return open_pair(request.base, request.expert, compared)
 
 
+def _check_request(
+    request: ScoreRequest,
+    criteria: Sequence[str],
+    prompts: Sequence[Prompt],
+    progress: Progress,
+) -> None:
+    """Refuse what would fail or surprise after hours of work."""
+    if request.anchor_layer is not None and "anchor" not in criteria:
+        raise UserError(
+            "--anchor-layer is set, but the anchor is not scored: add --criterion anchor"
+        )
+    if request.criteria is None and sum(p.usable_contrast for p in prompts) == 1:
+        progress.note("only one prompt has a contrast, too few for an anchor; scoring kl alone")
+    try:
+        exists = request.out.is_file()
+    except OSError as error:  # a name too long, say
+        raise UserError(f"{request.out} cannot be written: {error.strerror}") from error
+    if exists:
+        try:
+            read(request.out)
+        except UserError as error:
+            raise UserError(
+                f"--out {request.out} exists and is no score file; choose another name"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of everything a prompt file holds; responses and contrasts by prompt index."""
+
+    prompts: list[list[int]]
+    responses: dict[int, list[int]]
+    contrasts: dict[int, list[int]]
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse tokens that the models do not have.
+
+        Raises:
+            UserError: names the largest.
+        """
+        every = [*self.prompts, *self.responses.values(), *self.contrasts.values()]
+        largest = max(token for ids in every for token in ids)
+        if largest >= size:
+            raise UserError(f"the tokenizer gives token {largest}; the models have {size} tokens")
+
+    def sha256(self) -> str:
+        """Hash of all token ids."""
+        content = [self.prompts, sorted(self.responses.items()), sorted(self.contrasts.items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _encode(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Encoded:
+    encoded = Encoded([], {}, {})
+    for i, prompt in enumerate(prompts):
+        encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
+        if prompt.response is not None:
+            encoded.responses[i] = encode_response(tokenizer, prompt.response)
+        if prompt.usable_contrast:
+            assert prompt.contrast is not None
+            encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
+    if any(not ids for ids in encoded.responses.values()):
+        raise UserError(
+            f"prompt file {source}: a response has no tokens, and the tokenizer has no "
+            "end-of-sequence token"
+        )
+    return encoded
+
+
 def _tokenizer(pair: Pair) -> Any:
     tokenizer = pair.expert.tokenizer() or pair.base.tokenizer()
     if tokenizer is None:
@@ -126,7 +195,7 @@ def _inputs(
     pair: Pair,
     prompts: PromptFile,
     criteria: Sequence[str],
-    prompt_ids: Sequence[list[int]],
+    texts: Encoded,
 ) -> dict[str, Any]:
     """All that the results depend on, by the names a user knows."""
     options = request.model_dump(mode="json", exclude={"out", "restart", "prompts", "criteria"})
@@ -134,7 +203,7 @@ def _inputs(
         **options,
         "criterion": list(criteria),
         "prompts": prompts.sha256,
-        "tokens": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
+        "tokens": texts.sha256(),
         "base weights": pair.base.weights_sha256(),
         "expert weights": pair.expert.weights_sha256(),
         "base config": pair.base.config_hash,
@@ -145,19 +214,14 @@ def _inputs(
 
 def _with_responses(
     request: ScoreRequest,
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[list[int]],
+    texts: Encoded,
     tokenizer: Any,
     resident: ResidentModel,
     journal: Journal,
     progress: Progress,
 ) -> list[Sample]:
     """Prompts with their responses: the given ones, else the expert's greedy continuations."""
-    responses: dict[int, list[int]] = {
-        i: encode_response(tokenizer, p.response)
-        for i, p in enumerate(prompts)
-        if p.response is not None
-    }
+    prompts, responses = texts.prompts, dict(texts.responses)
     missing = [i for i in range(len(prompts)) if i not in responses]
     size = request.batch_size or 32
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
@@ -170,7 +234,7 @@ def _with_responses(
             resident.move_to(1.0)
             found = greedy_responses(
                 resident,
-                [prompt_ids[i] for i in chunk],
+                [prompts[i] for i in chunk],
                 request.max_new_tokens,
                 _end_tokens(resident.pair.expert, tokenizer),
             )
@@ -178,9 +242,7 @@ def _with_responses(
             journal.save(key, saved)
         responses |= {int(i): ids.tolist() for i, ids in saved.items()}
         progress.advance(len(chunk))
-    samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompt_ids)]
-    if any(not s.response_ids for s in samples):
-        raise UserError("a response is empty and the tokenizer has no end-of-sequence token")
+    samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
     return samples
 
 
