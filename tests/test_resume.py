@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -133,6 +134,34 @@ def test_resuming_with_other_inputs_is_refused_by_name(request_of, monkeypatch) 
     assert not request.out.exists()
     score(request_of("out.safetensors", restart=True), Quiet())
     assert request.out.exists()
+
+
+def test_another_tokenizer_is_another_input(request_of, monkeypatch) -> None:
+    request = request_of("out.safetensors")
+    original = Journal.save
+
+    def die(self, key, tensors):
+        original(self, key, tensors)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", die)
+        with pytest.raises(Killed):
+            score(request, Quiet())
+    path = Path(request.expert) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    letters = tokenizer["model"]["vocab"]
+    used = {
+        x for line in request.prompts.read_text().splitlines() for x in json.loads(line)["prompt"]
+    }
+    only_contrasts = {
+        x for line in request.prompts.read_text().splitlines() for x in json.loads(line)["contrast"]
+    } - used
+    first, second = sorted(only_contrasts)[:2]
+    letters[first], letters[second] = letters[second], letters[first]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="changed: tokens"):
+        score(request, Quiet())
 
 
 def test_two_runs_on_one_output_are_refused(tmp_path) -> None:
