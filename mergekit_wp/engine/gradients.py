@@ -22,6 +22,8 @@ from mergekit_wp.scorefile import CriterionName
 
 #: random probes of the second-order estimate; its relative error is sqrt(2 / (probes * prompts))
 PROBES = 16
+#: of these are held at once; every such group reads the donor's layers anew
+PROBES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import cast
 
 import torch
@@ -17,6 +18,8 @@ from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
 from mergekit_wp.engine.gradients import (
     PROBES,
+    PROBES_AT_ONCE,
+    BlockGradients,
     criterion_gradients,
     probe_gradients,
     project,
@@ -248,35 +251,44 @@ def _first_order(
     context.resident.move_to(position)
     decoder, batch = context.decoder, context.references.batches[b]
     trace = record_with_gradients(decoder, batch)
-    criteria = context.criteria
-    second_order = estimand == "knockout" and "kl" in criteria
-    linear: Criteria = tuple(c for c in criteria if not (second_order and c == "kl"))
-    gradients = {}
-    if linear:
-        gradients = criterion_gradients(decoder, trace, linear, context.references.targets[b])
-    probes = list(probe_gradients(decoder, trace, seed)) if second_order else []
     dims = context.partition.dims
-    found: Result = {}
-    for kind in kinds:
-        for c in criteria:
-            found[f"{c}/{kind}"] = torch.zeros(
-                (dims.n_layers, batch.size, dims.count(kind)), dtype=torch.float64
-            )
-    with torch.no_grad():
-        for layer in range(dims.n_layers):
-            if not any(context.changed(kind, layer) for kind in kinds):
-                continue
-            state = context.layer_state(position, layer)
-            inputs = block_inputs(decoder, layer, trace, state, dims)
-            wanted = {kind: inputs[kind] for kind in kinds if context.changed(kind, layer)}
-            for c, gradient in gradients.items():
-                for kind, change in project(gradient, wanted, layer, batch.size).items():
-                    found[f"{c}/{kind}"][layer] = change.cpu()
-            for probe in probes:
-                for kind, change in project(probe, wanted, layer, batch.size).items():
-                    # KL = half the probes' mean square, and v = -KL
-                    found[f"kl/{kind}"][layer] -= change.cpu().double().square() / (2 * PROBES)
+    found: Result = {
+        f"{c}/{kind}": torch.zeros((dims.n_layers, batch.size, dims.count(kind))).double()
+        for kind in kinds
+        for c in context.criteria
+    }
+    for terms in _gradient_terms(context, estimand, b, trace, seed):
+        with torch.no_grad():
+            for layer in range(dims.n_layers):
+                changed = [kind for kind in kinds if context.changed(kind, layer)]
+                if not changed:
+                    continue
+                state = context.layer_state(position, layer)
+                inputs = block_inputs(decoder, layer, trace, state, dims)
+                wanted = {kind: inputs[kind] for kind in changed}
+                for criterion, gradients, squared in terms:
+                    for kind, change in project(gradients, wanted, layer, batch.size).items():
+                        change = change.cpu().double()
+                        # KL is half the probes' mean square, and v = -KL
+                        term = -change.square() / (2 * PROBES) if squared else change
+                        found[f"{criterion}/{kind}"][layer] += term
     return found
+
+
+def _gradient_terms(
+    context: SweepContext, estimand: Estimand, b: int, trace: Trace, seed: int
+) -> Iterator[list[tuple[CriterionName, BlockGradients, bool]]]:
+    """Criterion, gradients and whether the projection is squared, a few at a time for memory."""
+    second_order = estimand == "knockout" and "kl" in context.criteria
+    linear: Criteria = tuple(c for c in context.criteria if not (second_order and c == "kl"))
+    if linear:
+        targets = context.references.targets[b]
+        gradients = criterion_gradients(context.decoder, trace, linear, targets)
+        yield [(c, gradient, False) for c, gradient in gradients.items()]
+    if second_order:
+        probes = probe_gradients(context.decoder, trace, seed)
+        while some := list(islice(probes, PROBES_AT_ONCE)):
+            yield [("kl", probe, True) for probe in some]
 
 
 def share_blocks(context: SweepContext, steps: int) -> Iterator[Block]:
