@@ -10,11 +10,16 @@ from mergekit_wp.scoring.anchor import Contrast, choose_anchor, held_out_separat
 
 
 def contrast(n: int = 8, layer: int = 2) -> Contrast:
-    """Noise everywhere; in one layer the two sets differ along a direction."""
+    """Noise everywhere; in one layer the sets differ along a direction.
+
+    In the layer before, instruction and none differ more, but the base is as far as the expert.
+    """
     torch.manual_seed(0)
-    towards, away = torch.randn(n, 4, 16), torch.randn(n, 4, 16)
+    towards, away, base = torch.randn(3, n, 4, 16)
     towards[:, layer, 3] += 6
-    return Contrast(towards, away, True)
+    towards[:, layer - 1, 5] += 12
+    base[:, layer - 1, 5] += 13
+    return Contrast(towards, away, base, True)
 
 
 def test_the_layer_that_separates_is_found_and_its_direction() -> None:
@@ -34,15 +39,16 @@ def test_held_out_separation_against_a_plain_loop() -> None:
             others = [j for j in range(5) if j != i]
             u = (given.towards[others, layer] - given.away[others, layer]).mean(0)
             u = u / u.norm()
-            pairs.append((given.towards[i, layer] @ u, given.away[i, layer] @ u))
-        a, b = (torch.stack(side) for side in zip(*pairs, strict=True))
-        want = (a.mean() - b.mean()) / ((a.var() + b.var()) / 2).sqrt()
+            sides = (given.towards, given.away, given.base)
+            pairs.append([side[i, layer] @ u for side in sides])
+        a, *others = (torch.stack(side) for side in zip(*pairs, strict=True))
+        want = min((a.mean() - b.mean()) / ((a.var() + b.var()) / 2).sqrt() for b in others)
         assert float(found[layer]) == pytest.approx(float(want), rel=1e-3)
 
 
 def test_noise_alone_does_not_separate() -> None:
     torch.manual_seed(1)
-    noise = Contrast(torch.randn(200, 3, 8), torch.randn(200, 3, 8), False)
+    noise = Contrast(*torch.randn(3, 200, 3, 8), False)
     assert float(held_out_separation(noise).abs().max()) < 0.5
 
 
@@ -55,4 +61,4 @@ def test_refusals() -> None:
     assert info.separation is None
     same = torch.randn(4, 4, 16)
     with pytest.raises(UserError, match="does not separate: .* at layer 1 is 0"):
-        choose_anchor(Contrast(same, same, True), 1)
+        choose_anchor(Contrast(same, same, same, True), 1)

@@ -3,7 +3,9 @@
 With contrasts (the same request without the instruction) the direction is the difference of
 means, expert with instruction minus expert without; without contrasts it is expert minus base,
 the matched-checkpoint anchor (DESIGN section 2). The layer is chosen by how well the projection
-separates the two on held-out prompts: each prompt is projected on the direction of the others.
+separates on held-out prompts (each is projected on the direction of the others): both with from
+without the instruction, else the direction does not stand for it, and expert from base, else
+recovery along it means nothing. The weaker of the two counts.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ class Contrast:
     Attributes:
         towards: the expert, with the instruction.
         away: the expert without it, or the base.
+        base: the base, with the instruction.
         from_instruction: whether `away` is the expert without the instruction.
     """
 
     towards: torch.Tensor
     away: torch.Tensor
+    base: torch.Tensor
     from_instruction: bool
 
 
@@ -52,7 +56,7 @@ def separation(towards: torch.Tensor, away: torch.Tensor) -> torch.Tensor:
 
 
 def held_out_separation(contrast: Contrast) -> torch.Tensor | None:
-    """Separation per layer, every prompt projected on the direction of the other prompts.
+    """Weaker separation per layer, every prompt projected on the direction of the others.
 
     Returns:
         ``[layers]``; None with fewer than `MIN_HELD_OUT` prompts.
@@ -63,7 +67,10 @@ def held_out_separation(contrast: Contrast) -> torch.Tensor | None:
     difference = contrast.towards - contrast.away
     others = (difference.sum(0) - difference) / (n - 1)
     u = others / torch.linalg.vector_norm(others, dim=-1, keepdim=True).clamp_min(1e-30)
-    return separation((contrast.towards * u).sum(-1), (contrast.away * u).sum(-1))
+    towards, away, base = (
+        (side * u).sum(-1) for side in (contrast.towards, contrast.away, contrast.base)
+    )
+    return torch.minimum(separation(towards, away), separation(towards, base))
 
 
 def choose_anchor(contrast: Contrast, layer: int | None) -> tuple[AnchorDirection, Anchor]:

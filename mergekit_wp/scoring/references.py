@@ -149,9 +149,9 @@ def measure_references(
     if towards is not None:
         base_states = last_token_states(decoder, prompt_only, n)
         contrast = (
-            Contrast(towards[contrasts[0]], away, True)
+            Contrast(towards[contrasts[0]], away, base_states[contrasts[0]], True)
             if away is not None
-            else Contrast(towards, base_states, False)
+            else Contrast(towards, base_states, base_states, False)
         )
         anchor, info = choose_anchor(contrast, anchor_layer)
         at_expert["anchor"] = towards[:, anchor.layer] @ anchor.vector
