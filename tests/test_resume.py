@@ -53,6 +53,19 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing may catch it."""
 
 
+def kill_after_one_block(request: ScoreRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Journal.save
+
+    def die(self, key, tensors):
+        original(self, key, tensors)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", die)
+        with pytest.raises(Killed):
+            score(request, Quiet())
+
+
 def test_killed_at_random_points_and_resumed_gives_the_same_file(request_of, monkeypatch) -> None:
     whole = request_of("whole.safetensors")
     score(whole, Quiet())
@@ -110,16 +123,7 @@ def test_a_finished_block_is_not_computed_again(request_of, monkeypatch) -> None
 
 def test_resuming_with_other_inputs_is_refused_by_name(request_of, monkeypatch) -> None:
     request = request_of("out.safetensors")
-    original = Journal.save
-
-    def die(self, key, tensors):
-        original(self, key, tensors)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "save", die)
-        with pytest.raises(Killed):
-            score(request, Quiet())
+    kill_after_one_block(request, monkeypatch)
     with pytest.raises(UserError, match=r"changed: seed \(0 -> 1\); add --restart"):
         score(request_of("out.safetensors", seed=1), Quiet())
     save(perturbed(make_model("llama-tied"), seed=5), Path(request.expert))
@@ -138,16 +142,7 @@ def test_resuming_with_other_inputs_is_refused_by_name(request_of, monkeypatch) 
 
 def test_another_tokenizer_is_another_input(request_of, monkeypatch) -> None:
     request = request_of("out.safetensors")
-    original = Journal.save
-
-    def die(self, key, tensors):
-        original(self, key, tensors)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "save", die)
-        with pytest.raises(Killed):
-            score(request, Quiet())
+    kill_after_one_block(request, monkeypatch)
     path = Path(request.expert) / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     letters = tokenizer["model"]["vocab"]
