@@ -246,3 +246,13 @@ def test_the_bare_command_shows_its_help(capfd) -> None:
         main([])
     assert stop.value.code == 2
     assert "Commands:" in capfd.readouterr().err.splitlines()
+
+
+def test_the_bases_tokenizer_steps_in_aloud(zoo, tmp_path, capfd) -> None:
+    out = str(tmp_path / "s.safetensors")
+    prompts = str(zoo / "prompts.jsonl")
+    pair = [str(zoo / "base"), str(zoo / "mute")]
+    with pytest.raises(SystemExit) as stop:
+        main(["score", *pair, "--prompts", prompts, "--estimand", "share", "--out", out])
+    assert stop.value.code == 0
+    assert "has no tokenizer; using that of the base" in capfd.readouterr().err

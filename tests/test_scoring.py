@@ -360,3 +360,32 @@ def test_anchor_contrasts(tmp_path) -> None:
     assert plain.manifest.anchor.contrast == "checkpoint"
     assert plain.manifest.scale["anchor"].expert > plain.manifest.scale["anchor"].base
     assert float(plain.tensors["anchor/vector"].norm()) == pytest.approx(1, abs=1e-6)
+
+
+def test_progress_reaches_its_total_and_no_end_token_is_no_trouble(tmp_path) -> None:
+    base = make_model("llama-tied")
+    for name, model in (("base", base), ("expert", perturbed(base))):
+        save(model, tmp_path / name)
+        for config in ("tokenizer_config.json", "generation_config.json", "config.json"):
+            path = tmp_path / name / config
+            content = json.loads(path.read_text())
+            content.pop("eos_token", None)
+            content.pop("eos_token_id", None)
+            path.write_text(json.dumps(content))
+    progress = Quiet()
+    request = ScoreRequest(
+        base=str(tmp_path / "base"),
+        expert=str(tmp_path / "expert"),
+        prompts=write_prompts(tmp_path / "p.jsonl", 5),
+        out=tmp_path / "s.safetensors",
+        estimands=("share", "gain", "knockout"),
+        batch_size=2,
+        max_new_tokens=3,
+        exact_budget=8.0,
+        verify=2,
+    )
+    score(request, progress)
+    assert {"share", "gain, exact", "gain, verifying", "knockout, first-order"} <= {
+        name for name, _ in progress.stages
+    }
+    assert progress.done == pytest.approx(sum(total for _, total in progress.stages))

@@ -100,9 +100,9 @@ class SweepContext:
 
     def trace(self, position: float, b: int) -> Trace:
         """The recorded run of the base (0) or the expert (1) on batch b; one is kept."""
+        self.resident.move_to(position)  # a kept trace is of use with its own weights only
         if (position, b) not in self._traces:
             self._traces.clear()
-            self.resident.move_to(position)
             with torch.no_grad():
                 self._traces[position, b] = record(self.decoder, self.references.batches[b])
         return self._traces[position, b]

@@ -48,7 +48,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     criteria = choose_criteria(request.criteria, prompt_file.prompts)
     _check_request(request, criteria, prompt_file.prompts, progress)
     pair = _open(request, progress)
-    tokenizer = _tokenizer(pair)
+    tokenizer = _tokenizer(pair, progress)
     texts = _encode(tokenizer, prompt_file.prompts, request.prompts)
     vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
     texts.check_vocabulary(vocabulary)
@@ -180,8 +180,13 @@ def _encode(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Encoded:
     return encoded
 
 
-def _tokenizer(pair: Pair) -> Any:
-    tokenizer = pair.expert.tokenizer() or pair.base.tokenizer()
+def _tokenizer(pair: Pair, progress: Progress) -> Any:
+    """The expert's tokenizer, whose behaviour the prompts elicit; else, said aloud, the base's."""
+    tokenizer = pair.expert.tokenizer()
+    if tokenizer is None:
+        tokenizer = pair.base.tokenizer()
+        if tokenizer is not None:
+            progress.note(f"'{pair.expert.name}' has no tokenizer; using that of the base")
     if tokenizer is None:
         raise UserError(
             f"neither '{pair.expert.name}' nor '{pair.base.name}' has a tokenizer; copy "
@@ -250,9 +255,7 @@ def _end_tokens(expert: Checkpoint, tokenizer: Any) -> list[int]:
     """Tokens that end the expert's answers: the tokenizer's and the generation config's."""
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     try:
-        config = GenerationConfig.from_pretrained(
-            expert.ref.model.path, revision=expert.ref.model.revision
-        )
+        config = GenerationConfig.from_pretrained(expert.path)
     except OSError:  # a checkpoint without one
         return sorted(ends)
     stated = config.eos_token_id
