@@ -328,16 +328,23 @@ class ResidentModel:
         """Set the weights to base + position * (expert - base); 0 and 1 are the checkpoints."""
         if position == self.position:
             return
-        self.position = None
         wide = torch.promote_types(self.dtype, torch.float32)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if position == 1.0:
-                    parameter.copy_(self.pair.expert.tensor(name, self.dtype, self.device))
-                    continue
-                weight = self.pair.base.tensor(name, wide, self.device)
-                if position != 0.0 and name in self.pair.changed:
-                    # not in place: a read tensor may share memory with its loader's next read
-                    weight = weight + position * self.pair.delta(name, wide, self.device)
-                parameter.copy_(weight)
+
+        def weight_of(name: str) -> torch.Tensor:
+            if position == 1.0:
+                return self.pair.expert.tensor(name, self.dtype, self.device)
+            weight = self.pair.base.tensor(name, wide, self.device)
+            if position != 0.0 and name in self.pair.changed:
+                # not in place: a read tensor may share memory with its loader's next read
+                weight = weight + position * self.pair.delta(name, wide, self.device)
+            return weight
+
+        self.fill(weight_of)
         self.position = position
+
+    @torch.no_grad()
+    def fill(self, weight_of: Callable[[str], torch.Tensor]) -> None:
+        """Overwrite every weight with the tensor of its name."""
+        self.position = None
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weight_of(name))

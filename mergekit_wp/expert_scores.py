@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,7 +21,7 @@ import torch
 from mergekit_wp import scorefile
 from mergekit_wp.components import Dims, TensorLayout, layout_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.fusion import Normalised, delta_norm, normalise
+from mergekit_wp.fusion import Normalised, delta_norm, ranked, with_harm
 from mergekit_wp.scorefile import ScoreFile
 
 LOG = logging.getLogger(__name__)
@@ -37,11 +37,16 @@ _LOCK = threading.Lock()
 
 
 class Choice(NamedTuple):
-    """Which of a file's scores a merge uses."""
+    """Which of a file's scores a merge uses, and what is subtracted from them.
+
+    ``guards`` are paths of the same expert's scores on other behaviours, `harm` weights them.
+    """
 
     estimand: str
     criterion: str
     granularity: str
+    guards: tuple[str, ...] = ()
+    harm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +113,12 @@ class ExpertScores:
         """
         manifest = self.file.manifest
         if choice.estimand not in manifest.estimands or choice.criterion not in manifest.criteria:
+            if choice.estimand == "path":
+                raise UserError(
+                    f"score file {self.path} has no '{choice.estimand}/{choice.criterion}' scores, "
+                    "which 'fusion: path' needs: score the recipe's experts together with "
+                    "'mergekit-wp score --company RECIPE'"
+                )
             have = ", ".join(f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria)
             raise UserError(
                 f"score file {self.path} has no '{choice.estimand}/{choice.criterion}' scores, "
@@ -169,21 +180,62 @@ class ExpertScores:
     def _partition(self, choice: Choice) -> Normalised:
         if choice not in self._normalised:
             self.require(choice)
-            estimand, criterion, granularity = choice
-            scores: dict[Any, torch.Tensor] = (
-                {"tensor": self.file.scores(estimand, criterion, "tensor")}
-                if granularity == "tensor"
-                else dict(self.file.fine_scores(estimand, criterion))
-            )
-            self._normalised[choice] = normalise(scores)
+            scores = self._chosen(choice)
+            if choice.estimand == "path":
+                self._normalised[choice] = ranked({k: v.double() for k, v in scores.items()})
+            else:
+                harms = [load(guard).effects(choice, self) for guard in choice.guards]
+                self._normalised[choice] = with_harm(scores, harms, choice.harm)
             if not any((part > 0).any() for part in scores.values()):
                 LOG.warning(
                     "score file %s has no positive %s/%s score: its expert adds nothing",
                     self.path,
-                    estimand,
-                    criterion,
+                    choice.estimand,
+                    choice.criterion,
                 )
         return self._normalised[choice]
+
+    def _chosen(self, choice: Choice) -> dict[str, torch.Tensor]:
+        if choice.granularity == "tensor":
+            return {"tensor": self.file.scores(choice.estimand, choice.criterion, "tensor")}
+        fine = self.file.fine_scores(choice.estimand, choice.criterion)
+        return {str(kind): scores for kind, scores in fine.items()}
+
+    def require_guard_of(self, own: ExpertScores, choice: Choice) -> None:
+        """Refuse a file that cannot say what the scored expert does to another behaviour.
+
+        Raises:
+            UserError: another expert's, without ``logprob`` scores, or of the expert's own answers.
+        """
+        where = f"guard {self.path} of score file {own.path}"
+        if self.path == own.path:
+            raise UserError(f"{where} is that file itself; give scores on another behaviour")
+        mine, theirs = self._delta_norm, own._delta_norm
+        if mine.keys() != theirs.keys() or any(
+            abs(mine[n] - theirs[n]) > 1e-3 * theirs[n] for n in mine
+        ):
+            raise UserError(f"{where} was made for another expert or base")
+        if self.file.manifest.kinds != own.file.manifest.kinds:
+            raise UserError(
+                f"{where} has other kinds of component; score both with the same --kinds"
+            )
+        if self.file.manifest.responses != "given":
+            raise UserError(
+                f"{where} was scored on the expert's own answers; give every line of its prompt "
+                "file the 'response' that the other behaviour wants"
+            )
+        self.require(choice._replace(criterion="logprob"))
+
+    def effects(self, choice: Choice, own: ExpertScores) -> dict[str, torch.Tensor]:
+        """What each component does to this file's behaviour: change of its log-probability.
+
+        Raises:
+            UserError: see `require_guard_of`.
+        """
+        self.require_guard_of(own, choice)
+        scale = self.file.manifest.scale["logprob"]
+        scores = self._chosen(choice._replace(criterion="logprob"))
+        return {kind: part * (scale.expert - scale.base) for kind, part in scores.items()}
 
     def check_delta(
         self, name: str, base: torch.Tensor, expert: torch.Tensor, *, shown_as: str
@@ -232,6 +284,28 @@ def _rounding(tensor: torch.Tensor, stored: str) -> float:
     if seen.tiny > fine.tiny:
         allowed += seen.smallest_normal * seen.eps / 2 * float(tensor.numel() ** 0.5)
     return allowed
+
+
+def check_company(files: Sequence[ExpertScores]) -> None:
+    """Refuse scores made in the company of other experts than those that are merged.
+
+    Raises:
+        UserError: names both companies.
+    """
+    here = sorted({file.file.manifest.expert.reference for file in files})
+    for file in files:
+        company = file.file.manifest.company
+        if company is None:
+            continue
+        scored = sorted(member.reference for member in company)
+        strangers = [f.path for f in files if f.file.manifest.company != company]
+        if scored != here or strangers:
+            raise UserError(
+                f"score file {file.path} was made in the company of {', '.join(scored)}, but this "
+                f"recipe merges {', '.join(here)}"
+                + (f", with other scores for some ({strangers[0]})" if strangers else "")
+                + "; score these experts together: mergekit-wp score --company RECIPE"
+            )
 
 
 def unwritten(scored: Iterable[str], planned: Collection[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-Fusion = Literal["share", "winner", "gate", "topk"]
+Fusion = Literal["share", "winner", "gate", "topk", "path"]
 FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 
 #: Elements that `fuse` and `delta_norm` widen at a time, so that a bf16 merge of a large tensor
@@ -61,13 +61,42 @@ def normalise(scores: Mapping[str, torch.Tensor]) -> Normalised:
     wide = {kind: part.to(torch.float64) for kind, part in scores.items()}
     total = sum(float(part.clamp(min=0).sum()) for part in wide.values())
     values = {k: part / total if total > 0 else torch.zeros_like(part) for k, part in wide.items()}
+    return Normalised(values, ranked(wide).ranks)  # tiny scores may be equal after the division
+
+
+def with_harm(
+    scores: Mapping[str, torch.Tensor], harms: Sequence[Mapping[str, torch.Tensor]], harm: float
+) -> Normalised:
+    """Normalised scores less what each component does to other behaviours (issue 3).
+
+    From the normalised scores, ``harm`` times the negative part of each guard's effects is
+    subtracted, that part divided by its own sum as the scores are by theirs: one expert's harm to
+    one behaviour weighs ``harm`` in all, whatever the behaviour is measured in. Effects that help
+    are not added.
+
+    Args:
+        scores: kind to scores, as for `normalise`.
+        harms: per guarded behaviour, the components' effects on it in the same shapes.
+        harm: the weight.
+    """
+    values = normalise(scores).values
+    for effects in harms:
+        worse = {kind: (-part).clamp(min=0).to(torch.float64) for kind, part in effects.items()}
+        total = sum(float(part.sum()) for part in worse.values())
+        if total > 0:
+            values = {kind: part - harm / total * worse[kind] for kind, part in values.items()}
+    return normalise(values)
+
+
+def ranked(wide: dict[str, torch.Tensor]) -> Normalised:
+    """Values as they are, with their ranks."""
     flat = torch.cat([part.reshape(-1) for part in wide.values()])
     order = flat.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     pieces = torch.split(rank, [part.numel() for part in wide.values()])
     ranks = {k: piece.view(wide[k].shape) for k, piece in zip(wide, pieces, strict=True)}
-    return Normalised(values, ranks)
+    return Normalised(wide, ranks)
 
 
 def n_best(size: int, density: float) -> int:
@@ -89,11 +118,12 @@ def component_gates(
 
     - ``share``: λ w_e s_e^power / Σ s^power over the experts with a positive score
     - ``winner``: λ w_e for the expert with the highest score (the first of equals)
+    - ``path``: λ w_e s_e, the scores being how far each component came on the guided path
     - ``gate`` and ``topk``: λ w_e; the cut of ``topk`` to the best ``density`` share is made
       where scores are looked up (`Normalised.cut`), as it is under every fusion
 
     Args:
-        scores: normalised scores, ``[experts, components]``.
+        scores: normalised scores (for ``path`` as they are), ``[experts, components]``.
         weights: ``[experts]``.
         fusion: the rule.
         power: flattens (below 1) or sharpens (above 1) the shares.
@@ -113,6 +143,8 @@ def component_gates(
     elif fusion == "winner":
         first = torch.arange(len(scores))[:, None] == scores.argmax(0)
         share = (first & positive).to(torch.float64)
+    elif fusion == "path":
+        share = scores.clamp(min=0)
     else:
         share = positive.to(torch.float64)
     return scale * weights.to(torch.float64)[:, None] * share

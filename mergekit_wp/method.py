@@ -19,9 +19,9 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContract, TensorGroup
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import Choice, ExpertScores, load, unwritten
+from mergekit_wp.expert_scores import Choice, ExpertScores, check_company, load, unwritten
 from mergekit_wp.fusion import component_gates, fuse
-from mergekit_wp.parameters import RECORDED, SPEC
+from mergekit_wp.parameters import RECORDED, SPEC, guard_paths
 
 LOG = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
     def __init__(self) -> None:
         """Start with nothing planned."""
         self._coverage = _Coverage()
+        self._guards: dict[Hashable, str] = {}
 
     def validate_inputs(
         self,
@@ -97,6 +98,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         if group_name is None or ".slices[" in group_name:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
             self._coverage.reset()
+            self._guards = {}
             return
         _TENSOR_CONTRACT.validate_ids(input_ids, base_id, group_name=group_name)
         if "scores" not in recorded:
@@ -104,6 +106,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         files = [load(path) for path in recorded["scores"]]
         for file in files:
             check_fit(file, base_id, recorded)
+        check_company(files)
         self._cover(group_name, files, base_id, recorded["granularity"])
 
     def _cover(
@@ -128,6 +131,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
     ) -> list[dict[str, Any]]:
         """Bind the parameters of a direct call, which is not planned, and note its coverage."""
         RECORDED.take()
+        self._guards = {}
         try:
             bound: list[dict[str, Any]] = super()._bind_parameters(groups, parameters)
         finally:
@@ -137,6 +141,21 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             base_id = group.base.id if group.base else None
             self._cover(group.metadata.name, files, base_id, [values["granularity"]])
         return bound
+
+    def _guards_of(self, expert: Hashable, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        given = parameters["guards"][expert] or ""
+        if given and parameters["fusion"] == "path":
+            raise UserError(
+                f"model {expert} has 'guards', which 'fusion: path' does not use: there every "
+                "behaviour of the company counts already; leave one of the two out"
+            )
+        if (first := self._guards.setdefault(expert, given)) != given:
+            raise UserError(
+                f"model {expert}: 'guards' is '{first}' for one tensor and '{given}' for another; "
+                "write all files as one text, separated by commas: mergekit reads a list as values "
+                "by depth"
+            )
+        return guard_paths(given)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge one tensor.
@@ -149,7 +168,13 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         tensor: torch.Tensor = base.tensor
         if name is None:
             raise UserError("weight_patching merges tensors by name; give the tensor's name")
-        choice = Choice(*(parameters[key] for key in Choice._fields))
+        by_path = parameters["fusion"] == "path"
+        choice = Choice(
+            "path" if by_path else parameters["estimand"],
+            parameters["criterion"],
+            parameters["granularity"],
+            harm=parameters["harm"],
+        )
         tied = is_tied(base.id)
         experts, scores, weights, layouts = [], [], [], []
         for entry in group.non_base:
@@ -160,7 +185,8 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             shown = f"tensor {name} of {entry.id}"
             file.check_delta(scored, tensor, entry.tensor, shown_as=shown)
             experts.append(entry.tensor)
-            scores.append(file.scores(scored, choice, parameters["density"][entry.id]))
+            guarded = choice._replace(guards=self._guards_of(entry.id, parameters))
+            scores.append(file.scores(scored, guarded, parameters["density"][entry.id]))
             weights.append(parameters["weight"][entry.id])
             layouts.append(file.layout(scored, choice.granularity))
         if not experts:
@@ -190,7 +216,9 @@ def check_fit(
     config = base_config(base_id)
     if config is not None:
         file.require_base(config)
-    for estimand in recorded["estimand"]:
+    fusions = recorded["fusion"]
+    estimands = [*recorded["estimand"]] if set(fusions) - {"path"} else []
+    for estimand in [*estimands, *(["path"] if "path" in fusions else [])]:
         for criterion in recorded["criterion"]:
             for granularity in recorded["granularity"]:
                 file.require(Choice(estimand, criterion, granularity))

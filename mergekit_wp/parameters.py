@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import GRANULARITIES, load, local_path
 from mergekit_wp.fusion import FUSIONS
-from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
+from mergekit_wp.scorefile import CRITERIA, LONE_ESTIMANDS
 
 
 class Recorded(threading.local):
@@ -86,6 +86,24 @@ def _score_file(value: str) -> str:
     return path
 
 
+def guard_paths(value: str) -> tuple[str, ...]:
+    """The score files named in a recipe's ``guards``: one or more, separated by commas."""
+    return tuple(local_path(part.strip()) for part in value.split(",") if part.strip())
+
+
+def _guards(value: str) -> str:
+    for path in guard_paths(value):
+        load(path)
+    return value
+
+
+#: Weight of the harm to guarded behaviours: the best of 0.1, 0.2, 0.3, 0.5, 1 on the zoo's
+#: development seeds (benchmarks/zoo/README.md).
+HARM = 0.1
+
+_GUARDS = _parameter(
+    "guards", Annotated[str, AfterValidator(_guards)], "one text, files separated by commas"
+)
 _SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")
 _SHARED, _EXPERT = ParameterScope.SHARED, ParameterScope.NON_BASE
 
@@ -97,10 +115,12 @@ SPEC = MergeMethodSpec(
         ParameterSpec("scores", _SCORES, _EXPERT),
         ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
         ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
+        ParameterSpec("guards", _GUARDS, _EXPERT, default=""),
+        ParameterSpec("harm", _number("harm", 0), _SHARED, default=HARM),
         ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
         ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
         ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),
-        ParameterSpec("estimand", _one_of("estimand", ESTIMANDS), _SHARED, default="share"),
+        ParameterSpec("estimand", _one_of("estimand", LONE_ESTIMANDS), _SHARED, default="share"),
         ParameterSpec("criterion", _one_of("criterion", CRITERIA), _SHARED, default="kl"),
         ParameterSpec(
             "granularity", _one_of("granularity", GRANULARITIES), _SHARED, default="component"

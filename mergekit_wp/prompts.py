@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -53,6 +53,12 @@ class PromptFile:
 
     prompts: tuple[Prompt, ...]
     sha256: str
+
+    @property
+    def responses(self) -> Literal["given", "expert", "mixed"]:
+        """Whose answers the prompts go on with: the file's, the expert's own, or some of each."""
+        given = sum(prompt.response is not None for prompt in self.prompts)
+        return "given" if given == len(self.prompts) else "mixed" if given else "expert"
 
 
 def read_prompts(path: Path, limit: int | None) -> PromptFile:

@@ -48,6 +48,33 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The models of a recipe of any method: its base, and the others in order, as written."""
+
+    base: str
+    models: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Experts:
+        """Read only what a recipe says of its models; score files need not exist.
+
+        Raises:
+            UserError: unreadable, or not a recipe of a base and whole experts.
+        """
+        _, data = _load_yaml(path)
+        try:
+            config = MergeConfiguration.model_validate(data)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"recipe {path}: {one_line(error)}") from error
+        if config.base_model is None or not config.models:
+            raise UserError(f"recipe {path}: expected 'base_model' and a list of 'models'")
+        models = dict.fromkeys(str(m.model) for m in config.models if m.model != config.base_model)
+        if not models:
+            raise UserError(f"recipe {path} names no expert beside the base model")
+        return cls(str(config.base_model), tuple(models))
+
+
+@dataclass(frozen=True)
 class Scope:
     """One ``parameters:`` block: where it stands, and the model it belongs to, if any."""
 
@@ -63,15 +90,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
         UserError: unreadable, not a recipe, with keys or parameters that mergekit would silently
             ignore, or with a score file that is missing, unreadable or not given.
     """
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-        data = yaml.safe_load(source)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
+    source, data = _load_yaml(path)
     try:
         config = MergeConfiguration.model_validate(data)
         merge_methods.get(config.merge_method)
@@ -85,6 +104,19 @@ def read(path: str | os.PathLike[str]) -> Recipe:
         _resolve_score_files(recipe)
         _check_parameters(recipe)
     return recipe
+
+
+def _load_yaml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        data = yaml.safe_load(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
+    return source, data
 
 
 def score_files(recipe: Recipe) -> list[ExpertScores]:
@@ -221,7 +253,21 @@ def _resolve_score_files(recipe: Recipe) -> None:
         load(found)
         return found
 
+    def resolve_all(setting: Any) -> Any:
+        if isinstance(setting, ConditionalParameter):
+            return ConditionalParameter(value=resolve_all(setting.value), filter=setting.filter)
+        if isinstance(setting, list) and all(isinstance(e, ConditionalParameter) for e in setting):
+            return [resolve_all(entry) for entry in setting]
+        if not isinstance(setting, str):
+            raise UserError(
+                f"recipe {recipe.path}: 'guards' must be one text, files separated by commas, "
+                f"not {setting!r}; mergekit reads a list as values by depth"
+            )
+        return ", ".join(resolve(part.strip()) for part in setting.split(",") if part.strip())
+
     for scopes in _scopes(recipe.config):
         for scope in scopes:
             if "scores" in scope.parameters:
                 scope.parameters["scores"] = resolve(scope.parameters["scores"])
+            if "guards" in scope.parameters:
+                scope.parameters["guards"] = resolve_all(scope.parameters["guards"])

@@ -23,10 +23,12 @@ from mergekit_wp.files import written_whole
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_wp"
 
-Estimand = Literal["share", "gain", "knockout"]
+Estimand = Literal["share", "gain", "knockout", "path"]
 CriterionName = Literal["kl", "anchor", "logprob"]
-Method = Literal["exact", "first-order", "second-order", "integrated-gradients"]
+Method = Literal["exact", "first-order", "second-order", "integrated-gradients", "guided-path"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
+#: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
+LONE_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
 
 
@@ -82,8 +84,26 @@ class Scale(_Strict):
     expert: float
 
 
+class CompanyMember(_Strict):
+    """One of the experts that were scored together.
+
+    ``weights_sha256`` is over the content of its weight files; ``recovery`` is how far its
+    behaviour had come back where the guided path ended (0 at the base, 1 at the expert).
+    """
+
+    reference: str
+    weights_sha256: str
+    behavior: str
+    recovery: float
+
+
 class Manifest(_Strict):
-    """The JSON under the metadata key ``mergekit_wp``."""
+    """The JSON under the metadata key ``mergekit_wp``.
+
+    ``responses`` says whose answers the prompts were continued with: the prompt file's, the
+    expert's own, or some of each. ``company`` names the experts that were scored together, this
+    one among them; None for an expert scored alone.
+    """
 
     format_version: int = FORMAT_VERSION
     base: ModelId
@@ -91,6 +111,7 @@ class Manifest(_Strict):
     behavior: str
     n_prompts: PositiveInt
     prompts_sha256: str
+    responses: Literal["given", "expert", "mixed"]
     architecture: str
     n_layers: PositiveInt
     n_heads: PositiveInt
@@ -106,6 +127,7 @@ class Manifest(_Strict):
     noise_floor: dict[CriterionName, float]
     completeness: dict[str, float]
     tensor_names: tuple[str, ...]
+    company: tuple[CompanyMember, ...] | None
     dtype: str
     seed: int
     created: str
@@ -118,6 +140,8 @@ class Manifest(_Strict):
         for field in (self.estimands, self.criteria, self.kinds):
             if len(set(field)) != len(field):
                 raise ValueError(f"{', '.join(field)}: a name stands twice")
+        if ("path" in self.estimands) != (self.company is not None):
+            raise ValueError("'path' scores and a 'company' belong together")
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
             raise ValueError(f"the anchor lies in layer {self.anchor.layer} of {self.n_layers}")
         for name in self.tensor_names:

@@ -48,6 +48,8 @@ def make_score_file(
         expert=model,
         behavior="test",
         n_prompts=4,
+        responses="given",
+        company=None,
         prompts_sha256="0" * 64,
         architecture="LlamaForCausalLM",
         n_layers=dims.n_layers,

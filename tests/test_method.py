@@ -331,7 +331,7 @@ def test_bad_hub_references(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"weight": "much"}, "'weight' must be a finite number, not 'much'"),
         ({"lambda": float("inf")}, "'lambda' must be a finite number, not inf"),
         ({"power": -1}, "'power' must be a number of at least 0, not -1"),
-        ({"fusion": "mean"}, "'fusion' must be one of share, winner, gate, topk, not 'mean'"),
+        ({"fusion": "mean"}, "'fusion' must be one of share, winner, gate, topk, path, not 'mean'"),
         ({"estimand": 3}, "'estimand' must be one of share, gain, knockout, not 3"),
         ({"granularity": "layer"}, "'granularity' must be one of component, tensor, not 'layer'"),
         ({"estimand": "knockout"}, "has no 'knockout/kl' scores, it has share/kl, gain/kl"),

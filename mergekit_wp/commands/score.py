@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from mergekit_wp.components import KINDS
-from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
+from mergekit_wp.scorefile import CRITERIA, LONE_ESTIMANDS
+from mergekit_wp.scoring.request import PATH_STEPS, SHARE_STEPS, Progress
 
 
 class _NameList(click.ParamType[tuple[str, ...]]):
@@ -49,27 +50,36 @@ class _OrAuto(click.ParamType[int | None]):
 
 
 @click.command(short_help="Measure what each component of an expert does.")
-@click.argument("base")
-@click.argument("expert")
+@click.argument("base", required=False)
+@click.argument("expert", required=False)
 @click.option(
     "--prompts",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    metavar="FILE | EXPERT=FILE",
     help="JSONL: 'prompt' (text or chat messages), optional 'contrast' (the same request without "
-    "the instruction), optional 'response' (else the expert's own greedy answer).",
+    "the instruction), optional 'response' (else the expert's own greedy answer). With --company "
+    "once per expert, as EXPERT=FILE, where EXPERT is its folder's or repository's last name.",
 )
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     help="Score file to write; appears only when complete. A killed run keeps its finished blocks "
-    "in FILE.partial and goes on from there.",
+    "in FILE.partial and goes on from there. With --company a folder.",
+)
+@click.option(
+    "--company",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE",
+    help="Instead of BASE and EXPERT: score all experts of a recipe together, for merging them "
+    "with `fusion: path`.",
 )
 @click.option("--behavior", help="Name of what the prompts elicit.  [default: the prompt file's]")
 @click.option(
     "--estimand",
     "estimands",
-    type=_NameList("estimand", ESTIMANDS),
+    type=_NameList("estimand", LONE_ESTIMANDS),
     default="share,gain",
     show_default=True,
     help="share: integrated gradients from base to expert, sums to 1, what a merge wants. "
@@ -133,9 +143,8 @@ class _OrAuto(click.ParamType[int | None]):
 @click.option(
     "--share-steps",
     type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Midpoints of the share integral.",
+    help=f"Midpoints of the share integral; with --company, steps of the guided path.  [default: "
+    f"{SHARE_STEPS}; with --company {PATH_STEPS}]",
 )
 @click.option(
     "--max-new-tokens",
@@ -145,7 +154,8 @@ class _OrAuto(click.ParamType[int | None]):
     help="Length of the expert's own answers, where the file gives no response.",
 )
 @click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
-def score(**options: Any) -> None:
+@click.pass_context
+def score(context: click.Context, /, **options: Any) -> None:
     """Measure how much of EXPERT's behaviour each component of its weights carries.
 
     BASE and EXPERT are folders or Hub ids (owner/name@revision) of one architecture. Components
@@ -158,6 +168,16 @@ def score(**options: Any) -> None:
     Start the same command again after a crash: it continues. Cost is counted in forward passes
     over all prompts; the heads of a model are swapped one by one for about half as many passes as
     it has heads, all neurons to first order for a handful.
+
+    To merge several experts, score them in each other's company: what restores a behaviour in the
+    base is not what survives beside another expert. All experts then move from the base at once,
+    step by step, each component only while it raises the sum of all behaviours; how far it came is
+    its `path` score. One file per expert is written, and a recipe that merges by them:
+
+    \b
+      mergekit-wp score --company recipe.yml --prompts inst=inst.jsonl \\
+          --prompts math=math.jsonl --out scores/
+      mergekit-wp merge scores/recipe.yml merged/
     """
     import huggingface_hub
     import torch
@@ -167,22 +187,73 @@ def score(**options: Any) -> None:
     from mergekit_wp.devices import check_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
-    from mergekit_wp.scoring.request import ScoreRequest
-    from mergekit_wp.scoring.score import score as run
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
     if options["device"] == "auto":
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(options["device"])
+    run = _alone if options["company"] is None else _together
+    progress = BarProgress()
     try:
-        request = ScoreRequest(**options)
+        said = run(context, options, progress)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{first['loc'][0]}: {first['msg']}") from error
-    progress = BarProgress()
-    try:
-        run(request, progress)
     finally:
         progress.close()
-    click.echo(f"{request.out} written; look at it with: mergekit-wp inspect {request.out}")
+    click.echo(said)
+
+
+def _alone(context: click.Context, options: dict[str, Any], progress: Progress) -> str:
+    from mergekit_wp.errors import UserError
+    from mergekit_wp.scoring.request import ScoreRequest
+    from mergekit_wp.scoring.score import score as run
+
+    del options["company"]
+    for name in ("base", "expert"):
+        if options[name] is None:
+            raise click.UsageError(f"Missing argument '{name.upper()}'.", context)
+    if len(options["prompts"]) > 1:
+        raise UserError("--prompts is given more than once; that is for --company RECIPE")
+    options["prompts"] = Path(options["prompts"][0])
+    options["share_steps"] = options["share_steps"] or SHARE_STEPS
+    request = ScoreRequest(**options)
+    run(request, progress)
+    return f"{request.out} written; look at it with: mergekit-wp inspect {request.out}"
+
+
+#: options that say what to measure of one expert
+_ALONE = ("base", "expert", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
+
+
+def _together(context: click.Context, options: dict[str, Any], progress: Progress) -> str:
+    from mergekit_wp.errors import UserError
+    from mergekit_wp.scoring.company import score_company
+    from mergekit_wp.scoring.request import CompanyRequest
+
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if name in _ALONE and given:
+            what = parameter.opts[0] if isinstance(parameter, click.Option) else name.upper()
+            raise UserError(
+                f"{what} does not go with --company, which takes base and experts from the recipe "
+                "and scores every kind of component by kl along the guided path"
+            )
+    pairs = []
+    for given_prompts in options["prompts"]:
+        expert, equals, file = given_prompts.partition("=")
+        if not equals:
+            raise UserError(f"--prompts {given_prompts}: with --company, write EXPERT=FILE.jsonl")
+        pairs.append((expert, Path(file)))
+    if options["out"].is_file():
+        raise UserError(f"--out {options['out']} is a file; --company writes into a folder")
+    kept = {k: v for k, v in options.items() if k not in _ALONE}
+    recipe, steps = kept.pop("company"), kept.pop("share_steps") or PATH_STEPS
+    kept["prompts"] = tuple(pairs)
+    *files, merge = score_company(CompanyRequest(**kept, recipe=recipe, steps=steps), progress)
+    return (
+        f"{', '.join(str(file) for file in files)} written; merge by them with: "
+        f"mergekit-wp merge {merge} OUT"
+    )

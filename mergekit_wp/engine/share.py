@@ -10,7 +10,8 @@ which gives standard errors (DESIGN section 3, last line).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ from mergekit_wp.scorefile import CriterionName
 
 #: contributions ``[n, components of the tensor]`` by tensor name
 Contributions = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A streamed task vector; tensors that are not ``changed`` are zero and never read."""
+
+    delta_of: Callable[[str], torch.Tensor]
+    changed: frozenset[str]
 
 
 def midpoints(steps: int) -> list[float]:
@@ -76,26 +85,24 @@ def contributions(
     decoder: Decoder,
     batch: PromptBatch,
     partition: Partition,
-    delta_of: Callable[[str], torch.Tensor],
-    changed: frozenset[str],
+    vectors: Sequence[TaskVector],
     criteria: Criteria,
     targets: Targets,
-) -> dict[CriterionName, Contributions]:
+) -> dict[CriterionName, list[Contributions]]:
     """Grad v_i . Delta_c at the decoder's present weights, for every prompt and component.
 
     Args:
-        decoder: the model at B + a Delta.
+        decoder: the model, somewhere between base and expert (or merge).
         batch: the prompts.
         partition: the layouts of all tensors.
-        delta_of: streams one tensor of the task vector.
-        changed: tensors whose delta is not zero; the others contribute nothing.
+        vectors: the task vectors; one backward pass serves all of them.
         criteria: which criteria.
         targets: what they are measured against.
 
     Returns:
-        Contributions per criterion; a tensor no value depends on is absent.
+        Per criterion, contributions to each task vector; a tensor no value depends on is absent.
     """
-    collecting: Contributions = {}
+    collecting: list[Contributions] = [{} for _ in vectors]
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -104,13 +111,14 @@ def contributions(
             def backward(g: torch.Tensor) -> None:
                 for parameter, _ in module.named_parameters(recurse=False):
                     name = names[f"{path}.{parameter}"]
-                    if name not in changed:
-                        continue
-                    with torch.no_grad():
-                        found = module_contribution(
-                            module, parameter, delta_of(name), layouts[name], x, g, batch
-                        )
-                    collecting[name] = collecting[name] + found if name in collecting else found
+                    for vector, found in zip(vectors, collecting, strict=True):
+                        if name not in vector.changed:
+                            continue
+                        with torch.no_grad():
+                            part = module_contribution(
+                                module, parameter, vector.delta_of(name), layouts[name], x, g, batch
+                            )
+                        found[name] = found[name] + part if name in found else part
 
             if output.requires_grad:
                 output.register_hook(backward)
@@ -127,12 +135,13 @@ def contributions(
         for path, module in decoder.model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     ]
-    results: dict[CriterionName, Contributions] = {}
+    results: dict[CriterionName, list[Contributions]] = {}
     with torch.enable_grad(), hooked(handles):
         trace = record_with_gradients(decoder, batch)
         values = own_values(decoder, trace, criteria, targets)
         for name, value in values.items():
-            collecting.clear()
             value.sum().backward(retain_graph=True)
-            results[name] = dict(collecting)
+            results[name] = [dict(found) for found in collecting]
+            for found in collecting:
+                found.clear()
     return results

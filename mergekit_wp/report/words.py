@@ -13,6 +13,7 @@ from mergekit_wp.scorefile import (
     Estimand,
     Fidelity,
     Manifest,
+    Method,
     ModelId,
     ScoreFile,
 )
@@ -31,6 +32,8 @@ ESTIMAND_WORDS: dict[Estimand, str] = {
     "(sufficiency); single swaps do not add up",
     "knockout": "how much the expert loses when only this component is set back to the base "
     "(necessity); single swaps do not add up",
+    "path": "how far the component was taken from base to expert (0 to 1) on the guided path of "
+    "all experts of the recipe together",
 }
 CRITERION_WORDS: dict[CriterionName, str] = {
     "kl": "closeness to the expert's next-token distribution over the response",
@@ -38,10 +41,12 @@ CRITERION_WORDS: dict[CriterionName, str] = {
     "logprob": "mean log-probability of the response",
 }
 
-METHOD_WORDS = {
+METHOD_WORDS: dict[Method, str] = {
     "exact": "exact swaps",
     "first-order": "first-order",
+    "second-order": "second-order (random probes of the Fisher information)",
     "integrated-gradients": "integrated gradients",
+    "guided-path": "guided path",
 }
 
 
@@ -116,7 +121,7 @@ def fidelity_words(fidelity: Fidelity | None) -> str:
         words += f", {count(fidelity.steps, 'step')}"
     swaps = fidelity.verified_top + fidelity.verified_random
     if not swaps:
-        unchecked = fidelity.method == "first-order"
+        unchecked = fidelity.method in ("first-order", "second-order")
         return f"{words}; not verified by exact swaps" if unchecked else words
     words += (
         f"; against {count(swaps, 'exact swap')} ({count(fidelity.verified_top, 'leader')}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 import torch
 
@@ -41,41 +42,52 @@ def make_manifest(
     run: SweepRun,
     created: str,
 ) -> Manifest:
-    """The manifest of the score file."""
-    dims = pair.partition.dims
-    packages = ("torch", "transformers", "mergekit", "safetensors")
+    """The manifest of the score file of an expert scored alone."""
     return Manifest(
-        base=_model_id(pair.base),
-        expert=_model_id(pair.expert),
-        behavior=request.behavior or request.prompts.stem,
-        n_prompts=len(prompts.prompts),
-        prompts_sha256=prompts.sha256,
-        architecture=pair.base.architecture,
-        n_layers=dims.n_layers,
-        n_heads=dims.n_heads,
-        n_kv_groups=dims.n_kv_groups,
-        n_neurons=dims.n_neurons,
-        hidden_size=int(pair.base.config.hidden_size),
+        **common_fields(request, pair, prompts, references),
         criteria=criteria,
         estimands=request.estimands,
-        kinds=request.kinds,
         anchor=references.anchor,
-        scale={
-            name: Scale(base=float(r.base.mean()), expert=float(r.expert.mean()))
-            for name, r in references.values.items()
-        },
         fidelity=run.fidelity,
         noise_floor=run.noise,
         completeness=run.completeness,
-        tensor_names=pair.partition.tensor_names,
-        dtype=request.dtype,
-        seed=request.seed,
+        company=None,
         created=created,
-        versions={
+    )
+
+
+def common_fields(
+    request: ScoreRequest, pair: Pair, prompts: PromptFile, references: References
+) -> dict[str, Any]:
+    """What every manifest says: the models, the prompts, the reference values."""
+    dims = pair.partition.dims
+    packages = ("torch", "transformers", "mergekit", "safetensors")
+    return {
+        "base": _model_id(pair.base),
+        "expert": _model_id(pair.expert),
+        "behavior": request.behavior or request.prompts.stem,
+        "n_prompts": len(prompts.prompts),
+        "prompts_sha256": prompts.sha256,
+        "responses": prompts.responses,
+        "architecture": pair.base.architecture,
+        "n_layers": dims.n_layers,
+        "n_heads": dims.n_heads,
+        "n_kv_groups": dims.n_kv_groups,
+        "n_neurons": dims.n_neurons,
+        "hidden_size": int(pair.base.config.hidden_size),
+        "kinds": request.kinds,
+        "scale": {
+            name: Scale(base=float(r.base.mean()), expert=float(r.expert.mean()))
+            for name, r in references.values.items()
+        },
+        "tensor_names": pair.partition.tensor_names,
+        "dtype": request.dtype,
+        "seed": request.seed,
+        "versions": {
             "mergekit-wp": mergekit_wp.__version__,
             **{name: importlib.metadata.version(name) for name in packages},
         },
-    )
+    }
 
 
 def _model_id(checkpoint: Checkpoint) -> ModelId:

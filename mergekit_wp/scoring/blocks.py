@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from mergekit_wp.checkpoints import ResidentModel
+from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
 from mergekit_wp.engine.gradients import (
     PROBES,
@@ -33,7 +33,7 @@ from mergekit_wp.engine.patches import (
     swap_outside_layers,
     swap_slices,
 )
-from mergekit_wp.engine.share import contributions, midpoints
+from mergekit_wp.engine.share import Contributions, TaskVector, contributions, midpoints
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName, Estimand
@@ -315,26 +315,47 @@ def _share(context: SweepContext, position: float, b: int) -> Result:
         context.decoder,
         batch,
         partition,
-        lambda name: resident.pair.delta(name, resident.dtype, resident.device),
-        resident.pair.changed,
+        [task_vector(resident.pair, resident)],
         context.criteria,
         context.references.targets[b],
     )
+    return {
+        f"{c}/{kind}": value
+        for c, (per_tensor,) in per_criterion.items()
+        for kind, value in by_kind(partition, per_tensor, batch.size).items()
+    }
+
+
+def task_vector(pair: Pair, resident: ResidentModel) -> TaskVector:
+    """A pair's task vector, streamed in the resident model's dtype to its device."""
+    return TaskVector(lambda name: pair.delta(name, resident.dtype, resident.device), pair.changed)
+
+
+def by_kind(partition: Partition, per_tensor: Contributions, n: int) -> dict[Kind, torch.Tensor]:
+    """Contributions summed into components.
+
+    Args:
+        partition: the components.
+        per_tensor: ``[n, components of the tensor]`` by tensor name.
+        n: number of prompts.
+
+    Returns:
+        float64 ``[n, layers, count]`` for sliced kinds; ``[n, tensors]`` for ``tensor``, every
+        tensor with its whole sum.
+    """
     dims = partition.dims
-    found: Result = {}
-    for c, per_tensor in per_criterion.items():
-        for kind in SLICED_KINDS:
-            shape = (batch.size, dims.n_layers, dims.count(kind))
-            found[f"{c}/{kind}"] = torch.zeros(shape, dtype=torch.float64)
-        tensors = torch.zeros((batch.size, len(partition.tensor_names)), dtype=torch.float64)
-        for i, name in enumerate(partition.tensor_names):
-            if name not in per_tensor:
-                continue
-            layout, value = partition.layouts[name], per_tensor[name].cpu().double()
-            tensors[:, i] = value.sum(-1)
-            if layout.kind != "tensor":
-                found[f"{c}/{layout.kind}"][:, layout.layer] += value
-        found[f"{c}/tensor"] = tensors
+    found: dict[Kind, torch.Tensor] = {
+        kind: torch.zeros((n, dims.n_layers, dims.count(kind)), dtype=torch.float64)
+        for kind in SLICED_KINDS
+    }
+    found["tensor"] = torch.zeros((n, len(partition.tensor_names)), dtype=torch.float64)
+    for i, name in enumerate(partition.tensor_names):
+        if name not in per_tensor:
+            continue
+        layout, value = partition.layouts[name], per_tensor[name].cpu().double()
+        found["tensor"][:, i] = value.sum(-1)
+        if layout.kind != "tensor":
+            found[layout.kind][:, layout.layer] += value
     return found
 
 

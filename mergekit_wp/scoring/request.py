@@ -13,6 +13,8 @@ from mergekit_wp.scorefile import CriterionName, Estimand
 
 #: a kind is swapped exactly when that costs at most this many forward passes over the prompts
 EXACT_BUDGET = 256.0
+#: midpoints of the share integral, and steps of a company's guided path
+SHARE_STEPS, PATH_STEPS = 5, 10
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -42,9 +44,29 @@ class ScoreRequest(BaseModel):
     device: str = "cpu"
     seed: int = 0
     restart: bool = False
-    share_steps: int = Field(5, ge=1)
+    share_steps: int = Field(SHARE_STEPS, ge=1)
     max_new_tokens: int = Field(64, ge=1)
     exact_budget: float = EXACT_BUDGET
+
+
+class CompanyRequest(BaseModel):
+    """Everything `mergekit-wp score --company` is asked for.
+
+    ``prompts`` pairs a name of an expert with its prompt file; ``out`` is a folder.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    recipe: Path
+    prompts: tuple[tuple[str, Path], ...]
+    out: Path
+    steps: int = Field(PATH_STEPS, ge=1)
+    max_prompts: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    dtype: DTypeName = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    restart: bool = False
+    max_new_tokens: int = Field(64, ge=1)
 
 
 class Progress(Protocol):

@@ -1,0 +1,122 @@
+"""The guided path: from the base towards all experts at once, moving only what helps.
+
+The straight path B + a ΣΔ of several experts runs through models in which they disturb each
+other. The guided path takes ``steps`` equal steps; in each, every component of every expert moves
+1/steps further towards its expert if that raises the sum of the recovered behaviours there, to
+first order, and stays where it is if not (after guided integrated gradients, Kapishnikov et al.,
+arXiv 2106.09788; the rule and its use for merging are ours). How far a component came is its
+``path`` score, the integral of what it brought on the way its ``share``. Pure maths: no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_wp.components import SLICED_KINDS, Kind, Partition
+
+#: derivative of the sum of recoveries along each component's task vector, per tensor:
+#: ``[components of the tensor]`` by tensor name
+Slopes = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Travelled:
+    """How far the components of one expert have come, and what that brought.
+
+    Attributes:
+        partition: the components.
+        path: in [0, 1]; ``[layers, count]`` by sliced kind, ``[whole tensors]`` under ``tensor``.
+        share: ``[components of the tensor]`` by tensor name; in total the recovery brought.
+    """
+
+    partition: Partition
+    path: dict[Kind, torch.Tensor]
+    share: dict[str, torch.Tensor]
+
+    @classmethod
+    def nowhere(cls, partition: Partition) -> Travelled:
+        """Everything at the base."""
+        dims = partition.dims
+        path: dict[Kind, torch.Tensor] = {
+            kind: torch.zeros((dims.n_layers, dims.count(kind)), dtype=torch.float64)
+            for kind in SLICED_KINDS
+        }
+        path["tensor"] = torch.zeros(len(partition.whole_tensors), dtype=torch.float64)
+        share = {
+            name: torch.zeros(layout.count, dtype=torch.float64)
+            for name, layout in partition.layouts.items()
+        }
+        return cls(partition, path, share)
+
+    def gate(self, name: str) -> torch.Tensor:
+        """How far each component of a tensor has come, ``[components of the tensor]``."""
+        return _of_tensor(self.partition, self.path, name)
+
+    def step(self, slopes: Slopes, length: float) -> Travelled:
+        """Move every component that helps by ``length``, at most to 1.
+
+        Args:
+            slopes: at the present position; tensors without an entry do not matter.
+            length: of the step.
+        """
+        total = Travelled.nowhere(self.partition).path
+        for name, slope in slopes.items():
+            _of_tensor(self.partition, total, name).add_(slope)
+        path = {
+            kind: torch.where(total[kind] > 0, (here + length).clamp(max=1.0), here)
+            for kind, here in self.path.items()
+        }
+        moved = {kind: path[kind] - here for kind, here in self.path.items()}
+        share = {
+            name: here + _of_tensor(self.partition, moved, name) * slopes[name]
+            if name in slopes
+            else here
+            for name, here in self.share.items()
+        }
+        return Travelled(self.partition, path, share)
+
+    def path_scores(self) -> dict[Kind, torch.Tensor]:
+        """``path`` in the shapes of a score file; a tensor or layer has its components' mean."""
+        partition, layers = self.partition, range(self.partition.dims.n_layers)
+        scores: dict[Kind, torch.Tensor] = {kind: self.path[kind] for kind in SLICED_KINDS}
+        scores["tensor"] = torch.stack([self.gate(n).mean() for n in partition.tensor_names])
+        whole = {name: self.gate(name) for name in partition.whole_tensors}
+        scores["layer"] = torch.stack(
+            [
+                torch.cat(
+                    [self.path[kind][layer] for kind in SLICED_KINDS]
+                    + [gate for n, gate in whole.items() if partition.layouts[n].layer == layer]
+                ).mean()
+                for layer in layers
+            ]
+        )
+        return scores
+
+    def share_scores(self) -> dict[Kind, torch.Tensor]:
+        """``share`` in the shapes of a score file."""
+        partition = self.partition
+        scores: dict[Kind, torch.Tensor] = Travelled.nowhere(partition).path
+        for name, values in self.share.items():
+            _of_tensor(partition, scores, name).add_(values)
+        sums = {name: values.sum() for name, values in self.share.items()}
+        scores["tensor"] = torch.stack([sums[name] for name in partition.tensor_names])
+        scores["layer"] = torch.zeros(partition.dims.n_layers, dtype=torch.float64)
+        for name, layout in partition.layouts.items():
+            if layout.layer is not None:
+                scores["layer"][layout.layer] += sums[name]
+        return scores
+
+
+def _of_tensor(
+    partition: Partition, values: Mapping[Kind, torch.Tensor], name: str
+) -> torch.Tensor:
+    """A view of the values of one tensor's components."""
+    layout = partition.layouts[name]
+    if layout.kind == "tensor":
+        i = partition.whole_tensors.index(name)
+        return values["tensor"][i : i + 1]
+    assert layout.layer is not None
+    return values[layout.kind][layout.layer]

@@ -1,0 +1,395 @@
+"""All experts of a recipe scored together: what each component does in the others' company.
+
+What restores a behaviour in the base is not what survives beside another expert. Here all experts
+move at once along the guided path (`engine.guided`), towards the sum of their behaviours' ``kl``
+recoveries, and one score file is written for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import mergekit_wp
+from mergekit_wp.checkpoints import Pair, ResidentModel
+from mergekit_wp.engine.guided import Travelled
+from mergekit_wp.engine.share import contributions
+from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.errors import UserError
+from mergekit_wp.files import written_whole
+from mergekit_wp.fusion import fuse
+from mergekit_wp.prompts import PromptFile, read_prompts
+from mergekit_wp.recipe import Experts
+from mergekit_wp.scorefile import (
+    CompanyMember,
+    Estimand,
+    Fidelity,
+    Manifest,
+    ScoreFile,
+    write,
+)
+from mergekit_wp.scoring.assemble import common_fields
+from mergekit_wp.scoring.blocks import Result, task_vector
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.references import References, measure_references
+from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress, ScoreRequest
+from mergekit_wp.scoring.score import open_checkpoints
+from mergekit_wp.scoring.texts import (
+    Encoded,
+    auto_batch_size,
+    encode_texts,
+    find_tokenizer,
+    with_responses,
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One expert of the company with its behaviour."""
+
+    request: ScoreRequest
+    prompts: PromptFile
+    pair: Pair
+    tokenizer: Any
+    texts: Encoded
+    weights_sha256: str
+
+    @property
+    def name(self) -> str:
+        """Name of its score file."""
+        return self.request.out.stem
+
+
+def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
+    """Score all experts of a recipe together; writes one file per expert and a recipe for them.
+
+    Returns:
+        The score files, in the recipe's order, and the recipe.
+
+    Raises:
+        UserError: any mistake in the inputs, before anything is written.
+    """
+    members = [_open(r, progress) for r in _requests(request)]
+    _check_alike(members)
+    with Journal(request.out / "company", _inputs(request, members), request.restart) as journal:
+        if journal.resumed:
+            progress.note(f"continuing the run in {journal.folder}")
+        references = [_measure(member, journal, progress) for member in members]
+        walk = Walk(request, members, references, journal, progress)
+        travelled = walk.to_the_end()
+        recoveries = walk.recoveries(travelled)
+        reached = ", ".join(
+            f"{member.request.behavior} {value:.2f}"
+            for member, value in zip(members, recoveries, strict=True)
+        )
+        progress.note(f"behaviours recovered at the end of the path: {reached}")
+        written = []
+        for e, member in enumerate(members):
+            tensors, total = _tensors(members, travelled, e)
+            manifest = _manifest(
+                request, members, references, e, recoveries, total, journal.created
+            )
+            write(ScoreFile(manifest, tensors), member.request.out)
+            written.append(member.request.out)
+        written.append(_write_recipe(request, members))
+        journal.discard()
+    return written
+
+
+def _requests(request: CompanyRequest) -> list[ScoreRequest]:
+    """One request per expert of the recipe.
+
+    Raises:
+        UserError: prompts that fit no expert, or several; an expert without prompts; two experts
+            of one name.
+    """
+    experts = Experts.read(request.recipe)
+    files: dict[str, Path] = {}
+    for key, path in request.prompts:
+        fitting = [m for m in experts.models if key in (m, Path(m).name, m.split("@")[0])]
+        if len(fitting) != 1:
+            known = ", ".join(experts.models)
+            what = "several experts" if fitting else "no expert"
+            raise UserError(
+                f"--prompts {key}={path}: '{key}' is {what} of the recipe; it has {known}"
+            )
+        if fitting[0] in files:
+            raise UserError(f"--prompts {key}={path}: '{key}' has prompts already")
+        files[fitting[0]] = path
+    names = [Path(model.split("@")[0]).name for model in experts.models]
+    found = []
+    for model, name in zip(experts.models, names, strict=True):
+        if model not in files:
+            raise UserError(
+                f"recipe {request.recipe}: expert '{model}' has no prompts; add "
+                f"--prompts {name}=FILE.jsonl"
+            )
+        if names.count(name) > 1:
+            raise UserError(
+                f"recipe {request.recipe}: two experts are called '{name}', so their score files "
+                "would be too; rename a folder"
+            )
+        found.append(
+            ScoreRequest(
+                base=experts.base,
+                expert=model,
+                prompts=files[model],
+                out=request.out / f"{name}.safetensors",
+                behavior=files[model].stem,
+                criteria=("kl",),
+                max_prompts=request.max_prompts,
+                batch_size=request.batch_size,
+                dtype=request.dtype,
+                device=request.device,
+                seed=request.seed,
+                verify=0,
+                share_steps=request.steps,
+                max_new_tokens=request.max_new_tokens,
+            )
+        )
+    return found
+
+
+def _open(request: ScoreRequest, progress: Progress) -> Member:
+    prompts = read_prompts(request.prompts, request.max_prompts)
+    pair = open_checkpoints(request, progress)
+    tokenizer = find_tokenizer(pair, progress)
+    texts = encode_texts(tokenizer, prompts.prompts, request.prompts)
+    texts.check_vocabulary(pair.partition.shapes["model.embed_tokens.weight"][0])
+    progress.stage("hashing weights", 1, "expert")
+    sha256 = pair.expert.weights_sha256()
+    progress.advance(1)
+    return Member(request, prompts, pair, tokenizer, texts, sha256)
+
+
+def _check_alike(members: Sequence[Member]) -> None:
+    seen: dict[str, str] = {}
+    for member in members:
+        if (other := seen.setdefault(member.weights_sha256, member.request.expert)) != (
+            member.request.expert
+        ):
+            raise UserError(
+                f"experts '{other}' and '{member.request.expert}' have the same weights; a company "
+                "needs different experts"
+            )
+
+
+def _inputs(request: CompanyRequest, members: Sequence[Member]) -> dict[str, Any]:
+    options = request.model_dump(mode="json", exclude={"out", "restart", "prompts", "recipe"})
+    return {
+        **options,
+        "base weights": members[0].pair.base.weights_sha256(),
+        "base config": members[0].pair.base.config_hash,
+        "experts": {m.name: m.weights_sha256 for m in members},
+        "expert configs": {m.name: m.pair.expert.config_hash for m in members},
+        "prompts": {m.name: m.prompts.sha256 for m in members},
+        "tokens": {m.name: m.texts.sha256() for m in members},
+        "mergekit-wp": mergekit_wp.__version__,
+    }
+
+
+def _measure(member: Member, journal: Journal, progress: Progress) -> References:
+    request, pair = member.request, member.pair
+    resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
+    samples = with_responses(
+        request,
+        member.texts,
+        member.tokenizer,
+        resident,
+        journal,
+        progress,
+        prefix=f"{member.name}.",
+    )
+    vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
+    size = request.batch_size or auto_batch_size(samples, vocabulary, request.device)
+    progress.stage(f"base and {member.name} on the prompts", 1, "pair")
+    references = measure_references(resident, samples, ([], []), ("kl",), None, size)
+    progress.advance(1)
+    return references
+
+
+class Walk:
+    """The guided path of one company, block by block.
+
+    Raises:
+        UserError: a block of an earlier run is damaged.
+    """
+
+    def __init__(
+        self,
+        request: CompanyRequest,
+        members: Sequence[Member],
+        references: Sequence[References],
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        self.request, self.members, self.references = request, members, references
+        self.journal, self.progress = journal, progress
+        first = members[0].pair
+        self.partition, self.base = first.partition, first.base
+        self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
+        self.vectors = [task_vector(member.pair, self.resident) for member in members]
+
+    def to_the_end(self) -> list[Travelled]:
+        """Take all steps; returns how far each expert's components came."""
+        travelled = [Travelled.nowhere(self.partition) for _ in self.members]
+        n_prompts = sum(len(m.texts.prompts) for m in self.members)
+        self.progress.stage("guided path", self.request.steps * n_prompts, "prompt")
+        for step in range(self.request.steps):
+            slopes = self._slopes(step, travelled)
+            travelled = [
+                here.step(slope, 1 / self.request.steps)
+                for here, slope in zip(travelled, slopes, strict=True)
+            ]
+        return travelled
+
+    def recoveries(self, travelled: Sequence[Travelled]) -> list[float]:
+        """How far each behaviour has come back where the components now are."""
+        self._move_to(travelled)
+        decoder, found = Decoder(self.resident.model), []
+        for references in self.references:
+            reference, total = references.values["kl"], 0.0
+            for batch, targets in zip(references.batches, references.targets, strict=True):
+                with torch.no_grad():
+                    values = own_values(decoder, record(decoder, batch), ("kl",), targets)
+                total += float(values["kl"].double().sum())
+            change = total / reference.base.numel() - float(reference.base.double().mean())
+            found.append(change / float(reference.distance.double().mean()))
+        return found
+
+    def _slopes(self, step: int, travelled: Sequence[Travelled]) -> list[dict[str, torch.Tensor]]:
+        """Derivative of the sum of recoveries along every expert's components."""
+        slopes: list[dict[str, torch.Tensor]] = [{} for _ in self.members]
+        moved = False
+        for member, references in zip(self.members, self.references, strict=True):
+            distance = references.values["kl"].distance.double()
+            scale = 1 / float(distance.sum())
+            for b, batch in enumerate(references.batches):
+                key = f"path.step{step:04d}.{member.name}.batch{b:04d}"
+                result = self.journal.load(key)
+                resumed = result is not None
+                if result is None:
+                    if not moved:
+                        self._move_to(travelled)
+                        moved = True
+                    result = self._contributions(references, b)
+                    self.journal.save(key, result)
+                for entry, total in result.items():
+                    expert, name = entry.split("/", 1)
+                    found = slopes[int(expert)]
+                    found[name] = found.get(name, 0.0) + total * scale
+                self.progress.advance(batch.size, resumed=resumed)
+        return slopes
+
+    def _contributions(self, references: References, b: int) -> Result:
+        """Summed over the batch's prompts: ``[components of the tensor]`` by "expert/tensor"."""
+        per_expert = contributions(
+            Decoder(self.resident.model),
+            references.batches[b],
+            self.partition,
+            self.vectors,
+            ("kl",),
+            references.targets[b],
+        )["kl"]
+        return {
+            f"{e}/{name}": value.sum(0).cpu().double()
+            for e, found in enumerate(per_expert)
+            for name, value in found.items()
+        }
+
+    def _move_to(self, travelled: Sequence[Travelled]) -> None:
+        """The merge as the method would write it with the present gates."""
+        wide = torch.promote_types(self.resident.dtype, torch.float32)
+        device = self.resident.device
+
+        def weight_of(name: str) -> torch.Tensor:
+            base = self.base.tensor(name, wide, device)
+            layout = self.partition.layouts[name]
+            moving = [
+                (member.pair.expert.tensor(name, wide, device), here.gate(name))
+                for member, here in zip(self.members, travelled, strict=True)
+                if name in member.pair.changed and bool(here.gate(name).any())
+            ]
+            if not moving:
+                return base
+            gates = torch.stack([layout.expand(gate, base.shape) for _, gate in moving])
+            return fuse(base, [expert for expert, _ in moving], gates)
+
+        self.resident.fill(weight_of)
+
+
+def _tensors(
+    members: Sequence[Member], travelled: Sequence[Travelled], e: int
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The tensors of expert e's file, and the sum of all experts' shares."""
+    tensors = {
+        f"{estimand}/kl/{kind}": value.float()
+        for estimand, scores in (
+            ("share", travelled[e].share_scores()),
+            ("path", travelled[e].path_scores()),
+        )
+        for kind, value in scores.items()
+    }
+    norms = list(members[e].pair.delta_norm.values())
+    tensors["delta_norm"] = torch.tensor(norms, dtype=torch.float32)
+    total = sum(float(values.sum()) for here in travelled for values in here.share.values())
+    return tensors, total
+
+
+def _manifest(
+    request: CompanyRequest,
+    members: Sequence[Member],
+    references: Sequence[References],
+    e: int,
+    recoveries: Sequence[float],
+    total: float,
+    created: str,
+) -> Manifest:
+    member, recovered = members[e], sum(recoveries)
+    estimands: tuple[Estimand, ...] = ("share", "path")
+    return Manifest(
+        **common_fields(member.request, member.pair, member.prompts, references[e]),
+        criteria=("kl",),
+        estimands=estimands,
+        anchor=None,
+        fidelity={
+            f"{estimand}/kl/{kind}": Fidelity(method="guided-path", steps=request.steps)
+            for estimand in estimands
+            for kind in member.request.kinds
+        },
+        noise_floor={},
+        completeness={"share/kl": total / recovered} if recovered else {},
+        company=tuple(
+            CompanyMember(
+                reference=m.pair.expert.name,
+                weights_sha256=m.weights_sha256,
+                behavior=str(m.request.behavior),
+                recovery=recovery,
+            )
+            for m, recovery in zip(members, recoveries, strict=True)
+        ),
+        created=created,
+    )
+
+
+def _write_recipe(request: CompanyRequest, members: Sequence[Member]) -> Path:
+    """A recipe that merges by the new files, beside them."""
+    recipe: Mapping[str, Any] = {
+        "merge_method": "weight_patching",
+        "base_model": members[0].request.base,
+        "models": [
+            {"model": m.request.expert, "parameters": {"scores": str(m.request.out)}}
+            for m in members
+        ],
+        "parameters": {"fusion": "path"},
+        "dtype": members[0].pair.base.weights_dtype,
+    }
+    path = request.out / "recipe.yml"
+    with written_whole(path) as temporary:
+        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path

@@ -1,0 +1,148 @@
+"""From a prompt file to token ids with responses, for one expert."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from mergekit_wp.checkpoints import Checkpoint, Pair, ResidentModel
+from mergekit_wp.errors import UserError
+from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.references import greedy_responses
+from mergekit_wp.scoring.request import Progress, ScoreRequest
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of everything a prompt file holds; responses and contrasts by prompt index."""
+
+    prompts: list[list[int]]
+    responses: dict[int, list[int]]
+    contrasts: dict[int, list[int]]
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse tokens that the models do not have.
+
+        Raises:
+            UserError: names the largest.
+        """
+        every = [*self.prompts, *self.responses.values(), *self.contrasts.values()]
+        largest = max(token for ids in every for token in ids)
+        if largest >= size:
+            raise UserError(f"the tokenizer gives token {largest}; the models have {size} tokens")
+
+    def sha256(self) -> str:
+        """Hash of all token ids."""
+        content = [self.prompts, sorted(self.responses.items()), sorted(self.contrasts.items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def encode_texts(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Encoded:
+    """Tokenise a prompt file.
+
+    Raises:
+        UserError: a response without tokens.
+    """
+    encoded = Encoded([], {}, {})
+    for i, prompt in enumerate(prompts):
+        encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
+        if prompt.response is not None:
+            encoded.responses[i] = encode_response(tokenizer, prompt.response)
+        if prompt.usable_contrast:
+            assert prompt.contrast is not None
+            encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
+    if any(not ids for ids in encoded.responses.values()):
+        raise UserError(
+            f"prompt file {source}: a response has no tokens, and the tokenizer has no "
+            "end-of-sequence token"
+        )
+    return encoded
+
+
+def find_tokenizer(pair: Pair, progress: Progress) -> Any:
+    """The expert's tokenizer, whose behaviour the prompts elicit; else, said aloud, the base's."""
+    tokenizer = pair.expert.tokenizer()
+    if tokenizer is None:
+        tokenizer = pair.base.tokenizer()
+        if tokenizer is not None:
+            progress.note(f"'{pair.expert.name}' has no tokenizer; using that of the base")
+    if tokenizer is None:
+        raise UserError(
+            f"neither '{pair.expert.name}' nor '{pair.base.name}' has a tokenizer; copy "
+            "tokenizer.json and tokenizer_config.json into the expert's folder"
+        )
+    return tokenizer
+
+
+def with_responses(
+    request: ScoreRequest,
+    texts: Encoded,
+    tokenizer: Any,
+    resident: ResidentModel,
+    journal: Journal,
+    progress: Progress,
+    prefix: str = "",
+) -> list[Sample]:
+    """Prompts with their responses: the given ones, else the expert's greedy continuations.
+
+    Args:
+        request: the run.
+        texts: token ids of the prompt file.
+        tokenizer: the expert's.
+        resident: the model in memory; moved to the expert where answers are missing.
+        journal: keeps finished answers.
+        progress: told of every answer.
+        prefix: sets one expert's journal entries apart from another's.
+    """
+    prompts, responses = texts.prompts, dict(texts.responses)
+    missing = [i for i in range(len(prompts)) if i not in responses]
+    size = request.batch_size or 32
+    chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+    if chunks:
+        progress.stage("expert answers", len(missing), "prompt")
+    for number, chunk in enumerate(chunks):
+        key = f"responses.{prefix}batch{number:04d}"
+        saved = journal.load(key)
+        if saved is None:
+            resident.move_to(1.0)
+            found = greedy_responses(
+                resident,
+                [prompts[i] for i in chunk],
+                request.max_new_tokens,
+                _end_tokens(resident.pair.expert, tokenizer),
+            )
+            saved = {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
+            journal.save(key, saved)
+        responses |= {int(i): ids.tolist() for i, ids in saved.items()}
+        progress.advance(len(chunk))
+    samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
+    return samples
+
+
+def _end_tokens(expert: Checkpoint, tokenizer: Any) -> list[int]:
+    """Tokens that end the expert's answers: the tokenizer's and the generation config's."""
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    try:
+        config = GenerationConfig.from_pretrained(expert.path)
+    except OSError:  # a checkpoint without one
+        return sorted(ends)
+    stated = config.eos_token_id
+    ends.update([stated] if isinstance(stated, int) else stated or [])
+    return sorted(ends)
+
+
+def auto_batch_size(samples: Sequence[Sample], vocabulary: int, device: str) -> int:
+    """Sequences a forward: bounded by tokens, and by the logits of the response positions."""
+    longest = max(len(s.input_ids) for s in samples)
+    response = max(1, *(len(s.response_ids) for s in samples), 1)
+    tokens = 2048 if device == "cpu" else 16384
+    logits = 2**26 if device == "cpu" else 2**29
+    return max(1, min(tokens // longest, logits // (response * vocabulary)))
