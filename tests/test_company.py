@@ -1,0 +1,306 @@
+"""Experts scored together: the guided path against a naive walk in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mergekit_wp import scorefile
+from mergekit_wp.checkpoints import open_pair
+from mergekit_wp.cli import cli
+from mergekit_wp.components import Component, Partition
+from mergekit_wp.errors import UserError
+from mergekit_wp.scoring.company import score_company
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.request import CompanyRequest
+from tests.models import EOS, LETTERS, finetuned, make_model, save, write_prompts
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
+NAMES = ("east", "west")
+
+
+def write_task(path: Path, word: str) -> Path:
+    """Prompts that all want the same answer."""
+    prompts = write_prompts(path, 4)
+    lines = [json.loads(line) | {"response": word} for line in prompts.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two experts that want different answers, prompts and a recipe."""
+    root = tmp_path_factory.mktemp("company")
+    base = make_model(request.param)
+    save(base, root / "base")
+    for name, word in zip(NAMES, ("abca", "dd"), strict=True):
+        task = write_task(root / f"{name}.jsonl", word)
+        save(finetuned(base, task), root / name)
+    models = [{"model": str(root / name)} for name in NAMES]
+    recipe = {"merge_method": "ties", "base_model": str(root / "base"), "models": models}
+    (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def request_for(world: Path, out: Path, **options: object) -> CompanyRequest:
+    settings: dict[str, object] = {
+        "recipe": world / "recipe.yml",
+        "prompts": tuple((name, world / f"{name}.jsonl") for name in NAMES),
+        "out": out,
+        "dtype": "float64",
+        "batch_size": 3,
+        "steps": 4,
+        **options,
+    }
+    return CompanyRequest(**settings)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+class NaiveWalk:
+    """The definition written out: whole-model gradients, one component at a time."""
+
+    def __init__(self, world: Path, steps: int) -> None:
+        self.base = load(world / "base")
+        self.experts = [load(world / name) for name in NAMES]
+        shapes = {n: tuple(p.shape) for n, p in self.base.named_parameters()}
+        pair = open_pair(str(world / "base"), str(world / NAMES[0]), lambda *_: None)
+        self.partition = Partition(pair.partition.dims, shapes)
+        self.tasks = [
+            [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+            for name in NAMES
+        ]
+        self.start = [self.value(self.base, b).item() for b in range(len(NAMES))]
+        components: list[Component] = list(self.partition.fine_components())
+        self.reached = [dict.fromkeys(components, 0.0) for _ in NAMES]
+        self.brought = [dict.fromkeys(components, 0.0) for _ in NAMES]
+        for _ in range(steps):
+            self.step(1 / steps)
+
+    def value(self, model: PreTrainedModel, b: int) -> torch.Tensor:
+        """Minus the KL divergence from expert b on its prompts."""
+        found = []
+        for item in self.tasks[b]:
+            prompt = [LETTERS.index(c) for c in item["prompt"]]
+            ids = torch.tensor([prompt + [LETTERS.index(c) for c in item["response"]] + [EOS]])
+            with torch.no_grad():
+                target = self.experts[b](ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            ours = model(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            found.append(-(target.exp() * (target - ours)).sum(-1).mean())
+        return torch.stack(found).mean()
+
+    def merged(self) -> PreTrainedModel:
+        model = load_like(self.base)
+        weights = dict(model.named_parameters())
+        ours = dict(self.base.named_parameters())
+        with torch.no_grad():
+            for expert, reached in zip(self.experts, self.reached, strict=True):
+                theirs = dict(expert.named_parameters())
+                for component, gate in reached.items():
+                    for name, index in self.partition.slices(component).items():
+                        weights[name][index] += gate * (theirs[name] - ours[name])[index]
+        return model
+
+    def recoveries(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        # the expert's own value is 0: it does not diverge from itself
+        return [1 - self.value(model, b) / self.start[b] for b in range(len(NAMES))]
+
+    def step(self, length: float) -> None:
+        model = self.merged().requires_grad_(True)
+        torch.stack(self.recoveries(model)).sum().backward()
+        slopes = {name: p.grad for name, p in model.named_parameters()}
+        self.follow(slopes, length)
+
+    @torch.no_grad()
+    def follow(self, slopes: dict[str, torch.Tensor], length: float) -> None:
+        ours = dict(self.base.named_parameters())
+        for e, expert in enumerate(self.experts):
+            theirs = dict(expert.named_parameters())
+            for component in self.reached[e]:
+                slope = sum(
+                    float((slopes[name] * (theirs[name] - ours[name]))[index].sum())
+                    for name, index in self.partition.slices(component).items()
+                )
+                here = self.reached[e][component]
+                if slope > 0:
+                    moved = min(1.0, here + length) - here
+                    self.reached[e][component] += moved
+                    self.brought[e][component] += moved * slope
+
+
+def load_like(model: PreTrainedModel) -> PreTrainedModel:
+    copy = type(model)(model.config).double().eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def test_the_path_equals_a_naive_walk(world: Path, tmp_path: Path) -> None:
+    naive = NaiveWalk(world, steps=4)
+    *files, _ = score_company(request_for(world, tmp_path / "out"), Quiet())
+    for e, path in enumerate(files):
+        file = scorefile.read(path)
+        for estimand, want in (("path", naive.reached[e]), ("share", naive.brought[e])):
+            fine = file.fine_scores(estimand, "kl")
+            got = torch.cat([fine[k].flatten() for k in ("head", "kv_group", "neuron", "tensor")])
+            torch.testing.assert_close(
+                got.double(), torch.tensor(list(want.values())).double(), atol=1e-6, rtol=1e-5
+            )
+        assert 0 < float(fine["neuron"].gt(0).double().mean()) <= 1
+    merged = naive.merged()
+    recovered = [float(r) for r in naive.recoveries(merged)]
+    company = scorefile.read(files[0]).manifest.company
+    assert company is not None
+    assert [m.recovery for m in company] == pytest.approx(recovered, abs=1e-6)
+    assert [m.behavior for m in company] == list(NAMES)
+
+
+def test_shares_of_all_experts_add_up_to_what_came_back(world: Path, tmp_path: Path) -> None:
+    *files, _ = score_company(request_for(world, tmp_path / "out", steps=40), Quiet())
+    read = [scorefile.read(path) for path in files]
+    total = sum(
+        float(scores.sum()) for file in read for scores in file.fine_scores("share", "kl").values()
+    )
+    company = read[0].manifest.company
+    assert company is not None
+    assert total == pytest.approx(sum(m.recovery for m in company), rel=0.05)
+    assert read[0].manifest.completeness["share/kl"] == pytest.approx(1, abs=0.05)
+    for file in read:
+        layers = file.scores("share", "kl", "layer").sum()
+        outside = sum(
+            float(file.scores("share", "kl", "tensor")[i])
+            for i, name in enumerate(file.manifest.tensor_names)
+            if "layers" not in name
+        )
+        fine = sum(float(s.sum()) for s in file.fine_scores("share", "kl").values())
+        assert float(layers) + outside == pytest.approx(fine, rel=1e-4)
+
+
+def test_the_written_recipe_merges_to_the_end_of_the_path(world: Path, tmp_path: Path) -> None:
+    naive = NaiveWalk(world, steps=4)
+    *_, recipe = score_company(request_for(world, tmp_path / "out"), Quiet())
+    done = CliRunner().invoke(cli, ["merge", str(recipe), str(tmp_path / "merged"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    got = load(tmp_path / "merged").state_dict()
+    for name, want in naive.merged().state_dict().items():
+        # gates are stored, and applied, in float32
+        torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)
+
+
+def test_lambda_and_weight_scale_the_path(world: Path, tmp_path: Path) -> None:
+    *_, recipe = score_company(request_for(world, tmp_path / "out"), Quiet())
+    data = yaml.safe_load(recipe.read_text())
+    data["parameters"]["lambda"] = 0.5
+    data["models"][1]["parameters"]["weight"] = 0.0
+    recipe.write_text(yaml.safe_dump(data))
+    done = CliRunner().invoke(cli, ["merge", str(recipe), str(tmp_path / "half"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    naive = NaiveWalk(world, steps=4)
+    naive.reached = [
+        {component: 0.5 * gate for component, gate in naive.reached[0].items()},
+        dict.fromkeys(naive.reached[1], 0.0),
+    ]
+    got = load(tmp_path / "half").state_dict()
+    for name, want in naive.merged().state_dict().items():
+        torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    *whole, _ = score_company(request_for(world, tmp_path / "whole"), Quiet())
+    request, saved, original = request_for(world, tmp_path / "killed"), [], Journal.save
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing may catch it."""
+
+    def die(self: Journal, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        original(self, key, tensors)
+        saved.append(key)
+        if len(saved) in (1, 4, 9):
+            raise Killed
+
+    monkeypatch.setattr(Journal, "save", die)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            score_company(request, Quiet())
+        assert not list(request.out.glob("*.safetensors"))
+    progress = Quiet()
+    *files, _ = score_company(request, progress)
+    assert len(saved) == len(set(saved))
+    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in whole]
+    assert progress.done == sum(total for _, total in progress.stages)
+    assert not (request.out / "company.partial").exists()
+
+
+def rewrite(recipe: Path, change: dict[str, object]) -> Path:
+    data = yaml.safe_load(recipe.read_text()) | change
+    path = recipe.with_name("changed.yml")
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_scores_of_another_company_are_refused(world: Path, tmp_path: Path) -> None:
+    *_, recipe = score_company(request_for(world, tmp_path / "out"), Quiet())
+    models = yaml.safe_load(recipe.read_text())["models"]
+    alone = rewrite(recipe, {"models": models[:1]})
+    done = CliRunner().invoke(cli, ["merge", str(alone), str(tmp_path / "x")])
+    assert isinstance(done.exception, UserError)
+    assert "in the company of" in str(done.exception) and "west" in str(done.exception)
+    other = score_company(request_for(world, tmp_path / "other", steps=3), Quiet())
+    mixed = [models[0], {**models[1], "parameters": {"scores": str(other[1])}}]
+    done = CliRunner().invoke(
+        cli, ["merge", str(rewrite(recipe, {"models": mixed})), str(tmp_path / "x")]
+    )
+    assert isinstance(done.exception, UserError)
+    assert "other scores for some" in str(done.exception)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["BASE", "EXPERT", "--prompts", "p"], "Missing|BASE does not go with --company"),
+        (["--kinds", "head", "--prompts", "east=e"], "--kinds does not go with --company"),
+        (["--prompts", "east.jsonl"], "write EXPERT=FILE.jsonl"),
+        (["--prompts", "north=e.jsonl"], "'north' is no expert of the recipe"),
+        (["--prompts", "east=EAST", "--prompts", "east=WEST"], "'east' has prompts already"),
+        (["--prompts", "east=EAST"], "has no prompts; add --prompts west=FILE.jsonl"),
+        (["--prompts", "east=EAST", "--prompts", "west=none.jsonl"], "none.jsonl cannot be read"),
+    ],
+)
+def test_bad_input(world: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    names = {"EAST": str(world / "east.jsonl"), "WEST": str(world / "west.jsonl")}
+    for key, value in names.items():
+        arguments = [argument.replace(key, value) for argument in arguments]
+    out = tmp_path / "out"
+    command = ["score", *arguments, "--company", str(world / "recipe.yml"), "--out", str(out)]
+    done = CliRunner().invoke(cli, command)
+    assert any(part in str(done.exception) for part in message.split("|")), done.exception
+    assert not out.exists()
+
+
+def test_bad_recipes(world: Path, tmp_path: Path) -> None:
+    good = yaml.safe_load((world / "recipe.yml").read_text())
+    twice = {"models": [good["models"][0], {"model": str(tmp_path / "copy" / "west")}]}
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "west").symlink_to(world / "east")
+    for change, message in [
+        ({"base_model": None}, "expected 'base_model' and a list of 'models'"),
+        ({"models": [{"model": good["base_model"]}]}, "names no expert beside the base"),
+        (twice, "have the same weights"),
+    ]:
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump(good | change))
+        with pytest.raises(UserError, match=message):
+            score_company(request_for(world, tmp_path / "out", recipe=path), Quiet())
+    assert not (tmp_path / "out").exists()
