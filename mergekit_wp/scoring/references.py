@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -31,48 +30,6 @@ class References:
     targets: list[Targets]
     values: dict[CriterionName, Reference]
     anchor: Anchor | None
-
-
-@torch.no_grad()
-def greedy_responses(
-    resident: ResidentModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-) -> list[list[int]]:
-    """The resident model's greedy continuations, each ending with its end token if it got there.
-
-    One batch, padded on the left behind an attention mask.
-    """
-    model: Any = resident.model
-    width = max(len(p) for p in prompts)
-    device = resident.device
-    ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
-    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
-    ends = torch.tensor(list(eos_ids), device=device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    rows: list[list[int]] = [[] for _ in prompts]
-    cache, step = None, ids
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    for _ in range(max_new_tokens):
-        output = model(
-            input_ids=step,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
-        for row, token in enumerate(chosen.tolist()):
-            if not done[row]:
-                rows[row].append(token)
-        done |= torch.isin(chosen, ends)
-        if done.all():
-            break
-        step, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], -1)
-    return rows
 
 
 @torch.no_grad()

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
-from mergekit_wp.checkpoints import Checkpoint, Pair, ResidentModel
+from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.errors import UserError
+from mergekit_wp.generation import end_tokens, greedy
 from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.references import greedy_responses
 from mergekit_wp.scoring.request import Progress, ScoreRequest
 
 
@@ -113,11 +112,12 @@ def with_responses(
         saved = journal.load(key)
         if saved is None:
             resident.move_to(1.0)
-            found = greedy_responses(
-                resident,
+            found = greedy(
+                resident.model,
                 [prompts[i] for i in chunk],
                 request.max_new_tokens,
-                _end_tokens(resident.pair.expert, tokenizer),
+                end_tokens(resident.pair.expert.path, tokenizer),
+                resident.device,
             )
             saved = {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
             journal.save(key, saved)
@@ -125,18 +125,6 @@ def with_responses(
         progress.advance(len(chunk))
     samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
     return samples
-
-
-def _end_tokens(expert: Checkpoint, tokenizer: Any) -> list[int]:
-    """Tokens that end the expert's answers: the tokenizer's and the generation config's."""
-    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    try:
-        config = GenerationConfig.from_pretrained(expert.path)
-    except OSError:  # a checkpoint without one
-        return sorted(ends)
-    stated = config.eos_token_id
-    ends.update([stated] if isinstance(stated, int) else stated or [])
-    return sorted(ends)
 
 
 def auto_batch_size(samples: Sequence[Sample], vocabulary: int, device: str) -> int:

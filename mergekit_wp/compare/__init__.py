@@ -1,0 +1,1 @@
+"""`mergekit-wp compare`: merges by every method, measured on the same items."""

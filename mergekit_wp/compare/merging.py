@@ -1,0 +1,131 @@
+"""Merges for the comparison, by mergekit itself: in memory, or in a folder that is cleared away."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture import get_architecture_info
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from transformers import AutoModelForCausalLM
+
+from mergekit_wp.checkpoints import Checkpoint, parameter_names, skeleton
+from mergekit_wp.errors import UserError
+
+#: parameter bytes up to which a merge is kept in memory
+IN_MEMORY = 2 * 2**30
+
+
+def merge_in_memory(config: MergeConfiguration, options: MergeOptions) -> dict[str, torch.Tensor]:
+    """The tensors that mergekit would write.
+
+    Args:
+        config: the recipe.
+        options: mergekit's; a ``random_seed`` seeds methods that draw.
+
+    Raises:
+        RuntimeError, ValueError: whatever mergekit raises for a bad recipe.
+    """
+    LoaderCache().setup(options)
+    config = config.model_copy(deep=True)  # planning rewrites it
+    shape_of = config.base_model or config.referenced_models()[0]
+    planned = MergePlanner(
+        config,
+        get_architecture_info(config, options),
+        options,
+        shape_of.config(trust_remote_code=options.trust_remote_code),
+    ).plan_to_disk("")  # plans only: nothing is written until a task runs
+    saves = {task.tensor_task: task for task in planned if isinstance(task, SaveTensor)}
+    torch.manual_seed(options.random_seed or 0)
+    found: dict[str, torch.Tensor] = {}
+    for task, tensor in Executor(list(saves), math_device=options.device or "cpu").run(quiet=True):
+        save = saves[task]
+        if tensor is None:
+            if not save.optional:
+                raise RuntimeError(f"no value for tensor {save.tensor_name}")
+            continue
+        if save.dtype:
+            tensor = tensor.to(dtype=dtype_from_name(save.dtype))
+        found[save.tensor_name] = tensor
+    return found
+
+
+class EvaluationModel:
+    """One model in memory whose weights are replaced by those of each merge.
+
+    Args:
+        base: gives config and tokenizer.
+        dtype: of weights and activations while evaluating.
+        device: torch device name.
+    """
+
+    def __init__(self, base: Checkpoint, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
+        self.model: Any = skeleton(base.config)
+        self.names = parameter_names(self.model)
+        tied = set(self.model.state_dict()) - set(self.names)
+        self.allowed = set(self.names) | tied
+        weights = {
+            name: torch.empty(parameter.shape, dtype=dtype, device=device)
+            for name, parameter in self.model.named_parameters()
+        }
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+        torch.nn.Module.to(self.model, device)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """The model with these weights; a tied head stored a second time is the embedding's.
+
+        Raises:
+            UserError: a weight is missing, unknown or misshapen.
+        """
+        if missing := [name for name in self.names if name not in tensors]:
+            raise UserError(f"the merge has no tensor {missing[0]}; mergekit did not write it")
+        if extra := [name for name in tensors if name not in self.allowed]:
+            raise UserError(f"the merge has a tensor {extra[0]}, which the model does not have")
+        for name, parameter in self.model.named_parameters():
+            if parameter.shape != tensors[name].shape:
+                raise UserError(
+                    f"the merge's tensor {name} has shape {list(tensors[name].shape)}, the model's "
+                    f"{list(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+        return self.model
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> Any:
+        """The model with the weights of a checkpoint."""
+        tensors = {n: checkpoint.tensor(n, self.dtype, self.device) for n in self.names}
+        return self.load(tensors)
+
+
+@contextmanager
+def merged_on_disk(
+    config: MergeConfiguration, options: MergeOptions, parent: Path
+) -> Iterator[Path]:
+    """A folder with the merged checkpoint, removed afterwards whatever happens."""
+    folder = Path(tempfile.mkdtemp(prefix=".merge.", dir=parent))
+    try:
+        run_merge(config.model_copy(deep=True), str(folder), options)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_folder(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A checkpoint folder as a model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,221 @@
+"""Merge methods to compare: what a user would write untuned, and a written grid to tune over.
+
+Grids are small on purpose and the same for every method's kind of knob: how much of the task
+vectors (weight or lambda, 0.3 to 1.3), and how many of their entries (density). Every peer gets at
+least as many settings as weight patching.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import ParameterScope
+
+from mergekit_wp.compare.rows import Setting
+from mergekit_wp.errors import UserError
+
+OURS = "weight_patching"
+#: linear's share of the base, beside 1 for every expert; mergekit has no such parameter
+BASE_WEIGHT = "base_weight"
+#: AIM's own parameter (`mergekit_wp.aim`)
+OMEGA = "omega"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        name: as in the table; ``NAME+aim`` is NAME with AIM on top.
+        merge_method: mergekit's name.
+        untuned: parameters of a user who does not tune.
+        grid: parameters to choose from on validation items.
+        draws: whether the merge depends on random numbers.
+    """
+
+    name: str
+    merge_method: str
+    untuned: Setting
+    grid: tuple[Setting, ...]
+    draws: bool = False
+
+    @property
+    def aim(self) -> bool:
+        """Whether AIM post-processes the merge."""
+        return self.name.endswith("+aim")
+
+
+def product(**values: Sequence[Any]) -> tuple[Setting, ...]:
+    """All combinations, in order."""
+    return tuple(
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+    )
+
+
+SCALES = (0.3, 0.5, 0.7, 1.0)
+LAMBDAS = (0.5, 0.7, 1.0, 1.3)
+OMEGAS = (0.2, 0.4, 0.6)
+
+
+def peers(n_experts: int) -> dict[str, Method]:
+    """Every method but ours.
+
+    Untuned, the weights of a sum are 1/n, which makes it an average; methods that normalise
+    (TIES, DELLA) get weight 1. Densities are those of the papers' and mergekit's examples.
+    """
+    share = round(1 / n_experts, 4)
+    table = [
+        Method(
+            "task_arithmetic",
+            "task_arithmetic",
+            {"weight": share},
+            product(weight=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)),
+        ),
+        Method(
+            "ties",
+            "ties",
+            {"weight": 1.0, "density": 0.5, "lambda": 1.0},
+            product(weight=(1.0,), density=(0.2, 0.5, 1.0), **{"lambda": LAMBDAS}),
+        ),
+        Method(
+            "dare_ties",
+            "dare_ties",
+            {"weight": share, "density": 0.5},
+            product(weight=SCALES, density=(0.5, 0.8)),
+            draws=True,
+        ),
+        Method(
+            "dare_linear",
+            "dare_linear",
+            {"weight": share, "density": 0.5},
+            product(weight=SCALES, density=(0.5, 0.8)),
+            draws=True,
+        ),
+        Method(
+            "della",
+            "della",
+            {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "lambda": 1.0},
+            product(weight=(1.0,), density=(0.5, 0.8), epsilon=(0.15,), **{"lambda": LAMBDAS}),
+            draws=True,
+        ),
+        Method(
+            "breadcrumbs",
+            "breadcrumbs",
+            {"weight": share, "density": 0.9, "gamma": 0.01},
+            product(weight=SCALES, density=(0.5, 0.9), gamma=(0.01,)),
+        ),
+        Method(
+            "sce", "sce", {"select_topk": 1.0}, product(select_topk=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0))
+        ),
+        Method("ram", "ram", {}, ({},)),
+        Method(
+            "linear", "linear", {BASE_WEIGHT: 0.0}, product(**{BASE_WEIGHT: (0.0, 0.5, 1.0, 2.0)})
+        ),
+    ]
+    methods = {method.name: method for method in table}
+    for name in ("task_arithmetic", "ties"):
+        under = methods[name]
+        methods[f"{name}+aim"] = replace(
+            under, name=f"{name}+aim", untuned=under.untuned | {OMEGA: 0.4}, grid=()
+        )
+    return methods
+
+
+def ours(recipe: MergeConfiguration) -> Method:
+    """Weight patching as a recipe has it, and a grid over what the recipe leaves at one value."""
+    parameters = recipe.parameters or {}
+    if parameters.get("fusion") == "path":
+        grid = product(**{"lambda": (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)})
+    else:
+        grid = product(power=(0.5, 1.0), **{"lambda": (0.5, 0.7, 1.0, 1.3)})
+    return Method(OURS, OURS, {}, grid)
+
+
+def with_aim(method: Method, best: Setting) -> Method:
+    """AIM's grid on top of the setting that won without it."""
+    return replace(method, grid=tuple(best | {OMEGA: omega} for omega in OMEGAS))
+
+
+def configuration(
+    method: Method,
+    setting: Setting,
+    base: str,
+    experts: Sequence[str],
+    dtype: str,
+    recipe: MergeConfiguration | None = None,
+) -> MergeConfiguration:
+    """The mergekit recipe of one setting.
+
+    Args:
+        method: which.
+        setting: its parameters.
+        base: the base model.
+        experts: the others.
+        dtype: of the merge.
+        recipe: ours, whose own parameters stay where the setting says nothing.
+    """
+    if method.merge_method == OURS:
+        assert recipe is not None
+        merged = (recipe.parameters or {}) | setting
+        return recipe.model_copy(deep=True, update={"parameters": merged or None})
+    scopes = {p.name: p.scope for p in merge_methods.get(method.merge_method).spec.parameters}
+    per_model = {
+        k: v for k, v in setting.items() if k in scopes and scopes[k] != ParameterScope.SHARED
+    }
+    shared = {k: v for k, v in setting.items() if k in scopes and k not in per_model}
+    if method.merge_method == "linear":
+        per_model["weight"] = 1.0
+    models: list[dict[str, Any]] = [{"model": m, "parameters": dict(per_model)} for m in experts]
+    if setting.get(BASE_WEIGHT):
+        models.append({"model": base, "parameters": {"weight": setting[BASE_WEIGHT]}})
+    data: dict[str, Any] = {"merge_method": method.merge_method, "models": models, "dtype": dtype}
+    if method.merge_method != "linear":
+        data["base_model"] = base
+    if shared:
+        data["parameters"] = shared
+    return MergeConfiguration.model_validate(data)
+
+
+def read_grid(path: Path, methods: Mapping[str, Method]) -> dict[str, tuple[Setting, ...]]:
+    """A file that replaces grids: ``ties: {density: [0.2, 0.5], lambda: [1.0]}``.
+
+    Raises:
+        UserError: unreadable; a method that is not compared; a parameter it does not have.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"grid {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"grid {path}: expected METHOD: {{PARAMETER: [VALUES]}}")
+    grids = {}
+    for name, values in data.items():
+        if name not in methods or methods[name].aim:
+            known = ", ".join(n for n, m in methods.items() if not m.aim)
+            raise UserError(f"grid {path}: '{name}' is not compared; compared are {known}")
+        if not isinstance(values, dict):
+            raise UserError(f"grid {path}: {name}: expected {{PARAMETER: [VALUES]}}")
+        allowed = _parameters(methods[name])
+        for key, listed in values.items():
+            if key not in allowed:
+                raise UserError(
+                    f"grid {path}: {name} has no parameter '{key}'; it has {', '.join(allowed)}"
+                )
+            if not isinstance(listed, list) or not listed:
+                raise UserError(f"grid {path}: {name}: {key}: expected a list of values")
+        grids[name] = tuple(methods[name].untuned | chosen for chosen in product(**values))
+    return grids
+
+
+def _parameters(method: Method) -> list[str]:
+    spec = merge_methods.get(method.merge_method).spec
+    per_expert_files = ("scores", "guards")
+    names = [p.name for p in spec.parameters if p.name not in per_expert_files]
+    return [*names, BASE_WEIGHT] if method.merge_method == "linear" else names

@@ -1,0 +1,199 @@
+"""``results.jsonl``: one line per model and item, appended as each job ends.
+
+A job is one model (a method with its setting and seed, the base, an expert, a recipe) on one split
+of one task. A second run skips finished jobs; what a killed run half wrote is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from pydantic import ValidationError
+
+from mergekit_wp.compare.rows import ItemScore, ResultLine, Setting, Split
+from mergekit_wp.errors import UserError
+from mergekit_wp.files import written_whole
+
+
+class Job(NamedTuple):
+    """What is measured in one go."""
+
+    model: str
+    setting: str
+    seed: int
+    task: str
+    split: Split
+
+    @classmethod
+    def of(cls, model: str, setting: Setting, seed: int, task: str, split: Split) -> Job:
+        """A job; settings are compared as sorted JSON."""
+        return cls(model, json.dumps(setting, sort_keys=True), seed, task, split)
+
+
+class Results:
+    """The results of one comparison, on disk and in memory.
+
+    Args:
+        folder: where ``results.jsonl`` and ``comparison.json`` are.
+        inputs: everything that results depend on beside model, setting and seed, by name.
+        restart: throw away what is there.
+
+    Raises:
+        UserError: the folder holds results of other inputs (says which), a damaged file, or
+            another run is writing there.
+    """
+
+    def __init__(self, folder: Path, inputs: dict[str, Any], restart: bool = False) -> None:
+        self.folder, self.inputs, self.restart = folder, inputs, restart
+        self.path = folder / "results.jsonl"
+        self.done: dict[Job, list[ResultLine]] = {}
+        self.failed: dict[Job, str] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"another comparison is writing {self.folder}; wait for it") from None
+        try:
+            self._check_inputs()
+            self._read()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def _check_inputs(self) -> None:
+        stated = self.folder / "comparison.json"
+        if self.restart:
+            self.path.unlink(missing_ok=True)
+            stated.unlink(missing_ok=True)
+        if stated.exists():
+            try:
+                earlier = json.loads(stated.read_text())
+                changed = [
+                    key
+                    for key in sorted({*earlier, *self.inputs})
+                    if earlier.get(key) != self.inputs.get(key)
+                ]
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{stated} is damaged; add --restart to begin anew") from error
+            if changed:
+                raise UserError(
+                    f"{self.folder} holds a comparison with another configuration; changed: "
+                    f"{', '.join(changed)}; add --restart to begin anew, or choose another --out"
+                )
+        elif self.path.exists():
+            raise UserError(
+                f"{self.path} is there without its comparison.json, so nobody knows what it "
+                "belongs to; choose another --out, or add --restart"
+            )
+        else:
+            with written_whole(stated) as temporary:
+                temporary.write_text(json.dumps(self.inputs, indent=1, sort_keys=True))
+
+    def _read(self) -> None:
+        """Read finished jobs; drop a torn last line and failures, which are tried again."""
+        if not self.path.exists():
+            return
+        raw = self.path.read_bytes().split(b"\n")
+        torn = raw.pop() if raw else b""
+        failures = 0
+        for number, line in enumerate(raw, start=1):
+            try:
+                result = ResultLine.model_validate_json(line)
+            except ValidationError as error:
+                raise UserError(
+                    f"{self.path}, line {number} is damaged; add --restart to begin anew"
+                ) from error
+            if result.failed is not None:
+                failures += 1
+                continue
+            self.done.setdefault(_job_of(result), []).append(result)
+        if torn or failures:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        with written_whole(self.path) as temporary:
+            lines = [x.model_dump_json(exclude_none=True) for xs in self.done.values() for x in xs]
+            temporary.write_text("".join(line + "\n" for line in lines))
+
+    def drop_incomplete(self, job: Job, count: int) -> None:
+        """Forget a job that a killed run left with fewer items than the task has."""
+        if job in self.done and len(self.done[job]) != count:
+            del self.done[job]
+            self._rewrite()
+
+    def scores(self, job: Job) -> list[float] | None:
+        """The items' scores of a finished job, in the task's order."""
+        lines = self.done.get(job)
+        return None if lines is None else [float(line.score or 0.0) for line in lines]
+
+    def add(self, job: Job, found: Sequence[ItemScore]) -> None:
+        """Append a finished job."""
+        setting = json.loads(job.setting)
+        lines = [
+            ResultLine(
+                model=job.model,
+                setting=setting,
+                seed=job.seed,
+                task=job.task,
+                split=job.split,
+                item=x.item,
+                score=x.score,
+                output=x.output,
+            )
+            for x in found
+        ]
+        self._append(lines)
+        self.done[job] = lines
+        self.failed.pop(job, None)
+
+    def add_failure(self, job: Job, reason: str) -> None:
+        """Append why a job has no scores."""
+        line = ResultLine(
+            model=job.model,
+            setting=json.loads(job.setting),
+            seed=job.seed,
+            task=job.task,
+            split=job.split,
+            failed=reason,
+        )
+        self._append([line])
+        self.failed[job] = reason
+
+    def _append(self, lines: Sequence[ResultLine]) -> None:
+        text = "".join(line.model_dump_json(exclude_none=True) + "\n" for line in lines)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError:
+            if self.path.exists():
+                os.truncate(self.path, size)  # a full disk: nothing half-written stays
+            raise
+
+
+def _job_of(line: ResultLine) -> Job:
+    return Job.of(line.model, line.setting, line.seed, line.task, line.split)

@@ -1,0 +1,102 @@
+"""What a comparison hands from its parts to each other: results by item, and rows of the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+Split = Literal["valid", "test"]
+Role = Literal["base", "expert", "peer", "ours"]
+#: a method's parameters, e.g. ``{"density": 0.5, "lambda": 1.0}``
+Setting = dict[str, float | int | str | bool]
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One item's outcome: ``score`` in [0, 1] (or a task's own unit), and what was generated."""
+
+    item: str
+    score: float
+    output: str | None = None
+
+
+class Task(Protocol):
+    """Something a merged model is measured on, with validation and test items kept apart."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in tables."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which items there are and how they are scored."""
+
+    def count(self, split: Split) -> int:
+        """Items of a split; 0 where the task has none."""
+
+    def evaluate(self, model: Any, tokenizer: Any, split: Split) -> list[ItemScore]:
+        """Every item's score, in a fixed order with fixed names.
+
+        Args:
+            model: a transformers causal LM in eval mode.
+            tokenizer: its tokenizer.
+            split: which items.
+        """
+
+
+class ResultLine(BaseModel):
+    """One line of ``results.jsonl``: one model on one item, or why it has no score."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    #: "base", "expert NAME", a method's name, or a recipe's
+    model: str
+    setting: Setting = {}
+    #: seed of methods that draw (DARE, DELLA); 0 elsewhere
+    seed: int = 0
+    task: str
+    split: Split
+    item: str | None = None
+    score: float | None = None
+    output: str | None = None
+    #: set instead of item and score when the merge or its evaluation failed
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the comparison: a model on the test items.
+
+    Attributes:
+        name: "ties", "weight_patching (untuned)", "expert inst", "base", a recipe's name.
+        role: what it is.
+        setting: the parameters it was merged with.
+        scores: by task, ``[seeds][items]``; the items of a task are the same for every row.
+        valid: mean over tasks on the validation items, None for untuned rows.
+        failed: why there are no scores.
+    """
+
+    name: str
+    role: Role
+    setting: Setting = field(default_factory=dict)
+    scores: dict[str, list[list[float]]] = field(default_factory=dict)
+    valid: float | None = None
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of a comparison, ours first among equals.
+
+    Attributes:
+        rows: base, experts, peers and ours.
+        tasks: names, in the order asked for.
+        relative: whether a task's score is divided by its best expert's.
+        reference: name of the row that the others are compared with.
+    """
+
+    rows: tuple[Row, ...]
+    tasks: tuple[str, ...]
+    relative: bool
+    reference: str

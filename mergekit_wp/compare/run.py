@@ -1,0 +1,412 @@
+"""Run a comparison: merge, evaluate, choose on validation items, report on test items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_wp.aim import activation_importance, apply_aim
+from mergekit_wp.checkpoints import Checkpoint
+from mergekit_wp.compare import select
+from mergekit_wp.compare.merging import (
+    IN_MEMORY,
+    EvaluationModel,
+    load_folder,
+    merge_in_memory,
+    merged_on_disk,
+)
+from mergekit_wp.compare.methods import (
+    OMEGA,
+    OURS,
+    Method,
+    configuration,
+    ours,
+    peers,
+    with_aim,
+)
+from mergekit_wp.compare.results import Job, Results
+from mergekit_wp.compare.rows import Comparison, Role, Row, Setting, Split, Task
+from mergekit_wp.errors import UserError
+from mergekit_wp.prompts import Prompt
+
+#: what a run reports to: method's name, and jobs done and known so far
+OnJob = Callable[[str, int, int], None]
+DEFAULT_METHODS = (
+    OURS,
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "dare_linear",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "ram",
+    "linear",
+    "task_arithmetic+aim",
+    "ties+aim",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared on what.
+
+    Attributes:
+        base, experts: model references; `names` of the experts in tables.
+        recipe: ours as the user wrote it, None to compare peers only.
+        extra: further fixed recipes by name.
+        methods: what to merge by.
+        tasks: what to measure on.
+        tuned: whether to choose settings on validation items too.
+        relative: whether a task counts relative to its best expert.
+        seeds: draws of methods that draw.
+        calibration: prompts for AIM.
+        dtype: of the peers' merges.
+    """
+
+    base: str
+    experts: tuple[str, ...]
+    names: tuple[str, ...]
+    recipe: MergeConfiguration | None
+    extra: Mapping[str, MergeConfiguration]
+    methods: tuple[Method, ...]
+    tasks: tuple[Task, ...]
+    tuned: bool = True
+    relative: bool = False
+    seeds: int = 1
+    calibration: tuple[Prompt, ...] = ()
+    dtype: str = "float32"
+    device: str = "cpu"
+    eval_dtype: torch.dtype = torch.float32
+    in_memory: bool | None = None
+    keep: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what would fail after hours.
+
+        Raises:
+            UserError: a task without items that are needed; AIM without calibration prompts.
+        """
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two tasks are called '{twice[0]}'; name them: NAME=FILE.jsonl")
+        wanted: tuple[Split, ...] = ("valid", "test") if self.tuned else ("test",)
+        for task in self.tasks:
+            for split in wanted:
+                if not task.count(split):
+                    why = {
+                        "valid": "parameters are chosen on them; mark some items as such, or "
+                        "compare with --untuned",
+                        "test": "they are what is reported",
+                    }[split]
+                    raise UserError(f"task '{task.name}' has no '{split}' items: {why}")
+        if any(method.aim for method in self.methods) and not self.calibration:
+            raise UserError("AIM needs --calibration PROMPTS.jsonl")
+
+
+@dataclass
+class Runner:
+    """One comparison under way."""
+
+    plan: Plan
+    results: Results
+    on_job: OnJob
+    _total: int = 0
+    _count: int = 0
+    _tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
+
+    def run(self) -> Comparison:
+        """Everything, in the order of the table."""
+        plan = self.plan
+        self.base = Checkpoint(plan.base)
+        self.evaluation = EvaluationModel(self.base, plan.eval_dtype, plan.device)
+        self.tokenizer = self._tokenizer()
+        self.in_memory = plan.in_memory
+        if self.in_memory is None:
+            parameters = sum(p.numel() for p in self.evaluation.model.parameters())
+            self.in_memory = 4 * parameters <= IN_MEMORY
+        splits: tuple[Split, ...] = ("valid", "test") if plan.tuned else ("test",)
+        self._total = self._count_jobs(len(splits))
+        rows = [self._checkpoint_row("base", "base", self.base, splits)]
+        for name, reference in zip(plan.names, plan.experts, strict=True):
+            expert = Checkpoint(reference)
+            rows.append(self._checkpoint_row(f"expert {name}", "expert", expert, splits))
+        self.ceiling: dict[str, dict[str, float]] = {}
+        if plan.relative:
+            for split in splits:
+                experts = [self._scores(f"expert {n}", {}, 0, split) for n in plan.names]
+                known = [scores for scores in experts if scores is not None]
+                self.ceiling[split] = select.ceilings(known, self._task_names, split)
+        won: dict[str, Setting] = {}
+        for method in plan.methods:
+            rows += self._method_rows(method, won)
+        for name, config in plan.extra.items():
+            role: Role = "ours" if config.merge_method == OURS else "peer"
+            rows.append(self._test_row(name, role, name, {}, (0,), partial(_fixed, config)))
+        ours_named = [row.name for row in rows if row.role == "ours"]
+        reference = ours_named[0] if ours_named else rows[0].name
+        return Comparison(tuple(rows), tuple(self._task_names), plan.relative, reference)
+
+    @property
+    def _task_names(self) -> list[str]:
+        return [task.name for task in self.plan.tasks]
+
+    def _count_jobs(self, n_splits: int) -> int:
+        plan, models = self.plan, n_splits * (1 + len(self.plan.experts)) + len(self.plan.extra)
+        for method in plan.methods:
+            draws = plan.seeds if method.draws else 1
+            models += draws * (2 if plan.tuned else 1)
+            models += (len(method.grid) or 3) if plan.tuned else 0
+        return models * len(plan.tasks)
+
+    def _tokenizer(self) -> Any:
+        for reference in (self.plan.base, *self.plan.experts):
+            if (tokenizer := Checkpoint(reference).tokenizer()) is not None:
+                return tokenizer
+        raise UserError(f"neither '{self.plan.base}' nor its experts have a tokenizer")
+
+    def _checkpoint_row(
+        self, name: str, role: Role, checkpoint: Checkpoint, splits: Sequence[Split]
+    ) -> Row:
+        tokenizer = checkpoint.tokenizer() or self.tokenizer
+        for split in splits:
+            self._measure(
+                name, {}, 0, split, lambda: self.evaluation.load_checkpoint(checkpoint), tokenizer
+            )
+        return self._row(name, role, name, {}, (0,), None)
+
+    def _method_rows(self, method: Method, won: dict[str, Setting]) -> list[Row]:
+        plan = self.plan
+        role: Role = "ours" if method.name == OURS else "peer"
+
+        def make(setting: Setting) -> MergeConfiguration:
+            return configuration(method, setting, plan.base, plan.experts, plan.dtype, plan.recipe)
+
+        seeds = tuple(range(plan.seeds)) if method.draws else (0,)
+        untuned = self._test_row(
+            f"{method.name} (untuned)", role, method.name, method.untuned, seeds, make
+        )
+        if not plan.tuned:
+            return [untuned]
+        if method.aim:
+            under = method.name.removesuffix("+aim")
+            if under not in won:
+                best = plan_best(self, under)
+                won[under] = best[0] if best else method.untuned
+            method = with_aim(method, won[under])
+        found = []
+        for setting in method.grid:
+            self._measure(method.name, setting, 0, "valid", partial(self._merge, setting, 0, make))
+            scores = self._scores(method.name, setting, 0, "valid")
+            if scores is not None:
+                found.append((setting, select.objective(scores, self.ceiling.get("valid"))))
+        if not found:
+            failed = Row(method.name, role, failed="no setting of its grid could be evaluated")
+            return [failed, untuned]
+        setting, valid = select.best(found)
+        won[method.name] = setting
+        tuned = self._test_row(method.name, role, method.name, setting, seeds, make, valid)
+        return [tuned, untuned]
+
+    def _test_row(
+        self,
+        name: str,
+        role: Role,
+        model: str,
+        setting: Setting,
+        seeds: Sequence[int],
+        make: Callable[[Setting], MergeConfiguration],
+        valid: float | None = None,
+    ) -> Row:
+        for seed in seeds:
+            self._measure(model, setting, seed, "test", partial(self._merge, setting, seed, make))
+        self.chosen[name] = make(setting)
+        if self.plan.keep is not None:
+            self._keep(name, setting, seeds[0], make)
+        return self._row(name, role, model, setting, seeds, valid)
+
+    def _row(
+        self,
+        name: str,
+        role: Role,
+        model: str,
+        setting: Setting,
+        seeds: Sequence[int],
+        valid: float | None,
+    ) -> Row:
+        by_seed = [self._scores(model, setting, seed, "test") for seed in seeds]
+        reasons = [
+            self.results.failed[job]
+            for seed in seeds
+            for job in [Job.of(model, setting, seed, t, "test") for t in self._task_names]
+            if job in self.results.failed
+        ]
+        if reasons:
+            return Row(name, role, setting, valid=valid, failed=reasons[0])
+        scores = {t: [s[t] for s in by_seed if s is not None] for t in self._task_names}
+        return Row(name, role, setting, scores, valid)
+
+    def _scores(
+        self, model: str, setting: Setting, seed: int, split: Split
+    ) -> dict[str, list[float]] | None:
+        """Scores by task, None unless every task has them."""
+        found = {}
+        for task in self._task_names:
+            scores = self.results.scores(Job.of(model, setting, seed, task, split))
+            if scores is None:
+                return None
+            found[task] = scores
+        return found
+
+    def _measure(
+        self,
+        model: str,
+        setting: Setting,
+        seed: int,
+        split: Split,
+        load: Callable[[], Any],
+        tokenizer: Any = None,
+    ) -> None:
+        """Evaluate one model on the tasks that are not done yet; failures are recorded."""
+        todo = []
+        for task in self.plan.tasks:
+            job = Job.of(model, setting, seed, task.name, split)
+            self.results.drop_incomplete(job, task.count(split))
+            if self.results.scores(job) is None and job not in self.results.failed:
+                todo.append((task, job))
+        self._said(model, len(self.plan.tasks) - len(todo))
+        if not todo:
+            return
+        try:
+            loaded = load()
+            opened = loaded if hasattr(loaded, "__enter__") else nullcontext(loaded)
+            with opened as ready:
+                for task, job in todo:
+                    try:
+                        found = task.evaluate(ready, tokenizer or self.tokenizer, split)
+                        self.results.add(job, found)
+                    except (OSError, MemoryError):
+                        raise
+                    except Exception as error:
+                        self.results.add_failure(job, _sentence(error))
+                    self._said(model, 1)
+        except (OSError, MemoryError):  # a full disk is no property of the merge
+            raise
+        except Exception as error:
+            for _, job in todo:
+                if job not in self.results.done and job not in self.results.failed:
+                    self.results.add_failure(job, _sentence(error))
+                    self._said(model, 1)
+
+    def _said(self, model: str, jobs: int) -> None:
+        self._count += jobs
+        self.on_job(model, self._count, max(self._total, self._count))
+
+    def _options(self, seed: int) -> MergeOptions:
+        return MergeOptions(quiet=True, random_seed=seed, device=self.plan.device)
+
+    def _merge(
+        self, setting: Setting, seed: int, make: Callable[[Setting], MergeConfiguration]
+    ) -> Any:
+        config = make(setting)
+        if self.in_memory or OMEGA in setting:
+            tensors = merge_in_memory(config, self._options(seed))
+            return self.evaluation.load(self._with_aim(setting, tensors))
+        return _OnDisk(self, config, seed)
+
+    def _with_aim(
+        self, setting: Setting, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if OMEGA not in setting:
+            return tensors
+        if "base" not in self._tensors:
+            model = self.evaluation.load_checkpoint(self.base)
+            self._tensors["importance"] = activation_importance(
+                model, self.tokenizer, self.plan.calibration, 16
+            )
+            self._tensors["base"] = {
+                n: self.base.tensor(n, torch.float32) for n in self.evaluation.names
+            }
+        return apply_aim(
+            self._tensors["base"], tensors, self._tensors["importance"], float(setting[OMEGA])
+        )
+
+    def _keep(
+        self,
+        name: str,
+        setting: Setting,
+        seed: int,
+        make: Callable[[Setting], MergeConfiguration],
+    ) -> None:
+        """Write a reported merge as a checkpoint."""
+        assert self.plan.keep is not None
+        folder = self.plan.keep / name.replace(" ", "_").replace("(", "").replace(")", "")
+        if (folder / "config.json").exists():
+            return
+        try:
+            tensors = self._with_aim(setting, merge_in_memory(make(setting), self._options(seed)))
+            model = self.evaluation.load(tensors)
+        except (OSError, MemoryError):
+            raise
+        except Exception:  # recorded as failed already
+            return
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class _OnDisk:
+    """A merge in a folder of its own while it is evaluated."""
+
+    def __init__(self, runner: Runner, config: MergeConfiguration, seed: int) -> None:
+        folder = runner.results.folder
+        self.runner = runner
+        self.merged = merged_on_disk(config, runner._options(seed), folder)
+
+    def __enter__(self) -> Any:
+        plan = self.runner.plan
+        return load_folder(self.merged.__enter__(), plan.eval_dtype, plan.device)
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.merged.__exit__(*error)
+
+
+def plan_best(runner: Runner, name: str) -> tuple[Setting, float] | None:
+    """Tune the method under an AIM row that is itself not compared."""
+    method = peers(len(runner.plan.experts))[name]
+    won: dict[str, Setting] = {}
+    runner._method_rows(method, won)
+    return (won[name], 0.0) if name in won else None
+
+
+def methods_of(
+    names: Sequence[str], n_experts: int, recipe: MergeConfiguration | None
+) -> tuple[Method, ...]:
+    """The methods by name.
+
+    Raises:
+        UserError: an unknown name, or ours without a recipe.
+    """
+    known = peers(n_experts)
+    if recipe is not None:
+        known = {OURS: ours(recipe)} | known
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown method '{name}'; known are {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def _fixed(config: MergeConfiguration, _setting: Setting) -> MergeConfiguration:
+    return config
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"[:500]

@@ -1,0 +1,42 @@
+"""From results by item to the best setting of a method, and to the rows of the table. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mergekit_wp.compare.rows import Setting
+from mergekit_wp.errors import UserError
+
+#: by task: scores of the items
+ByTask = Mapping[str, Sequence[float]]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def ceilings(experts: Sequence[ByTask], tasks: Sequence[str], split: str) -> dict[str, float]:
+    """Each task's mean for the expert that is best at it.
+
+    Raises:
+        UserError: no expert gets anything right.
+    """
+    found = {task: max(mean(expert[task]) for expert in experts) for task in tasks}
+    for task, value in found.items():
+        if value <= 0:
+            raise UserError(
+                f"task '{task}': no expert gets any {split} item right, so nothing can be relative "
+                "to it; leave --relative out, or give items that an expert solves"
+            )
+    return found
+
+
+def objective(scores: ByTask, ceiling: Mapping[str, float] | None) -> float:
+    """Mean over tasks of the item means, each divided by its ceiling where there is one."""
+    return mean([mean(values) / (ceiling[t] if ceiling else 1) for t, values in scores.items()])
+
+
+def best(found: Sequence[tuple[Setting, float]]) -> tuple[Setting, float]:
+    """The setting with the highest objective, the first of equals."""
+    return max(found, key=lambda pair: pair[1])

@@ -1,0 +1,71 @@
+"""Greedy answers of a model to a batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+
+def end_tokens(folder: str | Path, tokenizer: Any) -> list[int]:
+    """Tokens that end a model's answers: its tokenizer's and its generation config's."""
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # a checkpoint without one
+        return sorted(ends)
+    stated = config.eos_token_id
+    ends.update([stated] if isinstance(stated, int) else stated or [])
+    return sorted(ends)
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    device: str | torch.device,
+) -> list[list[int]]:
+    """Greedy continuations, each ending with its end token if it got there.
+
+    One batch, padded on the left behind an attention mask; it stops when every row has ended.
+
+    Args:
+        model: a causal LM of transformers.
+        prompts: token ids.
+        max_new_tokens: longest continuation.
+        ends: tokens that end one.
+        device: the model's.
+    """
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
+    stop = torch.tensor(list(ends), device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    rows: list[list[int]] = [[] for _ in prompts]
+    cache, step = None, ids
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    for _ in range(max_new_tokens):
+        output = model(
+            input_ids=step,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
+        over = done.tolist()
+        for row, token in enumerate(chosen.tolist()):
+            if not over[row]:
+                rows[row].append(token)
+        done |= torch.isin(chosen, stop)
+        if done.all():
+            break
+        step, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], -1)
+    return rows
