@@ -66,6 +66,15 @@ class Experts:
             config = MergeConfiguration.model_validate(data)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"recipe {path}: {one_line(error)}") from error
+        return cls.of(config, path)
+
+    @classmethod
+    def of(cls, config: MergeConfiguration, path: str | os.PathLike[str]) -> Experts:
+        """The models of a recipe that was read already.
+
+        Raises:
+            UserError: not a recipe of a base and whole experts.
+        """
         if config.base_model is None or not config.models:
             raise UserError(f"recipe {path}: expected 'base_model' and a list of 'models'")
         models = dict.fromkeys(str(m.model) for m in config.models if m.model != config.base_model)

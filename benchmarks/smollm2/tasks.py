@@ -24,7 +24,7 @@ from benchmarks.smollm2.skills import code, instruction, math
 from benchmarks.smollm2.skills.item import Item, Split, split_of
 
 SKILLS = ("instruction", "math", "code")
-COUNTS: dict[Split, int] = {"train": 2000, "score": 32, "valid": 32, "test": 64}
+COUNTS: dict[Split, int] = {"train": 2000, "score": 32, "valid": 24, "test": 64}
 MAX_NEW_TOKENS = 48
 
 

@@ -164,7 +164,7 @@ class Runner:
         plan, models = self.plan, n_splits * (1 + len(self.plan.experts)) + len(self.plan.extra)
         for method in plan.methods:
             draws = plan.seeds if method.draws else 1
-            models += draws * (2 if plan.tuned else 1)
+            models += draws * (2 if plan.tuned and method.name == OURS else 1)
             models += (len(method.grid) or 3) if plan.tuned else 0
         return models * len(plan.tasks)
 
@@ -192,11 +192,12 @@ class Runner:
             return configuration(method, setting, plan.base, plan.experts, plan.dtype, plan.recipe)
 
         seeds = tuple(range(plan.seeds)) if method.draws else (0,)
-        untuned = self._test_row(
-            f"{method.name} (untuned)", role, method.name, method.untuned, seeds, make
-        )
+        rows = []
+        if role == "ours" or not plan.tuned:
+            name = f"{method.name} (untuned)"
+            rows = [self._test_row(name, role, method.name, method.untuned, seeds, make)]
         if not plan.tuned:
-            return [untuned]
+            return rows
         if method.aim:
             under = method.name.removesuffix("+aim")
             if under not in won:
@@ -210,12 +211,11 @@ class Runner:
             if scores is not None:
                 found.append((setting, select.objective(scores, self.ceiling.get("valid"))))
         if not found:
-            failed = Row(method.name, role, failed="no setting of its grid could be evaluated")
-            return [failed, untuned]
+            return [Row(method.name, role, failed="no setting of its grid was evaluated"), *rows]
         setting, valid = select.best(found)
         won[method.name] = setting
         tuned = self._test_row(method.name, role, method.name, setting, seeds, make, valid)
-        return [tuned, untuned]
+        return [tuned, *rows]
 
     def _test_row(
         self,

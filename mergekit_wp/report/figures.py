@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import matplotlib
@@ -22,8 +22,10 @@ from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
 #: Left to right; a reader meets the whole before the parts.
 ORDER: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
 _MOST_PIXELS = 16_000
-# stands for the page's text colour in an inline SVG
-_INK = "#010203"
+#: stands for the page's text colour in an inline SVG
+INK = "#010203"
+#: gid of texts that keep their colour, as they stand on a coloured ground
+FIXED = "fixed"
 
 
 @contextmanager
@@ -143,12 +145,30 @@ def svg(panel: panels.Panel, prefix: str, n_layers: int) -> str:
         ax.set_ylabel("layer")
         _draw(figure, ax, panel)
         ax.set_title("")
-        for text in figure.findobj(matplotlib.text.Text):
-            text.set_color(_INK)
-        figure.patch.set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
+        return _element(figure, prefix)
+
+
+def _element(figure: Figure, prefix: str) -> str:
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_gid() != FIXED:
+            text.set_color(INK)
+    figure.patch.set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
     return _inline(buffer.getvalue(), prefix)
+
+
+def page_svg(
+    draw: Callable[[Axes], None], prefix: str, size: tuple[float, float], polar: bool = False
+) -> str:
+    """Any drawing as an ``<svg>`` element for a page, in the page's text colour."""
+    inked = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color")
+    with _settings(), matplotlib.rc_context(dict.fromkeys(inked, INK)):
+        figure = Figure(figsize=size, layout="constrained")
+        ax = figure.add_subplot(projection="polar") if polar else figure.add_subplot()
+        ax.patch.set_visible(False)
+        draw(ax)
+        return _element(figure, prefix)
 
 
 def _inline(text: str, prefix: str) -> str:
@@ -159,4 +179,4 @@ def _inline(text: str, prefix: str) -> str:
     element = re.sub(r'\s(width|height)="[\d.]+pt"', "", element, count=2)
     element = re.sub(r'\bid="', f'id="{prefix}-', element)
     element = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", element)
-    return element.replace(_INK, "currentColor")
+    return element.replace(INK, "currentColor")

@@ -1,0 +1,230 @@
+"""Every method on five seeds and four combinations of the zoo's experts.
+
+``python -m benchmarks.zoo.bench`` (from the repository's root) trains what is missing, scores,
+compares through `mergekit_wp.compare`, and prints the tables of README.md. Everything is kept in
+build/zoo and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from tqdm import tqdm
+
+from benchmarks.zoo.tasks import distinct_items
+from mergekit_wp import recipe as recipes
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.compare.checkers import Checkers
+from mergekit_wp.compare.items import JsonlTask
+from mergekit_wp.compare.results import Results
+from mergekit_wp.compare.rows import Comparison
+from mergekit_wp.compare.run import DEFAULT_METHODS, Plan, Runner, methods_of
+from mergekit_wp.prompts import Prompt
+from mergekit_wp.scoring.company import score_company
+from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest
+from mergekit_wp.scoring.score import score
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "zoo"
+COMBINATIONS = (("inst", "math"), ("inst", "sort"), ("math", "sort"), ("inst", "math", "sort"))
+SEEDS = (2, 3, 4, 5, 6)
+N_PROMPTS, N_VALID, N_TEST = 128, 100, 200
+MAX_NEW_TOKENS = 14
+
+
+class Silent:
+    """A scoring run that says nothing."""
+
+    def stage(self, name: str, total: float, unit: str) -> None:
+        pass
+
+    def advance(self, amount: float, *, resumed: bool = False) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def checkpoints(seed: int) -> Path:
+    """The folder of one seed's base and experts, trained if it is not there."""
+    folder = BUILD / f"seed{seed}"
+    if not (folder / "eval").exists():
+        command = [sys.executable, "benchmarks/zoo/train.py", "--seed", str(seed), "--out"]
+        subprocess.run([*command, str(folder)], cwd=ROOT, check=True)
+    return folder
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def prompts(folder: Path, seed: int, skill: str, n: int = N_PROMPTS) -> Path:
+    """Scoring prompts of the train split; the first 128 are those of `train.py`."""
+    lines = []
+    for item in distinct_items(skill, "train", seed + 1000, n):
+        line = {"prompt": item.prompt, "response": item.answer}
+        if item.contrast is not None:
+            line["contrast"] = item.contrast
+        lines.append(line)
+    return write_lines(folder / f"prompts{n}" / f"{skill}.jsonl", lines)
+
+
+def task(folder: Path, seed: int, skill: str) -> JsonlTask:
+    """Validation and test items of one skill."""
+    lines = [
+        {"prompt": i.prompt, "answer": i.answer, "split": split, "max_new_tokens": MAX_NEW_TOKENS}
+        for split, count in (("valid", N_VALID), ("test", N_TEST))
+        for i in distinct_items(skill, split, seed, count)
+    ]
+    return JsonlTask.read(
+        write_lines(folder / "tasks" / f"{skill}.jsonl", lines), Checkers.load(None)
+    )
+
+
+def weight_patching(
+    folder: Path, experts: Sequence[str], files: dict[str, dict[str, str]], **parameters: Any
+) -> MergeConfiguration:
+    """A recipe of ours; ``files`` gives each expert its ``scores`` (and ``guards``)."""
+    data = {
+        "merge_method": "weight_patching",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(folder / e), "parameters": files[e]} for e in experts],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    return MergeConfiguration.model_validate(data)
+
+
+def company(folder: Path, seed: int, experts: Sequence[str], n: int, steps: int) -> Path:
+    """The folder of the experts' scores in each other's company."""
+    out = folder / f"company-{'-'.join(experts)}-{n}-{steps}"
+    if not (out / "recipe.yml").exists():
+        recipe = folder / f"{'-'.join(experts)}.yml"
+        recipe.write_text(
+            yaml.safe_dump(
+                {
+                    "merge_method": "task_arithmetic",
+                    "base_model": str(folder / "base"),
+                    "models": [{"model": str(folder / e)} for e in experts],
+                }
+            )
+        )
+        pairs = tuple((e, prompts(folder, seed, e, n)) for e in experts)
+        request = CompanyRequest(recipe=recipe, prompts=pairs, out=out, steps=steps)
+        score_company(request, Silent())
+    return out
+
+
+def alone(
+    folder: Path, seed: int, expert: str, skill: str, n: int = N_PROMPTS, **options: Any
+) -> Path:
+    """One expert's score file on one skill: its own, or another's as a guard."""
+    label = "-".join(f"{k}={v}" for k, v in options.items()).replace("'", "").replace(" ", "")
+    out = folder / "alone" / f"{expert}-on-{skill}-{n}{label and '-'}{label}.safetensors"
+    if not out.exists():
+        criteria = ("kl",) if expert == skill else ("logprob",)
+        request = ScoreRequest(
+            base=str(folder / "base"),
+            expert=str(folder / expert),
+            prompts=prompts(folder, seed, skill, n),
+            out=out,
+            **{"estimands": ("share",), "criteria": criteria, **options},
+        )
+        score(request, Silent())
+    return out
+
+
+def own_recipes(folder: Path, seed: int, experts: Sequence[str]) -> dict[str, MergeConfiguration]:
+    """Weight patching untuned: in company; alone; alone with guards."""
+    own = {e: {"scores": str(alone(folder, seed, e, e))} for e in experts}
+    guarded = {
+        e: own[e] | {"guards": ", ".join(str(alone(folder, seed, e, s)) for s in experts if s != e)}
+        for e in experts
+    }
+    together = recipes.read(company(folder, seed, experts, N_PROMPTS, 10) / "recipe.yml").config
+    together.dtype = "float32"
+    return {
+        "company": together,
+        "scored alone, untuned": weight_patching(folder, experts, own),
+        "scored alone, guards, untuned": weight_patching(folder, experts, guarded),
+    }
+
+
+def compare(
+    seed: int,
+    experts: Sequence[str],
+    methods: Sequence[str],
+    extra: dict[str, MergeConfiguration],
+    label: str,
+    bar: Any,
+) -> Comparison:
+    """One comparison; finished parts are read, not run."""
+    folder = checkpoints(seed)
+    recipe = recipes.read(company(folder, seed, experts, N_PROMPTS, 10) / "recipe.yml").config
+    recipe.dtype = "float32"
+    calibration = [
+        Prompt.model_validate_json(line)
+        for e in experts
+        for line in prompts(folder, seed, e, 32).read_text().splitlines()
+    ]
+    plan = Plan(
+        base=str(folder / "base"),
+        experts=tuple(str(folder / e) for e in experts),
+        names=tuple(experts),
+        recipe=recipe,
+        extra=extra,
+        methods=methods_of(methods, len(experts), recipe),
+        tasks=tuple(task(folder, seed, e) for e in experts),
+        relative=True,
+        calibration=tuple(calibration),
+    )
+    plan.check()
+    inputs = {"seed": seed, "experts": list(experts), "label": label}
+
+    def said(name: str, done: int, total: int) -> None:
+        bar.set_postfix_str(f"seed {seed}, {'+'.join(experts)}: {name} ({done}/{total})")
+
+    with Results(folder / label / "-".join(experts), inputs) as results:
+        return Runner(plan, results, said).run()
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--seeds", default=",".join(map(str, SEEDS)), help="Training seeds.")
+@click.option("--only-run", is_flag=True, help="Do not print the tables.")
+def main(seeds: str, only_run: bool) -> None:
+    """Train, score, compare, and print the tables."""
+    torch.set_num_threads(1)
+    ensure_registered()
+    os.chdir(ROOT)
+    chosen = [int(seed) for seed in seeds.split(",")]
+    found: dict[tuple[str, ...], dict[int, Comparison]] = {c: {} for c in COMBINATIONS}
+    with tqdm(total=len(chosen) * len(COMBINATIONS), unit="comparison", mininterval=5) as bar:
+        for seed in chosen:
+            for experts in COMBINATIONS:
+                extra = own_recipes(checkpoints(seed), seed, experts)
+                del extra["company"]
+                found[experts][seed] = compare(
+                    seed, experts, DEFAULT_METHODS, extra, "compare", bar
+                )
+                bar.update()
+    if only_run:
+        return
+    from benchmarks.zoo.pooled import tables
+
+    click.echo(tables(found))
+
+
+if __name__ == "__main__":
+    main()

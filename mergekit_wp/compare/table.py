@@ -1,0 +1,158 @@
+"""The comparison as a table: in the terminal, in Markdown for a model card, and as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_wp.compare.rows import Comparison, Row
+from mergekit_wp.compare.statistics import Difference, Estimate, Resampled
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row with everything that is said of it; no numbers where it failed."""
+
+    row: Row
+    tasks: dict[str, Estimate]
+    mean: Estimate | None
+    difference: Difference | None
+
+
+def lines(resampled: Resampled) -> list[Line]:
+    """Base and experts as they come, then the merges, best first, then what failed."""
+    comparison = resampled.comparison
+    found = []
+    for row in comparison.rows:
+        if row.failed is not None:
+            found.append(Line(row, {}, None, None))
+            continue
+        merged = row.role in ("peer", "ours") and row.name != comparison.reference
+        found.append(
+            Line(
+                row,
+                {task: resampled.task(row.name, task) for task in comparison.tasks},
+                resampled.mean(row.name),
+                resampled.difference(row.name, comparison.reference) if merged else None,
+            )
+        )
+    given = [line for line in found if line.row.role in ("base", "expert")]
+    merges = [line for line in found if line.row.role in ("peer", "ours")]
+    merges.sort(key=lambda line: -line.mean.value if line.mean else 1e9)
+    return given + merges
+
+
+def interval(estimate: Estimate) -> str:
+    """Two decimals: ``0.61 [0.55, 0.66]``."""
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def signed(estimate: Estimate) -> str:
+    """As `interval`, with signs."""
+    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+
+
+def setting_words(row: Row) -> str:
+    """Parameters in words: ``density 0.5, lambda 1``."""
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.setting.items()
+    )
+
+
+def what(comparison: Comparison, resampled: Resampled) -> str:
+    """What the numbers are, in one sentence."""
+    row = next(iter(resampled.rows.values()))
+    counts = [f"{len(row.scores[task][0])} of {task}" for task in comparison.tasks]
+    relative = ", each task relative to its best expert" if comparison.relative else ""
+    return f"test items: {', '.join(counts)}; mean over tasks{relative}; 95% intervals"
+
+
+def terminal_table(resampled: Resampled) -> str:
+    """Aligned columns of at most 100 characters for three tasks."""
+    comparison = resampled.comparison
+    found = lines(resampled)
+    name = max(len("method"), *(len(line.row.name) for line in found))
+    widths = {task: max(5, min(10, len(task))) for task in comparison.tasks}
+    head = f"{'method':<{name}}"
+    head += "".join(f" {task[: widths[task]]:>{widths[task]}}" for task in comparison.tasks)
+    head += f"  {'mean':<17}  {f'against {comparison.reference}'[:28]:<22}"
+    output = [what(comparison, resampled), "", f"{head}  won/lost".rstrip()]
+    for line in found:
+        text = f"{line.row.name:<{name}}"
+        if line.mean is None:
+            output.append(f"{text} failed: {line.row.failed}")
+            continue
+        text += "".join(
+            f" {line.tasks[task].value:>{widths[task]}.2f}" for task in comparison.tasks
+        )
+        text += f"  {interval(line.mean):<17}"
+        if line.difference is not None:
+            d = line.difference
+            text += f"  {signed(d.estimate):<22}  {d.won}/{d.lost}"
+            text += "" if d.verdict == "unclear" else f" {d.verdict}"
+        output.append(text.rstrip())
+    return "\n".join(output)
+
+
+def markdown_table(resampled: Resampled) -> str:
+    """A table for a model card."""
+    comparison = resampled.comparison
+    head = ["method", *comparison.tasks, "mean", f"against {comparison.reference}", "won / lost"]
+    output = [
+        "| " + " | ".join(_cell(text) for text in head) + " |",
+        "|---" + "|---:" * (len(head) - 1) + "|",
+    ]
+    for line in lines(resampled):
+        cells = [_cell(line.row.name)]
+        if line.mean is None:
+            cells += [_cell(f"failed: {line.row.failed}")] + [""] * (len(head) - 2)
+        else:
+            cells += [interval(line.tasks[task]) for task in comparison.tasks]
+            cells.append(interval(line.mean))
+            d = line.difference
+            cells += ["", ""] if d is None else [_verdict(d), f"{d.won} / {d.lost}"]
+        output.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*output, "", what(comparison, resampled) + "."]) + "\n"
+
+
+def summary(resampled: Resampled) -> dict[str, Any]:
+    """The same numbers for programs."""
+    comparison = resampled.comparison
+
+    def numbers(estimate: Estimate) -> dict[str, float]:
+        return vars(estimate).copy()
+
+    return {
+        "tasks": list(comparison.tasks),
+        "relative": comparison.relative,
+        "reference": comparison.reference,
+        "rows": [
+            {
+                "name": line.row.name,
+                "role": line.row.role,
+                "setting": line.row.setting,
+                "valid": line.row.valid,
+                "failed": line.row.failed,
+                "tasks": {task: numbers(found) for task, found in line.tasks.items()},
+                "mean": line.mean and numbers(line.mean),
+                "difference": line.difference
+                and {
+                    **numbers(line.difference.estimate),
+                    "won": line.difference.won,
+                    "lost": line.difference.lost,
+                    "verdict": line.difference.verdict,
+                },
+            }
+            for line in lines(resampled)
+        ],
+    }
+
+
+def _verdict(difference: Difference) -> str:
+    text = signed(difference.estimate)
+    return text if difference.verdict == "unclear" else f"{text} {difference.verdict}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
