@@ -91,6 +91,12 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float6
     """Save a model with a letter tokenizer."""
     model.to(dtype).save_pretrained(folder)
     model.to(torch.float64)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of one token a letter."""
     # byte-level BPE without merges, one token a letter: the one shape every family's own
     # tokenizer class (AutoTokenizer goes by the config's model_type) loads alike
     tokens = {letter: i for i, letter in enumerate(LETTERS)} | {
@@ -103,7 +109,6 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float6
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return folder
 
 
 def _word(start: int, step: int, length: int) -> str:

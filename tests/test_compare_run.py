@@ -1,0 +1,418 @@
+"""A whole comparison: choosing, reporting, resuming, failing."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
+
+from mergekit_wp.cli import cli
+from mergekit_wp.compare.results import Results
+from mergekit_wp.compare.rows import Comparison, ItemScore, Row, Split
+from mergekit_wp.compare.run import Plan, Runner, methods_of
+from mergekit_wp.compare.statistics import Resampled
+from mergekit_wp.compare.table import markdown_table, summary, terminal_table
+from mergekit_wp.errors import UserError
+from mergekit_wp.prompts import Prompt
+from tests.merging import Family, llama_config
+from tests.models import save_tokenizer, write_prompts
+
+torch.set_num_threads(1)
+NORM = "model.norm.weight"
+
+
+@dataclass
+class Distance:
+    """A task that is solved the better the closer one weight is to where it should be."""
+
+    name: str
+    goal: torch.Tensor
+    counts: dict[str, int] = field(default_factory=lambda: {"valid": 3, "test": 4})
+    fingerprint: str = "1"
+    asked: list[str] = field(default_factory=list)
+    fail_when: Any = None
+
+    def count(self, split: Split) -> int:
+        return self.counts[split]
+
+    def evaluate(self, model: Any, tokenizer: Any, split: Split) -> list[ItemScore]:
+        weight = model.model.norm.weight
+        self.asked.append(split)
+        if self.fail_when is not None and self.fail_when(weight):
+            raise self.error
+        score = 1 / (1 + float((weight - self.goal).abs().mean()))
+        return [ItemScore(str(i), score) for i in range(self.counts[split])]
+
+    error: BaseException = field(default_factory=lambda: ValueError("no\nway"))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    made = Family.make(tmp_path_factory.mktemp("run"), llama_config(vocab_size=40))
+    save_tokenizer(made.base.path)
+    return made
+
+
+def make_plan(family: Family, task: Distance, names: tuple[str, ...], **options: Any) -> Plan:
+    recipe = MergeConfiguration.model_validate(family.recipe())
+    settings: dict[str, Any] = {
+        "base": str(family.base.path),
+        "experts": tuple(str(e.path) for e in family.experts),
+        "names": ("expert0", "expert1"),
+        "recipe": recipe,
+        "extra": {},
+        "methods": methods_of(names, 2, recipe),
+        "tasks": (task,),
+    }
+    return Plan(**(settings | options))
+
+
+def run(plan: Plan, folder: Path, inputs: dict[str, Any] | None = None) -> Comparison:
+    with Results(folder, inputs or {"a": 1}) as results:
+        return Runner(plan, results, lambda *_: None).run()
+
+
+def planted(family: Family, weight: float) -> torch.Tensor:
+    """Where task arithmetic with this weight puts the final norm."""
+    start = family.base.state[NORM]
+    return start + weight * sum(e.state[NORM] - start for e in family.experts)
+
+
+@pytest.mark.parametrize("weight", [0.4, 0.8])
+def test_the_planted_setting_is_chosen_and_reported(
+    family: Family, tmp_path: Path, weight: float
+) -> None:
+    task = Distance("near", planted(family, weight))
+    plan = make_plan(family, task, ("weight_patching", "task_arithmetic", "ram"))
+    rows = {row.name: row for row in run(plan, tmp_path).rows}
+    assert rows["task_arithmetic"].setting == {"weight": weight}
+    assert rows["task_arithmetic"].valid == pytest.approx(1, abs=1e-5)
+    assert rows["task_arithmetic"].scores["near"] == [[pytest.approx(1, abs=1e-5)] * 4]
+    assert list(rows) == [
+        "base",
+        "expert expert0",
+        "expert expert1",
+        "weight_patching",
+        "weight_patching (untuned)",
+        "task_arithmetic",
+        "ram",
+    ]
+    away = float((family.base.state[NORM] - task.goal).abs().mean())
+    assert rows["base"].scores["near"][0][0] == pytest.approx(1 / (1 + away), rel=1e-5)
+
+
+def test_untuned_needs_no_validation(family: Family, tmp_path: Path) -> None:
+    task = Distance("near", planted(family, 0.5), {"valid": 0, "test": 4})
+    plan = make_plan(family, task, ("weight_patching", "task_arithmetic"))
+    with pytest.raises(UserError, match="task 'near' has no 'valid' items: .* --untuned"):
+        plan.check()
+    plan = replace(plan, tuned=False)
+    plan.check()
+    rows = run(plan, tmp_path).rows
+    assert [row.name for row in rows[3:]] == [
+        "weight_patching (untuned)",
+        "task_arithmetic (untuned)",
+    ]
+    assert set(task.asked) == {"test"}
+    task.counts["test"] = 0
+    with pytest.raises(UserError, match="has no 'test' items: they are what is reported"):
+        plan.check()
+
+
+def test_aim_is_tuned_on_top_of_the_best_setting(family: Family, tmp_path: Path) -> None:
+    task = Distance("near", planted(family, 0.7))
+    plan = make_plan(family, task, ("task_arithmetic+aim",))
+    with pytest.raises(UserError, match="AIM needs --calibration"):
+        plan.check()
+    plan = replace(plan, calibration=(Prompt(prompt="abc"),))
+    rows = {row.name: row for row in run(plan, tmp_path).rows}
+    setting = rows["task_arithmetic+aim"].setting
+    assert setting["weight"] == 0.7 and setting["omega"] in (0.2, 0.4, 0.6)
+
+
+def test_methods_that_draw_are_merged_with_every_seed(family: Family, tmp_path: Path) -> None:
+    plan = make_plan(family, Distance("near", planted(family, 0.5)), ("dare_linear", "ties"))
+    plan = replace(plan, tuned=False, seeds=3)
+    rows = {row.name: row for row in run(plan, tmp_path).rows}
+    assert len(rows["ties (untuned)"].scores["near"]) == 1
+    per_seed = rows["dare_linear (untuned)"].scores["near"]
+    assert len({tuple(scores) for scores in per_seed}) == 3
+
+
+def test_in_memory_and_on_disk_score_alike(family: Family, tmp_path: Path) -> None:
+    plan = make_plan(family, Distance("near", planted(family, 0.5)), ("weight_patching", "ties"))
+    plan = replace(plan, tuned=False)
+    memory = run(plan, tmp_path / "m")
+    disk = run(replace(plan, in_memory=False), tmp_path / "d")
+    assert [row.scores for row in memory.rows] == [row.scores for row in disk.rows]
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        ".lock",
+        "comparison.json",
+        "results.jsonl",
+    ]
+
+
+def test_a_killed_comparison_goes_on_where_it_was(family: Family, tmp_path: Path) -> None:
+    task = Distance("near", planted(family, 0.5))
+    plan = make_plan(family, task, ("weight_patching", "task_arithmetic"))
+    whole = run(plan, tmp_path / "whole")
+    needed = len(task.asked)
+    task.asked.clear()
+
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    task.error = Killed()
+    task.fail_when = lambda _: len(task.asked) == 6
+    with pytest.raises(Killed):
+        run(plan, tmp_path / "killed")
+    path = tmp_path / "killed" / "results.jsonl"
+    with open(path, "a") as handle:
+        handle.write('{"model": "torn')
+    task.fail_when = None
+    done = run(plan, tmp_path / "killed")
+    assert done == whole
+    assert len(task.asked) == needed + 1  # the one that was killed is done again
+    before = len(task.asked)
+    assert run(plan, tmp_path / "killed") == whole and len(task.asked) == before
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    keys = [(x["model"], str(x["setting"]), x["task"], x["split"], x["item"]) for x in lines]
+    assert len(keys) == len(set(keys))
+
+
+def test_half_a_job_is_done_again(family: Family, tmp_path: Path) -> None:
+    task = Distance("near", planted(family, 0.5))
+    plan = replace(make_plan(family, task, ("ties",)), tuned=False)
+    whole = run(plan, tmp_path)
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(True)[:-2]))
+    task.asked.clear()
+    assert run(plan, tmp_path) == whole
+    assert len(task.asked) == 1
+
+
+def test_a_merge_that_fails_is_recorded_and_tried_again(family: Family, tmp_path: Path) -> None:
+    task = Distance("near", planted(family, 0.5))
+    bad = planted(family, 0.5)  # where untuned task arithmetic lands
+    task.fail_when = lambda weight: torch.allclose(weight, bad, atol=1e-6)
+    plan = replace(make_plan(family, task, ("task_arithmetic", "ties")), tuned=False)
+    rows = {row.name: row for row in run(plan, tmp_path).rows}
+    assert rows["task_arithmetic (untuned)"].failed == "ValueError: no way"
+    assert rows["ties (untuned)"].failed is None
+    task.fail_when = None
+    task.asked.clear()
+    rows = {row.name: row for row in run(plan, tmp_path).rows}
+    assert rows["task_arithmetic (untuned)"].failed is None
+    assert len(task.asked) == 1
+    assert "failed" not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(family: Family, tmp_path: Path) -> None:
+    task = Distance("near", planted(family, 0.5))
+    task.error = OSError(28, "No space left on device")
+    task.fail_when = lambda _: len(task.asked) == 3
+    plan = replace(make_plan(family, task, ("ties",)), tuned=False)
+    with pytest.raises(OSError, match="No space left"):
+        run(plan, tmp_path)
+    kept = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(kept) == 2 * 4 and not any("failed" in line for line in kept)
+    task.fail_when = None
+    run(plan, tmp_path)
+
+
+def test_results_of_another_configuration_are_refused(family: Family, tmp_path: Path) -> None:
+    plan = replace(
+        make_plan(family, Distance("near", planted(family, 0.5)), ("ties",)), tuned=False
+    )
+    run(plan, tmp_path, {"tasks": 1, "base": 2})
+    with pytest.raises(UserError, match="another configuration; changed: tasks; add --restart"):
+        run(plan, tmp_path, {"tasks": 3, "base": 2})
+    with Results(tmp_path, {"tasks": 3}, restart=True) as results:
+        assert not results.done
+        with pytest.raises(UserError, match="another comparison is writing"):
+            Results(tmp_path, {"tasks": 3}).__enter__()
+    (tmp_path / "results.jsonl").write_text('{"model": 3}\n')
+    with pytest.raises(UserError, match=r"results.jsonl, line 1 is damaged; add --restart"):
+        Results(tmp_path, {"tasks": 3}).__enter__()
+    (tmp_path / "comparison.json").unlink()
+    with pytest.raises(UserError, match="without its comparison.json"):
+        Results(tmp_path, {"tasks": 3}).__enter__()
+
+
+def table_of(*rows: Row, relative: bool = False) -> Resampled:
+    tasks = tuple(next(r for r in rows if not r.failed).scores)
+    return Resampled(Comparison(rows, tasks, relative, "ours"), 500)
+
+
+def test_tables_carry_the_numbers() -> None:
+    def scores(right: int, other: int) -> dict[str, list[list[float]]]:
+        return {
+            "t|1": [[1.0] * right + [0.0] * (40 - right)],
+            "<u>": [[1.0] * other + [0.0] * (20 - other)],
+        }
+
+    made = table_of(
+        Row("base", "base", scores=scores(0, 0)),
+        Row("ours", "ours", {"lambda": 0.7}, scores(36, 18)),
+        Row("ties", "peer", {"density": 0.5}, scores(12, 6), valid=0.4),
+        Row("sce", "peer", failed="no <memory>"),
+    )
+    text = terminal_table(made)
+    assert re.search(r"ours +0.90 +0.90  0.90 \[", text)
+    assert re.search(r"ties +0.30 +0.30  0.30 \[.*-0.60 \[-.*0/36 worse", text)
+    assert re.search(r"sce +failed: no <memory>", text)
+    assert max(map(len, text.splitlines()[2:])) <= 100
+    markdown = markdown_table(made)
+    assert r"| t\|1 |" in markdown and "| 0 / 36 |" in markdown
+    rows = {row["name"]: row for row in summary(made)["rows"]}
+    assert rows["ties"]["difference"]["verdict"] == "worse"
+    assert rows["ties"]["difference"]["value"] == pytest.approx(-0.6)
+    assert rows["sce"]["failed"] == "no <memory>" and rows["base"]["difference"] is None
+    json.dumps(summary(made))
+
+
+def test_the_page_is_offline_escaped_and_the_same_twice() -> None:
+    from mergekit_wp.compare.page import html_page
+
+    def rows(*names: str) -> tuple[Row, ...]:
+        scores = {name: [[1.0, 0.0, 1.0, 1.0]] for name in names}
+        less = {name: [[0.0, 0.0, 1.0, 0.0]] for name in names}
+        return (
+            Row("base", "base", scores=less),
+            Row("expert a", "expert", scores=scores),
+            Row("ours", "ours", scores=scores),
+            Row("ties <b>", "peer", {"density": 0.5}, less, valid=0.3),
+            Row("sce", "peer", failed="no <memory>"),
+        )
+
+    for names in (("one",), ("one", "two"), ("<script>x</script>", "two", "$three$")):
+        page = html_page(table_of(*rows(*names)), "3 experts & more")
+        assert page == html_page(table_of(*rows(*names)), "3 experts & more")
+        assert "<script" not in page and "<b>" not in page and "http" not in page
+        assert "3 experts &amp; more" in page and "failed: no &lt;memory&gt;" in page
+        assert "density 0.5" in page and 'name="viewport"' in page
+        assert page.count("<svg") == 3 + (len(names) > 2)
+        assert "The best peer is ties &lt;b&gt; with" in page
+
+
+@pytest.fixture
+def world(family: Family, tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(family.recipe()))
+    other = family.recipe() | {"merge_method": "ties"}
+    other["models"] = [
+        {"model": m["model"], "parameters": {"weight": 1.0}} for m in other["models"]
+    ]
+    (tmp_path / "fixed.yml").write_text(yaml.safe_dump(other))
+    for name, prompts in (("one", "abc"), ("two", "hgf")):
+        lines = [
+            {"prompt": p + q, "answer": "", "checker": "contains", "split": split}
+            for p in prompts
+            for q in "kl"
+            for split in ("valid", "test")
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    write_prompts(tmp_path / "calibration.jsonl", 3)
+    return tmp_path
+
+
+def invoke(world: Path, *arguments: str) -> Result:
+    tasks = ["--task", str(world / "one.jsonl"), "--task", f"zwei={world / 'two.jsonl'}"]
+    out = ["--out", str(world / "out"), "--max-new-tokens", "3"]
+    return CliRunner().invoke(cli, ["compare", *arguments, *tasks, *out])
+
+
+def test_the_command(world: Path, family: Family) -> None:
+    recipes = [str(world / "recipe.yml"), str(world / "fixed.yml")]
+    options = ["--methods", "weight_patching,ties", "--relative", "--keep"]
+    done = invoke(world, *recipes, *options)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"weight_patching +1.00 +1.00", done.output)
+    assert re.search(r"^fixed ", done.output, re.MULTILINE)
+    out = world / "out"
+    found = json.loads((out / "summary.json").read_text())
+    assert found["tasks"] == ["one", "zwei"] and found["reference"] == "weight_patching"
+    assert "<svg" in (out / "report.html").read_text()
+    assert "| ties |" in (out / "table.md").read_text()
+    chosen = MergeConfiguration.model_validate(
+        yaml.safe_load((out / "recipes" / "ties.yml").read_text())
+    )
+    assert chosen.merge_method == "ties"
+    assert (out / "merged" / "ties" / "model.safetensors").exists()
+    again = invoke(world, *recipes, *options)
+    assert again.exit_code == 0
+    assert again.stdout.splitlines()[-10:] == done.stdout.splitlines()[-10:]
+    base, experts = str(family.base.path), [str(e.path) for e in family.experts]
+    pairs = [x for e, s in zip(experts, family.paths, strict=True) for x in ("--expert", e, str(s))]
+    listed = invoke(world, "--base", base, *pairs, "--methods", "ram", "--restart")
+    assert listed.exit_code == 0, listed.output
+    assert "ram " in listed.output and "AIM" not in listed.output
+
+
+def test_aim_is_left_out_aloud(world: Path) -> None:
+    done = invoke(world, str(world / "recipe.yml"), "--untuned")
+    assert "AIM is left out: it needs --calibration" in done.stderr
+    assert done.exit_code == 0 and "+aim" not in done.stdout
+    calibration = str(world / "calibration.jsonl")
+    done = invoke(
+        world, str(world / "recipe.yml"), "--untuned", "--calibration", calibration, "--restart"
+    )
+    assert "ties+aim (untuned)" in done.stdout, done.output
+
+
+def test_a_failed_merge_ends_with_one(world: Path) -> None:
+    (world / "mine.py").write_text(
+        "calls = []\n"
+        "def flaky(item, output):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 24: raise ValueError('late')\n"
+        "    return 1\n"
+    )
+    for name in ("one", "two"):
+        text = (world / f"{name}.jsonl").read_text().replace("contains", "flaky")
+        (world / f"{name}.jsonl").write_text(text)
+    command = [str(world / "recipe.yml"), "--methods", "weight_patching,ram", "--untuned"]
+    done = invoke(world, *command, "--checkers", str(world / "mine.py"))
+    # 6 test items of 2 tasks: base and one expert are measured before the checker breaks
+    assert done.exit_code == 1
+    assert "failed: expert expert1, weight_patching (untuned), ram (untuned)" in done.stderr
+    assert "checker 'flaky' fails on item" in (world / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a weight_patching RECIPE, or --base BASE"),
+        (["fixed.yml"], "merges by ties; the first recipe must be the weight_patching one"),
+        (["recipe.yml", "--methods", "tise"], "unknown method 'tise'; known are weight_patching"),
+        (["recipe.yml", "--methods", "ties+aim"], "AIM needs --calibration"),
+        (["recipe.yml", "--base", "x"], "give either a weight_patching RECIPE"),
+        (["recipe.yml", "fixed.yml", "fixed.yml"], "two recipes are called 'fixed'"),
+        (["recipe.yml", "--task", "one.jsonl"], "two tasks are called 'one'"),
+        (["recipe.yml", "--task", "none.jsonl"], "none.jsonl cannot be read"),
+        (["recipe.yml", "--grid", "none.yml"], "none.yml cannot be read"),
+        (["recipe.yml", "--eval-dtype", "int3"], "--eval-dtype int3"),
+        (["recipe.yml", "--calibration", "none.jsonl"], "none.jsonl cannot be read"),
+    ],
+)
+def test_bad_input(world: Path, arguments: list[str], message: str) -> None:
+    named = [str(world / a) if re.search(r"\.(yml|jsonl)$", a) else a for a in arguments]
+    done = invoke(world, *named)
+    assert isinstance(done.exception, UserError), done.output
+    assert message in str(done.exception)
+    assert not (world / "out").exists()
+
+
+def test_recipes_of_other_models_are_refused(world: Path, family: Family) -> None:
+    other = yaml.safe_load((world / "fixed.yml").read_text())
+    other["models"] = other["models"][:1]
+    (world / "fixed.yml").write_text(yaml.safe_dump(other))
+    done = invoke(world, str(world / "recipe.yml"), str(world / "fixed.yml"))
+    assert "fixed.yml has other models than" in str(done.exception)
