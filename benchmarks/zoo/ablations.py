@@ -1,0 +1,172 @@
+"""What each choice is worth: one row a choice, on the three-expert combination.
+
+``python -m benchmarks.zoo.ablations`` uses the checkpoints and scores of `benchmarks.zoo.bench`
+and prints the ablation table of README.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from mergekit.config import MergeConfiguration
+from tqdm import tqdm
+
+from benchmarks.zoo.bench import (
+    N_PROMPTS,
+    ROOT,
+    SEEDS,
+    alone,
+    checkpoints,
+    company,
+    compare,
+    weight_patching,
+)
+from benchmarks.zoo.lab import naive_rows
+from mergekit_wp import scorefile
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.compare.rows import Comparison
+from mergekit_wp.compare.statistics import Pooled, Resampled
+from mergekit_wp.compare.table import interval, signed
+
+EXPERTS = ("inst", "math", "sort")
+REFERENCE = "company: 128 prompts, 10 steps"
+#: gradients need no exact swaps; gain and knockout are exact where the kind is affordable
+CRITERIA = ("kl", "logprob", "anchor")
+
+
+def changed(path: Path, label: str, change: Callable[[torch.Tensor, str], torch.Tensor]) -> Path:
+    """A copy of a score file with changed scores."""
+    out = path.with_name(f"{path.stem}-{label}.safetensors")
+    file = scorefile.read(path)
+    tensors = {k: change(t, k) if k.count("/") == 2 else t for k, t in file.tensors.items()}
+    scorefile.write(replace(file, tensors=tensors), out)
+    return out
+
+
+def shuffled(tensor: torch.Tensor, key: str) -> torch.Tensor:
+    """The same scores, dealt to other components of the kind."""
+    if key.endswith("/tensor"):
+        return tensor
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
+    return tensor.flatten()[order].view(tensor.shape)
+
+
+def random(tensor: torch.Tensor, key: str) -> torch.Tensor:
+    """Uniform numbers."""
+    generator = torch.Generator().manual_seed(sum(map(ord, key)))
+    return torch.rand(tensor.shape, generator=generator)
+
+
+def rows(seed: int) -> dict[str, MergeConfiguration]:
+    """Every recipe, by its row's name."""
+    folder = checkpoints(seed)
+    made: dict[str, MergeConfiguration] = {}
+
+    def by_path(label: str, n: int, steps: int, **parameters: Any) -> dict[str, dict[str, str]]:
+        out = company(folder, seed, EXPERTS, n, steps)
+        files = {e: {"scores": str(out / f"{e}.safetensors")} for e in EXPERTS}
+        made[label] = weight_patching(folder, EXPERTS, files, fusion="path", **parameters)
+        return files
+
+    files = by_path(REFERENCE, N_PROMPTS, 10)
+    for steps in (3, 5, 20):
+        by_path(f"company: {steps} steps", N_PROMPTS, steps)
+    for n in (8, 32, 256):
+        by_path(f"company: {n} prompts a behaviour", n, 10)
+    by_path("company: gates averaged over tensors", N_PROMPTS, 10, granularity="tensor")
+    for label, change in (("shuffled", shuffled), ("random", random)):
+        other = {
+            e: {"scores": str(changed(Path(files[e]["scores"]), label, change))} for e in EXPERTS
+        }
+        made[f"company: {label} scores"] = weight_patching(folder, EXPERTS, other, fusion="path")
+    by_share = {"fusion": "share", "estimand": "share"}
+    made["company: share fusion of its shares"] = weight_patching(
+        folder, EXPERTS, files, **by_share
+    )
+
+    def by_own(label: str, n: int = N_PROMPTS, **options: Any) -> None:
+        parameters = options.pop("parameters", {})
+        own = {e: {"scores": str(alone(folder, seed, e, e, n, **options))} for e in EXPERTS}
+        made[label] = weight_patching(folder, EXPERTS, own, **parameters)
+
+    by_own("alone: share/kl, power 0.5")
+    for power in (0.0, 0.25, 1.0, 2.0):
+        by_own(f"alone: power {power:g}", parameters={"power": power})
+    for fusion in ("winner", "gate"):
+        by_own(f"alone: fusion {fusion}", parameters={"fusion": fusion})
+    by_own("alone: granularity tensor", parameters={"granularity": "tensor"})
+    for n in (8, 32, 256):
+        by_own(f"alone: {n} prompts", n)
+    for steps in (2, 10):
+        by_own(f"alone: {steps} share steps", share_steps=steps)
+    every = {"estimands": ("share", "gain", "knockout"), "criteria": CRITERIA}
+    for estimand in every["estimands"]:
+        for criterion in CRITERIA:
+            if (estimand, criterion) != ("share", "kl"):
+                chosen = {"estimand": estimand, "criterion": criterion}
+                by_own(f"alone: {estimand}/{criterion}", 32, parameters=chosen, **every)
+    for harm in (0.1, 0.3, 1.0):
+        guarded = {
+            e: {
+                "scores": str(alone(folder, seed, e, e)),
+                "guards": ", ".join(str(alone(folder, seed, e, s)) for s in EXPERTS if s != e),
+            }
+            for e in EXPERTS
+        }
+        made[f"alone: guards, harm {harm:g}"] = weight_patching(folder, EXPERTS, guarded, harm=harm)
+    for label, change in (("shuffled", shuffled), ("random", random)):
+        own = {
+            e: {"scores": str(changed(alone(folder, seed, e, e), label, change))} for e in EXPERTS
+        }
+        made[f"alone: {label} scores"] = weight_patching(folder, EXPERTS, own)
+    return made
+
+
+def table(found: dict[int, Comparison], naive: dict[int, dict[str, float]]) -> str:
+    """Mean over seeds with intervals, and the difference from the default."""
+    resampled = {seed: Resampled(c, 1000, seed) for seed, c in found.items()}
+
+    def pooled(name: str) -> Pooled:
+        return Pooled.of({s: [(r.value(name), r.draws(name))] for s, r in resampled.items()})
+
+    names = [row.name for row in next(iter(found.values())).rows if row.role == "ours"]
+    output = ["| row | mean over seeds, 95% | minus the default |", "|---|---:|---:|"]
+    for name in names:
+        difference = (
+            "" if name == REFERENCE else signed((pooled(name) - pooled(REFERENCE)).t_interval())
+        )
+        output.append(f"| {name} | {interval(pooled(name).t_interval())} | {difference} |")
+    for name in next(iter(naive.values())):
+        values = torch.tensor([naive[seed][name] for seed in found]).double()
+        one = Pooled(values.numpy(), values[:, None].numpy())
+        difference = signed((one - pooled(REFERENCE)).t_interval())
+        output.append(f"| {name} | {interval(one.t_interval())} | {difference} |")
+    return "\n".join(output)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--seeds", default=",".join(map(str, SEEDS)), help="Training seeds.")
+def main(seeds: str) -> None:
+    """Score, merge, measure, print."""
+    torch.set_num_threads(1)
+    ensure_registered()
+    os.chdir(ROOT)
+    found: dict[int, Comparison] = {}
+    naive: dict[int, dict[str, float]] = {}
+    chosen: Sequence[int] = [int(seed) for seed in seeds.split(",")]
+    with tqdm(total=len(chosen), unit="seed") as bar:
+        for seed in chosen:
+            found[seed] = compare(seed, EXPERTS, (), rows(seed), "ablations", bar)
+            naive[seed] = naive_rows(seed, found[seed])
+            bar.update()
+    click.echo(table(found, naive))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Tasks of lm-eval: local data, a toy model, the harness's own scoring."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergekit_wp.compare.checkers import Checkers
+from mergekit_wp.compare.items import JsonlTask, answers
+from mergekit_wp.compare.lm_eval_task import LmEvalTask
+from mergekit_wp.errors import UserError
+
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")
+
+
+@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
+def test_without_lm_eval_the_extra_is_named() -> None:
+    with pytest.raises(UserError, match=r"pip install 'mergekit-wp\[eval\]'"):
+        LmEvalTask.load("gsm8k")
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from tests.models import make_model, save
+
+    model = make_model("llama-tied", seed=5)
+    save(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    prompts = ["abc", "bcd", "hgf", "kk", "za"]
+    right = [text for text, _ in answers(model, tokenizer, prompts, [4] * 5)]
+    for split, chosen in (("valid", range(2)), ("test", range(1, 5))):
+        docs = [
+            {
+                "q": prompts[i],
+                "a": right[i] if i % 2 else "no",
+                "choices": ["a", "b"],
+                "gold": i % 2,
+            }
+            for i in chosen
+        ]
+        (tmp_path / f"{split}.json").write_text("".join(json.dumps(d) + "\n" for d in docs))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {
+                "validation": str(tmp_path / "valid.json"),
+                "test": str(tmp_path / "test.json"),
+            }
+        },
+        "validation_split": "validation",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+    }
+    generate = common | {
+        "task": "toy_generate",
+        "output_type": "generate_until",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"max_gen_toks": 4, "do_sample": False, "until": ["\n"]},
+        "metric_list": [{"metric": "exact_match", "higher_is_better": True}],
+    }
+    choose = common | {
+        "task": "toy_choose",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "target_delimiter": "",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "higher_is_better": True}],
+    }
+    for task in (generate, choose):
+        (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path, model.float(), tokenizer
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_splits_and_scores_are_the_harness_own(world) -> None:
+    folder, model, tokenizer = world
+    task = LmEvalTask.load(str(folder / "toy_generate.yaml"))
+    assert (task.name, task.count("valid"), task.count("test")) == ("toy_generate", 2, 4)
+    assert [x.score for x in task.evaluate(model, tokenizer, "valid")] == [0, 1]
+    assert [x.score for x in task.evaluate(model, tokenizer, "test")] == [1, 0, 1, 0]
+    assert [x.item for x in task.evaluate(model, tokenizer, "test")] == ["0", "1", "2", "3"]
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_multiple_choice_takes_the_likelier(world) -> None:
+    import torch
+
+    folder, model, tokenizer = world
+    task = LmEvalTask.load(str(folder / "toy_choose.yaml"))
+    found = [x.score for x in task.evaluate(model, tokenizer, "test")]
+    want = []
+    for line in (folder / "test.json").read_text().splitlines():
+        doc = json.loads(line)
+        logits = model(torch.tensor([tokenizer(doc["q"]).input_ids])).logits[0, -1]
+        a, b = (float(logits[tokenizer(c).input_ids[0]]) for c in doc["choices"])
+        want.append(float((b > a) == bool(doc["gold"])))
+    assert found == want and len(want) == 4
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_bad_tasks(world) -> None:
+    folder, _, _ = world
+    with pytest.raises(UserError, match="lm-eval has no task 'gsm8kk'; did you mean gsm8k"):
+        LmEvalTask.load("gsm8kk")
+    with pytest.raises(UserError, match="none.yaml not found"):
+        LmEvalTask.load(str(folder / "none.yaml"))
+    (folder / "nameless.yaml").write_text("a: 1")
+    with pytest.raises(UserError, match="nameless.yaml has no 'task' name"):
+        LmEvalTask.load(str(folder / "nameless.yaml"))
+    data = yaml.safe_load((folder / "toy_generate.yaml").read_text())
+    del data["validation_split"]
+    (folder / "toy_generate.yaml").write_text(yaml.safe_dump(data))
+    assert LmEvalTask.load(str(folder / "toy_generate.yaml")).count("valid") == 0
+    data["metric_list"][0]["higher_is_better"] = False
+    (folder / "toy_generate.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match="exact_match, is better when lower"):
+        LmEvalTask.load(str(folder / "toy_generate.yaml"))
+    data["dataset_kwargs"]["data_files"]["test"] = str(folder / "gone.json")
+    (folder / "toy_generate.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        LmEvalTask.load(str(folder / "toy_generate.yaml"))
+
+
+def test_jsonl_is_never_looked_up_in_the_harness(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        JsonlTask.read(tmp_path / "x.jsonl", Checkers.load(None))
