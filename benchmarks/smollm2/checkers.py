@@ -11,19 +11,33 @@ from typing import Any
 
 SECONDS = 2
 MEMORY = 512 * 2**20
+# Limits alone do not bind root: files could still be emptied or removed and programs started. So an
+# audit hook, which Python code cannot take away, refuses every such event. What answers import is
+# imported before.
+GUARD = """
+def guard():
+    import sys, math, re, string, random, itertools, functools, collections, operator, typing, os
+    forbidden = ("open", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "mmap.", "fcntl.")
+    def refuse(event, arguments):
+        if event.startswith(forbidden):
+            raise PermissionError(event)
+    sys.addaudithook(refuse)
+guard()
+del guard
+"""
 
 
 def code(item: dict[str, Any], output: str) -> bool:
     """Whether the function in an answer passes the item's assertions, run apart from this process.
 
-    The program runs isolated (``python -I -S``) in an empty folder, may write nothing, start
+    The program runs isolated (``python -I -S``) in an empty folder, may open, change and start
     nothing, and has 2 seconds and 512 MB: enough against accidents of a language model, not
     against an attacker.
     """
     source = function_in(output)
     if source is None:
         return False
-    program = "\n".join([source, *item["tests"], "print('passed')"])
+    program = "\n".join([GUARD, source, *item["tests"], "print('passed')"])
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(

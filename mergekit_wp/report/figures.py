@@ -162,8 +162,16 @@ def page_svg(
     draw: Callable[[Axes], None], prefix: str, size: tuple[float, float], polar: bool = False
 ) -> str:
     """Any drawing as an ``<svg>`` element for a page, in the page's text colour."""
-    inked = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color")
-    with _settings(), matplotlib.rc_context(dict.fromkeys(inked, INK)):
+    inked = matplotlib.rc_context(
+        {
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "text.color": INK,
+        }
+    )
+    with _settings(), inked:
         figure = Figure(figsize=size, layout="constrained")
         ax = figure.add_subplot(projection="polar") if polar else figure.add_subplot()
         ax.patch.set_visible(False)

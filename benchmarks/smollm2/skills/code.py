@@ -104,11 +104,22 @@ def solve(family: Family, n: Any) -> str:
     return f"def {family.name.format(n=n)}({family.arguments}):\n    return {body}"
 
 
+def telling_inputs(family: Family, n: Any) -> tuple[tuple[Any, ...], ...]:
+    """Inputs on which a function with another ``n`` answers otherwise."""
+    if family.wants == "word":
+        return ((f"the {n} here",), (f"{n} and {n}",))
+    if family.arguments == "items":
+        return (([n - 1, n, n + 1],), (list(range(1, n + 4)),))
+    if family.arguments == "text":
+        return tuple((("abcdefghij" * 5)[:length],) for length in (n - 1, n, n + 1, n + 3))
+    return ((n - 1,), (n,), (n + 1,), (2 * n,), (3 * n - 1,))
+
+
 def assertions(family: Family, n: Any) -> list[str]:
     """Lines that hold for a right function."""
     name = family.name.format(n=n)
     right: Callable[..., Any] = eval(f"lambda {family.arguments}: {family.body.format(n=n)}")
-    inputs = family.inputs + (((f"the {n} here",),) if family.wants == "word" else ())
+    inputs = family.inputs + telling_inputs(family, n)
     return [
         f"assert {name}({', '.join(map(repr, given))}) == {right(*given)!r}" for given in inputs
     ]
