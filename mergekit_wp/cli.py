@@ -18,6 +18,8 @@ _COMMANDS = {
     "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
     "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),
     "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
+    "aim": ("mergekit_wp.commands.aim:aim", "Draw a merge back to its base where that is active."),
+    "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
 }
 

@@ -1,8 +1,10 @@
-"""Files that appear under their name only when complete."""
+"""Files and folders that appear under their name only when complete."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mergekit_wp.errors import UserError
+
+# weight files of an earlier merge into the same folder, which a loader might take for the new ones
+_WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
 
 
 @contextmanager
@@ -41,3 +46,43 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target with the same last name, moved there on success.
+
+    Whatever ends the work, nothing half-written remains.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    try:
+        staged = hidden / target.name
+        yield staged
+        _move(staged, target)
+        missing = []
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        for folder in missing:
+            folder.rmdir()
+
+
+def _move(staged: Path, target: Path) -> None:
+    """Move a finished model to its place; other files already there stay."""
+    if not target.exists():
+        staged.rename(target)
+        return
+    written = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
+    for path in list(target.iterdir()):
+        if _WEIGHTS.match(path.name) and Path(path.name) not in written:
+            path.unlink()
+    for name in written:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / name, target / name)

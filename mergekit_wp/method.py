@@ -12,12 +12,13 @@ import os
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContract, TensorGroup
 
+from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import Choice, ExpertScores, check_company, load, unwritten
 from mergekit_wp.fusion import component_gates, fuse
@@ -28,6 +29,14 @@ LOG = logging.getLogger(__name__)
 
 # A tensor that only the base has stays as it is; the recipe as a whole needs an expert.
 _TENSOR_CONTRACT = InputContract(base=BasePolicy.REQUIRED)
+
+
+class Gated(NamedTuple):
+    """The gates of one tensor: ``[experts, components of the tensor]`` float64, and its cut."""
+
+    experts: tuple[Hashable, ...]
+    gates: torch.Tensor
+    layout: TensorLayout
 
 
 class _Coverage:
@@ -168,29 +177,61 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         tensor: torch.Tensor = base.tensor
         if name is None:
             raise UserError("weight_patching merges tensors by name; give the tensor's name")
-        by_path = parameters["fusion"] == "path"
+        tied = is_tied(base.id)
+        gated = self.gates(name, [entry.id for entry in group.non_base], parameters, tied)
+        if gated is None:
+            return tensor
+        experts = []
+        for entry in group.non_base:
+            if entry.id in gated.experts:
+                file = load(parameters["scores"][entry.id])
+                shown = f"tensor {name} of {entry.id}"
+                scored = file.scored_name(name, tied)
+                file.check_delta(scored, tensor, entry.tensor, shown_as=shown)
+                experts.append(entry.tensor)
+        spread = torch.stack([gated.layout.expand(gate, tensor.shape) for gate in gated.gates])
+        return fuse(tensor, experts, spread)
+
+    def gates(
+        self,
+        name: str,
+        experts: Sequence[Hashable],
+        parameters: Mapping[str, Any],
+        tied: bool | None,
+    ) -> Gated | None:
+        """How much of each expert every component of one tensor takes: no weights are read.
+
+        Args:
+            name: the tensor.
+            experts: the models that have it, beside the base.
+            parameters: as mergekit hands them to `merge_group`.
+            tied: see `is_tied`.
+
+        Returns:
+            None where no score file covers the tensor, which then stays at the base.
+
+        Raises:
+            UserError: score files that do not fit the parameters or each other.
+        """
         choice = Choice(
-            "path" if by_path else parameters["estimand"],
+            "path" if parameters["fusion"] == "path" else parameters["estimand"],
             parameters["criterion"],
             parameters["granularity"],
             harm=parameters["harm"],
         )
-        tied = is_tied(base.id)
-        experts, scores, weights, layouts = [], [], [], []
-        for entry in group.non_base:
-            file = load(parameters["scores"][entry.id])
+        covering, scores, weights, layouts = [], [], [], []
+        for expert in experts:
+            file = load(parameters["scores"][expert])
             scored = file.scored_name(name, tied)
             if not file.covers(scored, choice.granularity):
                 continue
-            shown = f"tensor {name} of {entry.id}"
-            file.check_delta(scored, tensor, entry.tensor, shown_as=shown)
-            experts.append(entry.tensor)
-            guarded = choice._replace(guards=self._guards_of(entry.id, parameters))
-            scores.append(file.scores(scored, guarded, parameters["density"][entry.id]))
-            weights.append(parameters["weight"][entry.id])
+            covering.append(expert)
+            guarded = choice._replace(guards=self._guards_of(expert, parameters))
+            scores.append(file.scores(scored, guarded, parameters["density"][expert]))
+            weights.append(parameters["weight"][expert])
             layouts.append(file.layout(scored, choice.granularity))
-        if not experts:
-            return tensor
+        if not covering:
+            return None
         if len({layout.count for layout in layouts}) > 1:
             raise UserError(f"tensor {name}: its score files are of different architectures")
         gates = component_gates(
@@ -200,9 +241,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             power=parameters["power"],
             scale=parameters["lambda"],
         )
-        shape = tensor.shape
-        spread = torch.stack([layouts[0].expand(gate, shape) for gate in gates])
-        return fuse(tensor, experts, spread)
+        return Gated(tuple(covering), gates, layouts[0])
 
 
 def check_fit(

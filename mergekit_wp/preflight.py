@@ -30,18 +30,31 @@ SMALLEST, SPACED = 3, 2
 _MISTAKES = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
-def check(recipe: Recipe, options: MergeOptions) -> None:
+def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
     """Refuse a recipe that would fail, or merge something else than meant.
+
+    Returns:
+        mergekit's plan: one task for every tensor that the merge will write.
 
     Raises:
         UserError: one sentence naming the culprit.
     """
-    _open_models(recipe, options)
-    tasks = _dry_plan(recipe, options)
+    tasks = plan(recipe, options)
     if recipe.is_weight_patching:
         _refuse_shifted_layers(tasks)
         _refuse_lost_tensors(recipe, tasks)
         _sample(tasks)
+    return tasks
+
+
+def plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
+    """Mergekit's plan of a recipe, every parameter validated for every tensor; reads no weights.
+
+    Raises:
+        UserError: a model cannot be read, or a parameter is wrong.
+    """
+    _open_models(recipe, options)
+    return _dry_plan(recipe, options)
 
 
 def _open_models(recipe: Recipe, options: MergeOptions) -> None:

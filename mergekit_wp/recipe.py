@@ -128,6 +128,27 @@ def _load_yaml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     return source, data
 
 
+def find_score_file(reference: str, folder: Path) -> str:
+    """Absolute path of a score file that a recipe in ``folder`` names.
+
+    Raises:
+        UserError: neither in that folder nor in the current one, nor on the Hub.
+    """
+    if reference.startswith("hf://"):
+        return local_path(reference)
+    found = os.path.expanduser(reference)
+    beside = folder / found
+    if beside.is_file():
+        found = str(beside)
+    elif not os.path.isfile(found):
+        raise UserError(
+            f"score file {reference} not found, neither in the recipe's folder {folder} nor "
+            "in the current one; make one with 'mergekit-wp score BASE EXPERT "
+            "--prompts FILE.jsonl --out FILE.safetensors'"
+        )
+    return os.path.abspath(found)
+
+
 def score_files(recipe: Recipe) -> list[ExpertScores]:
     """Every score file that the recipe names, in order."""
     paths: dict[str, None] = {}
@@ -144,6 +165,12 @@ def score_files(recipe: Recipe) -> list[ExpertScores]:
             if "scores" in scope.parameters:
                 collect(scope.parameters["scores"])
     return [load(path) for path in paths]
+
+
+def experts_in_order(config: MergeConfiguration) -> list[ModelReference]:
+    """Every input model but the base, as the recipe lists them (mergekit's own plan has sets)."""
+    listed = (scopes[0].model for scopes in _scopes(config))
+    return list(dict.fromkeys(m for m in listed if m is not None and m != config.base_model))
 
 
 def one_line(error: BaseException) -> str:
@@ -245,20 +272,7 @@ def _resolve_score_files(recipe: Recipe) -> None:
             return ConditionalParameter(value=resolve(setting.value), filter=setting.filter)
         if not isinstance(setting, str):
             raise UserError(f"recipe {recipe.path}: 'scores' must be a path, not {setting!r}")
-        if setting.startswith("hf://"):
-            found = local_path(setting)
-        else:
-            found = os.path.expanduser(setting)
-            beside = folder / found
-            if beside.is_file():
-                found = str(beside)
-            elif not os.path.isfile(found):
-                raise UserError(
-                    f"score file {setting} not found, neither in the recipe's folder {folder} nor "
-                    "in the current one; make one with 'mergekit-wp score BASE EXPERT "
-                    "--prompts FILE.jsonl --out FILE.safetensors'"
-                )
-            found = os.path.abspath(found)
+        found = find_score_file(setting, folder)
         load(found)
         return found
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_wp.aim import activation_importance, apply_aim
+from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Prompt
 from tests.models import EOS, LETTERS, make_model, perturbed, save
@@ -83,3 +87,73 @@ def test_bad_input(world) -> None:
         apply_aim(w, w, {"v": torch.ones(3)}, 0.5)
     with pytest.raises(UserError, match="holds none"):
         activation_importance(model, tokenizer, [], 2)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def run_aim(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["aim", *map(str, arguments)])
+
+
+@pytest.fixture
+def files(world, tmp_path: Path) -> dict[str, Path]:
+    """A base, a merge of it with a card, and calibration prompts."""
+    model, _ = world
+    merged = tmp_path / "merged"
+    save(perturbed(model), merged)
+    (merged / "README.md").write_text("# A merge\n")
+    (merged / "mergekit_config.yml").write_text("merge_method: linear\n")
+    (merged / "scores").mkdir()
+    (merged / "scores" / "a.safetensors").write_text("scores")
+    lines = [json.dumps(p.model_dump(exclude_none=True)) for p in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return {"base": tmp_path / "base", "merged": merged, "prompts": tmp_path / "prompts.jsonl"}
+
+
+def options(files: dict[str, Path], **changed: object) -> list[object]:
+    given = {"base": files["base"], "calibration": files["prompts"], "omega": 0.3} | changed
+    return [part for key, value in given.items() for part in (f"--{key}", value)]
+
+
+def test_the_command_writes_what_the_formula_says(world, files, tmp_path: Path) -> None:
+    model, tokenizer = world
+    out = tmp_path / "deep" / "out"
+    result = run_aim(files["merged"], out, *options(files))
+    assert result.exception is None, result.exception
+    base, merged = (load_file(files[k] / "model.safetensors") for k in ("base", "merged"))
+    want = apply_aim(base, merged, activation_importance(model, tokenizer, PROMPTS, 16), 0.3)
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == merged.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], want[name])
+    assert any(not torch.equal(found[name], merged[name]) for name in found)
+    assert (out / "config.json").read_text() == (files["merged"] / "config.json").read_text()
+    assert "omega 0.3, calibrated on 3 prompts" in (out / "README.md").read_text()
+    assert (out / "scores" / "a.safetensors").read_text() == "scores"
+    assert not (out / "mergekit_config.yml").exists(), "`card` must not take it for the merge"
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_bad_input_leaves_nothing(world, files, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        before = sorted(str(p) for p in tmp_path.rglob("*"))
+        result = run_aim(*arguments)
+        assert result.exception is not None
+        assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+        return str(result.exception) + result.output
+
+    merged, out = files["merged"], tmp_path / "out"
+    assert "is an input" in refused(merged, merged, *options(files))
+    assert "is a file" in refused(merged, files["prompts"], *options(files))
+    assert "not found" in refused(tmp_path / "none", out, *options(files))
+    none = tmp_path / "none.jsonl"
+    assert "cannot be read" in refused(merged, out, *options(files, calibration=none))
+    assert "0<=x<=1" in refused(merged, out, *options(files, omega=1.5))
+    other = {"llama": "qwen2", "qwen2": "llama-tied"}[world[0].config.model_type]
+    save(make_model(other), tmp_path / "other")
+    assert "but its base" in refused(merged, out, *options(files, base=tmp_path / "other"))
+    small = load_file(files["merged"] / "model.safetensors")
+    small["model.layers.0.mlp.down_proj.weight"] = torch.zeros(2, 2)
+    save_file(small, merged / "model.safetensors", metadata={"format": "pt"})
+    assert "is [2, 2] in the merge" in refused(merged, out, *options(files))

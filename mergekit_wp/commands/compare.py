@@ -152,6 +152,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
 def _write(out: Path, plan: Plan, runner: Runner, resampled: Resampled) -> None:
     from mergekit_wp.compare.page import html_page
+    from mergekit_wp.compare.rows import recipe_name
     from mergekit_wp.compare.table import markdown_table, summary
     from mergekit_wp.files import written_whole
 
@@ -162,8 +163,7 @@ def _write(out: Path, plan: Plan, runner: Runner, resampled: Resampled) -> None:
         "report.html": html_page(resampled, title),
     }
     for name, config in runner.chosen.items():
-        file = name.replace(" (untuned)", "-untuned").replace(" ", "-")
-        texts[f"recipes/{file}.yml"] = config.to_yaml()
+        texts[f"recipes/{recipe_name(name)}.yml"] = config.to_yaml()
     for path, text in texts.items():
         with written_whole(out / path) as temporary:
             temporary.write_text(text, encoding="utf-8")

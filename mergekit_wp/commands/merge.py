@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -18,11 +13,10 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_wp import preflight
 from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.card.write import write_card
 from mergekit_wp.devices import check_device
 from mergekit_wp.errors import UserError
-
-# weight files of an earlier merge into the same folder, which a loader might take for the new ones
-_WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
+from mergekit_wp.files import staged_folder
 
 
 @click.command("merge", cls=PrettyPrintHelp, short_help="Merge experts as a recipe says.")
@@ -36,7 +30,8 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     For `merge_method: weight_patching` the recipe, its score files and a few tensors of every
     expert are checked before anything is merged. A relative `scores` path is looked up in the
     recipe's folder first, then in the current one; `hf://owner/repo[@revision]/FILE` is a file on
-    the Hugging Face Hub. OUT appears only when the merge is complete.
+    the Hugging Face Hub. OUT appears only when the merge is complete, with a model card for the
+    Hub, the recipe and its score files; `mergekit-wp card` adds evaluation results to it.
 
     \b
     merge_method: weight_patching
@@ -57,9 +52,13 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     target = Path(os.path.abspath(out))
     checked = recipes.read(recipe)
     _check_target(target, checked)
-    preflight.check(checked, merge_options)
-    with _staged(target) as folder:
-        run_merge(checked.config, str(folder), options=merge_options, config_source=checked.source)
+    tasks = preflight.check(checked, merge_options)
+    # the card is written here: mergekit's asks the network about folders with one slash
+    bare = merge_options.model_copy(update={"write_model_card": False})
+    with staged_folder(target) as folder:
+        run_merge(checked.config, str(folder), options=bare, config_source=checked.source)
+        if merge_options.write_model_card:
+            write_card(folder, checked, tasks)
     click.echo(f"merged model written to {out}")
 
 
@@ -70,39 +69,3 @@ def _check_target(target: Path, checked: recipes.Recipe) -> None:
         source = model.model.path
         if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
             raise UserError(f"{target} is an input of the merge; give another folder")
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target with the same last name, moved there on success.
-
-    Whatever ends the merge, nothing half-written remains.
-    """
-    missing = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from error
-    try:
-        staged = hidden / target.name
-        yield staged
-        _move(staged, target)
-        missing = []
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        for folder in missing:
-            folder.rmdir()
-
-
-def _move(staged: Path, target: Path) -> None:
-    """Move a finished merge to its place; other files already there stay."""
-    if not target.exists():
-        staged.rename(target)
-        return
-    written = {path.name for path in staged.iterdir()}
-    for path in list(target.iterdir()):
-        if _WEIGHTS.match(path.name) and path.name not in written:
-            path.unlink()
-    for path in staged.iterdir():
-        os.replace(path, target / path.name)

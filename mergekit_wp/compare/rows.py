@@ -13,6 +13,15 @@ Role = Literal["base", "expert", "peer", "ours"]
 Setting = dict[str, float | int | str | bool]
 
 
+#: what a row's name ends with when its parameters were not chosen on validation items
+UNTUNED = " (untuned)"
+
+
+def recipe_name(row: str) -> str:
+    """The file name, without its ending, under which a row's recipe is kept."""
+    return row.replace(UNTUNED, "-untuned").replace(" ", "-")
+
+
 @dataclass(frozen=True)
 class ItemScore:
     """One item's outcome: ``score`` in [0, 1] (or a task's own unit), and what was generated."""

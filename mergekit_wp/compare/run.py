@@ -33,7 +33,7 @@ from mergekit_wp.compare.methods import (
     with_aim,
 )
 from mergekit_wp.compare.results import Job, Results
-from mergekit_wp.compare.rows import Comparison, Role, Row, Setting, Split, Task
+from mergekit_wp.compare.rows import UNTUNED, Comparison, Role, Row, Setting, Split, Task
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Prompt
 
@@ -194,7 +194,7 @@ class Runner:
         seeds = tuple(range(plan.seeds)) if method.draws else (0,)
         rows = []
         if role == "ours" or not plan.tuned:
-            name = f"{method.name} (untuned)"
+            name = method.name + UNTUNED
             rows = [self._test_row(name, role, method.name, method.untuned, seeds, make)]
         if not plan.tuned:
             return rows

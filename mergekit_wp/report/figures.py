@@ -29,7 +29,7 @@ FIXED = "fixed"
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """Matplotlib's defaults, whatever the user's matplotlibrc says; glyphs may be missing."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
@@ -70,7 +70,7 @@ def png(score_file: ScoreFile) -> bytes:
     height = min(max(0.075 * score_file.manifest.n_layers, 1.6), 6.0) + 1.9
     width = max(sum(p.width + 0.75 for p in row) for row in rows) + 0.4
     size = (max(width, 5.0), height * len(rows) + 0.8)
-    with _settings():
+    with settings():
         figure = Figure(figsize=size, layout="constrained")
         title = _wrap(_title(score_file), size[0] * 9.5)
         figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
@@ -139,7 +139,7 @@ def svg(panel: panels.Panel, prefix: str, n_layers: int) -> str:
     It takes the page's text colour, has no address in it, and its ids start with ``prefix``.
     """
     height = min(max(0.09 * n_layers, 1.6), 6.0) + 1.2
-    with _settings():
+    with settings():
         figure = Figure(figsize=(3.8, height), layout="constrained")
         ax = figure.subplots()
         ax.set_ylabel("layer")
@@ -171,7 +171,7 @@ def page_svg(
             "text.color": INK,
         }
     )
-    with _settings(), inked:
+    with settings(), inked:
         figure = Figure(figsize=size, layout="constrained")
         ax = figure.add_subplot(projection="polar") if polar else figure.add_subplot()
         ax.patch.set_visible(False)

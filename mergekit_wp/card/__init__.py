@@ -1,0 +1,1 @@
+"""What a Hub visitor needs beside mergekit's own model card."""

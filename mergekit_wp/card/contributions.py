@@ -1,0 +1,126 @@
+"""How many components each expert gave a merge, from the gates alone: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from mergekit_wp.components import SLICED_KINDS, FineKind
+from mergekit_wp.expert_scores import load
+from mergekit_wp.method import is_tied, weight_patching
+from mergekit_wp.scorefile import CriterionName, Estimand
+
+KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The components of one kind.
+
+    Attributes:
+        total: components of the kind that the merge writes.
+        taking: for each expert, components that take something of it: its gate is positive, and
+            it changed them.
+        leading: for each expert, components in which its gate is the largest; where several are
+            equal, a part of one.
+        gates: for each expert, the mean gate over all components of the kind.
+    """
+
+    total: int
+    taking: tuple[int, ...]
+    leading: tuple[float, ...]
+    gates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Tallies by kind, for experts in the recipe's order."""
+
+    experts: tuple[str, ...]
+    kinds: dict[FineKind, Tally]
+
+
+def contributions(
+    order: Sequence[ModelReference], tasks: Sequence[ExecuteMergeMethodTask]
+) -> Contributions:
+    """Tally a planned weight_patching merge.
+
+    A component that is spread over several tensors counts with its mean gate over them. A tensor
+    that an expert did not change counts as a gate of zero.
+
+    Args:
+        order: the experts.
+        tasks: mergekit's plan, one task for every written tensor.
+
+    Raises:
+        UserError: score files that do not fit the recipe.
+    """
+    sums: dict[tuple[FineKind, int | str | None], tuple[torch.Tensor, int]] = {}
+    for task in tasks:
+        name = task.output_weight.name
+        key, found = _gates(task, name, order)
+        total, count = sums.get(key, (torch.zeros_like(found), 0))
+        sums[key] = (total + found, count + 1)
+    return Contributions(
+        tuple(str(expert) for expert in order),
+        {
+            kind: _tally([total / n for (k, _), (total, n) in sums.items() if k == kind])
+            for kind in KINDS
+            if any(k == kind for k, _ in sums)
+        },
+    )
+
+
+def used_scores(
+    tasks: Sequence[ExecuteMergeMethodTask],
+) -> list[tuple[Estimand, CriterionName]]:
+    """The scores that a planned merge takes: (estimand, criterion), those of guards last."""
+    own: dict[tuple[Estimand, CriterionName], None] = {}
+    guards: dict[tuple[Estimand, CriterionName], None] = {}
+    for task in tasks:
+        given = task.parameters
+        estimand: Estimand = "path" if given["fusion"] == "path" else given["estimand"]
+        own[estimand, given["criterion"]] = None
+        if any(values.get("guards") for values in task.input_parameters.values()):
+            guards[estimand, "logprob"] = None
+    return list(own | guards)
+
+
+def _gates(
+    task: ExecuteMergeMethodTask, name: str, order: Sequence[ModelReference]
+) -> tuple[tuple[FineKind, int | str | None], torch.Tensor]:
+    """Which components a tensor belongs to, and their gates: ``[experts, components]``."""
+    present = [model for model in task.input_parameters if model != task.base_model]
+    given = {key: {m: task.input_parameters[m][key] for m in present} for key in _keys(task)}
+    tied = is_tied(task.base_model)
+    gated = weight_patching.gates(name, present, {**task.parameters, **given}, tied)
+    if gated is None:
+        return ("tensor", name), torch.zeros(len(order), 1, dtype=torch.float64)
+    gates = torch.zeros(len(order), gated.gates.shape[1], dtype=torch.float64)
+    for expert, row in zip(gated.experts, gated.gates, strict=True):
+        file = load(given["scores"][expert])
+        if file.norm(file.scored_name(name, tied)) > 0:
+            gates[order.index(expert)] = row
+    layout = gated.layout
+    return (layout.kind, name if layout.kind == "tensor" else layout.layer), gates
+
+
+def _keys(task: ExecuteMergeMethodTask) -> list[str]:
+    return list(dict.fromkeys(key for values in task.input_parameters.values() for key in values))
+
+
+def _tally(parts: Sequence[torch.Tensor]) -> Tally:
+    gates = torch.cat(list(parts), dim=1)
+    positive = gates > 0
+    leading = (positive & (gates == gates.amax(0))).double()
+    leading /= leading.sum(0).clamp(min=1)
+    return Tally(
+        total=gates.shape[1],
+        taking=tuple(positive.sum(1).tolist()),
+        leading=tuple(leading.sum(1).tolist()),
+        gates=tuple(gates.mean(1).tolist()),
+    )

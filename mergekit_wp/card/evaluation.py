@@ -1,0 +1,126 @@
+"""Results of `mergekit-wp compare` in the form of the Hub's ``model-index``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import EvalResult
+from mergekit.config import MergeConfiguration
+from pydantic import ValidationError
+
+from mergekit_wp.compare.rows import UNTUNED, ResultLine, recipe_name
+from mergekit_wp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of a comparison: the merge's own results, and the whole table in Markdown."""
+
+    row: str
+    results: list[EvalResult]
+    table: str
+
+
+def evaluation(
+    folder: Path, row: str | None, config: MergeConfiguration, digest: Callable[[str], str]
+) -> Evaluation:
+    """The test results of the row that a merge is.
+
+    Args:
+        folder: what `mergekit-wp compare` wrote.
+        row: the row's name; None looks for the row whose recipe is the merge's.
+        config: the merge's recipe.
+        digest: a score file's path to the hash of its content, as paths may differ.
+
+    Raises:
+        UserError: no comparison there, no such row, or none with this recipe.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        lines = [
+            ResultLine.model_validate_json(line)
+            for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        table = (folder / "table.md").read_text(encoding="utf-8")
+        rows = {r["name"]: r for r in summary["rows"] if r["role"] in ("ours", "peer")}
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{folder} holds no finished comparison of 'mergekit-wp compare': "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    if row is None:
+        row = _same_recipe(folder, list(rows), config, digest)
+    if row not in rows:
+        raise UserError(f"{folder} has no merge '{row}'; it has {', '.join(rows)}")
+    if rows[row]["failed"]:
+        raise UserError(f"{folder}: '{row}' failed there ({rows[row]['failed']})")
+    model = row.removesuffix(UNTUNED)
+    chosen = [
+        line
+        for line in lines
+        if line.model == model and line.setting == rows[row]["setting"] and line.split == "test"
+    ]
+    results = [_result(task, chosen) for task in summary["tasks"]]
+    return Evaluation(row, results, table)
+
+
+def _same_recipe(
+    folder: Path, rows: list[str], config: MergeConfiguration, digest: Callable[[str], str]
+) -> str:
+    wanted = _canonical(config, digest)
+    for row in rows:
+        path = folder / "recipes" / (recipe_name(row) + ".yml")
+        # what AIM made of a merge has that merge's recipe, and is another model
+        if row.endswith("+aim") or not path.exists():
+            continue
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            theirs = _canonical(MergeConfiguration.model_validate(data), digest)
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # made elsewhere, with score files that are not here
+        if theirs == wanted:
+            return row
+    raise UserError(
+        f"none of the recipes in {folder / 'recipes'} is that of this merge; if one of its rows is "
+        f"this model nevertheless, say --row NAME, one of {', '.join(rows)}"
+    )
+
+
+def _canonical(config: MergeConfiguration, digest: Callable[[str], str]) -> Any:
+    """A recipe as far as it decides the merge; score files by their content."""
+    data = config.model_dump(mode="json", exclude_none=True)
+
+    def hashed(value: Any, inside: bool) -> Any:
+        if isinstance(value, dict):
+            inner = {k: hashed(v, inside or k in ("scores", "guards")) for k, v in value.items()}
+            return {k: v for k, v in inner.items() if v not in ({}, None)}
+        if isinstance(value, list):
+            return [hashed(entry, inside) for entry in value]
+        if inside and isinstance(value, str) and value.endswith(".safetensors"):
+            return [digest(part.strip()) for part in value.split(",") if part.strip()]
+        return value
+
+    return hashed(data, False)
+
+
+def _result(task: str, lines: list[ResultLine]) -> EvalResult:
+    scores = [float(line.score or 0.0) for line in lines if line.task == task]
+    if not scores:
+        raise UserError(f"the comparison's results.jsonl has no test items of task '{task}'")
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", task.lower()),
+        dataset_name=task,
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name=f"mean score of {len(scores)} test items (mergekit-wp compare)",
+        metric_value=round(float(np.mean(scores)), 4),
+        verified=False,
+    )

@@ -1,0 +1,130 @@
+"""The sections of a merge's model card, in Markdown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from mergekit_wp.card.contributions import Contributions
+from mergekit_wp.card.evaluation import Evaluation
+from mergekit_wp.card.scores import ScoreCopy
+from mergekit_wp.card.sources import Source
+from mergekit_wp.report.words import KIND_WORDS, clean, fidelity_rows
+from mergekit_wp.scorefile import CriterionName, Estimand, Manifest
+
+
+def short_names(models: Sequence[str]) -> tuple[str, ...]:
+    """The last parts of model references, as far as they tell the models apart."""
+    for parts in range(1, max(name.count("/") for name in models) + 2):
+        short = tuple("/".join(name.rstrip("/").split("/")[-parts:]) for name in models)
+        if len(set(short)) == len(short):
+            return short
+    return tuple(models)
+
+
+def source_table(found: Sequence[Source]) -> str:
+    """Inputs with their revisions and licences."""
+    rows = [
+        (
+            f"[{s.path}](https://huggingface.co/{s.path})" if s.on_hub else f"`{_shown(s.path)}`",
+            s.role,
+            f"`{s.revision}`" if s.revision else "not pinned" if s.on_hub else "a local folder",
+            s.licence,
+        )
+        for s in found
+    ]
+    return "## Inputs\n\n" + _table(("model", "role", "revision", "licence"), rows)
+
+
+def contribution_table(found: Contributions, picture: str) -> str:
+    """Components by expert: how many it leads, how many take from it, its mean gate."""
+    names = short_names(found.experts)
+    rows = []
+    for kind, tally in found.kinds.items():
+        for i, name in enumerate(names):
+            rows.append(
+                (
+                    KIND_WORDS[kind] if i == 0 else "",
+                    f"{tally.total:,}" if i == 0 else "",
+                    name,
+                    f"{tally.leading[i]:,.0f}",
+                    f"{tally.taking[i]:,}",
+                    f"{tally.gates[i]:.2f}",
+                )
+            )
+    head = ("kind", "of", "expert", "leads", "gives to", "mean gate")
+    return (
+        "## What each expert contributed\n\n"
+        f"![Share of components that each expert leads, by kind]({picture})\n\n"
+        "An expert *leads* a component in which its gate is the largest, and *gives to* every "
+        "component in which its gate is positive. A gate multiplies the expert's difference from "
+        "the base: 0 keeps the base, 1 takes the expert.\n\n" + _table(head, rows)
+    )
+
+
+def score_table(copies: Sequence[ScoreCopy], used: Iterable[tuple[Estimand, CriterionName]]) -> str:
+    """Score files: what they measure, how far to trust them, and their hashes.
+
+    Args:
+        copies: the files beside the weights.
+        used: the scores that the merge took: (estimand, criterion).
+    """
+    wanted = list(used)
+    rows = [
+        (
+            f"[{copy.name}]({copy.name})",
+            clean(copy.manifest.behavior),
+            f"{copy.manifest.n_prompts}",
+            "; ".join(_measured(copy.manifest, wanted)),
+            f"`{copy.sha256}`",
+        )
+        for copy in copies
+    ]
+    head = ("file", "behaviour", "prompts", "how it was measured", "sha256")
+    return "## Score files\n\n" + _table(head, rows)
+
+
+def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName]]) -> list[str]:
+    said = []
+    for estimand, criterion in wanted:
+        if estimand not in manifest.estimands or criterion not in manifest.criteria:
+            continue
+        for row in fidelity_rows(manifest, estimand, criterion, manifest.kinds):
+            kinds = ", ".join(KIND_WORDS[kind] for kind in row.kinds)
+            said.append(f"{estimand}/{criterion} of {kinds}: {row.words}")
+        if estimand == "share" and criterion in manifest.completeness:
+            said.append(f"{criterion} shares sum to {manifest.completeness[criterion]:.3f} of 1")
+    for member in manifest.company or ():
+        if member.reference == manifest.expert.reference:
+            said.append(f"recovery {member.recovery:.2f} where the path ended")
+    return said
+
+
+def evaluation_section(measured: Evaluation) -> str:
+    """The whole comparison; this merge is one of its rows."""
+    return (
+        f"## Evaluation\n\nThis model is **{measured.row}** in the comparison below, made with "
+        "`mergekit-wp compare`; tuned methods chose their parameters on other items than are "
+        f"reported here.\n\n{measured.table.strip()}\n"
+    )
+
+
+def how_to_repeat(config: str, version: str, scored: bool) -> str:
+    """The command that makes the same merge."""
+    files = " and its score files, all in this folder" if scored else ", in this folder"
+    return (
+        "## Repeat it\n\n"
+        f"`mergekit-wp merge {config} OUT` with `pip install mergekit-wp=={version}` merges the "
+        f"same models by the same recipe{files}.\n"
+    )
+
+
+def _shown(path: str) -> str:
+    """A local path without the author's folders."""
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

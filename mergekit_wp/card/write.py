@@ -1,0 +1,141 @@
+"""The model card of a merge: mergekit's own README, completed for the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from mergekit.card import generate_card
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+import mergekit_wp
+from mergekit_wp.card import text
+from mergekit_wp.card.chart import chart
+from mergekit_wp.card.contributions import contributions, used_scores
+from mergekit_wp.card.evaluation import evaluation
+from mergekit_wp.card.scores import ScoreCopy, copy_scores
+from mergekit_wp.card.sources import common_licence, sources
+from mergekit_wp.errors import UserError
+from mergekit_wp.files import written_whole
+from mergekit_wp.recipe import Recipe, experts_in_order
+
+README, CONFIG, CHART = "README.md", "mergekit_config.yml", "contributions.png"
+BEGIN, END = "<!-- mergekit-wp: begin -->", "<!-- mergekit-wp: end -->"
+_SECTION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
+
+
+def write_card(
+    folder: Path,
+    recipe: Recipe,
+    tasks: Sequence[ExecuteMergeMethodTask],
+    results: Path | None = None,
+    row: str | None = None,
+) -> None:
+    """Write or complete README.md, and for weight_patching copy the score files.
+
+    What is between the two mergekit-wp marks is replaced, what others wrote stays; so does a
+    licence that the README states already.
+
+    Args:
+        folder: of the merged model.
+        recipe: the merge's.
+        tasks: mergekit's plan of it.
+        results: folder of a `mergekit-wp compare`, for the evaluation.
+        row: which row of it this merge is; None finds the row with the same recipe.
+
+    Raises:
+        UserError: a score file or the results cannot be read, or README.md not written.
+    """
+    config_text, copies = recipe.source, list[ScoreCopy]()
+    if recipe.is_weight_patching:
+        copies, config_text = copy_scores(recipe, folder)
+    measured = evaluation(results, row, recipe.config, _digest) if results is not None else None
+    found = sources(recipe.config)
+    parts = [text.source_table(found)]
+    if recipe.is_weight_patching:
+        shares = contributions(experts_in_order(recipe.config), tasks)
+        with written_whole(folder / CHART) as temporary:
+            temporary.write_bytes(chart(shares, text.short_names(shares.experts)))
+        parts.append(text.contribution_table(shares, CHART))
+        parts.append(text.score_table(copies, used_scores(tasks)))
+    if measured is not None:
+        parts.append(text.evaluation_section(measured))
+    parts.append(text.how_to_repeat(CONFIG, mergekit_wp.__version__, bool(copies)))
+    section = "\n".join([BEGIN, *parts, END]) + "\n"
+
+    card = _existing(folder) or ModelCard(_mergekit_card(recipe.config, config_text, folder.name))
+    body = card.text.replace(recipe.source.strip(), config_text.strip())
+    body = _SECTION.sub("", body).rstrip() + "\n\n" + section
+    hub_ids = list(dict.fromkeys(source.path for source in found if source.on_hub))
+    data = cast(ModelCardData, card.data)
+    data.base_model = hub_ids or None
+    data["base_model_relation"] = "merge"
+    if data.license is None:
+        data.license = common_licence(found)
+    if measured is not None:
+        data.model_name = data.model_name or folder.name
+        data.eval_results = _replaced(data.eval_results or [], measured.results)
+    card.text = body
+    with written_whole(folder / CONFIG) as temporary:
+        temporary.write_text(config_text, encoding="utf-8")
+    with written_whole(folder / README) as temporary:
+        card.save(temporary)
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _existing(folder: Path) -> ModelCard | None:
+    path = folder / README
+    if not path.exists():
+        return None
+    try:
+        return cast(ModelCard, ModelCard.load(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path} cannot be read: {' '.join(str(error).split())[:200]}; mend its front matter "
+            "or remove the file"
+        ) from error
+
+
+def _replaced(old: Sequence[EvalResult], new: Sequence[EvalResult]) -> list[EvalResult]:
+    """Results of others stay; ours on the same tasks are replaced."""
+    kept = [o for o in old if not any(o.is_equal_except_value(n) for n in new)]
+    ours = {(n.dataset_type, n.dataset_name, n.dataset_split) for n in new}
+    kept = [o for o in kept if (o.dataset_type, o.dataset_name, o.dataset_split) not in ours]
+    return [*kept, *new]
+
+
+def _mergekit_card(config: MergeConfiguration, config_text: str, name: str) -> str:
+    """Mergekit's README. It asks the Hub about every relative path, so folders go in absolute."""
+    shown: dict[str, str] = {}
+
+    def rooted(model: ModelReference) -> ModelReference:
+        path = model.model.path
+        if not os.path.exists(path):
+            return model
+        shown[os.path.abspath(path)] = path
+        local = ModelPath.model_construct(path=os.path.abspath(path), revision=None)
+        return ModelReference.model_construct(model=local, lora=model.lora)
+
+    everyone = {model: rooted(model) for model in config.referenced_models()}
+    stand_in = SimpleNamespace(
+        merge_method=config.merge_method,
+        base_model=everyone.get(config.base_model),
+        referenced_models=lambda: sorted(everyone.values(), key=str),
+    )
+    written: str = generate_card(stand_in, config_text, name)
+    for absolute in sorted(shown, key=len, reverse=True):
+        written = written.replace(f"* {absolute}", f"* {shown[absolute]}")
+        written = written.replace(f"using {absolute} as", f"using {shown[absolute]} as")
+    return written
