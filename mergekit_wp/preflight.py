@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores, load, unwritten
 from mergekit_wp.method import is_tied
+from mergekit_wp.planned import planned_gates
 from mergekit_wp.recipe import Recipe, one_line, score_files
 
 #: Tensors per expert that are read before the merge: the smallest, and evenly spaced layer tensors.
@@ -43,6 +44,8 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
     if recipe.is_weight_patching:
         _refuse_shifted_layers(tasks)
         _refuse_lost_tensors(recipe, tasks)
+        for task in tasks:
+            planned_gates(task)  # refuses score files and guards that do not fit
         _sample(tasks)
     return tasks
 

@@ -156,7 +156,8 @@ def test_the_path_equals_a_naive_walk(world: Path, tmp_path: Path) -> None:
             )
         assert 0 < float(fine["neuron"].gt(0).double().mean()) <= 1
     merged = naive.merged()
-    recovered = [float(r) for r in naive.recoveries(merged)]
+    with torch.no_grad():
+        recovered = [float(r) for r in naive.recoveries(merged)]
     company = scorefile.read(files[0]).manifest.company
     assert company is not None
     assert [m.recovery for m in company] == pytest.approx(recovered, abs=1e-6)
@@ -304,3 +305,14 @@ def test_bad_recipes(world: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             score_company(request_for(world, tmp_path / "out", recipe=path), Quiet())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_company_file_can_be_looked_at(world: Path, tmp_path: Path) -> None:
+    east, *_ = score_company(request_for(world, tmp_path / "out"), Quiet())
+    table = CliRunner().invoke(cli, ["inspect", str(east)])
+    assert table.exception is None, table.exception
+    assert "guided path, 4 steps" in table.output and "company" in table.output
+    for name in ("page.html", "picture.png"):
+        drawn = CliRunner().invoke(cli, ["plot", str(east), "--out", str(tmp_path / name)])
+        assert drawn.exception is None, drawn.exception
+        assert (tmp_path / name).stat().st_size > 1000

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 
 from mergekit_wp import recipe as recipes
 from mergekit_wp import scorefile
+from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import Scale, ScoreFile
+from mergekit_wp.scorefile import CompanyMember, Scale, ScoreFile
 from tests.merging import Family, llama_config, norms, reference, scores_for
 from tests.test_method import assert_merged, run, states
 
@@ -149,3 +151,38 @@ def test_guards_and_the_guided_path_exclude_each_other(family: Family, tmp_path:
 def test_harm_must_be_a_number(family: Family, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'harm' must be a number of at least 0, not -1"):
         run(family.recipe(parameters={"harm": -1}), tmp_path / "out")
+
+
+def test_the_command_refuses_bad_guards_before_it_merges(family: Family, tmp_path: Path) -> None:
+    def refused(*per_expert: dict[str, Any], **top: Any) -> str:
+        path, out = tmp_path / "recipe.yml", tmp_path / "out"
+        path.write_text(yaml.safe_dump(family.recipe(*per_expert, **top)))
+        done = CliRunner().invoke(cli, ["merge", str(path), str(out), "--no-copy-tokenizer"])
+        assert isinstance(done.exception, UserError), done.output
+        assert not out.exists() and "Executing" not in done.output
+        return str(done.exception)
+
+    guard(family, 1, tmp_path / "other.safetensors", 40)
+    other = str(tmp_path / "other.safetensors")
+    assert "was made for another expert" in refused({"guards": other}, {})
+    own = str(family.paths[0])
+    assert "is that file itself" in refused({"guards": own}, {})
+
+
+def test_path_fusion_takes_no_guards(family: Family, tmp_path: Path) -> None:
+    company = tuple(
+        CompanyMember(reference=name, weights_sha256="0" * 64, behavior=name, recovery=0.9)
+        for name in ("expert0", "expert1")
+    )
+    for e, path in enumerate(family.paths):
+        file = family.files[e]
+        expert = file.manifest.expert.model_copy(update={"reference": f"expert{e}"})
+        update = {"company": company, "expert": expert, "estimands": ("path", "gain")}
+        tensors = {key.replace("share/", "path/"): t for key, t in file.tensors.items()}
+        scorefile.write(ScoreFile(file.manifest.model_copy(update=update), tensors), path)
+    guard(family, 0, tmp_path / "g.safetensors", 40)
+    recipe = family.recipe(
+        {"guards": str(tmp_path / "g.safetensors")}, {}, parameters={"fusion": "path"}
+    )
+    with pytest.raises(UserError, match="which 'fusion: path' does not use"):
+        run(recipe, tmp_path / "out")

@@ -9,41 +9,11 @@ import torch
 
 from benchmarks.smollm2.control import random_control
 from benchmarks.smollm2.curve import Point, table
+from benchmarks.smollm2.evaluate import capital_fraction, mcnemar
 from benchmarks.smollm2.ifeval import CAPITALS, identity, request_of, split_of, split_requests
-from benchmarks.smollm2.rules import (
-    capital_fraction,
-    english_capital,
-    follows,
-    no_comma,
-    rate,
-)
-from benchmarks.smollm2.stats import mcnemar, wilson
 from mergekit_wp import scorefile
 from mergekit_wp.components import Dims
 from tests.factory import make_score_file
-
-
-@pytest.mark.parametrize(
-    ("response", "expected"),
-    [
-        ("HELLO, WORLD!\n\n* 3 ITEMS", True),
-        ("HELLO World", False),
-        ("123 !?", False),
-        ("", False),
-        ("ÉTÉ", True),
-    ],
-)
-def test_english_capital(response: str, expected: bool) -> None:
-    assert follows(english_capital, response) is expected
-
-
-def test_no_comma_and_blank_responses() -> None:
-    assert follows(no_comma, "one; two")
-    assert not follows(no_comma, "one, two")
-    assert not follows(no_comma, "  \n"), "IFEval counts a blank response as a failure"
-    assert rate(no_comma, ["a", "b, c", ""]) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="no responses"):
-        rate(no_comma, [])
 
 
 def test_capital_fraction_sees_near_misses() -> None:
@@ -81,13 +51,6 @@ def test_splits_are_disjoint_and_leave_out_the_capitals_prompts() -> None:
     assert identity("Write a poem about topic 7.") not in every
     assert all(split_of(request) == split for split, rs in splits.items() for request in rs)
     assert len(splits["train"]) > len(splits["test"]) > len(splits["score"]) > 0
-
-
-def test_wilson_against_known_values() -> None:
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    with pytest.raises(ValueError, match="3 of 2"):
-        wilson(3, 2)
 
 
 def test_mcnemar_against_the_binomial() -> None:

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.smollm2.stats import wilson
+from mergekit_wp.compare.statistics import Estimate, wilson
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,22 @@ class Point:
         """Fraction of answers all in capitals."""
         return self.successes / self.n
 
+    @property
+    def interval(self) -> Estimate:
+        """The rate with Wilson's interval."""
+        return wilson([1] * self.successes + [0] * (self.n - self.successes))
+
 
 def table(points: list[Point], scored: str) -> str:
     """One line a density: the scored components, and the mean and range over the random draws."""
     lines = [f"{'components':<12}{'by score':<24}at random: mean (each draw)"]
     for density in sorted({p.density for p in points}):
         best = next(p for p in points if p.density == density and p.scores == scored)
-        low, high = wilson(best.successes, best.n)
+        bar = best.interval
         draws = [p.rate for p in points if p.density == density and p.scores != scored]
         random = f"{statistics.mean(draws):.2f} ({', '.join(f'{r:.2f}' for r in draws)})"
         lines.append(
-            f"{f'{density:.0%}':<12}{f'{best.rate:.2f} [{low:.2f}, {high:.2f}]':<24}"
+            f"{f'{density:.0%}':<12}{f'{best.rate:.2f} [{bar.low:.2f}, {bar.high:.2f}]':<24}"
             f"{random if draws else '-'}"
         )
     return "\n".join(lines)
@@ -50,11 +55,8 @@ def draw(points: list[Point], scored: str, levels: dict[str, float], out: Path) 
     best = sorted((p for p in points if p.scores == scored), key=lambda p: p.density)
     others = [p for p in points if p.scores != scored]
     x = [100 * p.density for p in best]
-    bars = [wilson(p.successes, p.n) for p in best]
-    spread = [
-        [p.rate - low for p, (low, _) in zip(best, bars, strict=True)],
-        [high - p.rate for p, (_, high) in zip(best, bars, strict=True)],
-    ]
+    bars = [p.interval for p in best]
+    spread = [[b.value - b.low for b in bars], [b.high - b.value for b in bars]]
     axes.errorbar(x, [p.rate for p in best], spread, marker="o", capsize=3, label="top by share")
     random = [[p.rate for p in others if p.density == b.density] for b in best]
     if all(random):

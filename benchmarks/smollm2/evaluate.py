@@ -12,11 +12,14 @@ from pathlib import Path
 
 import click
 import torch
+from scipy.stats import binomtest
 
 from benchmarks.smollm2.generate import generate
 from benchmarks.smollm2.paths import PROMPTS, read_jsonl
-from benchmarks.smollm2.rules import capital_fraction, english_capital, follows
-from benchmarks.smollm2.stats import mcnemar, wilson
+from mergekit_wp.compare.statistics import wilson
+from mergekit_wp.ifeval import follows
+
+CAPITALS = "change_case:english_capital"
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,35 @@ class Outcome:
     def row(self, first: Outcome) -> str:
         """One line of the table; ``first`` is the outcome to compare with."""
         n, k = len(self.capitals), sum(self.capitals)
-        low, high = wilson(k, n)
+        interval = wilson(self.capitals)
         letters = sum(capital_fraction(text) for text in self.responses) / n
         line = (
             f"{self.model:<34} {'yes' if self.asked else 'no':<6} {k:>3}/{n:<3} {self.rate:.2f} "
-            f"[{low:.2f}, {high:.2f}]  {letters:.2f}   "
+            f"[{interval.low:.2f}, {interval.high:.2f}]  {letters:.2f}   "
         )
         if self is first:
             return line.rstrip()
         lost, won, p = mcnemar(first.capitals, self.capitals)
         return f"{line}+{won} -{lost}, p = {p:.1g}"
+
+
+def capital_fraction(response: str) -> float:
+    """Capitals among the cased letters; 0 without any. Unlike the rule, it sees near misses."""
+    cased = [letter for letter in response if letter.isupper() or letter.islower()]
+    return sum(letter.isupper() for letter in cased) / len(cased) if cased else 0.0
+
+
+def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
+    """Exact paired comparison of outcomes on the same items.
+
+    Returns:
+        How often only the first, only the second succeeded, and the two-sided p-value.
+    """
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    n = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, n).pvalue) if n else 1.0
 
 
 HEADER = f"{'model':<34} asked    all capitals, 95% interval  letters  against the first"
@@ -59,7 +81,7 @@ def measure(
         folder, requests, max_new_tokens=max_new_tokens, dtype=dtype, label=folder.name
     )
     texts = [answer.text for answer in answers]
-    capitals = [follows(english_capital, text) for text in texts]
+    capitals = [follows([CAPITALS], [{}], text) == [True] for text in texts]
     return Outcome(str(folder), asked, capitals, texts)
 
 

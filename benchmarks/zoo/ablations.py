@@ -7,7 +7,7 @@ and prints the ablation table of README.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from benchmarks.zoo.bench import (
     N_PROMPTS,
     ROOT,
-    SEEDS,
     alone,
     checkpoints,
     company,
     compare,
+    competent_seeds,
     weight_patching,
 )
 from benchmarks.zoo.lab import naive_rows
@@ -151,15 +151,15 @@ def table(found: dict[int, Comparison], naive: dict[int, dict[str, float]]) -> s
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seeds", default=",".join(map(str, SEEDS)), help="Training seeds.")
-def main(seeds: str) -> None:
+@click.option("--seeds", help="Training seeds: 2,4,6.  [default: those of the benchmark]")
+def main(seeds: str | None) -> None:
     """Score, merge, measure, print."""
     torch.set_num_threads(1)
     ensure_registered()
     os.chdir(ROOT)
     found: dict[int, Comparison] = {}
     naive: dict[int, dict[str, float]] = {}
-    chosen: Sequence[int] = [int(seed) for seed in seeds.split(",")]
+    chosen = [int(seed) for seed in seeds.split(",")] if seeds else competent_seeds()
     with tqdm(total=len(chosen), unit="seed") as bar:
         for seed in chosen:
             found[seed] = compare(seed, EXPERTS, (), rows(seed), "ablations", bar)

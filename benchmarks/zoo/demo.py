@@ -16,12 +16,14 @@ import click
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = Path("benchmarks/zoo/checkpoints")
 SCORES = Path("scores")
+COMPANY = SCORES / "company"
 OUT = Path("build/demo")
 EXPERTS = ("inst", "math", "sort")
 RECIPES = {
     "two-experts": "weight_patching, inst + math",
     "one-expert": "weight_patching, math, positive scores only",
     "three-experts": "weight_patching, three experts",
+    "three-experts-company": "weight_patching, three scored together",
     "three-experts-task-arithmetic": "plain averaging, three experts",
     "three-experts-ties": "TIES, three experts",
     "three-experts-dare-ties": "DARE-TIES, three experts",
@@ -49,7 +51,7 @@ def run(*command: str) -> str:
 
 
 def score_experts() -> None:
-    """Write scores/EXPERT.safetensors for the three experts; those that exist are kept."""
+    """Write scores/EXPERT.safetensors and scores/company/; what exists is kept."""
     for expert in EXPERTS:
         out = SCORES / f"{expert}.safetensors"
         if (ROOT / out).exists():
@@ -61,6 +63,15 @@ def score_experts() -> None:
             *("--prompts", str(prompts), "--criterion", "kl"),
             *("--out", str(out)),
         )
+    if (ROOT / COMPANY / "recipe.yml").exists():
+        click.echo(f"{COMPANY} is there already")
+        return
+    pairs = (f"{expert}={ZOO / 'prompts' / expert}.jsonl" for expert in EXPERTS)
+    run(
+        *("mergekit-wp", "score", "--company", "recipes/three-experts.yml"),
+        *(part for pair in pairs for part in ("--prompts", pair)),
+        *("--out", str(COMPANY)),
+    )
 
 
 def merge_and_compare() -> None:

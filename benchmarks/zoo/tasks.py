@@ -134,6 +134,12 @@ def items(skill: Skill, split: Split, seed: int) -> Iterator[Item]:
             yield item
 
 
+def prompt_line(item: Item) -> dict[str, str]:
+    """A line of a prompt file for `mergekit-wp score`."""
+    contrast = {} if item.contrast is None else {"contrast": item.contrast}
+    return {"prompt": item.prompt, "response": item.answer, **contrast}
+
+
 def distinct_items(skill: Skill, split: Split, seed: int, count: int) -> list[Item]:
     """Return ``count`` items of one skill and split whose prompts all differ."""
     found: dict[str, Item] = {}

@@ -26,6 +26,7 @@ from benchmarks.zoo.tasks import (
     Skill,
     distinct_items,
     items,
+    prompt_line,
 )
 from benchmarks.zoo.tokenizer import build_tokenizer, save_tokenizer
 
@@ -167,13 +168,8 @@ def write_jsonl(path: Path, lines: list[dict[str, str]]) -> None:
 def write_data(out: Path, seed: int) -> None:
     """Write the scoring prompts (train split) and the evaluation questions (test split)."""
     for skill in EXPERT_SKILLS:
-        lines = []
-        for item in distinct_items(skill, "train", seed + 1000, N_PROMPTS):
-            line = {"prompt": item.prompt, "response": item.answer}
-            if item.contrast is not None:
-                line["contrast"] = item.contrast
-            lines.append(line)
-        write_jsonl(out / "prompts" / f"{skill}.jsonl", lines)
+        items = distinct_items(skill, "train", seed + 1000, N_PROMPTS)
+        write_jsonl(out / "prompts" / f"{skill}.jsonl", [prompt_line(item) for item in items])
     for skill in SKILLS:
         questions = distinct_items(skill, "test", seed, N_EVAL)
         write_jsonl(

@@ -11,7 +11,8 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_wp.components import SLICED_KINDS, FineKind
 from mergekit_wp.expert_scores import load
-from mergekit_wp.method import is_tied, weight_patching
+from mergekit_wp.method import is_tied
+from mergekit_wp.planned import planned_gates
 from mergekit_wp.scorefile import CriterionName, Estimand
 
 KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
@@ -61,8 +62,7 @@ def contributions(
     """
     sums: dict[tuple[FineKind, int | str | None], tuple[torch.Tensor, int]] = {}
     for task in tasks:
-        name = task.output_weight.name
-        key, found = _gates(task, name, order)
+        key, found = _gates(task, order)
         total, count = sums.get(key, (torch.zeros_like(found), 0))
         sums[key] = (total + found, count + 1)
     return Contributions(
@@ -91,26 +91,20 @@ def used_scores(
 
 
 def _gates(
-    task: ExecuteMergeMethodTask, name: str, order: Sequence[ModelReference]
+    task: ExecuteMergeMethodTask, order: Sequence[ModelReference]
 ) -> tuple[tuple[FineKind, int | str | None], torch.Tensor]:
     """Which components a tensor belongs to, and their gates: ``[experts, components]``."""
-    present = [model for model in task.input_parameters if model != task.base_model]
-    given = {key: {m: task.input_parameters[m][key] for m in present} for key in _keys(task)}
-    tied = is_tied(task.base_model)
-    gated = weight_patching.gates(name, present, {**task.parameters, **given}, tied)
+    name, tied = task.output_weight.name, is_tied(task.base_model)
+    gated = planned_gates(task)
     if gated is None:
         return ("tensor", name), torch.zeros(len(order), 1, dtype=torch.float64)
     gates = torch.zeros(len(order), gated.gates.shape[1], dtype=torch.float64)
     for expert, row in zip(gated.experts, gated.gates, strict=True):
-        file = load(given["scores"][expert])
+        file = load(task.input_parameters[expert]["scores"])
         if file.norm(file.scored_name(name, tied)) > 0:
             gates[order.index(expert)] = row
     layout = gated.layout
     return (layout.kind, name if layout.kind == "tensor" else layout.layer), gates
-
-
-def _keys(task: ExecuteMergeMethodTask) -> list[str]:
-    return list(dict.fromkeys(key for values in task.input_parameters.values() for key in values))
 
 
 def _tally(parts: Sequence[torch.Tensor]) -> Tally:
