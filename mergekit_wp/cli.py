@@ -18,9 +18,9 @@ _COMMANDS = {
     "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
     "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),
     "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
-    "aim": ("mergekit_wp.commands.aim:aim", "Draw a merge back to its base where that is active."),
-    "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
+    "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
+    "aim": ("mergekit_wp.commands.aim:aim", "Draw a merge back to its base where that is active."),
 }
 
 
@@ -52,6 +52,12 @@ def cli() -> None:
       mergekit-wp score BASE EXPERT --prompts prompts.jsonl --out expert.safetensors
       mergekit-wp inspect expert.safetensors
       mergekit-wp merge recipe.yml merged/
+
+    Several experts are best scored together, and the outcome compared with other methods:
+
+    \b
+      mergekit-wp score --company recipe.yml --prompts A=a.jsonl --prompts B=b.jsonl --out scores/
+      mergekit-wp compare scores/recipe.yml --task a-items.jsonl --task b-items.jsonl --out cmp/
 
     A score file goes into a mergekit recipe under `merge_method: weight_patching`; the stock
     `mergekit-yaml` runs it too.

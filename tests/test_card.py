@@ -30,6 +30,9 @@ from mergekit_wp.card.sources import NOT_READ, NOT_STATED, common_licence, sourc
 from mergekit_wp.card.text import short_names
 from mergekit_wp.card.write import BEGIN
 from mergekit_wp.cli import cli
+from mergekit_wp.compare.rows import UNTUNED, Comparison, Role, Row
+from mergekit_wp.compare.statistics import Resampled
+from mergekit_wp.compare.table import summary
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.scorefile import Fidelity
@@ -380,29 +383,37 @@ def test_card_completes_what_mergekit_yaml_wrote_and_what_people_added(
 
 def comparison(folder: Path, recipe: dict[str, Any]) -> Path:
     """A finished comparison whose untuned row has this recipe."""
-    rows = ["weight_patching (untuned)", "ties", "ties+aim", "della"]
-    failed = {"della": "out of memory"}
-    summary = {
-        "tasks": ["math"],
-        "rows": [{"name": "base", "role": "base", "setting": {}, "failed": None}]
-        + [{"name": n, "role": "peer", "setting": {}, "failed": failed.get(n)} for n in rows],
+    right = {
+        "base": [0, 0, 0, 0],
+        "expert e0": [1, 1, 1, 1],
+        "weight_patching (untuned)": [1, 0, 1, 1],
+        "ties": [0, 0, 0, 1],
+        "ties+aim": [0, 0, 1, 1],
     }
+    roles: dict[str, Role] = {"base": "base", "expert e0": "expert", "ties": "peer"}
+    rows = [
+        Row(name, roles.get(name, "ours"), {}, {"math": [[float(x) for x in scores]]})
+        for name, scores in right.items()
+    ]
+    rows.append(Row("della", "peer", failed="out of memory"))
+    found = Comparison(tuple(rows), ("math",), False, "weight_patching (untuned)")
     for name in ("weight_patching-untuned", "ties+aim"):
         write(recipe, folder / "recipes" / f"{name}.yml")
     write(recipe | {"parameters": {"lambda": 0.5}}, folder / "recipes" / "ties.yml")
     lines = [
-        {"model": m, "task": "math", "split": split, "item": str(i), "score": s}
-        for m, scores in (
-            ("weight_patching", [1, 0, 1, 1]),
-            ("ties", [0, 0, 0, 1]),
-            ("ties+aim", [0, 0, 1, 1]),
-        )
-        for split, found in (("test", scores), ("valid", [0, 0, 0, 0]))
-        for i, s in enumerate(found)
+        {
+            "model": m.removesuffix(UNTUNED),
+            "task": "math",
+            "split": split,
+            "item": str(i),
+            "score": s,
+        }
+        for m, scores in right.items()
+        for split, values in (("test", scores), ("valid", [0, 0, 0, 0]))
+        for i, s in enumerate(values)
     ]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "table.md").write_text("| method | math |\n|---|---|\n| ties | 0.25 |\n")
+    (folder / "summary.json").write_text(json.dumps(summary(Resampled(found, 100))))
     return folder
 
 
@@ -413,7 +424,8 @@ def test_results_of_the_row_with_the_same_recipe(family: Family, tmp_path: Path)
     [found] = card.data.eval_results
     assert (found.dataset_name, found.dataset_split, found.metric_value) == ("math", "test", 0.75)
     assert card.data.model_name == "out"
-    assert "**weight_patching (untuned)**" in card.text and "| ties | 0.25 |" in card.text
+    assert "**weight_patching (untuned)**" in card.text
+    assert "| ties | 0.25 [" in card.text and "failed: out of memory" in card.text
     [other] = carded(out, "--results", results, "--row", "ties+aim").data.eval_results
     assert other.metric_value == 0.5, "replaced, not added"
 
@@ -426,6 +438,9 @@ def test_results_of_other_merges_are_refused(family: Family, tmp_path: Path) -> 
     assert "say --row NAME" in refusal(out, "--results", results)
     assert "has no merge 'dare'; it has" in refusal(out, "--results", results, "--row", "dare")
     assert "out of memory" in refusal(out, "--results", results, "--row", "della")
+    lines = (results / "results.jsonl").read_text().splitlines()
+    (results / "results.jsonl").write_text("\n".join(x for x in lines if '"ties"' not in x))
+    assert "no test items of 'ties'" in refusal(out, "--results", results)
     (results / "summary.json").write_text("{")
     assert "holds no finished comparison" in refusal(out, "--results", results)
     (results / "summary.json").unlink()

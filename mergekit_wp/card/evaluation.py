@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ import numpy as np
 import yaml
 from huggingface_hub import EvalResult
 from mergekit.config import MergeConfiguration
-from pydantic import ValidationError
 
-from mergekit_wp.compare.rows import UNTUNED, ResultLine, recipe_name
+from mergekit_wp.compare.reading import read_comparison
+from mergekit_wp.compare.rows import recipe_name
+from mergekit_wp.compare.statistics import Resampled
+from mergekit_wp.compare.table import markdown_table
 from mergekit_wp.errors import UserError
 
 
@@ -42,33 +43,16 @@ def evaluation(
     Raises:
         UserError: no comparison there, no such row, or none with this recipe.
     """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        lines = [
-            ResultLine.model_validate_json(line)
-            for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        table = (folder / "table.md").read_text(encoding="utf-8")
-        rows = {r["name"]: r for r in summary["rows"] if r["role"] in ("ours", "peer")}
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f"{folder} holds no finished comparison of 'mergekit-wp compare': "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
+    comparison = read_comparison(folder)
+    rows = {r.name: r for r in comparison.rows if r.role in ("ours", "peer")}
     if row is None:
         row = _same_recipe(folder, list(rows), config, digest)
     if row not in rows:
         raise UserError(f"{folder} has no merge '{row}'; it has {', '.join(rows)}")
-    if rows[row]["failed"]:
-        raise UserError(f"{folder}: '{row}' failed there ({rows[row]['failed']})")
-    model = row.removesuffix(UNTUNED)
-    chosen = [
-        line
-        for line in lines
-        if line.model == model and line.setting == rows[row]["setting"] and line.split == "test"
-    ]
-    results = [_result(task, chosen) for task in summary["tasks"]]
-    return Evaluation(row, results, table)
+    if rows[row].failed is not None:
+        raise UserError(f"{folder}: '{row}' failed there ({rows[row].failed})")
+    results = [_result(task, scores) for task, scores in rows[row].scores.items()]
+    return Evaluation(row, results, markdown_table(Resampled(comparison)))
 
 
 def _same_recipe(
@@ -110,17 +94,14 @@ def _canonical(config: MergeConfiguration, digest: Callable[[str], str]) -> Any:
     return hashed(data, False)
 
 
-def _result(task: str, lines: list[ResultLine]) -> EvalResult:
-    scores = [float(line.score or 0.0) for line in lines if line.task == task]
-    if not scores:
-        raise UserError(f"the comparison's results.jsonl has no test items of task '{task}'")
+def _result(task: str, scores: list[list[float]]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", task.lower()),
         dataset_name=task,
         dataset_split="test",
         metric_type="accuracy",
-        metric_name=f"mean score of {len(scores)} test items (mergekit-wp compare)",
+        metric_name=f"mean score of {len(scores[0])} test items (mergekit-wp compare)",
         metric_value=round(float(np.mean(scores)), 4),
         verified=False,
     )

@@ -74,7 +74,8 @@ class Resampled:
     Args:
         comparison: the rows; those that failed are left out.
         n: resamples.
-        seed: of the draws; the same seed gives the same intervals.
+        seed: of the draws; the same seed gives the same intervals. A task's draws depend on the
+            seed and its name, so that comparisons that share a task resample its items alike.
 
     Raises:
         UserError: relative to experts that get nothing right.
@@ -83,16 +84,17 @@ class Resampled:
     def __init__(self, comparison: Comparison, n: int = RESAMPLES, seed: int = 0) -> None:
         self.comparison, self.n = comparison, n
         self.rows = {row.name: row for row in comparison.rows if row.failed is None}
-        self._rng = np.random.default_rng(seed)
         self._counts: dict[str, Array] = {}
         self._draws: dict[tuple[str, str], Array] = {}
         first = next(iter(self.rows.values()))
         for task in comparison.tasks:
             items = len(first.scores[task][0])
-            drawn = self._rng.multinomial(items, np.full(items, 1 / items), size=n)
+            rng = np.random.default_rng([seed, *task.encode()])
+            drawn = rng.multinomial(items, np.full(items, 1 / items), size=n)
             self._counts[task] = drawn / items
+        rng = np.random.default_rng(seed)
         self._seeds = {
-            name: self._rng.multinomial(s, np.full(s, 1 / s), size=n) / s
+            name: rng.multinomial(s, np.full(s, 1 / s), size=n) / s
             for name, row in self.rows.items()
             if (s := len(next(iter(row.scores.values())))) > 1
         }

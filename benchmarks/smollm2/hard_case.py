@@ -1,0 +1,82 @@
+"""What closes the gap where two strongly trained experts disturb each other.
+
+``python -m benchmarks.smollm2.hard_case`` (after `benchmarks.smollm2.bench`) merges the instruction
+and the math expert by every way of using scores that was tried, nothing tuned, and prints the
+table. Each is one recipe beside the default, and everything goes through `mergekit-wp compare`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.smollm2.bench import MAX_PROMPTS, local, prepare, score
+from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, command
+
+PAIR = ("instruction", "math")
+FOLDER = BUILD / "hard-case"
+
+
+def guard(expert: str, other: str) -> Path:
+    """What an expert's components do to the other's behaviour."""
+    out = BUILD / "alone" / f"{expert}-on-{other}.safetensors"
+    if not out.exists():
+        command(
+            *("mergekit-wp", "score", local(BASE), local(BUILD / "experts" / expert)),
+            *("--prompts", local(PROMPTS / f"{other}.jsonl"), "--out", local(out)),
+            *("--estimand", "share", "--criterion", "logprob", "--max-prompts", str(MAX_PROMPTS)),
+        )
+    return out
+
+
+def write(name: str, scores: dict[str, dict[str, str]], **parameters: Any) -> Path:
+    """One recipe of the pair."""
+    data = {
+        "merge_method": "weight_patching",
+        "base_model": local(BASE),
+        "models": [{"model": local(BUILD / "experts" / e), "parameters": scores[e]} for e in PAIR],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    path = FOLDER / "recipes" / f"{name}.yml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def recipes() -> list[Path]:
+    """The default first, then what it is compared with."""
+    prepare()
+    company, _ = score(PAIR)
+    together = {e: {"scores": local(company.with_name(f"{e}.safetensors"))} for e in PAIR}
+    alone = {e: {"scores": local(BUILD / "alone" / f"{e}.safetensors")} for e in PAIR}
+    others = dict(zip(PAIR, reversed(PAIR), strict=True))
+    guarded = {e: alone[e] | {"guards": local(guard(e, others[e]))} for e in PAIR}
+    made = [
+        company,
+        write("company, one gate a tensor", together, fusion="path", granularity="tensor"),
+        write("company, share fusion of its shares", together, fusion="share"),
+        write("company, positive shares, lambda 0.7", together, fusion="gate", **{"lambda": 0.7}),
+        write("alone", alone),
+        write("alone, positive shares, lambda 0.7", alone, fusion="gate", **{"lambda": 0.7}),
+        write("alone, winner", alone, fusion="winner"),
+    ]
+    made += [write(f"alone, power {p:g}", alone, power=p) for p in (0.0, 1.0)]
+    made += [write(f"alone, guards, harm {h:g}", guarded, harm=h) for h in (0.1, 0.3, 1.0)]
+    return made
+
+
+def main() -> None:
+    """Score what is missing, merge, measure."""
+    tasks = [part for e in PAIR for part in ("--task", f"{e}={local(BUILD / 'tasks' / e)}.jsonl")]
+    command(
+        *("mergekit-wp", "compare", *map(local, recipes()), *tasks, "--untuned", "--relative"),
+        *("--methods", "weight_patching,task_arithmetic,ties", "--out", local(FOLDER / "compare")),
+        *("--eval-dtype", "bfloat16"),
+    )
+
+
+if __name__ == "__main__":
+    main()

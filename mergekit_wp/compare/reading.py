@@ -1,0 +1,68 @@
+"""A finished comparison, read back from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mergekit_wp.compare.results import Job
+from mergekit_wp.compare.rows import UNTUNED, Comparison, ResultLine, Row, Setting
+from mergekit_wp.errors import UserError
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """The rows of a comparison with their test scores.
+
+    Args:
+        folder: the ``--out`` of `mergekit-wp compare`.
+
+    Raises:
+        UserError: there is no finished comparison, or its files do not fit each other.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        tasks = tuple(summary["tasks"])
+        found: dict[Job, list[float]] = {}
+        for text in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
+            line = ResultLine.model_validate_json(text)
+            if line.split == "test" and line.score is not None:
+                job = Job.of(line.model, line.setting, line.seed, line.task, line.split)
+                found.setdefault(job, []).append(line.score)
+        rows = [
+            Row(
+                name=row["name"],
+                role=row["role"],
+                setting=row["setting"],
+                scores={} if row["failed"] else _scores(row["name"], row["setting"], tasks, found),
+                valid=row["valid"],
+                failed=row["failed"],
+            )
+            for row in summary["rows"]
+        ]
+        return Comparison(tuple(rows), tasks, summary["relative"], summary["reference"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{folder} holds no finished comparison of 'mergekit-wp compare': "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _scores(
+    name: str, setting: Setting, tasks: tuple[str, ...], found: dict[Job, list[float]]
+) -> dict[str, list[list[float]]]:
+    """By task, ``[seeds][items]``."""
+    model = name.removesuffix(UNTUNED)
+    wanted = Job.of(model, setting, 0, "", "test").setting
+    scores = {
+        task: [
+            values
+            for job, values in sorted(found.items(), key=lambda entry: entry[0].seed)
+            if (job.model, job.setting, job.task) == (model, wanted, task)
+        ]
+        for task in tasks
+    }
+    if lacking := [task for task, values in scores.items() if not values]:
+        raise ValueError(f"results.jsonl has no test items of '{name}' on '{lacking[0]}'")
+    return scores
