@@ -94,7 +94,7 @@ def test_a_merge_has_a_card_its_recipe_and_its_scores(family: Family, tmp_path: 
     checked = Fidelity(method="first-order", verified_top=4, verified_random=2, spearman=0.875)
     fidelity = manifest.fidelity | {"share/kl/neuron": checked}
     told = scorefile.ScoreFile(
-        manifest.model_copy(update={"fidelity": fidelity, "completeness": {"kl": 0.987}}),
+        manifest.model_copy(update={"fidelity": fidelity, "completeness": {"share/kl": 0.987}}),
         family.files[0].tensors,
     )
     scorefile.write(told, family.paths[0])
@@ -110,7 +110,7 @@ def test_a_merge_has_a_card_its_recipe_and_its_scores(family: Family, tmp_path: 
         assert hashlib.sha256(copy.read_bytes()).hexdigest() in card.text
     assert (out / "contributions.png").read_bytes()[:4] == b"\x89PNG"
     assert "share/kl of neurons: first-order; against 6 exact swaps" in card.text
-    assert "Spearman 0.875" in card.text and "kl shares sum to 0.987 of 1" in card.text
+    assert "Spearman 0.875" in card.text and "share/kl sums to 0.987 of 1" in card.text
 
 
 def test_the_folder_alone_makes_the_same_merge(

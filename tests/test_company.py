@@ -311,7 +311,10 @@ def test_a_company_file_can_be_looked_at(world: Path, tmp_path: Path) -> None:
     east, *_ = score_company(request_for(world, tmp_path / "out"), Quiet())
     table = CliRunner().invoke(cli, ["inspect", str(east)])
     assert table.exception is None, table.exception
-    assert "guided path, 4 steps" in table.output and "company" in table.output
+    assert (
+        "guided path, 4 steps" in table.output
+        and "scored together; recovered where" in table.output
+    )
     for name in ("page.html", "picture.png"):
         drawn = CliRunner().invoke(cli, ["plot", str(east), "--out", str(tmp_path / name)])
         assert drawn.exception is None, drawn.exception

@@ -92,8 +92,8 @@ def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName
         for row in fidelity_rows(manifest, estimand, criterion, manifest.kinds):
             kinds = ", ".join(KIND_WORDS[kind] for kind in row.kinds)
             said.append(f"{estimand}/{criterion} of {kinds}: {row.words}")
-        if estimand == "share" and criterion in manifest.completeness:
-            said.append(f"{criterion} shares sum to {manifest.completeness[criterion]:.3f} of 1")
+        if (key := f"{estimand}/{criterion}") in manifest.completeness:
+            said.append(f"{key} sums to {manifest.completeness[key]:.3f} of 1")
     for member in manifest.company or ():
         if member.reference == manifest.expert.reference:
             said.append(f"recovery {member.recovery:.2f} where the path ended")

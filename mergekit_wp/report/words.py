@@ -85,7 +85,17 @@ def identity(manifest: Manifest) -> list[tuple[str, str]]:
             f"on {count(manifest.n_prompts, 'prompt')}, {clean(manifest.dtype)}, "
             f"seed {manifest.seed}, {clean(manifest.created)}",
         ),
+        *_company(manifest),
     ]
+
+
+def _company(manifest: Manifest) -> list[tuple[str, str]]:
+    if manifest.company is None:
+        return []
+    members = ", ".join(
+        f"{clean(member.behavior)} {member.recovery:.2f}" for member in manifest.company
+    )
+    return [("company", f"scored together; recovered where the path ended: {members}")]
 
 
 def _model(model: ModelId) -> str:
@@ -222,7 +232,12 @@ def share_words(score_file: ScoreFile, criterion: CriterionName) -> str:
     """Completeness and the part of each kind, for estimand ``share``."""
     facts = portrait(score_file, "share", criterion)
     manifest = score_file.manifest
-    stated = manifest.completeness.get(f"share/{criterion}", manifest.completeness.get(criterion))
+    stated = manifest.completeness.get(f"share/{criterion}")
     total = facts.total if stated is None else stated
     parts = ", ".join(f"{word} {percent(part)}" for word, part in facts.parts)
+    if manifest.company is not None:
+        return (
+            f"the shares of all {len(manifest.company)} experts add up to {total:.3g} times what "
+            f"the path recovered (1 is complete); of this expert's: {parts or 'nothing'}"
+        )
     return f"the shares add up to {total:.3g} (1 is complete)" + (f": {parts}" if parts else "")
