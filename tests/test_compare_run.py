@@ -13,8 +13,11 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 
 from mergekit_wp.cli import cli
+from mergekit_wp.compare.merging import load_folder, merge_in_memory
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.rows import Comparison, ItemScore, Row, Split
 from mergekit_wp.compare.run import Plan, Runner, methods_of
@@ -345,7 +348,12 @@ def test_the_command(world: Path, family: Family) -> None:
         yaml.safe_load((out / "recipes" / "ties.yml").read_text())
     )
     assert chosen.merge_method == "ties"
-    assert (out / "merged" / "ties" / "model.safetensors").exists()
+    kept = sorted(path.name for path in (out / "merged").iterdir())
+    assert kept == ["fixed", "ties", "weight_patching", "weight_patching-untuned"]
+    load_folder(out / "merged" / "ties", torch.float32, "cpu")
+    carded = CliRunner().invoke(cli, ["card", str(out / "merged" / "ties"), "--results", str(out)])
+    assert carded.exception is None, carded.exception
+    assert "This model is **ties**" in (out / "merged" / "ties" / "README.md").read_text()
     again = invoke(world, *recipes, *options)
     assert again.exit_code == 0
     assert again.stdout.splitlines()[-10:] == done.stdout.splitlines()[-10:]
@@ -354,6 +362,34 @@ def test_the_command(world: Path, family: Family) -> None:
     listed = invoke(world, "--base", base, *pairs, "--methods", "ram", "--restart")
     assert listed.exit_code == 0, listed.output
     assert "ram " in listed.output and "AIM" not in listed.output
+    assert not (out / "merged").exists(), "--restart throws kept merges away"
+
+
+def test_kept_merges_are_whole_or_not_there(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Distance("near", planted(family, 0.5))
+    plan = make_plan(family, task, ("task_arithmetic", "task_arithmetic+aim"))
+    plan = replace(plan, keep=tmp_path / "merged", calibration=(Prompt(prompt="abc"),))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mergekit_wp.compare.run.merge_to", killed)
+        run(plan, tmp_path / "out")
+    assert not (tmp_path / "merged").exists()
+    run(plan, tmp_path / "out")
+    plain, aimed = (tmp_path / "merged" / n for n in ("task_arithmetic", "task_arithmetic+aim"))
+    config = MergeConfiguration.model_validate(
+        yaml.safe_load((plain / "mergekit_config.yml").read_text())
+    )
+    wanted = merge_in_memory(config, MergeOptions(quiet=True))
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert not (aimed / "mergekit_config.yml").exists()
+    other = load_file(aimed / "model.safetensors")
+    assert any(not torch.equal(other[name], wanted[name]) for name in other)
 
 
 def test_aim_is_left_out_aloud(world: Path) -> None:

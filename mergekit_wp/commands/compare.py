@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,10 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     help="Where merges go; auto: in memory up to 2 GB of float32 weights, else into a folder in "
-    "--out that is removed after evaluation.",
+    "--out that is removed after evaluation. AIM's are always made in memory.",
 )
 @click.option("--keep", is_flag=True, help="Keep the reported merges in OUT/merged.")
-@click.option("--restart", is_flag=True, help="Throw away the results in --out.")
+@click.option("--restart", is_flag=True, help="Throw away the results and kept merges in --out.")
 @click.pass_context
 def compare(context: click.Context, /, **options: Any) -> None:
     """Compare weight patching with other merge methods on your own experts and tasks.
@@ -108,7 +109,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
     from tqdm import tqdm
 
     from mergekit_wp.autoload import ensure_registered
-    from mergekit_wp.compare.request import CompareRequest, fingerprint, make_plan
+    from mergekit_wp.compare.request import KEPT, CompareRequest, fingerprint, make_plan
     from mergekit_wp.compare.results import Results
     from mergekit_wp.compare.run import Runner
     from mergekit_wp.compare.statistics import Resampled
@@ -137,6 +138,8 @@ def compare(context: click.Context, /, **options: Any) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.refresh()
 
+        if request.restart:
+            shutil.rmtree(request.out / KEPT, ignore_errors=True)
         runner = Runner(plan, results, said)
         comparison = runner.run()
     resampled = Resampled(comparison)

@@ -111,6 +111,12 @@ class EvaluationModel:
         return self.load(tensors)
 
 
+def merge_to(config: MergeConfiguration, options: MergeOptions, folder: Path) -> None:
+    """Merge into a folder, without a model card: mergekit's asks the network about local paths."""
+    bare = options.model_copy(update={"write_model_card": False})
+    run_merge(config.model_copy(deep=True), str(folder), bare)
+
+
 @contextmanager
 def merged_on_disk(
     config: MergeConfiguration, options: MergeOptions, parent: Path
@@ -118,7 +124,7 @@ def merged_on_disk(
     """A folder with the merged checkpoint, removed afterwards whatever happens."""
     folder = Path(tempfile.mkdtemp(prefix=".merge.", dir=parent))
     try:
-        run_merge(config.model_copy(deep=True), str(folder), options)
+        merge_to(config, options, folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

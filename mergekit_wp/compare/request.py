@@ -25,6 +25,9 @@ from mergekit_wp.expert_scores import local_path
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.recipe import Experts
 
+#: folder of kept merges, inside --out
+KEPT = "merged"
+
 
 @dataclass(frozen=True)
 class CompareRequest:
@@ -101,7 +104,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         device=request.device,
         eval_dtype=_dtype(eval_dtype),
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
-        keep=request.out / "merged" if request.keep else None,
+        keep=request.out / KEPT if request.keep else None,
     )
     plan.check()
     return plan, notes

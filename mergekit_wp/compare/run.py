@@ -21,6 +21,7 @@ from mergekit_wp.compare.merging import (
     EvaluationModel,
     load_folder,
     merge_in_memory,
+    merge_to,
     merged_on_disk,
 )
 from mergekit_wp.compare.methods import (
@@ -33,8 +34,18 @@ from mergekit_wp.compare.methods import (
     with_aim,
 )
 from mergekit_wp.compare.results import Job, Results
-from mergekit_wp.compare.rows import UNTUNED, Comparison, Role, Row, Setting, Split, Task
+from mergekit_wp.compare.rows import (
+    UNTUNED,
+    Comparison,
+    Role,
+    Row,
+    Setting,
+    Split,
+    Task,
+    recipe_name,
+)
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import staged_folder
 from mergekit_wp.prompts import Prompt
 
 #: what a run reports to: method's name, and jobs done and known so far
@@ -231,7 +242,7 @@ class Runner:
             self._measure(model, setting, seed, "test", partial(self._merge, setting, seed, make))
         self.chosen[name] = make(setting)
         if self.plan.keep is not None:
-            self._keep(name, setting, seeds[0], make)
+            self._keep(name, model, setting, seeds[0], make)
         return self._row(name, role, model, setting, seeds, valid)
 
     def _row(
@@ -343,24 +354,24 @@ class Runner:
     def _keep(
         self,
         name: str,
+        model: str,
         setting: Setting,
         seed: int,
         make: Callable[[Setting], MergeConfiguration],
     ) -> None:
-        """Write a reported merge as a checkpoint."""
+        """Write a reported merge as a checkpoint, unless it failed."""
         assert self.plan.keep is not None
-        folder = self.plan.keep / name.replace(" ", "_").replace("(", "").replace(")", "")
-        if (folder / "config.json").exists():
+        folder, config = self.plan.keep / recipe_name(name), make(setting)
+        if folder.exists() or self._scores(model, setting, seed, "test") is None:
             return
-        try:
-            tensors = self._with_aim(setting, merge_in_memory(make(setting), self._options(seed)))
-            model = self.evaluation.load(tensors)
-        except (OSError, MemoryError):
-            raise
-        except Exception:  # recorded as failed already
-            return
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with staged_folder(folder) as staged:
+            if OMEGA in setting:
+                tensors = merge_in_memory(config, self._options(seed))
+                self.evaluation.load(self._with_aim(setting, tensors)).save_pretrained(staged)
+                self.tokenizer.save_pretrained(staged)
+            else:
+                merge_to(config, self._options(seed), staged)
+                (staged / "mergekit_config.yml").write_text(config.to_yaml(), encoding="utf-8")
 
 
 class _OnDisk:
