@@ -111,6 +111,13 @@ def test_same_seed_same_numbers_and_failed_rows_are_left_out() -> None:
     assert best is not None and best.name == "ties"
 
 
+def test_comparisons_resample_the_items_of_a_shared_task_alike() -> None:
+    one = Resampled(comparison(ours={"s": [B], "t": [A]}), 50)
+    other = Resampled(comparison(ours={"t": [A], "u": [B]}), 50)
+    assert np.array_equal(one.task_draws("ours", "t"), other.task_draws("ours", "t"))
+    assert not np.array_equal(one.task_draws("ours", "s"), other.task_draws("ours", "u"))
+
+
 def test_pooled_intervals() -> None:
     values = [0.1, 0.4, 0.3]
     exact = Pooled.of({s: [(v, np.full(2000, v))] for s, v in enumerate(values)})
