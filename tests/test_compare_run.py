@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.merging import load_folder, merge_in_memory
+from mergekit_wp.compare.methods import methods_of
+from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.rows import Comparison, ItemScore, Row, Split
-from mergekit_wp.compare.run import Plan, Runner, methods_of
+from mergekit_wp.compare.run import Runner
 from mergekit_wp.compare.statistics import Resampled
 from mergekit_wp.compare.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError

@@ -28,9 +28,11 @@ from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask
+from mergekit_wp.compare.methods import DEFAULT_METHODS, methods_of
+from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.compare.run import DEFAULT_METHODS, Plan, Runner, methods_of
+from mergekit_wp.compare.run import Runner
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest

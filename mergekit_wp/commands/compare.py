@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mergekit_wp.compare.run import Plan, Runner
+    from mergekit_wp.compare.plan import Plan
+    from mergekit_wp.compare.run import Runner
     from mergekit_wp.compare.statistics import Resampled
 
 

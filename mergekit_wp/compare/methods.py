@@ -59,6 +59,21 @@ def product(**values: Sequence[Any]) -> tuple[Setting, ...]:
     )
 
 
+#: in the order of the table; those with AIM need calibration prompts
+DEFAULT_METHODS = (
+    OURS,
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "dare_linear",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "ram",
+    "linear",
+    "task_arithmetic+aim",
+    "ties+aim",
+)
 SCALES = (0.3, 0.5, 0.7, 1.0)
 LAMBDAS = (0.5, 0.7, 1.0, 1.3)
 OMEGAS = (0.2, 0.4, 0.6)
@@ -181,6 +196,23 @@ def configuration(
     if shared:
         data["parameters"] = shared
     return MergeConfiguration.model_validate(data)
+
+
+def methods_of(
+    names: Sequence[str], n_experts: int, recipe: MergeConfiguration | None
+) -> tuple[Method, ...]:
+    """The methods by name.
+
+    Raises:
+        UserError: an unknown name, or ours without a recipe.
+    """
+    known = peers(n_experts)
+    if recipe is not None:
+        known = {OURS: ours(recipe)} | known
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown method '{name}'; known are {', '.join(known)}")
+    return tuple(known[name] for name in names)
 
 
 def read_grid(path: Path, methods: Mapping[str, Method]) -> dict[str, tuple[Setting, ...]]:

@@ -17,9 +17,9 @@ from mergekit_wp import recipe as recipes
 from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask
-from mergekit_wp.compare.methods import OURS, Method, read_grid
+from mergekit_wp.compare.methods import DEFAULT_METHODS, OURS, Method, methods_of, read_grid
+from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.rows import Task
-from mergekit_wp.compare.run import DEFAULT_METHODS, Plan, methods_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import local_path
 from mergekit_wp.prompts import read_prompts

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ from mergekit_wp.compare.methods import (
     OURS,
     Method,
     configuration,
-    ours,
     peers,
     with_aim,
 )
+from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Job, Results
 from mergekit_wp.compare.rows import (
     UNTUNED,
@@ -41,86 +40,13 @@ from mergekit_wp.compare.rows import (
     Row,
     Setting,
     Split,
-    Task,
     recipe_name,
 )
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import staged_folder
-from mergekit_wp.prompts import Prompt
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
-DEFAULT_METHODS = (
-    OURS,
-    "task_arithmetic",
-    "ties",
-    "dare_ties",
-    "dare_linear",
-    "della",
-    "breadcrumbs",
-    "sce",
-    "ram",
-    "linear",
-    "task_arithmetic+aim",
-    "ties+aim",
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared on what.
-
-    Attributes:
-        base, experts: model references; `names` of the experts in tables.
-        recipe: ours as the user wrote it, None to compare peers only.
-        extra: further fixed recipes by name.
-        methods: what to merge by.
-        tasks: what to measure on.
-        tuned: whether to choose settings on validation items too.
-        relative: whether a task counts relative to its best expert.
-        seeds: draws of methods that draw.
-        calibration: prompts for AIM.
-        dtype: of the peers' merges.
-    """
-
-    base: str
-    experts: tuple[str, ...]
-    names: tuple[str, ...]
-    recipe: MergeConfiguration | None
-    extra: Mapping[str, MergeConfiguration]
-    methods: tuple[Method, ...]
-    tasks: tuple[Task, ...]
-    tuned: bool = True
-    relative: bool = False
-    seeds: int = 1
-    calibration: tuple[Prompt, ...] = ()
-    dtype: str = "float32"
-    device: str = "cpu"
-    eval_dtype: torch.dtype = torch.float32
-    in_memory: bool | None = None
-    keep: Path | None = None
-
-    def check(self) -> None:
-        """Refuse what would fail after hours.
-
-        Raises:
-            UserError: a task without items that are needed; AIM without calibration prompts.
-        """
-        names = [task.name for task in self.tasks]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"two tasks are called '{twice[0]}'; name them: NAME=FILE.jsonl")
-        wanted: tuple[Split, ...] = ("valid", "test") if self.tuned else ("test",)
-        for task in self.tasks:
-            for split in wanted:
-                if not task.count(split):
-                    why = {
-                        "valid": "parameters are chosen on them; mark some items as such, or "
-                        "compare with --untuned",
-                        "test": "they are what is reported",
-                    }[split]
-                    raise UserError(f"task '{task.name}' has no '{split}' items: {why}")
-        if any(method.aim for method in self.methods) and not self.calibration:
-            raise UserError("AIM needs --calibration PROMPTS.jsonl")
 
 
 @dataclass
@@ -396,23 +322,6 @@ def plan_best(runner: Runner, name: str) -> tuple[Setting, float] | None:
     won: dict[str, Setting] = {}
     runner._method_rows(method, won)
     return (won[name], 0.0) if name in won else None
-
-
-def methods_of(
-    names: Sequence[str], n_experts: int, recipe: MergeConfiguration | None
-) -> tuple[Method, ...]:
-    """The methods by name.
-
-    Raises:
-        UserError: an unknown name, or ours without a recipe.
-    """
-    known = peers(n_experts)
-    if recipe is not None:
-        known = {OURS: ours(recipe)} | known
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown method '{name}'; known are {', '.join(known)}")
-    return tuple(known[name] for name in names)
 
 
 def _fixed(config: MergeConfiguration, _setting: Setting) -> MergeConfiguration:

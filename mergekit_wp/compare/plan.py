@@ -1,0 +1,72 @@
+"""What a comparison compares on what, checked before the first merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mergekit.config import MergeConfiguration
+
+from mergekit_wp.compare.methods import Method
+from mergekit_wp.compare.rows import Split, Task
+from mergekit_wp.errors import UserError
+from mergekit_wp.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared on what.
+
+    Attributes:
+        base, experts: model references; `names` of the experts in tables.
+        recipe: ours as the user wrote it, None to compare peers only.
+        extra: further fixed recipes by name.
+        methods: what to merge by.
+        tasks: what to measure on.
+        tuned: whether to choose settings on validation items too.
+        relative: whether a task counts relative to its best expert.
+        seeds: draws of methods that draw.
+        calibration: prompts for AIM.
+        dtype: of the peers' merges.
+    """
+
+    base: str
+    experts: tuple[str, ...]
+    names: tuple[str, ...]
+    recipe: MergeConfiguration | None
+    extra: Mapping[str, MergeConfiguration]
+    methods: tuple[Method, ...]
+    tasks: tuple[Task, ...]
+    tuned: bool = True
+    relative: bool = False
+    seeds: int = 1
+    calibration: tuple[Prompt, ...] = ()
+    dtype: str = "float32"
+    device: str = "cpu"
+    eval_dtype: torch.dtype = torch.float32
+    in_memory: bool | None = None
+    keep: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what would fail after hours.
+
+        Raises:
+            UserError: a task without items that are needed; AIM without calibration prompts.
+        """
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two tasks are called '{twice[0]}'; name them: NAME=FILE.jsonl")
+        wanted: tuple[Split, ...] = ("valid", "test") if self.tuned else ("test",)
+        for task in self.tasks:
+            for split in wanted:
+                if not task.count(split):
+                    why = {
+                        "valid": "parameters are chosen on them; mark some items as such, or "
+                        "compare with --untuned",
+                        "test": "they are what is reported",
+                    }[split]
+                    raise UserError(f"task '{task.name}' has no '{split}' items: {why}")
+        if any(method.aim for method in self.methods) and not self.calibration:
+            raise UserError("AIM needs --calibration PROMPTS.jsonl")
