@@ -237,19 +237,37 @@ def test_results_of_another_configuration_are_refused(family: Family, tmp_path: 
     plan = replace(
         make_plan(family, Distance("near", planted(family, 0.5)), ("ties",)), tuned=False
     )
-    run(plan, tmp_path, {"tasks": 1, "base": 2})
-    with pytest.raises(UserError, match="another configuration; changed: tasks; add --restart"):
-        run(plan, tmp_path, {"tasks": 3, "base": 2})
-    with Results(tmp_path, {"tasks": 3}, restart=True) as results:
+    inputs = {"dtype": "float32", "tasks": {"near": "1"}}
+    run(plan, tmp_path, inputs)
+    with pytest.raises(UserError, match="another configuration; changed: dtype; add --restart"):
+        run(plan, tmp_path, inputs | {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="another configuration; changed: tasks: near; add"):
+        run(plan, tmp_path, inputs | {"tasks": {"near": "2"}})
+    with Results(tmp_path, {"dtype": "float64"}, restart=True) as results:
         assert not results.done
         with pytest.raises(UserError, match="another comparison is writing"):
-            Results(tmp_path, {"tasks": 3}).__enter__()
+            Results(tmp_path, {"dtype": "float64"}).__enter__()
     (tmp_path / "results.jsonl").write_text('{"model": 3}\n')
     with pytest.raises(UserError, match=r"results.jsonl, line 1 is damaged; add --restart"):
-        Results(tmp_path, {"tasks": 3}).__enter__()
+        Results(tmp_path, {"dtype": "float64"}).__enter__()
     (tmp_path / "comparison.json").unlink()
     with pytest.raises(UserError, match="without its comparison.json"):
-        Results(tmp_path, {"tasks": 3}).__enter__()
+        Results(tmp_path, {"dtype": "float64"}).__enter__()
+
+
+def test_tasks_and_recipes_can_be_added_and_left_out(family: Family, tmp_path: Path) -> None:
+    near, far = (Distance(name, planted(family, w)) for name, w in (("near", 0.5), ("far", 1.0)))
+    plan = replace(make_plan(family, near, ("ties",)), tuned=False)
+    run(plan, tmp_path, {"tasks": {"near": "1"}})
+    near.asked.clear()
+    both = run(replace(plan, tasks=(near, far)), tmp_path, {"tasks": {"near": "1", "far": "2"}})
+    assert not near.asked, "what was measured is not measured again"
+    assert set(both.rows[-1].scores) == {"near", "far"}
+    far.asked.clear()
+    run(replace(plan, tasks=(far,)), tmp_path, {"tasks": {"far": "2"}})
+    assert not far.asked
+    with pytest.raises(UserError, match="changed: tasks: near"):
+        run(plan, tmp_path, {"tasks": {"near": "3"}})
 
 
 def table_of(*rows: Row, relative: bool = False) -> Resampled:

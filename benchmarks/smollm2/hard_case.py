@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.stats import spearmanr
 
 from benchmarks.smollm2.bench import MAX_PROMPTS, local, prepare, score
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, command
+from benchmarks.smollm2.straight import write_straight
+from mergekit_wp import scorefile
 
 PAIR = ("instruction", "math")
 FOLDER = BUILD / "hard-case"
@@ -63,9 +66,30 @@ def recipes() -> list[Path]:
         write("alone, positive shares, lambda 0.7", alone, fusion="gate", **{"lambda": 0.7}),
         write("alone, winner", alone, fusion="winner"),
     ]
+    write_straight(PAIR, company.parent, FOLDER / "straight", MAX_PROMPTS)
+    straight = {e: {"scores": local(FOLDER / "straight" / f"{e}.safetensors")} for e in PAIR}
+    for scale in (0.7, 1.0):
+        name = f"straight joint path, positive, lambda {scale:g}"
+        made.append(write(name, straight, fusion="path", **{"lambda": scale}))
     made += [write(f"alone, power {p:g}", alone, power=p) for p in (0.0, 1.0)]
     made += [write(f"alone, guards, harm {h:g}", guarded, harm=h) for h in (0.1, 0.3, 1.0)]
     return made
+
+
+def agreement() -> str:
+    """How well scores from the base foretell how far the neurons come in company."""
+    path, share = [], []
+    for expert in PAIR:
+        company = scorefile.read(BUILD / "company" / "-".join(PAIR) / f"{expert}.safetensors")
+        alone = scorefile.read(BUILD / "alone" / f"{expert}.safetensors")
+        path.append(company.scores("path", "kl", "neuron").flatten())
+        share.append(alone.scores("share", "kl", "neuron").flatten())
+    lines = ["Spearman's correlation over all neurons:"]
+    for expert, came, alone_share in zip(PAIR, path, share, strict=True):
+        value = spearmanr(came, alone_share)[0]
+        lines.append(f"  {expert}: path in company with share alone {value:.2f}")
+    lines.append(f"  path of one expert with path of the other {spearmanr(*path)[0]:.2f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -76,6 +100,7 @@ def main() -> None:
         *("--methods", "weight_patching,task_arithmetic,ties", "--out", local(FOLDER / "compare")),
         *("--eval-dtype", "bfloat16"),
     )
+    print(agreement())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from mergekit_wp.compare.rows import ItemScore, ResultLine, Setting, Split
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import written_whole
 
+#: inputs by name that a later run may add to: results of one do not depend on another
+GROWING = ("tasks", "other recipes")
+
 
 class Job(NamedTuple):
     """What is measured in one go."""
@@ -41,7 +44,8 @@ class Results:
 
     Args:
         folder: where ``results.jsonl`` and ``comparison.json`` are.
-        inputs: everything that results depend on beside model, setting and seed, by name.
+        inputs: everything that results depend on beside model, setting and seed, by name. Tasks
+            and further recipes may be added to, or left out, by a later run.
         restart: throw away what is there.
 
     Raises:
@@ -50,7 +54,7 @@ class Results:
     """
 
     def __init__(self, folder: Path, inputs: dict[str, Any], restart: bool = False) -> None:
-        self.folder, self.inputs, self.restart = folder, inputs, restart
+        self.folder, self.inputs, self.restart = folder, dict(inputs), restart
         self.path = folder / "results.jsonl"
         self.done: dict[Job, list[ResultLine]] = {}
         self.failed: dict[Job, str] = {}
@@ -90,12 +94,11 @@ class Results:
         if stated.exists():
             try:
                 earlier = json.loads(stated.read_text())
-                changed = [
-                    key
-                    for key in sorted({*earlier, *self.inputs})
-                    if earlier.get(key) != self.inputs.get(key)
-                ]
-            except (ValueError, TypeError) as error:
+                changed = _changed(earlier, self.inputs)
+                for key in GROWING:
+                    if key in earlier and key in self.inputs:
+                        self.inputs[key] = earlier[key] | self.inputs[key]
+            except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{stated} is damaged; add --restart to begin anew") from error
             if changed:
                 raise UserError(
@@ -107,9 +110,8 @@ class Results:
                 f"{self.path} is there without its comparison.json, so nobody knows what it "
                 "belongs to; choose another --out, or add --restart"
             )
-        else:
-            with written_whole(stated) as temporary:
-                temporary.write_text(json.dumps(self.inputs, indent=1, sort_keys=True))
+        with written_whole(stated) as temporary:
+            temporary.write_text(json.dumps(self.inputs, indent=1, sort_keys=True))
 
     def _read(self) -> None:
         """Read finished jobs; drop a torn last line and failures, which are tried again."""
@@ -193,6 +195,18 @@ class Results:
             if self.path.exists():
                 os.truncate(self.path, size)  # a full disk: nothing half-written stays
             raise
+
+
+def _changed(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the inputs that earlier results do not belong to."""
+    found = []
+    for key in sorted({*earlier, *now}):
+        old, new = earlier.get(key), now.get(key)
+        if key in GROWING and old and new:
+            found += [f"{key}: {name}" for name in old if name in new and old[name] != new[name]]
+        elif old != new:
+            found.append(key)
+    return found
 
 
 def _job_of(line: ResultLine) -> Job:
