@@ -28,7 +28,7 @@ from mergekit_wp.card.contributions import Contributions, Tally, contributions
 from mergekit_wp.card.scores import copy_scores
 from mergekit_wp.card.sources import NOT_READ, NOT_STATED, common_licence, sources
 from mergekit_wp.card.text import short_names
-from mergekit_wp.card.write import BEGIN
+from mergekit_wp.card.write import BEGIN, mergekit_card
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.rows import UNTUNED, Comparison, Role, Row
 from mergekit_wp.compare.statistics import Resampled
@@ -142,6 +142,18 @@ def test_folders_with_one_slash_need_no_network(
     assert f"* {tmp_path.name}/expert0" in text
     assert f"using {tmp_path.name}/base as a base" in text
     assert str(tmp_path) not in text.replace(f"{tmp_path.name}/", "")
+
+
+def test_folders_of_adapters_need_no_network_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "adapter"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = {"model": "x/base+x/adapter", "parameters": {"weight": 1}}
+    data = {"merge_method": "linear", "models": [model]}
+    text = mergekit_card(MergeConfiguration.model_validate(data), yaml.safe_dump(data), "out")
+    assert "* x/base + x/adapter\n" in text and str(tmp_path) not in text
 
 
 def test_no_model_card_on_request(family: Family, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def write_card(
     parts.append(text.how_to_repeat(CONFIG, mergekit_wp.__version__, bool(copies)))
     section = "\n".join([BEGIN, *parts, END]) + "\n"
 
-    card = _existing(folder) or ModelCard(_mergekit_card(recipe.config, config_text, folder.name))
+    card = _existing(folder) or ModelCard(mergekit_card(recipe.config, config_text, folder.name))
     body = card.text.replace(recipe.source.strip(), config_text.strip())
     body = _SECTION.sub("", body).rstrip() + "\n\n" + section
     hub_ids = list(dict.fromkeys(source.path for source in found if source.on_hub))
@@ -116,17 +116,20 @@ def _replaced(old: Sequence[EvalResult], new: Sequence[EvalResult]) -> list[Eval
     return [*kept, *new]
 
 
-def _mergekit_card(config: MergeConfiguration, config_text: str, name: str) -> str:
+def mergekit_card(config: MergeConfiguration, config_text: str, name: str) -> str:
     """Mergekit's README. It asks the Hub about every relative path, so folders go in absolute."""
     shown: dict[str, str] = {}
 
+    def rooted_path(path: ModelPath) -> ModelPath:
+        if not os.path.exists(path.path):
+            return path
+        shown[os.path.abspath(path.path)] = path.path
+        return ModelPath.model_construct(path=os.path.abspath(path.path), revision=None)
+
     def rooted(model: ModelReference) -> ModelReference:
-        path = model.model.path
-        if not os.path.exists(path):
-            return model
-        shown[os.path.abspath(path)] = path
-        local = ModelPath.model_construct(path=os.path.abspath(path), revision=None)
-        return ModelReference.model_construct(model=local, lora=model.lora)
+        return ModelReference.model_construct(
+            model=rooted_path(model.model), lora=model.lora and rooted_path(model.lora)
+        )
 
     everyone = {model: rooted(model) for model in config.referenced_models()}
     stand_in = SimpleNamespace(
@@ -135,7 +138,7 @@ def _mergekit_card(config: MergeConfiguration, config_text: str, name: str) -> s
         referenced_models=lambda: sorted(everyone.values(), key=str),
     )
     written: str = generate_card(stand_in, config_text, name)
+    head, heading, recipe = written.partition("### Configuration")
     for absolute in sorted(shown, key=len, reverse=True):
-        written = written.replace(f"* {absolute}", f"* {shown[absolute]}")
-        written = written.replace(f"using {absolute} as", f"using {shown[absolute]} as")
-    return written
+        head = head.replace(absolute, shown[absolute])
+    return head + heading + recipe
