@@ -26,6 +26,8 @@ METADATA_KEY = "mergekit_wp"
 Estimand = Literal["share", "gain", "knockout", "path"]
 CriterionName = Literal["kl", "anchor", "logprob"]
 Method = Literal["exact", "first-order", "second-order", "integrated-gradients", "guided-path"]
+Direction = Literal["restoration", "knockout"]
+SetName = Literal["top", "bottom", "random"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 #: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
 LONE_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
@@ -97,6 +99,34 @@ class CompanyMember(_Strict):
     recovery: float
 
 
+class SetPoint(_Strict):
+    """One point of a verification: a set of components swapped together, with its 95% interval.
+
+    ``direction``: base plus the set (restoration: how far it gets, 0 to 1), or expert minus the set
+    (knockout: how much it loses). ``measure`` is a criterion or "behavior" (checked answers).
+    """
+
+    direction: Direction
+    set: SetName
+    size: PositiveInt
+    measure: str
+    value: float
+    low: float
+    high: float
+
+
+class Verification(_Strict):
+    """What the leading components do together, beside the last ones and random ones."""
+
+    estimand: Estimand
+    criterion: CriterionName
+    prompts_sha256: str
+    n_prompts: PositiveInt
+    n_items: int
+    draws: PositiveInt
+    points: tuple[SetPoint, ...]
+
+
 class Manifest(_Strict):
     """The JSON under the metadata key ``mergekit_wp``.
 
@@ -128,6 +158,7 @@ class Manifest(_Strict):
     completeness: dict[str, float]
     tensor_names: tuple[str, ...]
     company: tuple[CompanyMember, ...] | None
+    verification: Verification | None = None
     dtype: str
     seed: int
     created: str

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jinja2
 from markupsafe import Markup
 
 from mergekit_wp.report import words
-from mergekit_wp.report.figures import panel_list, svg
+from mergekit_wp.report.figures import page_svg, panel_list, svg
 from mergekit_wp.report.ranking import Leaders, Row, leaders, select
 from mergekit_wp.report.table import ScoreFormat
-from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
+from mergekit_wp.report.verification import DIRECTIONS, draw, measures, sentences
+from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile, Verification
 
 _LEADERS = 20
 
@@ -89,6 +91,9 @@ def _section(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName
         )
         for panel in panel_list(score_file, estimand, criterion)
     ]
+    verified = score_file.manifest.verification
+    if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
+        figures += _curves(verified)
     return _Section(
         estimand,
         criterion,
@@ -96,6 +101,23 @@ def _section(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName
         figures,
         [_table(x) for x in leaders(score_file, estimand, criterion, kinds, _LEADERS)],
     )
+
+
+def _curves(found: Verification) -> list[_Figure]:
+    """What the leading components do together; the numbers stand in the alternative text."""
+    return [
+        _Figure(
+            f"{direction.capitalize()} of {measure} by sets of components",
+            "; ".join(sentences(found)),
+            Markup(
+                page_svg(
+                    partial(draw, found, direction, measure), f"{direction}-{measure}", (5.2, 3.0)
+                )
+            ),
+        )
+        for measure in measures(found)
+        for direction in DIRECTIONS
+    ]
 
 
 def _summary(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> list[str]:

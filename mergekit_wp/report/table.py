@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.report import words
 from mergekit_wp.report.ranking import Row, Selection, leaders
+from mergekit_wp.report.verification import sentences
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
 
 _WIDTH = 80
@@ -59,6 +60,9 @@ def _facts(
         facts.append(("spread", words.portrait(score_file, estimand, criterion).spread))
     rows = words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds)
     facts += [("method", f"{', '.join(row.kinds)}: {row.words}") for row in rows]
+    verified = score_file.manifest.verification
+    if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
+        facts += [("together", sentence) for sentence in sentences(verified)]
     return facts
 
 

@@ -1,0 +1,107 @@
+"""`mergekit-wp verify`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
+
+
+@click.command(short_help="What do the leading components do together?")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--top",
+    required=True,
+    metavar="K[,K...]",
+    help="Sizes of the sets: counts of components, or parts such as 1%,5%,20%.",
+)
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Prompt file, as for `score`; better not the one that was scored on.",
+)
+@click.option(
+    "--task",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Items for `compare` (JSONL): how many test answers are right is measured, too.",
+)
+@click.option(
+    "--checkers",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Python file with checkers of your own for --task.",
+)
+@click.option("--base", help="The base model.  [default: the file's]")
+@click.option("--expert", help="The expert.  [default: the file's]")
+@click.option(
+    "--estimand", type=click.Choice(ESTIMANDS), help="Scores to rank by.  [default: first]"
+)
+@click.option("--criterion", type=click.Choice(CRITERIA), help="[default: the file's first]")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    help="Random sets of every size.",
+)
+@click.option("--max-prompts", type=click.IntRange(min=1), metavar="N", help="Use the first N.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: auto]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the random sets.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
+def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -> None:
+    """Swap the leading components of the score FILE together, and see what that does.
+
+    Restoration is the base with the top K components of the expert: how much of the behaviour comes
+    back (1 is all of it). Knockout is the expert with its top K set back to the base: how much is
+    lost. Beside them stand the bottom K, and random sets with as many components of every kind.
+    The curve is printed and written into FILE's manifest, for `inspect` and `plot`. `kl` is the
+    divergence of the output from the expert's, scaled to 0 at the base and 1 at the expert.
+
+    \b
+      mergekit-wp verify expert.safetensors --top 1%,5%,20% --prompts held-out.jsonl
+    """
+    import huggingface_hub
+    import torch
+    import transformers
+
+    from mergekit_wp.compare.checkers import Checkers
+    from mergekit_wp.compare.items import JsonlTask
+    from mergekit_wp.devices import check_device
+    from mergekit_wp.errors import UserError
+    from mergekit_wp.progress import BarProgress
+    from mergekit_wp.report.verification import table
+    from mergekit_wp.scoring.verify import VerifyRequest
+    from mergekit_wp.scoring.verify import verify as run
+
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
+    if options["device"] == "auto":
+        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(options["device"])
+    if checkers is not None and task is None:
+        raise UserError("--checkers goes with --task")
+    sizes = tuple(part.strip() for part in top.split(",") if part.strip())
+    items = None
+    if task is not None:
+        items = JsonlTask.read(
+            task, Checkers.load(checkers), max_new_tokens=options["max_new_tokens"]
+        )
+    progress = BarProgress()
+    try:
+        found = run(VerifyRequest(top=sizes, **options), items, progress)
+    finally:
+        progress.close()
+    click.echo(table(found))
+    click.echo(f"\nwritten into {options['file']}")

@@ -1,0 +1,99 @@
+"""The report card of a score file: curves of what its leading components do together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from mergekit_wp.report.words import count
+from mergekit_wp.scorefile import Direction, SetName, SetPoint, Verification
+
+DIRECTIONS: tuple[Direction, ...] = ("restoration", "knockout")
+SETS: tuple[SetName, ...] = ("top", "random", "bottom")
+# told apart by the colour-blind, and by their marks in grey
+_STYLE = {"top": ("#0072B2", "o"), "random": ("#888888", "s"), "bottom": ("#D55E00", "v")}
+
+
+def curve(found: Verification, direction: str, measure: str, name: str) -> list[SetPoint]:
+    """One curve, smallest set first."""
+    wanted = (direction, measure, name)
+    points = [p for p in found.points if (p.direction, p.measure, p.set) == wanted]
+    return sorted(points, key=lambda point: point.size)
+
+
+def measures(found: Verification) -> list[str]:
+    """What was measured, in order."""
+    return list(dict.fromkeys(point.measure for point in found.points))
+
+
+def area(points: Sequence[SetPoint]) -> float:
+    """Mean height of a curve over the logarithm of the size, by trapezoids; its value for one."""
+    ordered = sorted(points, key=lambda point: point.size)
+    if len(ordered) == 1:
+        return ordered[0].value
+    x = np.log([point.size for point in ordered])
+    y = np.array([point.value for point in ordered])
+    return float(np.trapezoid(y, x)) / float(x[-1] - x[0])
+
+
+def heading(found: Verification) -> str:
+    """What the numbers are, in one sentence."""
+    items = f", {count(found.n_items, 'item')}" if found.n_items else ""
+    return (
+        f"ranked by {found.estimand}/{found.criterion}; {count(found.n_prompts, 'prompt')}{items}; "
+        f"{found.draws} random draws; 95% intervals"
+    )
+
+
+def table(found: Verification) -> str:
+    """The curves with their intervals, and the area under each over the logarithm of the size."""
+    output = [heading(found)]
+    for measure in measures(found):
+        for direction in DIRECTIONS:
+            curves = [curve(found, direction, measure, name) for name in SETS]
+            output += ["", f"{direction}, {measure}"]
+            output.append(f"{'size':>8}  " + "".join(f"{name:<21}" for name in SETS).rstrip())
+            for points in zip(*curves, strict=True):
+                cells = (f"{p.value:.2f} [{p.low:.2f}, {p.high:.2f}]" for p in points)
+                line = f"{points[0].size:>8,}  " + "".join(f"{cell:<21}" for cell in cells)
+                output.append(line.rstrip())
+            areas = "".join(f"{area(points):<21.2f}" for points in curves)
+            output.append(f"{'area':>8}  {areas}".rstrip())
+    return "\n".join(output)
+
+
+def sentences(found: Verification) -> list[str]:
+    """For each measure: what the top sets do, and what random ones of the same kinds do."""
+    said = []
+    for measure in measures(found):
+        for direction, verb in (("restoration", "restore"), ("knockout", "knock out")):
+            top, random = (curve(found, direction, measure, name) for name in ("top", "random"))
+            parts = [
+                f"top {t.size:,} {t.value:.2f} (random {r.value:.2f})"
+                for t, r in zip(top, random, strict=True)
+            ]
+            areas = f"area {area(top):.2f} against {area(random):.2f}"
+            said.append(f"{verb} {measure}: {', '.join(parts)}; {areas}")
+    return said
+
+
+def draw(found: Verification, direction: Direction, measure: str, axes: Axes) -> None:
+    """One direction of one measure: three curves with intervals over the size of the set."""
+    for name in SETS:
+        points = curve(found, direction, measure, name)
+        x, y = [p.size for p in points], [p.value for p in points]
+        spread = [
+            [max(0.0, p.value - p.low) for p in points],
+            [max(0.0, p.high - p.value) for p in points],
+        ]
+        colour, mark = _STYLE[name]
+        axes.errorbar(x, y, spread, color=colour, marker=mark, capsize=2, linewidth=1.2, label=name)
+    axes.set_xscale("log")
+    axes.axhline(0, color="#888888", linewidth=0.6)
+    axes.axhline(1, color="#888888", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("components in the set")
+    axes.set_ylabel(f"{'restored' if direction == 'restoration' else 'knocked out'}, {measure}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

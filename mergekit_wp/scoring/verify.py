@@ -1,0 +1,395 @@
+"""What the leading components of a score file do together: restoration and knockout of sets.
+
+Base plus the top K components (restoration) and expert minus them (knockout), beside the bottom K
+and random sets of the same size and kinds. The curve over K is the file's report card; it is
+written into its manifest (issue 4; "Weight Patching", Sun et al., arXiv 2604.13694).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+import mergekit_wp
+from mergekit_wp import scorefile
+from mergekit_wp.checkpoints import Pair, ResidentModel, open_pair
+from mergekit_wp.compare.items import JsonlTask
+from mergekit_wp.compare.statistics import Array, percentiles
+from mergekit_wp.criteria import AnchorDirection, Targets, wide
+from mergekit_wp.engine.sets import Members, extreme, matched, swapped
+from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.errors import UserError
+from mergekit_wp.expert_scores import NORM_TOLERANCE
+from mergekit_wp.prompts import PromptBatch, batches, read_prompts
+from mergekit_wp.scorefile import (
+    CRITERIA,
+    CriterionName,
+    Direction,
+    Estimand,
+    ModelId,
+    ScoreFile,
+    SetName,
+    SetPoint,
+    Verification,
+)
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.request import DTYPES, DTypeName, Progress, ScoreRequest
+from mergekit_wp.scoring.texts import (
+    auto_batch_size,
+    encode_texts,
+    find_tokenizer,
+    with_responses,
+)
+
+RESAMPLES = 2000
+#: what behaviour is called among the measures
+BEHAVIOR = "behavior"
+
+
+class VerifyRequest(BaseModel):
+    """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: Path
+    prompts: Path
+    top: tuple[str, ...]
+    base: str | None = None
+    expert: str | None = None
+    estimand: Estimand | None = None
+    criterion: CriterionName | None = None
+    draws: int = Field(5, ge=2)
+    max_prompts: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    dtype: DTypeName = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    restart: bool = False
+    max_new_tokens: int = Field(64, ge=1)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One model to measure: which set of which size comes from the other checkpoint."""
+
+    direction: Direction
+    set: SetName
+    size: int
+    draw: int
+
+    @property
+    def key(self) -> str:
+        """Name of its block in the journal."""
+        return f"{self.direction}.{self.set}.{self.size}.{self.draw}"
+
+
+def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -> Verification:
+    """Measure the sets and write the curve into the score file's manifest.
+
+    Args:
+        request: the run.
+        task: items whose answers are checked, None for criteria only.
+        progress: told of every set.
+
+    Raises:
+        UserError: any mistake in the inputs, before anything is measured.
+    """
+    file = scorefile.read(request.file)
+    estimand, criterion = _chosen(file, request)
+    fine = file.fine_scores(estimand, criterion)
+    if not fine:
+        raise UserError(f"score file {request.file} has only whole layers; no sets to verify")
+    sizes = _sizes(request.top, sum(part.numel() for part in fine.values()))
+    if task is not None and not task.count("test"):
+        raise UserError(f"task '{task.name}' has no 'test' items")
+    prompts = read_prompts(request.prompts, request.max_prompts)
+    score_request = ScoreRequest(
+        base=request.base or _scored(file.manifest.base),
+        expert=request.expert or _scored(file.manifest.expert),
+        prompts=request.prompts,
+        out=request.file,
+        batch_size=request.batch_size,
+        dtype=request.dtype,
+        device=request.device,
+        max_new_tokens=request.max_new_tokens,
+        max_prompts=request.max_prompts,
+        verify=0,
+        share_steps=1,
+    )
+    pair = open_pair(score_request.base, score_request.expert, lambda *_: None)
+    _check_pair(file, pair, request.file)
+    tokenizer = find_tokenizer(pair, progress)
+    texts = encode_texts(tokenizer, prompts.prompts, request.prompts)
+    texts.check_vocabulary(pair.partition.shapes["model.embed_tokens.weight"][0])
+    inputs = {
+        **request.model_dump(mode="json", exclude={"restart", "file"}),
+        "scores": _digest(file),
+        "prompts": prompts.sha256,
+        "tokens": texts.sha256(),
+        "task": task.fingerprint if task else None,
+        "base weights": pair.base.weights_sha256(),
+        "expert weights": pair.expert.weights_sha256(),
+        "mergekit-wp": mergekit_wp.__version__,
+    }
+    journal_at = request.file.with_name(request.file.name + ".verify")
+    with Journal(journal_at, inputs, request.restart) as journal:
+        resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
+        samples = with_responses(score_request, texts, tokenizer, resident, journal, progress)
+        vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
+        size = request.batch_size or auto_batch_size(samples, vocabulary, request.device)
+        every = list(batches(samples, size, request.device))
+        meter = Meter(resident, every, len(samples), file, task, tokenizer)
+        ends, found = _measure(request, sizes, fine, meter, journal, progress)
+        verification = Verification(
+            estimand=estimand,
+            criterion=criterion,
+            prompts_sha256=prompts.sha256,
+            n_prompts=len(samples),
+            n_items=task.count("test") if task else 0,
+            draws=request.draws,
+            points=tuple(_points(sizes, request, ends, found)),
+        )
+        manifest = file.manifest.model_copy(update={"verification": verification})
+        scorefile.write(replace(file, manifest=manifest), request.file)
+        journal.discard()
+    return verification
+
+
+class Meter:
+    """Measures the resident model: every criterion by prompt, and answers by item."""
+
+    def __init__(
+        self,
+        resident: ResidentModel,
+        every: Sequence[PromptBatch],
+        n: int,
+        file: ScoreFile,
+        task: JsonlTask | None,
+        tokenizer: Any,
+    ) -> None:
+        self.resident, self.every, self.n = resident, every, n
+        self.task, self.tokenizer = task, tokenizer
+        self.criteria: tuple[CriterionName, ...] = tuple(
+            dict.fromkeys(("kl", *file.manifest.criteria))
+        )
+        resident.move_to(1.0)
+        anchor = None
+        if file.manifest.anchor is not None:
+            vector = file.tensors["anchor/vector"].to(resident.device)
+            vector = vector.to(torch.promote_types(resident.dtype, torch.float32))
+            anchor = AnchorDirection(vector, file.manifest.anchor.layer)
+        decoder = Decoder(resident.model)
+        self.targets = [Targets(_logprobs(decoder, batch), anchor) for batch in every]
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, torch.Tensor]:
+        """Values ``[prompts]`` by criterion, and ``[items]`` of the behaviour."""
+        decoder = Decoder(self.resident.model)
+        found: dict[str, torch.Tensor] = {}
+        for batch, targets in zip(self.every, self.targets, strict=True):
+            values = own_values(decoder, record(decoder, batch), self.criteria, targets)
+            for name, value in values.items():
+                row = found.setdefault(name, torch.empty(self.n, dtype=torch.float64))
+                row[batch.members] = value.double().cpu()
+        if self.task is not None:
+            scores = self.task.evaluate(self.resident.model, self.tokenizer, "test")
+            found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)
+        return found
+
+
+@torch.no_grad()
+def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
+    trace = record(decoder, batch)
+    final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
+    return torch.log_softmax(wide(decoder.logits(final)), -1)
+
+
+Values = dict[str, torch.Tensor]
+
+
+def _measure(
+    request: VerifyRequest,
+    sizes: Sequence[int],
+    fine: Mapping[Any, torch.Tensor],
+    meter: Meter,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[tuple[Values, Values], dict[Swap, Values]]:
+    """Values at base and expert, and of every swap; kept block by block."""
+    resident, pair = meter.resident, meter.resident.pair
+
+    def of(checkpoint: Any) -> Any:
+        return lambda name: checkpoint.tensor(name, resident.dtype, resident.device)
+
+    def kept(key: str, weight_of: Any) -> Values:
+        values = journal.load(key)
+        resumed = values is not None
+        if values is None:
+            resident.fill(weight_of)
+            values = meter()
+            journal.save(key, values)
+        progress.advance(1, resumed=resumed)
+        return values
+
+    swaps = list(_swaps(sizes, request.draws))
+    progress.stage("sets", len(swaps) + 2, "set")
+    ends = (kept("base", of(pair.base)), kept("expert", of(pair.expert)))
+    found = {}
+    for swap in swaps:
+        members = _members(fine, swap, request.seed)
+        inside, outside = of(pair.expert), of(pair.base)
+        if swap.direction == "knockout":
+            inside, outside = outside, inside
+        found[swap] = kept(swap.key, swapped(pair.partition, members, inside, outside))
+    return ends, found
+
+
+def _swaps(sizes: Sequence[int], draws: int) -> list[Swap]:
+    found = []
+    directions: tuple[Direction, ...] = ("restoration", "knockout")
+    for direction in directions:
+        for size in sizes:
+            found += [Swap(direction, "top", size, 0), Swap(direction, "bottom", size, 0)]
+            found += [Swap(direction, "random", size, draw) for draw in range(draws)]
+    return found
+
+
+def _members(fine: Mapping[Any, torch.Tensor], swap: Swap, seed: int) -> Members:
+    top = extreme(fine, swap.size, largest=swap.set != "bottom")
+    if swap.set != "random":
+        return top
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + swap.size) * 1_009 + swap.draw)
+    return matched(top, generator)
+
+
+def _points(
+    sizes: Sequence[int],
+    request: VerifyRequest,
+    ends: tuple[Values, Values],
+    found: Mapping[Swap, Values],
+) -> list[SetPoint]:
+    points = []
+    names: tuple[SetName, ...] = ("top", "bottom", "random")
+    directions: tuple[Direction, ...] = ("restoration", "knockout")
+    # a journal gives its blocks back in the order of their names
+    for measure in (name for name in (*CRITERIA, BEHAVIOR) if name in ends[0]):
+        rng = np.random.default_rng([request.seed, *measure.encode()])
+        base, expert = (end[measure].numpy() for end in ends)
+        n = len(base)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+        for direction in directions:
+            for size in sizes:
+                for name in names:
+                    draws = request.draws if name == "random" else 1
+                    rows = [found[Swap(direction, name, size, d)][measure] for d in range(draws)]
+                    values = np.stack([row.numpy() for row in rows])
+                    point = estimate(values, base, expert, counts, direction, rng)
+                    if point is None:
+                        continue
+                    value, low, high = point
+                    points.append(
+                        SetPoint(
+                            direction=direction,
+                            set=name,
+                            size=size,
+                            measure=measure,
+                            value=value,
+                            low=low,
+                            high=high,
+                        )
+                    )
+    return points
+
+
+def estimate(
+    values: Array, base: Array, expert: Array, counts: Array, direction: Direction, rng: Any
+) -> tuple[float, float, float] | None:
+    """How far sets bring the base towards the expert, or the expert back, with 95% intervals.
+
+    Args:
+        values: ``[draws, prompts]`` with the set swapped.
+        base: ``[prompts]``.
+        expert: ``[prompts]``.
+        counts: ``[resamples, prompts]`` weights that sum to 1.
+        direction: restoration is the recovery; knockout is 1 minus it.
+        rng: resamples the draws.
+
+    Returns:
+        Value, low and high; None where base and expert do not differ.
+    """
+    distance = float((expert - base).mean())
+    if distance == 0:
+        return None
+    recovered = (values.mean(1).mean() - base.mean()) / distance
+    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=len(counts))
+    resampled = ((counts @ values.T) * (weights / len(values))).sum(1)
+    apart = counts @ (expert - base)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = (resampled - counts @ base) / apart
+    drawn = drawn[np.isfinite(drawn)]
+    if direction == "knockout":
+        recovered, drawn = 1 - recovered, 1 - drawn
+    found = percentiles(float(recovered), drawn)
+    return found.value, found.low, found.high
+
+
+def _chosen(file: ScoreFile, request: VerifyRequest) -> tuple[Estimand, CriterionName]:
+    manifest = file.manifest
+    estimand = request.estimand or manifest.estimands[0]
+    criterion = request.criterion or manifest.criteria[0]
+    if estimand not in manifest.estimands or criterion not in manifest.criteria:
+        have = ", ".join(f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria)
+        raise UserError(
+            f"score file {request.file} has no '{estimand}/{criterion}' scores; it has {have}"
+        )
+    return estimand, criterion
+
+
+def _scored(model: ModelId) -> str:
+    """The checkpoint that was scored, at its commit where it is on the Hub."""
+    pinned = "@" in model.reference or model.revision is None
+    return model.reference if pinned else f"{model.reference}@{model.revision}"
+
+
+def _sizes(top: Sequence[str], total: int) -> list[int]:
+    sizes = []
+    for text in top:
+        try:
+            percent = text.endswith("%")
+            number = float(text.removesuffix("%"))
+            size = math.ceil(number / 100 * total) if percent else int(text)
+        except ValueError:
+            raise UserError(f"--top: '{text}' is no size; write a count or 5%") from None
+        if not 0 < size <= total:
+            raise UserError(f"--top {text}: the file scores {total} components")
+        sizes.append(size)
+    return sorted(set(sizes))
+
+
+def _check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
+    scored = file.delta_norm
+    if list(scored) != list(pair.delta_norm):
+        raise UserError(f"score file {path} is of another architecture than {pair.expert.name}")
+    for name, norm in pair.delta_norm.items():
+        if abs(norm - scored[name]) > NORM_TOLERANCE * scored[name]:
+            raise UserError(
+                f"tensor {name}: {pair.expert.name} differs from {pair.base.name} by {norm:.6g}, "
+                f"but score file {path} was made for {scored[name]:.6g}: these are other models; "
+                "give the right ones as --base and --expert"
+            )
+
+
+def _digest(file: ScoreFile) -> str:
+    """Hash of the scores alone, which verification does not change."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for key in sorted(file.tensors):
+        digest.update(key.encode() + file.tensors[key].numpy().tobytes())
+    return digest.hexdigest()
