@@ -23,9 +23,9 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.report.verification import area
 from mergekit_wp.scorefile import ScoreFile, SetPoint, Verification
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.request import ScoreRequest, VerifyRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.verify import VerifyRequest, estimate, verify
+from mergekit_wp.scoring.verify import estimate, verify
 from tests.models import EOS, LETTERS, make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 

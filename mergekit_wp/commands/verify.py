@@ -82,7 +82,7 @@ def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
     from mergekit_wp.report.verification import table
-    from mergekit_wp.scoring.verify import VerifyRequest
+    from mergekit_wp.scoring.request import VerifyRequest
     from mergekit_wp.scoring.verify import verify as run
 
     transformers.logging.set_verbosity_error()

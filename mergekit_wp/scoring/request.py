@@ -69,6 +69,27 @@ class CompanyRequest(BaseModel):
     max_new_tokens: int = Field(64, ge=1)
 
 
+class VerifyRequest(BaseModel):
+    """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: Path
+    prompts: Path
+    top: tuple[str, ...]
+    base: str | None = None
+    expert: str | None = None
+    estimand: Estimand | None = None
+    criterion: CriterionName | None = None
+    draws: int = Field(5, ge=2)
+    max_prompts: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    dtype: DTypeName = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    restart: bool = False
+    max_new_tokens: int = Field(64, ge=1)
+
+
 class Progress(Protocol):
     """Where a run reports how far it is."""
 

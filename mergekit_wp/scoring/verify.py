@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 import mergekit_wp
 from mergekit_wp import scorefile
@@ -40,7 +39,7 @@ from mergekit_wp.scorefile import (
     Verification,
 )
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import DTYPES, DTypeName, Progress, ScoreRequest
+from mergekit_wp.scoring.request import DTYPES, Progress, ScoreRequest, VerifyRequest
 from mergekit_wp.scoring.texts import (
     auto_batch_size,
     encode_texts,
@@ -51,27 +50,6 @@ from mergekit_wp.scoring.texts import (
 RESAMPLES = 2000
 #: what behaviour is called among the measures
 BEHAVIOR = "behavior"
-
-
-class VerifyRequest(BaseModel):
-    """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    file: Path
-    prompts: Path
-    top: tuple[str, ...]
-    base: str | None = None
-    expert: str | None = None
-    estimand: Estimand | None = None
-    criterion: CriterionName | None = None
-    draws: int = Field(5, ge=2)
-    max_prompts: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    dtype: DTypeName = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    restart: bool = False
-    max_new_tokens: int = Field(64, ge=1)
 
 
 @dataclass(frozen=True)

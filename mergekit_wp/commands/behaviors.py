@@ -1,0 +1,49 @@
+"""`mergekit-wp behaviors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("behaviors", short_help="List the built-in behaviours, or export one.")
+@click.argument("name", required=False)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Prompt file to write (JSONL)."
+)
+@click.option(
+    "--items",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Items to write (JSONL): other requests, with the rule that checks an answer.",
+)
+def behaviors(name: str | None, out: Path | None, items: Path | None) -> None:
+    """List the built-in behaviours, or write the files of the behaviour NAME.
+
+    A behaviour is an instruction that a rule can check, put to many requests. Its prompt file has
+    each request with the instruction, and without it as `contrast`; its items are other requests
+    in another wording, for `compare` and for `verify --task`.
+
+    \b
+      mergekit-wp behaviors capitals --out capitals.jsonl --items capitals-items.jsonl
+      mergekit-wp score base/ expert/ --prompts capitals.jsonl --out capitals.safetensors
+    """
+    from mergekit_wp import behaviors as built_in
+    from mergekit_wp.errors import UserError
+    from mergekit_wp.files import written_whole
+
+    if name is None:
+        if out or items:
+            raise UserError("name the behaviour to write: mergekit-wp behaviors NAME --out FILE")
+        for each, found in built_in.behaviors().items():
+            click.echo(f"{each:<12}{found.says} ({found.instruction_id})")
+        return
+    chosen = built_in.behavior(name)
+    if not (out or items):
+        click.echo(built_in.jsonl(chosen.prompts()), nl=False)
+        return
+    for path, lines in ((out, chosen.prompts()), (items, chosen.items())):
+        if path is not None:
+            with written_whole(path) as temporary:
+                temporary.write_text(built_in.jsonl(lines), encoding="utf-8")
+            click.echo(f"{path} written")
