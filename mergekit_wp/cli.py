@@ -16,6 +16,7 @@ from mergekit_wp.errors import UserError
 _COMMANDS = {
     "score": ("mergekit_wp.commands.score:score", "Measure what each component of an expert does."),
     "behaviors": ("mergekit_wp.commands.behaviors:behaviors", "Built-in behaviours and prompts."),
+    "anchor": ("mergekit_wp.commands.anchor:anchor", "Find the layer a behaviour is anchored at."),
     "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
     "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),
     "verify": ("mergekit_wp.commands.verify:verify", "Swap the leading components together."),

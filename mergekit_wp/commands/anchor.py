@@ -1,0 +1,108 @@
+"""`mergekit-wp anchor`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mergekit_wp.scoring.layers import LayerAnchor
+
+
+@click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
+@click.argument("base")
+@click.argument("expert")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Prompt file with contrasts, as for `score`.",
+)
+@click.option("--behavior", help="Instead of --prompts: a built-in behaviour.")
+@click.option(
+    "--strength", type=float, default=1.0, show_default=True, help="Factor on the added vector."
+)
+@click.option("--max-prompts", type=click.IntRange(min=1), metavar="N", help="Use the first N.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: auto]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the halves.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options: Any) -> None:
+    """Look for a direction that stands for a behaviour, layer by layer.
+
+    The direction is the mean difference of EXPERT's residual stream at the last prompt token, with
+    and without the instruction. For every layer: how well it separates held-out prompts (effect
+    size), how stable it is between halves of the prompts (cosine), and how far the base gets
+    towards the expert's answers when the vector is added there, at that token (recovery of `kl`).
+    A layer is usable where the effect size is at least 1, the cosine at least 0.5, and the steering's 95%
+    interval above zero; `score --anchor-layer N` takes it.
+
+    \b
+      mergekit-wp anchor base/ expert/ --behavior capitals
+    """
+    import huggingface_hub
+    import torch
+    import transformers
+
+    from mergekit_wp import behaviors
+    from mergekit_wp.devices import check_device
+    from mergekit_wp.errors import UserError
+    from mergekit_wp.progress import BarProgress
+    from mergekit_wp.scoring.layers import AnchorRequest, best, find_anchors
+
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
+    if (prompts is None) == (behavior is None):
+        raise UserError("give either --prompts FILE.jsonl or --behavior NAME")
+    if options["strength"] <= 0:
+        raise UserError(f"--strength must be above zero, not {options['strength']:g}")
+    if options["device"] == "auto":
+        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(options["device"])
+    progress = BarProgress()
+    with TemporaryDirectory() as scratch:
+        if behavior is not None:
+            prompts = Path(scratch, f"{behavior}.jsonl")
+            prompts.write_text(behaviors.jsonl(behaviors.behavior(behavior).prompts()))
+        try:
+            request = AnchorRequest(prompts=prompts, **options)  # type: ignore[arg-type]
+            found = find_anchors(request, progress, Path(scratch, "anchor"))
+        finally:
+            progress.close()
+    chosen = best(found)
+    if as_json:
+        layers = [asdict(layer) | {"usable": layer.usable} for layer in found]
+        click.echo(json.dumps({"usable_layer": chosen and chosen.layer, "layers": layers}))
+        return
+    click.echo(table(found))
+    click.echo(
+        "\nno layer has a usable anchor for this behaviour: localise it by kl instead"
+        if chosen is None
+        else f"\nusable; the layer that separates best is {chosen.layer}: "
+        f"score with --criterion anchor --anchor-layer {chosen.layer}"
+    )
+
+
+def table(found: list[LayerAnchor]) -> str:
+    """One line a layer."""
+    output = [f"{'layer':>5}  {'separation':>10}  {'stability':<21}{'steering (kl)':<22}usable"]
+    for layer in found:
+        both = (layer.stability, layer.steering)
+        cells = [f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in both]
+        output.append(
+            f"{layer.layer:>5}  {layer.separation:>10.2f}  {cells[0]:<21}{cells[1]:<22}"
+            f"{'yes' if layer.usable else '-'}"
+        )
+    return "\n".join(output)
