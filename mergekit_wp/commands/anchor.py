@@ -46,8 +46,8 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     and without the instruction. For every layer: how well it separates held-out prompts (effect
     size), how stable it is between halves of the prompts (cosine), and how far the base gets
     towards the expert's answers when the vector is added there, at that token (recovery of `kl`).
-    A layer is usable where the effect size is at least 1, the cosine at least 0.5, and the steering's 95%
-    interval above zero; `score --anchor-layer N` takes it.
+    A layer is usable where the effect size is at least 1, the cosine at least 0.5, and the
+    steering's 95% interval above zero; `score --anchor-layer N` takes it.
 
     \b
       mergekit-wp anchor base/ expert/ --behavior capitals
