@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_wp.commands.options import running
+
 if TYPE_CHECKING:
     from mergekit_wp.scoring.layers import LayerAnchor
 
@@ -27,17 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--strength", type=float, default=1.0, show_default=True, help="Factor on the added vector."
 )
-@click.option("--max-prompts", type=click.IntRange(min=1), metavar="N", help="Use the first N.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="[default: auto]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the halves.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@running
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options: Any) -> None:
     """Look for a direction that stands for a behaviour, layer by layer.

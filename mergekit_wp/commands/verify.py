@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mergekit_wp.commands.options import running
 from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
 
 
@@ -48,17 +49,7 @@ from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
     show_default=True,
     help="Random sets of every size.",
 )
-@click.option("--max-prompts", type=click.IntRange(min=1), metavar="N", help="Use the first N.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="[default: auto]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the random sets.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@running
 @click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
 def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -> None:
     """Swap the leading components of the score FILE together, and see what that does.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mergekit_wp.checkpoints import ResidentModel, open_pair
 from mergekit_wp.compare.statistics import Estimate, percentiles
@@ -27,7 +27,7 @@ from mergekit_wp.scoring.references import (
     last_token_states,
     measure_references,
 )
-from mergekit_wp.scoring.request import DTYPES, DTypeName, Progress, ScoreRequest
+from mergekit_wp.scoring.request import DTYPES, Progress, RunRequest, ScoreRequest
 from mergekit_wp.scoring.texts import (
     auto_batch_size,
     encode_texts,
@@ -42,20 +42,13 @@ SEPARATES, STABLE = 1.0, 0.5
 MIN_CONTRASTS = 4
 
 
-class AnchorRequest(BaseModel):
+class AnchorRequest(RunRequest):
     """Everything `mergekit-wp anchor` is asked for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     base: str
     expert: str
     prompts: Path
     strength: float = Field(1.0, gt=0)
-    max_prompts: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    dtype: DTypeName = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    max_new_tokens: int = Field(64, ge=1)
 
 
 @dataclass(frozen=True)

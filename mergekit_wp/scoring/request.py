@@ -24,10 +24,21 @@ DTYPES = {
 DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
 
 
-class ScoreRequest(BaseModel):
-    """Everything `mergekit-wp score` is asked for; see its ``--help``."""
+class RunRequest(BaseModel):
+    """How to run: what every command that measures models is asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    max_prompts: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    dtype: DTypeName = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class ScoreRequest(RunRequest):
+    """Everything `mergekit-wp score` is asked for; see its ``--help``."""
+
     base: str
     expert: str
     prompts: Path
@@ -38,41 +49,27 @@ class ScoreRequest(BaseModel):
     kinds: tuple[Kind, ...] = KINDS
     anchor_layer: int | None = None
     verify: int = Field(32, ge=0)
-    max_prompts: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    dtype: DTypeName = "float32"
-    device: str = "cpu"
-    seed: int = 0
     restart: bool = False
     share_steps: int = Field(SHARE_STEPS, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
     exact_budget: float = EXACT_BUDGET
 
 
-class CompanyRequest(BaseModel):
+class CompanyRequest(RunRequest):
     """Everything `mergekit-wp score --company` is asked for.
 
     ``prompts`` pairs a name of an expert with its prompt file; ``out`` is a folder.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     recipe: Path
     prompts: tuple[tuple[str, Path], ...]
     out: Path
     steps: int = Field(PATH_STEPS, ge=1)
-    max_prompts: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    dtype: DTypeName = "float32"
-    device: str = "cpu"
-    seed: int = 0
     restart: bool = False
-    max_new_tokens: int = Field(64, ge=1)
 
 
-class VerifyRequest(BaseModel):
+class VerifyRequest(RunRequest):
     """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     file: Path
     prompts: Path
     top: tuple[str, ...]
@@ -81,13 +78,7 @@ class VerifyRequest(BaseModel):
     estimand: Estimand | None = None
     criterion: CriterionName | None = None
     draws: int = Field(5, ge=2)
-    max_prompts: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    dtype: DTypeName = "float32"
-    device: str = "cpu"
-    seed: int = 0
     restart: bool = False
-    max_new_tokens: int = Field(64, ge=1)
 
 
 class Progress(Protocol):
