@@ -221,7 +221,8 @@ def test_sets() -> None:
 
 def test_behaviour_is_the_rate_of_right_answers(world: Path, file: Path) -> None:
     task = JsonlTask.read(world / "items.jsonl", Checkers.load(None), max_new_tokens=3)
-    found = verify(request_for(world, file, top=("100%",)), task, Quiet())
+    quiet = Quiet()
+    found = verify(request_for(world, file, top=("100%",)), task, quiet)
     assert found.n_items == 2
     measured = {p.measure for p in found.points}
     ends = []
@@ -232,6 +233,7 @@ def test_behaviour_is_the_rate_of_right_answers(world: Path, file: Path) -> None
         tokenizer = AutoTokenizer.from_pretrained(world / folder)
         ends.append(np.mean([x.score for x in task.evaluate(model, tokenizer, "test")]))
     assert ("behavior" in measured) == (ends[0] != ends[1]), "no scale where both are alike"
+    assert any("'behavior' is alike" in n for n in quiet.notes) == (ends[0] == ends[1])
 
 
 def test_intervals_of_a_ratio_of_means() -> None:
@@ -308,6 +310,7 @@ def test_the_command(world: Path, file: Path) -> None:
     [
         ({"top": ("many",)}, "'many' is no size"),
         ({"top": ("0",)}, "--top 0: the file scores"),
+        ({"top": ("inf%",)}, "'inf%' is no size"),
         ({"top": ("101%",)}, "--top 101%: the file scores"),
         ({"estimand": "gain"}, "has no 'gain/kl' scores; it has share/kl"),
         ({"expert": "BASE"}, "nothing to score"),

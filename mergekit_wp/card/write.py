@@ -55,10 +55,11 @@ def write_card(
     Raises:
         UserError: a score file or the results cannot be read, or README.md not written.
     """
+    # what can be refused comes first, so that a refusal leaves the folder as it was
+    measured = evaluation(results, row, recipe.config, _digest) if results is not None else None
     config_text, copies = recipe.source, list[ScoreCopy]()
     if recipe.is_weight_patching:
         copies, config_text = copy_scores(recipe, folder)
-    measured = evaluation(results, row, recipe.config, _digest) if results is not None else None
     found = sources(recipe.config)
     parts = [text.source_table(found)]
     if recipe.is_weight_patching:

@@ -7,6 +7,7 @@ written into its manifest (issue 4; "Weight Patching", Sun et al., arXiv 2604.13
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,6 +125,9 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
         every = list(batches(samples, size, request.device))
         meter = Meter(resident, every, len(samples), file, task, tokenizer)
         ends, found = _measure(request, sizes, fine, meter, journal, progress)
+        for measure, value in ends[0].items():
+            if float(value.mean()) == float(ends[1][measure].mean()):
+                progress.note(f"'{measure}' is alike at base and expert, so it has no curve")
         verification = Verification(
             estimand=estimand,
             criterion=criterion,
@@ -342,7 +346,7 @@ def _sizes(top: Sequence[str], total: int) -> list[int]:
             percent = text.endswith("%")
             number = float(text.removesuffix("%"))
             size = math.ceil(number / 100 * total) if percent else int(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(f"--top: '{text}' is no size; write a count or 5%") from None
         if not 0 < size <= total:
             raise UserError(f"--top {text}: the file scores {total} components")
@@ -365,8 +369,6 @@ def _check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
 
 def _digest(file: ScoreFile) -> str:
     """Hash of the scores alone, which verification does not change."""
-    import hashlib
-
     digest = hashlib.sha256()
     for key in sorted(file.tensors):
         digest.update(key.encode() + file.tensors[key].numpy().tobytes())
