@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import GRANULARITIES, load, local_path
 from mergekit_wp.fusion import FUSIONS
-from mergekit_wp.scorefile import CRITERIA, LONE_ESTIMANDS
+from mergekit_wp.scorefile import CRITERIA, WEIGHT_ESTIMANDS
 
 
 class Recorded(threading.local):
@@ -120,7 +120,7 @@ SPEC = MergeMethodSpec(
         ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
         ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
         ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),
-        ParameterSpec("estimand", _one_of("estimand", LONE_ESTIMANDS), _SHARED, default="share"),
+        ParameterSpec("estimand", _one_of("estimand", WEIGHT_ESTIMANDS), _SHARED, default="share"),
         ParameterSpec("criterion", _one_of("criterion", CRITERIA), _SHARED, default="kl"),
         ParameterSpec(
             "granularity", _one_of("granularity", GRANULARITIES), _SHARED, default="component"

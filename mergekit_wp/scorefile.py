@@ -23,15 +23,27 @@ from mergekit_wp.files import written_whole
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_wp"
 
-Estimand = Literal["share", "gain", "knockout", "path"]
+Estimand = Literal["share", "gain", "knockout", "path", "activation_gain", "activation_knockout"]
 CriterionName = Literal["kl", "anchor", "logprob"]
 Method = Literal["exact", "first-order", "second-order", "integrated-gradients", "guided-path"]
 Direction = Literal["restoration", "knockout"]
 SetName = Literal["top", "bottom", "random"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 #: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
-LONE_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
+LONE_ESTIMANDS: tuple[Estimand, ...] = tuple(e for e in ESTIMANDS if e != "path")
+#: what a merge can go by: what weights do, not what passes through them
+WEIGHT_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+
+
+def of_activations(estimand: Estimand) -> bool:
+    """Whether it exchanges what components write, not their weights."""
+    return estimand in ("activation_gain", "activation_knockout")
+
+
+def of_knockout(estimand: Estimand) -> bool:
+    """Whether it is measured from the expert (what it loses), not from the base."""
+    return estimand in ("knockout", "activation_knockout")
 
 
 class _Strict(BaseModel):
@@ -127,6 +139,28 @@ class Verification(_Strict):
     points: tuple[SetPoint, ...]
 
 
+class Agreement(_Strict):
+    """How alike two rankings of the same components are.
+
+    ``against``: "halves" are two random halves of the prompts (mean and 95% range over splits);
+    "run" is another scoring of this expert on this behaviour, "behavior" this expert on another
+    behaviour, "expert" another expert (of another training seed, say). There the interval is a
+    bootstrap over layers. ``name`` says which other file it was, "" for halves.
+    """
+
+    against: Literal["halves", "run", "behavior", "expert"]
+    name: str
+    estimand: Estimand
+    criterion: CriterionName
+    kind: Kind
+    spearman: float
+    low: float
+    high: float
+    #: Jaccard overlap of the two top `top`
+    jaccard: float
+    top: PositiveInt
+
+
 class Manifest(_Strict):
     """The JSON under the metadata key ``mergekit_wp``.
 
@@ -159,6 +193,7 @@ class Manifest(_Strict):
     tensor_names: tuple[str, ...]
     company: tuple[CompanyMember, ...] | None
     verification: Verification | None = None
+    stability: tuple[Agreement, ...] = ()
     dtype: str
     seed: int
     created: str

@@ -64,6 +64,69 @@ def swapped(
     return model
 
 
+def with_activation(
+    receiver: PreTrainedModel, donor: PreTrainedModel, partition: Partition, component: Component
+) -> PreTrainedModel:
+    """A copy of the receiver in which one component writes what it writes in the donor's run.
+
+    Both run whole and unpadded; hooks exchange what a component writes.
+    """
+    model, other = copy.deepcopy(receiver), copy.deepcopy(donor)
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(name: str):
+        def hook(_module, args, output) -> None:
+            x = args[0] if args else None
+            kept[name] = (x, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for name, module in other.named_modules():
+        module.register_forward_hook(keep(name))
+    model.register_forward_pre_hook(
+        lambda _m, args, kwargs: other(*args, **kwargs) and None, with_kwargs=True
+    )
+    ours, theirs = dict(model.named_modules()), dict(other.named_modules())
+    at = f"model.layers.{component.layer}"
+
+    def written(path: str, width: int) -> None:
+        cut = slice(component.index * width, (component.index + 1) * width)
+
+        def hook(module, args, output):
+            their_write = kept[path][0][..., cut] @ theirs[path].weight[:, cut].T
+            return output + their_write - args[0][..., cut] @ module.weight[:, cut].T
+
+        ours[path].register_forward_hook(hook)
+
+    def given(path: str, cut: slice) -> None:
+        def hook(_module, _args, output):
+            output = output.clone()
+            output[..., cut] = kept[path][1][..., cut]
+            return output
+
+        ours[path].register_forward_hook(hook)
+
+    if component.kind == "head":
+        written(f"{at}.self_attn.o_proj", model.model.layers[0].self_attn.head_dim)
+    elif component.kind == "neuron":
+        written(f"{at}.mlp.down_proj", 1)
+    elif component.kind == "kv_group":
+        width = model.model.layers[0].self_attn.head_dim
+        for name in ("k_proj", "v_proj"):
+            cut = slice(component.index * width, (component.index + 1) * width)
+            given(f"{at}.self_attn.{name}", cut)
+    elif component.kind == "layer":
+
+        def added(_module, args, output):
+            x, y = kept[at]
+            return args[0] + y - x
+
+        ours[at].register_forward_hook(added)
+    else:
+        given(component.name.rpartition(".")[0], slice(None))
+    return model
+
+
 class Naive:
     """Gains and knockouts of single components by naive swapping, by every criterion."""
 
@@ -81,11 +144,13 @@ class Naive:
         self.at_expert = values(expert, expert, sequences, anchor)
 
     def score(self, estimand: str, component: Component) -> dict[str, float]:
-        pair = (self.base, self.expert) if estimand == "gain" else (self.expert, self.base)
-        model = swapped(*pair, self.partition, component)
+        gain = estimand.endswith("gain")
+        pair = (self.base, self.expert) if gain else (self.expert, self.base)
+        patch = with_activation if estimand.startswith("activation") else swapped
+        model = patch(*pair, self.partition, component)
         scores = {}
         for name, value in values(model, self.expert, self.sequences, self.anchor).items():
             span = self.at_expert[name].mean() - self.at_base[name].mean()
             recovered = float((value.mean() - self.at_base[name].mean()) / span)
-            scores[name] = recovered if estimand == "gain" else 1 - recovered
+            scores[name] = recovered if gain else 1 - recovered
         return scores

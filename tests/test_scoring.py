@@ -99,8 +99,11 @@ def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tor
     return kept
 
 
+@pytest.mark.parametrize("patched", ["", "activation_"])
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_exact_scores_equal_naive_swapping(tmp_path, family, double_precision_file) -> None:
+def test_exact_scores_equal_naive_patching(
+    tmp_path, family, patched, double_precision_file
+) -> None:
     base = make_model(family)
     expert = perturbed(base)
     prompts = write_prompts(tmp_path / "p.jsonl", 4, contrast=family == "qwen2")
@@ -109,7 +112,7 @@ def test_exact_scores_equal_naive_swapping(tmp_path, family, double_precision_fi
         base,
         expert,
         prompts=prompts,
-        estimands=("gain", "knockout"),
+        estimands=(f"{patched}gain", f"{patched}knockout"),
         criteria=("kl", "anchor", "logprob"),
         batch_size=7,  # two prompts' batches of unequal length, several patches each
         anchor_layer=None if family == "llama" else 0,
@@ -119,7 +122,7 @@ def test_exact_scores_equal_naive_swapping(tmp_path, family, double_precision_fi
     anchor = (result.manifest.anchor.layer, exact["anchor"])
     partition = partition_of(base, result)
     naive = Naive(base, expert, partition, sequences_of(prompts, expert, 4), anchor)
-    for estimand in ("gain", "knockout"):
+    for estimand in (f"{patched}gain", f"{patched}knockout"):
         for kind in KINDS:
             for component in partition.components(kind):
                 for criterion, value in naive.score(estimand, component).items():
@@ -281,7 +284,34 @@ def test_planted_components_lead_the_ranking(tmp_path, method) -> None:
         assert {place for _, place in ranked[:4]} == places, seed
 
 
-@pytest.mark.parametrize(("estimand", "least"), [("gain", 0.98), ("knockout", 0.85)])
+def test_where_the_input_is_the_same_both_patches_are(tmp_path) -> None:
+    """Only the first layer's MLP differs: below it nothing moves, in it the input is the base's."""
+    base = make_model("mistral")
+    expert = perturbed(base, 0.0)
+    mlp = expert.model.layers[0].mlp
+    with torch.no_grad():
+        for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear.weight.add_(0.2 * torch.randn_like(linear.weight))
+    result = run(
+        tmp_path, base, expert, estimands=("gain", "knockout", "activation_gain"), verify=0
+    )
+    weights, activations = (result.scores(e, "kl", "neuron") for e in ("gain", "activation_gain"))
+    assert activations[0].tolist() == pytest.approx(weights[0].tolist(), abs=1e-6)
+    assert not result.scores("activation_gain", "kl", "head")[0].any()
+    assert not weights[1].any() and not result.scores("gain", "kl", "head")[1].any()
+    assert activations[1].abs().min() > 1e-4, "the second layer passes on what the first supplies"
+    assert result.scores("activation_gain", "kl", "head")[1].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("estimand", "least"),
+    [
+        ("gain", 0.98),
+        ("knockout", 0.85),
+        ("activation_gain", 0.7),  # larger changes than those of a swap
+        ("activation_knockout", 0.8),
+    ],
+)
 def test_first_order_predicts_exact_and_says_how_well(tmp_path, estimand, least) -> None:
     base = make_model("llama-tied")
     prompts = write_prompts(tmp_path / "p.jsonl", 16, response=True)
@@ -296,7 +326,7 @@ def test_first_order_predicts_exact_and_says_how_well(tmp_path, estimand, least)
         assert agreement > least
         fidelity = first.manifest.fidelity[f"{estimand}/kl/{kind}"]
         # the gradient of KL vanishes at the expert, where knockouts are measured
-        assert fidelity.method == ("first-order" if estimand == "gain" else "second-order")
+        assert fidelity.method == ("first-order" if estimand.endswith("gain") else "second-order")
         assert fidelity.verified_top == fidelity.verified_random == 8
         if kind == "head":  # all eight were verified, so the statement is the whole truth
             assert fidelity.pearson == pytest.approx(agreement, abs=1e-3)

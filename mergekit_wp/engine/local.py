@@ -7,15 +7,14 @@ then a low-rank product (DESIGN section 3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.components import Dims
+from mergekit_wp.components import Dims, FineKind
 from mergekit_wp.engine.trace import Decoder, Trace, hooked
 
 _QUERY = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
@@ -83,7 +82,8 @@ class BlockInputs:
         return found
 
 
-def _inputs_of(modules: Sequence[nn.Module], run: Any) -> list[torch.Tensor]:
+def inputs_of(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[torch.Tensor]:
+    """What modules are called with while `run` runs."""
     seen: dict[nn.Module, torch.Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -101,7 +101,7 @@ def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) ->
     """
     layer, call = decoder.layers[index], trace.calls[index]
     out_proj = layer.self_attn.o_proj
-    (own,) = _inputs_of([out_proj], lambda: layer(call.hidden, **call.kwargs))
+    (own,) = inputs_of([out_proj], lambda: layer(call.hidden, **call.kwargs))
     total = torch.zeros_like(call.attention)
     width = own.shape[-1] // dims.n_heads
     for head in range(dims.n_heads):
@@ -112,7 +112,7 @@ def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) ->
 
 def block_inputs(
     decoder: Decoder, index: int, trace: Trace, donor: State, dims: Dims
-) -> dict[str, BlockInputs]:
+) -> dict[FineKind, BlockInputs]:
     """The three kinds of local change in one layer.
 
     Args:
@@ -132,7 +132,7 @@ def block_inputs(
     def inputs(modules: Sequence[nn.Module], names: Sequence[str]) -> list[torch.Tensor]:
         swapped = {name: donor[name] for name in names if name in donor}
         hidden = call.hidden.detach()
-        return _inputs_of(modules, lambda: functional_call(layer, swapped, (hidden,), call.kwargs))
+        return inputs_of(modules, lambda: functional_call(layer, swapped, (hidden,), call.kwargs))
 
     own_attention, own_mlp = inputs([out_proj, down_proj], ())
     own_out: torch.Tensor = layer.self_attn.o_proj.weight

@@ -15,7 +15,8 @@ from mergekit_wp.scorefile import CriterionName
 Values = dict[CriterionName, torch.Tensor]
 
 
-def _joined(parts: list[Values], criteria: Criteria) -> Values:
+def joined(parts: list[Values], criteria: Criteria) -> Values:
+    """Values of several replays, one after the other."""
     return {name: torch.cat([part[name] for part in parts]) for name in criteria}
 
 
@@ -56,7 +57,7 @@ def swap_slices(
         else:
             output = layer_output(decoder, index, trace, attention=call.attention + changes)
         parts.append(replay(decoder, trace, output, index, criteria, targets))
-    return _joined(parts, criteria)
+    return joined(parts, criteria)
 
 
 def swap_layer_weights(
@@ -80,7 +81,7 @@ def swap_layer_weights(
             for swap in swaps[start : start + copies]
         ]
         parts.append(replay(decoder, trace, torch.cat(outputs), index, criteria, targets))
-    return _joined(parts, criteria)
+    return joined(parts, criteria)
 
 
 def swap_outside_layers(

@@ -113,7 +113,8 @@ class Trace:
         return self.calls[after_layer].output
 
 
-def _first(output: Any) -> torch.Tensor:
+def first(output: Any) -> torch.Tensor:
+    """A module's output without what some return beside it."""
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 
@@ -138,7 +139,7 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
 
     def keep(slot: str) -> Any:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            setattr(calls[-1], slot, _first(output))
+            setattr(calls[-1], slot, first(output))
 
         return after
 
@@ -205,7 +206,7 @@ def layer_output(
         if mlp is not None:
             stack.enter_context(returning(layer.mlp, mlp.flatten(0, 1), as_tuple=False))
         kwargs = repeated_kwargs(call, n, copies)
-        output = _first(functional_call(layer, dict(swapped or {}), (hidden,), kwargs))
+        output = first(functional_call(layer, dict(swapped or {}), (hidden,), kwargs))
     unflat: torch.Tensor = output.unflatten(0, (copies, n))
     return unflat
 
@@ -251,7 +252,7 @@ def replay(
     flat = hidden.flatten(0, 1)
     for index in range(after_layer + 1, last + 1):
         kwargs = repeated_kwargs(trace.calls[index], n, copies)
-        flat = _first(decoder.layers[index](flat, **kwargs))
+        flat = first(decoder.layers[index](flat, **kwargs))
         if "anchor" in criteria and anchor is not None and index == anchor.layer:
             at_anchor = flat.unflatten(0, (copies, n))
             values["anchor"] = anchor_values(at_anchor, trace.batch, anchor.vector)
@@ -271,7 +272,13 @@ def output_values(
     head_weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[CriterionName, torch.Tensor]:
     """Values of the output criteria from final hidden states ``[..., P, hidden]``."""
-    logits = decoder.logits(final, head_weights)
+    return logit_values(decoder.logits(final, head_weights), batch, criteria, targets)
+
+
+def logit_values(
+    logits: torch.Tensor, batch: PromptBatch, criteria: Criteria, targets: Targets
+) -> dict[CriterionName, torch.Tensor]:
+    """Values of the output criteria among `criteria` from logits ``[..., P, vocabulary]``."""
     values: dict[CriterionName, torch.Tensor] = {}
     if "kl" in criteria:
         values["kl"] = kl_values(logits, batch, targets)

@@ -32,6 +32,10 @@ ESTIMAND_WORDS: dict[Estimand, str] = {
     "(sufficiency); single swaps do not add up",
     "knockout": "how much the expert loses when only this component is set back to the base "
     "(necessity); single swaps do not add up",
+    "activation_gain": "how far the base gets when the component writes what it writes in the "
+    "expert's run; high without gain: it passes on what others supply",
+    "activation_knockout": "how much the expert loses when the component writes what it writes in "
+    "the base's run; high without knockout: it passes on what others supply",
     "path": "how far the component was taken from base to expert (0 to 1) on the guided path of "
     "all experts of the recipe together",
 }

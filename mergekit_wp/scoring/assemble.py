@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch
 import mergekit_wp
 from mergekit_wp.checkpoints import Checkpoint, Pair
 from mergekit_wp.prompts import PromptFile
-from mergekit_wp.scorefile import CriterionName, Manifest, ModelId, Scale
+from mergekit_wp.scorefile import Agreement, CriterionName, Manifest, ModelId, Scale
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.run import SweepRun
+from mergekit_wp.stability import between_halves
 
 
 def score_tensors(run: SweepRun, pair: Pair, references: References) -> dict[str, torch.Tensor]:
@@ -51,9 +53,28 @@ def make_manifest(
         fidelity=run.fidelity,
         noise_floor=run.noise,
         completeness=run.completeness,
+        stability=tuple(_halves(run)),
         company=None,
         created=created,
     )
+
+
+def _halves(run: SweepRun) -> Iterator[Agreement]:
+    """How alike the rankings by random halves of the prompts are, kind by kind."""
+    for (estimand, c, kind), changes in run.changes.items():
+        if kind not in run.request.kinds:
+            continue
+        distance = run.context.references.values[c].distance.double().cpu().numpy()
+        found = between_halves(changes.flatten(1).numpy(), distance, run.request.seed)
+        if found is not None:
+            yield Agreement(
+                against="halves",
+                name="",
+                estimand=estimand,
+                criterion=c,
+                kind=kind,
+                **vars(found),
+            )
 
 
 def common_fields(

@@ -16,6 +16,14 @@ import torch
 
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
+from mergekit_wp.engine.activations import (
+    DonorRun,
+    activation_inputs,
+    donor_run,
+    put_layer,
+    put_modules,
+    put_outside_layers,
+)
 from mergekit_wp.engine.gradients import (
     PROBES,
     PROBES_AT_ONCE,
@@ -25,10 +33,11 @@ from mergekit_wp.engine.gradients import (
     project,
     record_with_gradients,
 )
-from mergekit_wp.engine.local import State, block_inputs
+from mergekit_wp.engine.local import BlockInputs, State, block_inputs
 from mergekit_wp.engine.patches import (
     Values,
     identity,
+    joined,
     swap_layer_weights,
     swap_outside_layers,
     swap_slices,
@@ -36,7 +45,7 @@ from mergekit_wp.engine.patches import (
 from mergekit_wp.engine.share import Contributions, TaskVector, contributions, midpoints
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.scorefile import CriterionName, Estimand
+from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout
 from mergekit_wp.scoring.references import References
 
 #: result tensors of a block, ``[components, prompts of the batch]`` by "criterion/kind/..." key
@@ -74,6 +83,7 @@ class SweepContext:
     criteria: Criteria
     batch_size: int
     _traces: dict[tuple[float, int], Trace] = field(default_factory=dict)
+    _donor_runs: dict[tuple[float, int], DonorRun] = field(default_factory=dict)
 
     @property
     def decoder(self) -> Decoder:
@@ -119,6 +129,37 @@ class SweepContext:
         prefix = f"model.layers.{layer}."
         return {n.removeprefix(prefix): t for n, t in self.donor(position, names).items()}
 
+    def donor_run(self, position: float, b: int, trace: Trace) -> DonorRun:
+        """The other checkpoint's run on batch b; one is kept."""
+        if (position, b) not in self._donor_runs:
+            self._donor_runs.clear()
+            name = "model.embed_tokens.weight"
+            embedding = self.donor(position, [name])[name]
+            with torch.no_grad():
+                self._donor_runs[position, b] = donor_run(
+                    self.decoder, trace, embedding, lambda i: self.layer_state(position, i)
+                )
+        return self._donor_runs[position, b]
+
+    def inputs(
+        self, estimand: Estimand, layer: int, b: int, trace: Trace
+    ) -> dict[FineKind, BlockInputs]:
+        """The changes that patches of heads, K/V groups and neurons make in one layer."""
+        position, dims = receiver_position(estimand), self.partition.dims
+        state = self.layer_state(position, layer)
+        if not of_activations(estimand):
+            return block_inputs(self.decoder, layer, trace, state, dims)
+        run = self.donor_run(position, b, trace)
+        return activation_inputs(self.decoder, layer, trace, run, state, dims)
+
+    def differs(self, estimand: Estimand, kind: Kind, layer: int) -> bool:
+        """Whether exchanging a kind in a layer can change anything."""
+        if not of_activations(estimand):
+            return self.changed(kind, layer)
+        if "model.embed_tokens.weight" in self.resident.pair.changed:
+            return True
+        return any(self.changed("layer", below) for below in range(layer + 1))
+
     def changed(self, kind: Kind, layer: int) -> bool:
         """Whether base and expert differ in any tensor of a kind in a layer."""
         changed = self.resident.pair.changed
@@ -134,7 +175,7 @@ class SweepContext:
 
 def receiver_position(estimand: Estimand) -> float:
     """Gains are measured from the base (0), knockouts from the expert (1)."""
-    return 0.0 if estimand == "gain" else 1.0
+    return 1.0 if of_knockout(estimand) else 0.0
 
 
 def exact_blocks(
@@ -143,11 +184,11 @@ def exact_blocks(
     selected: dict[Kind, list[list[int]]],
     label: str,
 ) -> Iterator[Block]:
-    """Exact swaps of chosen components.
+    """Exact patches of chosen components.
 
     Args:
         context: the sweep.
-        estimand: ``gain`` or ``knockout``.
+        estimand: a gain or a knockout, of weights or of activations.
         selected: per kind, per layer, the indices to swap; for ``layer`` the index is 0. Tensors
             outside the layers stand under kind ``tensor`` in an extra, last list, as positions in
             `Partition.tensor_names`; so do those inside.
@@ -156,7 +197,7 @@ def exact_blocks(
     Yields:
         Blocks whose results hold changes ``[C, n]`` under ``criterion/kind``.
     """
-    position = receiver_position(estimand)
+    patch = _put if of_activations(estimand) else _swap
     n_layers = context.partition.dims.n_layers
     for b, batch in enumerate(context.references.batches):
         weight = context.weight_of(batch)
@@ -172,59 +213,113 @@ def exact_blocks(
             yield Block(
                 key=f"{label}.{estimand}.batch{b:04d}.layer{layer:04d}",
                 cost=count * depth * weight,
-                run=lambda b=b, layer=layer, chosen=chosen: _swap(  # type: ignore[misc]
-                    context, position, b, layer, chosen
+                run=lambda b=b, layer=layer, chosen=chosen: _patch(  # type: ignore[misc]
+                    context, estimand, b, layer, chosen, patch
                 ),
             )
 
 
+Chosen = dict[Kind, list[int]]
+CoarsePatch = Callable[[SweepContext, float, int, Trace, int, Chosen], dict[Kind, Values]]
+
+
 @torch.no_grad()
-def _swap(
-    context: SweepContext, position: float, b: int, layer: int, chosen: dict[Kind, list[int]]
+def _patch(
+    context: SweepContext,
+    estimand: Estimand,
+    b: int,
+    layer: int,
+    chosen: Chosen,
+    coarse: CoarsePatch,
 ) -> Result:
+    """Heads, K/V groups and neurons alike for weights and activations; the rest by `coarse`."""
+    position = receiver_position(estimand)
     trace = context.trace(position, b)
     targets = context.references.targets[b]
-    decoder, criteria, batch = context.decoder, context.criteria, trace.batch
-    copies = context.copies(batch)
+    decoder, criteria = context.decoder, context.criteria
     own = own_values(decoder, trace, criteria, targets)
     found: dict[Kind, Values] = {}
+    if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
+        inputs = context.inputs(estimand, layer, b, trace)
+        for kind in sliced:
+            found[kind] = swap_slices(
+                decoder,
+                layer,
+                trace,
+                kind,
+                inputs[kind],
+                chosen[kind],
+                criteria,
+                targets,
+                context.copies(trace.batch),
+            )
+    if set(chosen) & {"layer", "tensor"}:
+        found |= coarse(context, position, b, trace, layer, chosen)
+    return {f"{c}/{kind}": v[c] - own[c] for kind, v in found.items() for c in criteria}
+
+
+def _swap(
+    context: SweepContext, position: float, b: int, trace: Trace, layer: int, chosen: Chosen
+) -> dict[Kind, Values]:
+    """Weights of a layer and of whole tensors."""
+    targets = context.references.targets[b]
+    decoder, criteria = context.decoder, context.criteria
     if layer == context.partition.dims.n_layers:
         names = [context.partition.tensor_names[i] for i in chosen["tensor"]]
         parts = [
             swap_outside_layers(decoder, trace, name, weight, criteria, targets)
             for name, weight in context.donor(position, names).items()
         ]
-        found["tensor"] = {c: torch.cat([part[c] for part in parts]) for c in criteria}
-    else:
+        return {"tensor": joined(parts, criteria)}
+    state = context.layer_state(position, layer)
+    swaps: list[State] = [state] if "layer" in chosen else []
+    swaps += [{name: state[name]} for name in _names_within(context, layer, chosen)]
+    copies = context.copies(trace.batch)
+    values = swap_layer_weights(decoder, layer, trace, swaps, criteria, targets, copies)
+    found: dict[Kind, Values] = {}
+    if "layer" in chosen:
+        found["layer"] = {c: v[:1] for c, v in values.items()}
+        values = {c: v[1:] for c, v in values.items()}
+    if "tensor" in chosen:
+        found["tensor"] = values
+    return found
+
+
+def _put(
+    context: SweepContext, position: float, b: int, trace: Trace, layer: int, chosen: Chosen
+) -> dict[Kind, Values]:
+    """Activations of a layer and of the modules that whole tensors belong to."""
+    targets = context.references.targets[b]
+    decoder, criteria = context.decoder, context.criteria
+    donor = context.donor_run(position, b, trace)
+    if layer == context.partition.dims.n_layers:
+
+        def donor_tensor(name: str) -> torch.Tensor:
+            return context.donor(position, [name])[name]
+
+        names = [context.partition.tensor_names[i] for i in chosen["tensor"]]
+        parts = [
+            put_outside_layers(decoder, trace, donor, donor_tensor, name, criteria, targets)
+            for name in names
+        ]
+        return {"tensor": joined(parts, criteria)}
+    found: dict[Kind, Values] = {}
+    if "layer" in chosen:
+        found["layer"] = put_layer(decoder, layer, trace, donor, criteria, targets)
+    if names := _names_within(context, layer, chosen):
         state = context.layer_state(position, layer)
-        if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
-            inputs = block_inputs(decoder, layer, trace, state, context.partition.dims)
-            for kind in sliced:
-                found[kind] = swap_slices(
-                    decoder,
-                    layer,
-                    trace,
-                    kind,
-                    inputs[kind],
-                    chosen[kind],
-                    criteria,
-                    targets,
-                    copies,
-                )
-        swaps: list[State] = []
-        if "layer" in chosen:
-            swaps.append(state)
-        for i in chosen.get("tensor", []):
-            name = context.partition.tensor_names[i].removeprefix(f"model.layers.{layer}.")
-            swaps.append({name: state[name]})
-        if swaps:
-            values = swap_layer_weights(decoder, layer, trace, swaps, criteria, targets, copies)
-            if "layer" in chosen:
-                found["layer"] = {c: v[:1] for c, v in values.items()}
-                values = {c: v[1:] for c, v in values.items()}
-            if "tensor" in chosen:
-                found["tensor"] = values
-    return {f"{c}/{kind}": v[c] - own[c] for kind, v in found.items() for c in criteria}
+        copies = context.copies(trace.batch)
+        found["tensor"] = put_modules(
+            decoder, layer, trace, donor, state, names, criteria, targets, copies
+        )
+    return found
+
+
+def _names_within(context: SweepContext, layer: int, chosen: Chosen) -> list[str]:
+    """Chosen tensors of one layer by their names within it."""
+    prefix = f"model.layers.{layer}."
+    names = context.partition.tensor_names
+    return [names[i].removeprefix(prefix) for i in chosen.get("tensor", [])]
 
 
 def first_order_blocks(
@@ -236,7 +331,7 @@ def first_order_blocks(
         Blocks whose results hold changes ``[layers, n, count]`` under ``criterion/kind``.
     """
     for b, batch in enumerate(context.references.batches):
-        passes = 3 + 2 * len(context.criteria) + (2 * PROBES if estimand == "knockout" else 0)
+        passes = 3 + 2 * len(context.criteria) + (2 * PROBES if of_knockout(estimand) else 0)
         yield Block(
             key=f"first-order.{estimand}.batch{b:04d}",
             cost=passes * context.weight_of(batch),
@@ -247,8 +342,7 @@ def first_order_blocks(
 def _first_order(
     context: SweepContext, estimand: Estimand, b: int, kinds: list[FineKind], seed: int
 ) -> Result:
-    position = receiver_position(estimand)
-    context.resident.move_to(position)
+    context.resident.move_to(receiver_position(estimand))
     decoder, batch = context.decoder, context.references.batches[b]
     trace = record_with_gradients(decoder, batch)
     dims = context.partition.dims
@@ -260,11 +354,10 @@ def _first_order(
     for terms in _gradient_terms(context, estimand, b, trace, seed):
         with torch.no_grad():
             for layer in range(dims.n_layers):
-                changed = [kind for kind in kinds if context.changed(kind, layer)]
+                changed = [kind for kind in kinds if context.differs(estimand, kind, layer)]
                 if not changed:
                     continue
-                state = context.layer_state(position, layer)
-                inputs = block_inputs(decoder, layer, trace, state, dims)
+                inputs = context.inputs(estimand, layer, b, trace)
                 wanted = {kind: inputs[kind] for kind in changed}
                 for criterion, gradients, squared in terms:
                     for kind, change in project(gradients, wanted, layer, batch.size).items():
@@ -279,7 +372,7 @@ def _gradient_terms(
     context: SweepContext, estimand: Estimand, b: int, trace: Trace, seed: int
 ) -> Iterator[list[tuple[CriterionName, BlockGradients, bool]]]:
     """Criterion, gradients and whether the projection is squared, a few at a time for memory."""
-    second_order = estimand == "knockout" and "kl" in context.criteria
+    second_order = of_knockout(estimand) and "kl" in context.criteria
     linear: Criteria = tuple(c for c in context.criteria if not (second_order and c == "kl"))
     if linear:
         targets = context.references.targets[b]

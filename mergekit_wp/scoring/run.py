@@ -8,7 +8,14 @@ import torch
 
 from mergekit_wp.components import KINDS, SLICED_KINDS, FineKind, Kind
 from mergekit_wp.criteria import recovery
-from mergekit_wp.scorefile import CriterionName, Estimand, Fidelity, Method
+from mergekit_wp.scorefile import (
+    CriterionName,
+    Estimand,
+    Fidelity,
+    Method,
+    of_activations,
+    of_knockout,
+)
 from mergekit_wp.scoring.blocks import (
     Block,
     Result,
@@ -35,7 +42,7 @@ class SweepRun:
     ) -> None:
         self.request, self.context = request, context
         self.journal, self.progress = journal, progress
-        self.changes: dict[tuple[str, CriterionName, str], torch.Tensor] = {}
+        self.changes: dict[tuple[Estimand, CriterionName, Kind], torch.Tensor] = {}
         self.fidelity: dict[str, Fidelity] = {}
         self.noise: dict[CriterionName, float] = {}
         self.completeness: dict[str, float] = {}
@@ -46,10 +53,11 @@ class SweepRun:
         if "share" in self.request.estimands:
             self._share()
         for estimand in swaps:
-            self._noise(estimand)
+            if not of_activations(estimand):
+                self._noise(estimand)
             self._exact(estimand)
             self._first_order(estimand)
-        if not swaps:
+        if not any(estimand in ("gain", "knockout") for estimand in swaps):
             self._noise("gain")
 
     def _finished(self, name: str, blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
@@ -74,7 +82,7 @@ class SweepRun:
             return (len(self.context.partition.tensor_names),)
         return (dims.n_layers, dims.count(kind))
 
-    def _zeros(self, estimand: str, kinds: Iterable[Kind]) -> None:
+    def _zeros(self, estimand: Estimand, kinds: Iterable[Kind]) -> None:
         for kind in kinds:
             for c in self.context.criteria:
                 shape = (self.context.n_prompts, *self._shape(kind))
@@ -121,37 +129,47 @@ class SweepRun:
                 floor = float((change.double().mean(-1) / distance.mean()).abs().max())
                 self.noise[c] = max(floor, self.noise.get(c, 0.0))
 
-    def _affordable(self, kind: FineKind) -> bool:
+    def _affordable(self, estimand: Estimand, kind: FineKind) -> bool:
         context, dims = self.context, self.context.partition.dims
-        layers = [i for i in range(dims.n_layers) if context.changed(kind, i)]
+        layers = [i for i in range(dims.n_layers) if context.differs(estimand, kind, i)]
         cost = dims.count(kind) * sum(context.depth(layer) for layer in layers)
         return cost <= self.request.exact_budget
 
-    def _exact_kinds(self) -> list[Kind]:
+    def _exact_kinds(self, estimand: Estimand) -> list[Kind]:
         return [
             kind
             for kind in self.request.kinds
-            if kind not in SLICED_KINDS or self._affordable(kind)
+            if kind not in SLICED_KINDS or self._affordable(estimand, kind)
         ]
 
-    def _all_of(self, kind: Kind) -> list[list[int]]:
-        """Indices by layer of every component of a kind that differs at all."""
+    def _all_of(self, estimand: Estimand, kind: Kind) -> list[list[int]]:
+        """Indices by layer of every component of a kind that can change anything."""
         context, partition = self.context, self.context.partition
         n_layers = partition.dims.n_layers
         if kind == "tensor":
             lists: list[list[int]] = [[] for _ in range(n_layers + 1)]
             for i, name in enumerate(partition.tensor_names):
                 layer = partition.layouts[name].layer
-                if name in context.resident.pair.changed:
+                if self._tensor_differs(estimand, name):
                     lists[n_layers if layer is None else layer].append(i)
             return lists
         count = 1 if kind == "layer" else partition.dims.count(kind)
-        return [list(range(count)) if context.changed(kind, i) else [] for i in range(n_layers)]
+        differ = [context.differs(estimand, kind, i) for i in range(n_layers)]
+        return [list(range(count)) if differ[i] else [] for i in range(n_layers)]
+
+    def _tensor_differs(self, estimand: Estimand, name: str) -> bool:
+        context, layer = self.context, self.context.partition.layouts[name].layer
+        if name in context.resident.pair.changed or not of_activations(estimand):
+            return name in context.resident.pair.changed
+        if name == "model.embed_tokens.weight":
+            return False
+        n_layers = context.partition.dims.n_layers
+        return context.differs(estimand, "layer", n_layers - 1 if layer is None else layer)
 
     def _exact(self, estimand: Estimand) -> None:
-        kinds = self._exact_kinds()
+        kinds = self._exact_kinds(estimand)
         self._zeros(estimand, kinds)
-        selected = {kind: self._all_of(kind) for kind in kinds}
+        selected = {kind: self._all_of(estimand, kind) for kind in kinds}
         blocks = exact_blocks(self.context, estimand, selected, "exact")
         for block, result in self._finished(f"{estimand}, exact", blocks):
             members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
@@ -171,7 +189,7 @@ class SweepRun:
                 self.fidelity[f"{estimand}/{c}/{kind}"] = Fidelity(method="exact")
 
     def _first_order(self, estimand: Estimand) -> None:
-        exact = self._exact_kinds()
+        exact = self._exact_kinds(estimand)
         kinds: list[FineKind] = [
             k for k in SLICED_KINDS if k in self.request.kinds and k not in exact
         ]
@@ -195,7 +213,7 @@ class SweepRun:
         n_layers = context.partition.dims.n_layers
         for kind in kinds:
             count = context.partition.dims.count(kind)
-            changed = torch.tensor([context.changed(kind, i) for i in range(n_layers)])
+            changed = torch.tensor([context.differs(estimand, kind, i) for i in range(n_layers)])
             candidates = changed.unsqueeze(-1).expand(n_layers, count)
             random[kind] = uniform_sample(candidates, k, self.request.seed)
             for c in context.criteria:
@@ -209,7 +227,7 @@ class SweepRun:
         for kind in kinds:
             for c in context.criteria:
                 method: Method = (
-                    "second-order" if (estimand, c) == ("knockout", "kl") else "first-order"
+                    "second-order" if of_knockout(estimand) and c == "kl" else "first-order"
                 )
                 predicted = self.scores(estimand, c, kind)[0]
                 self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
@@ -235,7 +253,7 @@ class SweepRun:
                 for c in criteria:
                     rows = torch.tensor(lists[layer]).unsqueeze(-1)
                     changes[c, kind][layer, rows, members] = result[f"{c}/{kind}"].double()
-        sign = -1.0 if estimand == "knockout" else 1.0
+        sign = -1.0 if of_knockout(estimand) else 1.0
         return {
             (c, kind): sign
             * (change.mean(-1) / context.references.values[c].distance.double().mean()).flatten()
@@ -243,10 +261,10 @@ class SweepRun:
         }
 
     def scores(
-        self, estimand: str, c: CriterionName, kind: str
+        self, estimand: Estimand, c: CriterionName, kind: Kind
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and standard errors from the changes."""
         change = self.changes[estimand, c, kind].movedim(0, -1)
         # knockout = 1 - r(expert with c from the base): what the criterion loses
-        change = -change if estimand == "knockout" else change
+        change = -change if of_knockout(estimand) else change
         return recovery(change, self.context.references.values[c].distance.double())
