@@ -21,3 +21,15 @@ def check_device(name: str) -> None:
         raise UserError(f"device '{name}' cannot be used here: {reason}") from error
     if not usable:
         raise UserError(f"device '{name}' holds no numbers")
+
+
+def choose_device(name: str) -> str:
+    """A device that can be used here; ``auto`` is the GPU, where there is one.
+
+    Raises:
+        UserError: it cannot be used; names it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name

@@ -5,6 +5,7 @@ Reading refuses whatever does not fit: a score file nobody can misuse silently i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -277,6 +278,13 @@ class ScoreFile:
             index = {name: i for i, name in enumerate(self.manifest.tensor_names)}
             fine["tensor"] = every[[index[name] for name in self.fine_tensor_names]]
         return fine
+
+    def digest(self) -> str:
+        """Hash of the scores alone, which later findings in the manifest do not change."""
+        digest = hashlib.sha256()
+        for key in sorted(self.tensors):
+            digest.update(key.encode() + self.tensors[key].numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def fine_tensor_names(self) -> tuple[str, ...]:

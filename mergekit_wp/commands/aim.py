@@ -62,21 +62,18 @@ def aim(
     \b
       mergekit-wp aim merged/ merged-aim/ --base BASE --calibration prompts.jsonl
     """
-    import torch
     import transformers
     from tqdm import tqdm
 
     from mergekit_wp.aim import activation_importance
     from mergekit_wp.checkpoints import Checkpoint
-    from mergekit_wp.devices import check_device
+    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.files import staged_folder
     from mergekit_wp.prompts import read_prompts
 
     transformers.logging.set_verbosity_error()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = choose_device(device)
     prompts = read_prompts(calibration, None).prompts
     start, end = Checkpoint(base), Checkpoint(merged)
     target = out.absolute()

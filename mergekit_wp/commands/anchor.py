@@ -45,11 +45,10 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
       mergekit-wp anchor base/ expert/ --behavior capitals
     """
     import huggingface_hub
-    import torch
     import transformers
 
     from mergekit_wp import behaviors
-    from mergekit_wp.devices import check_device
+    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
     from mergekit_wp.scoring.layers import AnchorRequest, best, find_anchors
@@ -60,9 +59,7 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
         raise UserError("give either --prompts FILE.jsonl or --behavior NAME")
     if options["strength"] <= 0:
         raise UserError(f"--strength must be above zero, not {options['strength']:g}")
-    if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(options["device"])
+    options["device"] = choose_device(options["device"])
     progress = BarProgress()
     with TemporaryDirectory() as scratch:
         if behavior is not None:

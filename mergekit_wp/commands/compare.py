@@ -105,7 +105,6 @@ def compare(context: click.Context, /, **options: Any) -> None:
     OUT gets results.jsonl (one line per item), summary.json, table.md, report.html and recipes/
     with the chosen parameters. Start the same command again after a crash: finished work is kept.
     """
-    import torch
     import transformers
     from tqdm import tqdm
 
@@ -115,13 +114,11 @@ def compare(context: click.Context, /, **options: Any) -> None:
     from mergekit_wp.compare.run import Runner
     from mergekit_wp.compare.statistics import Resampled
     from mergekit_wp.compare.table import terminal_table
-    from mergekit_wp.devices import check_device
+    from mergekit_wp.devices import choose_device
 
     transformers.logging.set_verbosity_error()
     ensure_registered()
-    if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(options["device"])
+    options["device"] = choose_device(options["device"])
     if options["methods"] is not None:
         names = (name.strip() for name in options["methods"].split(","))
         options["methods"] = tuple(dict.fromkeys(name for name in names if name))

@@ -180,19 +180,16 @@ def score(context: click.Context, /, **options: Any) -> None:
       mergekit-wp merge scores/recipe.yml merged/
     """
     import huggingface_hub
-    import torch
     import transformers
     from pydantic import ValidationError
 
-    from mergekit_wp.devices import check_device
+    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
-    if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(options["device"])
+    options["device"] = choose_device(options["device"])
     run = _alone if options["company"] is None else _together
     progress = BarProgress()
     try:

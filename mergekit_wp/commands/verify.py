@@ -64,12 +64,11 @@ def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -
       mergekit-wp verify expert.safetensors --top 1%,5%,20% --prompts held-out.jsonl
     """
     import huggingface_hub
-    import torch
     import transformers
 
     from mergekit_wp.compare.checkers import Checkers
     from mergekit_wp.compare.items import JsonlTask
-    from mergekit_wp.devices import check_device
+    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
     from mergekit_wp.report.verification import table
@@ -78,9 +77,7 @@ def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
-    if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(options["device"])
+    options["device"] = choose_device(options["device"])
     if checkers is not None and task is None:
         raise UserError("--checkers goes with --task")
     sizes = tuple(part.strip() for part in top.split(",") if part.strip())

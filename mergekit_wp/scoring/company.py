@@ -36,14 +36,12 @@ from mergekit_wp.scorefile import (
 from mergekit_wp.scoring.assemble import common_fields
 from mergekit_wp.scoring.blocks import Result, task_vector
 from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import References, measure_references
 from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress, ScoreRequest
-from mergekit_wp.scoring.score import open_checkpoints
 from mergekit_wp.scoring.texts import (
     Encoded,
     auto_batch_size,
-    encode_texts,
-    find_tokenizer,
     with_responses,
 )
 
@@ -157,14 +155,12 @@ def _requests(request: CompanyRequest) -> list[ScoreRequest]:
 
 def _open(request: ScoreRequest, progress: Progress) -> Member:
     prompts = read_prompts(request.prompts, request.max_prompts)
-    pair = open_checkpoints(request, progress)
-    tokenizer = find_tokenizer(pair, progress)
-    texts = encode_texts(tokenizer, prompts.prompts, request.prompts)
-    texts.check_vocabulary(pair.partition.shapes["model.embed_tokens.weight"][0])
+    opened = open_inputs(request.base, request.expert, prompts.prompts, request.prompts, progress)
+    pair = opened.pair
     progress.stage("hashing weights", 1, "expert")
     sha256 = pair.expert.weights_sha256()
     progress.advance(1)
-    return Member(request, prompts, pair, tokenizer, texts, sha256)
+    return Member(request, prompts, pair, opened.tokenizer, opened.texts, sha256)
 
 
 def _check_alike(members: Sequence[Member]) -> None:

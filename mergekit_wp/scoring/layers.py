@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mergekit_wp.checkpoints import ResidentModel, open_pair
+from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.compare.statistics import Estimate, percentiles
 from mergekit_wp.criteria import Reference, Targets
 from mergekit_wp.engine.trace import Decoder, record, replay
@@ -22,18 +22,14 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch, Sample, batches, read_prompts
 from mergekit_wp.scoring.anchor import Contrast, held_out_separation
 from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import (
     contrast_batches,
     last_token_states,
     measure_references,
 )
-from mergekit_wp.scoring.request import DTYPES, Progress, RunRequest, ScoreRequest
-from mergekit_wp.scoring.texts import (
-    auto_batch_size,
-    encode_texts,
-    find_tokenizer,
-    with_responses,
-)
+from mergekit_wp.scoring.request import DTYPES, Progress, RunRequest
+from mergekit_wp.scoring.texts import auto_batch_size, with_responses
 
 #: random halves, and resamples of prompts
 HALVES, RESAMPLES = 200, 2000
@@ -97,30 +93,13 @@ def find_anchors(request: AnchorRequest, progress: Progress, work: Path) -> list
             f"can be compared from {MIN_CONTRASTS} on"
         )
     prompts = tuple(prompt for prompt in prompts if prompt.usable_contrast)
-    score_request = ScoreRequest(
-        base=request.base,
-        expert=request.expert,
-        prompts=request.prompts,
-        out=work,
-        max_prompts=request.max_prompts,
-        batch_size=request.batch_size,
-        dtype=request.dtype,
-        device=request.device,
-        seed=request.seed,
-        max_new_tokens=request.max_new_tokens,
-        verify=0,
-        share_steps=1,
-    )
-    pair = open_pair(request.base, request.expert, lambda *_: None)
-    tokenizer = find_tokenizer(pair, progress)
-    texts = encode_texts(tokenizer, prompts, request.prompts)
-    vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
-    texts.check_vocabulary(vocabulary)
-    resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
+    opened = open_inputs(request.base, request.expert, prompts, request.prompts, progress)
+    texts = opened.texts
+    resident = ResidentModel(opened.pair, DTYPES[request.dtype], request.device)
     with Journal(work, {"tokens": texts.sha256()}, restart=True) as journal:
-        samples = with_responses(score_request, texts, tokenizer, resident, journal, progress)
+        samples = with_responses(request, texts, opened.tokenizer, resident, journal, progress)
         journal.discard()
-    size = request.batch_size or auto_batch_size(samples, vocabulary, request.device)
+    size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
     references = measure_references(resident, samples, ([], []), ("kl",), None, size)
     contrast = _states(resident, samples, texts.contrasts, size, request.device)
     vectors = (contrast.towards - contrast.away).mean(0)

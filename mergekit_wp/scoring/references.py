@@ -121,6 +121,40 @@ def measure_references(
     return References(every, targets, values, info)
 
 
+@torch.no_grad()
+def references_at(
+    resident: ResidentModel,
+    samples: Sequence[Sample],
+    criteria: Criteria,
+    anchor: AnchorDirection | None,
+    batch_size: int,
+) -> References:
+    """As `measure_references`, with an anchor that is given; leaves the model at the base.
+
+    Args:
+        resident: the model in memory.
+        samples: prompts with responses.
+        criteria: which criteria are asked for.
+        anchor: of a score file.
+        batch_size: samples per forward.
+
+    Raises:
+        UserError: a criterion that does not separate.
+    """
+    decoder, n = Decoder(resident.model), len(samples)
+    every = list(batches(samples, batch_size, resident.device))
+    resident.move_to(1.0)
+    logprobs = [_logprobs(decoder, batch) if "kl" in criteria else None for batch in every]
+    targets = [Targets(of_batch, anchor) for of_batch in logprobs]
+    at_expert = _values(decoder, every, targets, criteria, n)
+    resident.move_to(0.0)
+    at_base = _values(decoder, every, targets, criteria, n)
+    values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
+    for name, reference in values.items():
+        reference.check_separates(name)
+    return References(every, targets, values, None)
+
+
 def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
     trace = record(decoder, batch)
     final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]

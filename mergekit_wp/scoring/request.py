@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_wp.components import KINDS, Kind
+from mergekit_wp.roles import Rules
 from mergekit_wp.scorefile import CriterionName, Estimand
 
 #: a kind is swapped exactly when that costs at most this many forward passes over the prompts
@@ -78,6 +79,25 @@ class VerifyRequest(RunRequest):
     estimand: Estimand | None = None
     criterion: CriterionName | None = None
     draws: int = Field(5, ge=2)
+    restart: bool = False
+
+
+class TraceRequest(RunRequest):
+    """Everything `mergekit-wp trace` is asked for.
+
+    ``targets``: components whose suppliers are looked for; ``suppliers``: of each, how many are
+    measured exactly by weights and by activations, and as many random ones.
+    """
+
+    file: Path
+    prompts: Path
+    out: Path
+    base: str | None = None
+    expert: str | None = None
+    criterion: CriterionName | None = None
+    targets: int = Field(12, ge=1)
+    suppliers: int = Field(8, ge=1)
+    rules: Rules = Rules()
     restart: bool = False
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mergekit_wp
-from mergekit_wp.checkpoints import Pair, ResidentModel, open_pair
+from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import (
     Prompt,
@@ -19,6 +19,7 @@ from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
 from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import (
     References,
     contrast_batches,
@@ -29,8 +30,6 @@ from mergekit_wp.scoring.run import SweepRun
 from mergekit_wp.scoring.texts import (
     Encoded,
     auto_batch_size,
-    encode_texts,
-    find_tokenizer,
     with_responses,
 )
 
@@ -44,11 +43,10 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     prompt_file = read_prompts(request.prompts, request.max_prompts)
     criteria = choose_criteria(request.criteria, prompt_file.prompts)
     _check_request(request, criteria, prompt_file.prompts, progress)
-    pair = open_checkpoints(request, progress)
-    tokenizer = find_tokenizer(pair, progress)
-    texts = encode_texts(tokenizer, prompt_file.prompts, request.prompts)
-    vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
-    texts.check_vocabulary(vocabulary)
+    opened = open_inputs(
+        request.base, request.expert, prompt_file.prompts, request.prompts, progress
+    )
+    pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
     progress.stage("hashing weights", 1, "pair")
     inputs = _inputs(request, pair, prompt_file, criteria, texts)
     progress.advance(1)
@@ -59,7 +57,9 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         samples = [Sample(tuple(ids)) for ids in texts.prompts]
         if any(c != "anchor" for c in criteria):
             samples = with_responses(request, texts, tokenizer, resident, journal, progress)
-        batch_size = request.batch_size or auto_batch_size(samples, vocabulary, request.device)
+        batch_size = request.batch_size or auto_batch_size(
+            samples, opened.vocabulary, request.device
+        )
         contrasts: tuple[list[int], list[Any]] = ([], [])
         if "anchor" in criteria:
             contrasts = contrast_batches(texts.contrasts, batch_size, request.device)
@@ -98,17 +98,6 @@ def choose_criteria(
             "request without the instruction, or leave 'contrast' out for the base-to-expert anchor"
         )
     return asked or default
-
-
-def open_checkpoints(request: ScoreRequest, progress: Progress) -> Pair:
-    """Open the two checkpoints of a request, saying how far the comparison is."""
-
-    def compared(done: int, total: int) -> None:
-        if done == 1:
-            progress.stage("comparing checkpoints", total, "tensor")
-        progress.advance(1)
-
-    return open_pair(request.base, request.expert, compared)
 
 
 def _check_request(

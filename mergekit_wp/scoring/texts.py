@@ -16,7 +16,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.generation import end_tokens, greedy
 from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import Progress, ScoreRequest
+from mergekit_wp.scoring.request import Progress, RunRequest
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def find_tokenizer(pair: Pair, progress: Progress) -> Any:
 
 
 def with_responses(
-    request: ScoreRequest,
+    request: RunRequest,
     texts: Encoded,
     tokenizer: Any,
     resident: ResidentModel,

@@ -7,11 +7,9 @@ written into its manifest (issue 4; "Weight Patching", Sun et al., arXiv 2604.13
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,34 +17,32 @@ import torch
 
 import mergekit_wp
 from mergekit_wp import scorefile
-from mergekit_wp.checkpoints import Pair, ResidentModel, open_pair
+from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.statistics import Array, percentiles
 from mergekit_wp.criteria import AnchorDirection, Targets, wide
 from mergekit_wp.engine.sets import Members, extreme, matched, swapped
 from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import NORM_TOLERANCE
 from mergekit_wp.prompts import PromptBatch, batches, read_prompts
 from mergekit_wp.scorefile import (
     CRITERIA,
     CriterionName,
     Direction,
-    Estimand,
-    ModelId,
     ScoreFile,
     SetName,
     SetPoint,
     Verification,
 )
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import DTYPES, Progress, ScoreRequest, VerifyRequest
-from mergekit_wp.scoring.texts import (
-    auto_batch_size,
-    encode_texts,
-    find_tokenizer,
-    with_responses,
+from mergekit_wp.scoring.opening import (
+    check_pair,
+    check_scores,
+    open_inputs,
+    scored_model,
 )
+from mergekit_wp.scoring.request import DTYPES, Progress, VerifyRequest
+from mergekit_wp.scoring.texts import auto_batch_size, with_responses
 
 RESAMPLES = 2000
 #: what behaviour is called among the measures
@@ -80,7 +76,9 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
         UserError: any mistake in the inputs, before anything is measured.
     """
     file = scorefile.read(request.file)
-    estimand, criterion = _chosen(file, request)
+    estimand = request.estimand or file.manifest.estimands[0]
+    criterion = request.criterion or file.manifest.criteria[0]
+    check_scores(file, request.file, (estimand,), criterion)
     fine = file.fine_scores(estimand, criterion)
     if not fine:
         raise UserError(f"score file {request.file} has only whole layers; no sets to verify")
@@ -88,27 +86,14 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     if task is not None and not task.count("test"):
         raise UserError(f"task '{task.name}' has no 'test' items")
     prompts = read_prompts(request.prompts, request.max_prompts)
-    score_request = ScoreRequest(
-        base=request.base or _scored(file.manifest.base),
-        expert=request.expert or _scored(file.manifest.expert),
-        prompts=request.prompts,
-        out=request.file,
-        batch_size=request.batch_size,
-        dtype=request.dtype,
-        device=request.device,
-        max_new_tokens=request.max_new_tokens,
-        max_prompts=request.max_prompts,
-        verify=0,
-        share_steps=1,
-    )
-    pair = open_pair(score_request.base, score_request.expert, lambda *_: None)
-    _check_pair(file, pair, request.file)
-    tokenizer = find_tokenizer(pair, progress)
-    texts = encode_texts(tokenizer, prompts.prompts, request.prompts)
-    texts.check_vocabulary(pair.partition.shapes["model.embed_tokens.weight"][0])
+    base = request.base or scored_model(file.manifest.base)
+    expert = request.expert or scored_model(file.manifest.expert)
+    opened = open_inputs(base, expert, prompts.prompts, request.prompts, progress)
+    pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
+    check_pair(file, pair, request.file)
     inputs = {
         **request.model_dump(mode="json", exclude={"restart", "file"}),
-        "scores": _digest(file),
+        "scores": file.digest(),
         "prompts": prompts.sha256,
         "tokens": texts.sha256(),
         "task": task.fingerprint if task else None,
@@ -119,9 +104,8 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     journal_at = request.file.with_name(request.file.name + ".verify")
     with Journal(journal_at, inputs, request.restart) as journal:
         resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
-        samples = with_responses(score_request, texts, tokenizer, resident, journal, progress)
-        vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
-        size = request.batch_size or auto_batch_size(samples, vocabulary, request.device)
+        samples = with_responses(request, texts, tokenizer, resident, journal, progress)
+        size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
         every = list(batches(samples, size, request.device))
         meter = Meter(resident, every, len(samples), file, task, tokenizer)
         ends, found = _measure(request, sizes, fine, meter, journal, progress)
@@ -321,24 +305,6 @@ def estimate(
     return found.value, found.low, found.high
 
 
-def _chosen(file: ScoreFile, request: VerifyRequest) -> tuple[Estimand, CriterionName]:
-    manifest = file.manifest
-    estimand = request.estimand or manifest.estimands[0]
-    criterion = request.criterion or manifest.criteria[0]
-    if estimand not in manifest.estimands or criterion not in manifest.criteria:
-        have = ", ".join(f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria)
-        raise UserError(
-            f"score file {request.file} has no '{estimand}/{criterion}' scores; it has {have}"
-        )
-    return estimand, criterion
-
-
-def _scored(model: ModelId) -> str:
-    """The checkpoint that was scored, at its commit where it is on the Hub."""
-    pinned = "@" in model.reference or model.revision is None
-    return model.reference if pinned else f"{model.reference}@{model.revision}"
-
-
 def _sizes(top: Sequence[str], total: int) -> list[int]:
     sizes = []
     for text in top:
@@ -352,24 +318,3 @@ def _sizes(top: Sequence[str], total: int) -> list[int]:
             raise UserError(f"--top {text}: the file scores {total} components")
         sizes.append(size)
     return sorted(set(sizes))
-
-
-def _check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
-    scored = file.delta_norm
-    if list(scored) != list(pair.delta_norm):
-        raise UserError(f"score file {path} is of another architecture than {pair.expert.name}")
-    for name, norm in pair.delta_norm.items():
-        if abs(norm - scored[name]) > NORM_TOLERANCE * scored[name]:
-            raise UserError(
-                f"tensor {name}: {pair.expert.name} differs from {pair.base.name} by {norm:.6g}, "
-                f"but score file {path} was made for {scored[name]:.6g}: these are other models; "
-                "give the right ones as --base and --expert"
-            )
-
-
-def _digest(file: ScoreFile) -> str:
-    """Hash of the scores alone, which verification does not change."""
-    digest = hashlib.sha256()
-    for key in sorted(file.tensors):
-        digest.update(key.encode() + file.tensors[key].numpy().tobytes())
-    return digest.hexdigest()

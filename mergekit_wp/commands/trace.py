@@ -1,0 +1,185 @@
+"""`mergekit-wp trace`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_wp.commands.options import running
+from mergekit_wp.scorefile import CRITERIA
+
+if TYPE_CHECKING:
+    from mergekit_wp.roles import Edge, Measured, Node
+    from mergekit_wp.tracefile import TraceFile
+
+_FRACTION = click.FloatRange(0, 1, min_open=True)
+_EDGES = 20
+
+
+@click.command(short_help="Who supplies the components that matter?")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Prompt file, as for `score`.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON to write; `plot --trace` draws it. A killed run goes on where it was.",
+)
+@click.option("--base", help="The base model.  [default: the file's]")
+@click.option("--expert", help="The expert.  [default: the file's]")
+@click.option("--criterion", type=click.Choice(CRITERIA), help="[default: the file's first]")
+@click.option(
+    "--targets",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Components whose suppliers are looked for: those with the largest activation_gain.",
+)
+@click.option(
+    "--suppliers",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Suppliers of each target to measure exactly, by weights and by activations; as many "
+    "random ones judge the first-order screen.",
+)
+@click.option(
+    "--least",
+    type=_FRACTION,
+    default=0.05,
+    show_default=True,
+    help="A component has a role from this part of the circuit's largest effect on.",
+)
+@click.option(
+    "--edge",
+    type=_FRACTION,
+    default=0.05,
+    show_default=True,
+    help="A supply counts from this part of its target's effect on.",
+)
+@click.option(
+    "--own",
+    type=_FRACTION,
+    default=0.5,
+    show_default=True,
+    help="A carrier's weights alone have at least this part of its effect, a router's less.",
+)
+@click.option(
+    "--shallow",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Carriers lie in this first part of the layers.",
+)
+@click.option(
+    "--direct",
+    type=_FRACTION,
+    default=0.5,
+    show_default=True,
+    help="An executor has at least this part of its effect without later components.",
+)
+@click.option(
+    "--min-suppliers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Components that have to supply a router.",
+)
+@running
+@click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
+def trace(
+    least: float,
+    edge: float,
+    own: float,
+    shallow: float,
+    direct: float,
+    min_suppliers: int,
+    **options: Any,
+) -> None:
+    """Trace which components supply those that matter, for a score FILE with activation_gain.
+
+    Targets are the heads and neurons with the largest effect when they write what they write in the
+    expert's run. A supplier's change goes into the target's input and nowhere else: how much of the
+    behaviour comes back along this one edge? By weights: the supplier has the expert's weights and
+    the base's input, so the change starts there. By activations: it passes on what reached it.
+
+    Roles: a carrier holds the change in its weights, is shallow and supplies others; a router has
+    its effect from its suppliers; an executor acts on the output itself.
+
+    \b
+      mergekit-wp score BASE EXPERT --estimand gain,activation_gain --prompts p.jsonl \\
+          --out s.safetensors
+      mergekit-wp trace s.safetensors --prompts p.jsonl --out trace.json
+      mergekit-wp plot s.safetensors --trace trace.json --out page.html
+    """
+    import huggingface_hub
+    import transformers
+
+    from mergekit_wp.devices import choose_device
+    from mergekit_wp.progress import BarProgress
+    from mergekit_wp.roles import Rules
+    from mergekit_wp.scoring.request import TraceRequest
+    from mergekit_wp.scoring.tracing import trace as run
+
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
+    options["device"] = choose_device(options["device"])
+    rules = Rules(
+        least=least, edge=edge, own=own, shallow=shallow, direct=direct, suppliers=min_suppliers
+    )
+    progress = BarProgress()
+    try:
+        found = run(TraceRequest(rules=rules, **options), progress)
+    finally:
+        progress.close()
+    click.echo(table(found))
+    click.echo(f"\nwritten to {options['out']}")
+
+
+def table(found: TraceFile) -> str:
+    """Components with their roles, and the strongest edges."""
+    lines = [
+        f"recovery of {found.criterion} over {found.n_prompts} prompts, ± standard error",
+        "",
+        f"{'component':<24}{'role':<10}{'by weights':<17}{'by activations':<17}{'direct':<17}"
+        "supplied by",
+    ]
+    strong = found.strong
+    for node in found.nodes:
+        arriving = len({edge.source for edge in strong if edge.target == node.name})
+        supplied = str(arriving) if node.target else "not traced"
+        cells = "".join(f"{_cell(m):<17}" for m in (node.gain, node.activation, node.direct))
+        lines.append(f"{node.name:<24}{node.role or '-':<10}{cells}{supplied}")
+    lines += ["", f"{len(strong)} edges; the strongest:" if strong else "no edges"]
+    lines += [_edge(edge, found.nodes) for edge in strong[:_EDGES]]
+    screen = found.screen
+    if screen.pearson is not None:
+        lines += [
+            "",
+            f"first-order screen against {screen.leading + screen.random} exact supplies:",
+        ]
+        lines[-1] += f" Pearson {screen.pearson:.3f}"
+        if screen.largest_missed is not None:
+            lines[-1] += f", largest missed {screen.largest_missed:.2g}"
+    return "\n".join(lines)
+
+
+def _edge(edge: Edge, nodes: tuple[Node, ...]) -> str:
+    effect = next(node.activation.value for node in nodes if node.name == edge.target)
+    return (
+        f"  {edge.source} -> {edge.target}, by {edge.via}: {_cell(edge.supply)} "
+        f"({edge.supply.value / effect:.0%} of its effect)"
+    )
+
+
+def _cell(measured: Measured) -> str:
+    se = "" if measured.se is None else f" ± {measured.se:.3f}"
+    return f"{measured.value:+.3f}{se}"

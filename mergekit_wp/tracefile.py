@@ -1,0 +1,84 @@
+"""The trace file: JSON with the nodes, edges and roles that `mergekit-wp trace` found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.files import written_whole
+from mergekit_wp.roles import Edge, Node, Rules
+from mergekit_wp.scorefile import CriterionName, ScoreFile
+
+
+class Screen(BaseModel):
+    """How well the first-order screen predicts exact supplies, over leading and random pairs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    leading: int
+    random: int
+    pearson: float | None
+    spearman: float | None
+    pearson_random: float | None
+    #: largest exact |supply| among the random pairs that are not leading ones
+    largest_missed: float | None
+
+
+class TraceFile(BaseModel):
+    """What `mergekit-wp trace` writes; ``scores_sha256`` says for which score file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    format_version: Literal[1] = 1
+    behavior: str
+    base: str
+    expert: str
+    scores_sha256: str
+    prompts_sha256: str
+    n_prompts: PositiveInt
+    n_layers: PositiveInt
+    criterion: CriterionName
+    rules: Rules
+    screen: Screen
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+    @property
+    def strong(self) -> tuple[Edge, ...]:
+        """Supplies that count as edges, strongest first."""
+        found = [edge for edge in self.edges if edge.strong]
+        return tuple(sorted(found, key=lambda edge: -edge.supply.value))
+
+
+def write(trace: TraceFile, path: Path) -> None:
+    """Write the file under its name only when complete."""
+    with written_whole(path) as temporary:
+        temporary.write_text(trace.model_dump_json(indent=1) + "\n")
+
+
+def read(path: Path, scores: ScoreFile) -> TraceFile:
+    """Read a trace file that belongs to a score file.
+
+    Raises:
+        UserError: unreadable, no trace file, or of other scores; names the file.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+        trace = TraceFile.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"trace file {path}: {where}: {first['msg']}; make one with "
+            "'mergekit-wp trace FILE --prompts FILE.jsonl --out trace.json'"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"trace file {path} cannot be read: {error}") from error
+    if trace.scores_sha256 != scores.digest():
+        raise UserError(
+            f"trace file {path} was made from other scores "
+            f"('{trace.behavior}' of {trace.expert}); trace this score file anew"
+        )
+    return trace
