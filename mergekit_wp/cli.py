@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
     "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),
     "verify": ("mergekit_wp.commands.verify:verify", "Swap the leading components together."),
+    "stability": ("mergekit_wp.commands.stability:stability", "Do rankings of files agree?"),
     "trace": ("mergekit_wp.commands.trace:trace", "Find who supplies the leading components."),
     "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+from click.testing import CliRunner
 
+from mergekit_wp.cli import cli
+from mergekit_wp.errors import UserError
+from mergekit_wp.scorefile import read, write
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.score import score
 from mergekit_wp.stability import between_files, between_halves, jaccard
+from tests.models import make_model, perturbed, save, write_prompts
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
 
 
 def test_jaccard() -> None:
@@ -51,3 +65,99 @@ def test_between_files_is_spearman_with_an_interval_over_layers() -> None:
     blocky = between_files(np.repeat(one[:, :1], 100, 1), np.repeat(two[:, :1], 100, 1), 0)
     assert blocky is not None and blocky.high - blocky.low > 4 * (found.high - found.low)
     assert between_files(np.ones((12, 100)), two, 0) is None
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One base; two experts, the first scored on two behaviours and with two seeds."""
+    root = tmp_path_factory.mktemp("stability")
+    base = make_model("llama-tied")
+    save(base, root / "base")
+    for expert, seed in (("one", 1), ("two", 2)):
+        save(perturbed(base, 0.1, seed), root / expert)
+    prompts = write_prompts(root / "first.jsonl", 8, response=True)
+    lines = prompts.read_text().splitlines(keepends=True)
+    (root / "second.jsonl").write_text("".join(lines[2:7]))
+    for out, expert, behavior, seed in (
+        ("own", "one", "first", 0),
+        ("seed", "one", "first", 1),
+        ("behavior", "one", "second", 0),
+        ("expert", "two", "first", 0),
+    ):
+        score(
+            ScoreRequest(
+                base=str(root / "base"),
+                expert=str(root / expert),
+                prompts=root / f"{behavior}.jsonl",
+                out=root / f"{out}.safetensors",
+                estimands=("knockout",),
+                criteria=("kl",),
+                kinds=("neuron", "head"),
+                exact_budget=0.0,  # random probes, which depend on the seed
+                verify=0,
+                seed=seed,
+            ),
+            Quiet(),
+        )
+    return root
+
+
+def test_the_command(world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.safetensors"
+    file.write_bytes((world / "own.safetensors").read_bytes())
+    others = [str(world / f"{name}.safetensors") for name in ("seed", "behavior", "expert")]
+    alone = CliRunner().invoke(cli, ["stability", str(file)])
+    assert alone.exception is None and "written" not in alone.output
+    assert alone.output.count("halves of the prompts") == 1, "eight heads are too few to rank"
+    done = CliRunner().invoke(cli, ["stability", str(file), *others])
+    assert done.exception is None, done.exception
+    found = read(file).manifest.stability
+    assert [a.against for a in found] == ["halves", "run", "behavior", "expert"]
+    assert all(a.low <= a.spearman <= a.high and a.kind == "neuron" for a in found)
+    one, other = (read(world / f"{n}.safetensors") for n in ("own", "behavior"))
+    scores = [f.scores("knockout", "kl", "neuron").flatten().numpy() for f in (one, other)]
+    want = scipy.stats.spearmanr(*scores).statistic
+    assert found[2].spearman == pytest.approx(want, abs=1e-6)
+    assert found[2].name == f"second, {world / 'one'}"
+    again = CliRunner().invoke(cli, ["stability", str(file), *others])
+    assert again.output == done.output and len(read(file).manifest.stability) == 4
+    shown = CliRunner().invoke(cli, ["inspect", str(file)])
+    assert "another behaviour: second" in " ".join(shown.output.split())
+    page = tmp_path / "page.html"
+    CliRunner().invoke(cli, ["plot", str(file), "--out", str(page)])
+    assert "Stability of the ranking" in page.read_text()
+    assert read(file).digest() == read(world / "own.safetensors").digest()
+
+
+def test_bad_input(world: Path, tmp_path: Path) -> None:
+    file = world / "own.safetensors"
+    before = file.read_bytes()
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(before)
+    score_file = read(file)
+    manifest = score_file.manifest.model_copy(update={"estimands": ("gain",)})
+    tensors = {k.replace("knockout", "gain"): t for k, t in score_file.tensors.items()}
+    write(replace(score_file, manifest=manifest, tensors=tensors), tmp_path / "gain.safetensors")
+    save(make_model("mistral"), tmp_path / "base")
+    save(perturbed(make_model("mistral")), tmp_path / "expert")
+    score(
+        ScoreRequest(
+            base=str(tmp_path / "base"),
+            expert=str(tmp_path / "expert"),
+            prompts=world / "first.jsonl",
+            out=tmp_path / "mistral.safetensors",
+            estimands=("knockout",),
+            verify=0,
+        ),
+        Quiet(),
+    )
+    for others, message in (
+        ([str(copy)], "copy.safetensors holds the very same scores"),
+        ([str(tmp_path / "gain.safetensors")], "has none of the same scores"),
+        ([str(tmp_path / "mistral.safetensors")], "is of another architecture"),
+        ([str(tmp_path / "none.safetensors")], "none.safetensors not found"),
+        ([str(copy), str(copy)], "a file is given twice"),
+    ):
+        done = CliRunner().invoke(cli, ["stability", str(file), *others])
+        assert isinstance(done.exception, UserError) and message in str(done.exception)
+        assert file.read_bytes() == before

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from mergekit_wp import tracefile
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import written_whole
 from mergekit_wp.scorefile import ScoreFile, read
+from mergekit_wp.tracefile import TraceFile
 
 
 @click.command(short_help="Draw a score file as a picture or a page.")
@@ -19,12 +21,19 @@ from mergekit_wp.scorefile import ScoreFile, read
     required=True,
     help="What to write: FILE.png or FILE.html. An existing file is replaced.",
 )
-def plot(file: str, out: Path) -> None:
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What `trace` wrote for FILE: draws the circuit into the .html.",
+)
+def plot(file: str, out: Path, trace: Path | None) -> None:
     """Draw score FILE: layers, tensors, heads, K/V groups and neurons.
 
     A .png is one figure with a row for each estimand and criterion. A .html is one page that
-    needs nothing else, not even a network: the figures, what the numbers mean, the leading
-    components and how far to trust the scores.
+    needs nothing else, not even a network: a summary in words, the figures, the leading
+    components, weights against activations where both are scored, the traced circuit, what sets
+    of components do together, how stable the ranking is, what a merge would take, and how far to
+    trust the scores.
 
     Red is a positive score (the component carries the behaviour), blue a negative one (it works
     against it), white zero; layer 0 is at the bottom. The neurons' panel shows how many neurons
@@ -34,15 +43,20 @@ def plot(file: str, out: Path) -> None:
     Examples:
       mergekit-wp plot caps.safetensors --out caps.png
       mergekit-wp plot caps.safetensors --out caps.html
+      mergekit-wp plot caps.safetensors --trace trace.json --out caps.html
     """
     if out.suffix.lower() not in (".html", ".png"):
         raise UserError(f"--out {out}: plot writes .html or .png, not '{out.suffix}'")
-    content = _render(read(file), out.suffix.lower())
+    if trace is not None and out.suffix.lower() != ".html":
+        raise UserError("--trace is drawn into a page; give --out FILE.html")
+    scores = read(file)
+    circuit = None if trace is None else tracefile.read(trace, scores)
+    content = _render(scores, circuit, out.suffix.lower())
     with written_whole(out) as temporary:
         temporary.write_bytes(content)
 
 
-def _render(score_file: ScoreFile, suffix: str) -> bytes:
+def _render(score_file: ScoreFile, trace: TraceFile | None, suffix: str) -> bytes:
     # drawing libraries are slow to import and of no use to the other commands
     try:
         from mergekit_wp.report.figures import png
@@ -51,4 +65,4 @@ def _render(score_file: ScoreFile, suffix: str) -> bytes:
         raise UserError(
             f"plot needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
-    return png(score_file) if suffix == ".png" else html(score_file).encode()
+    return png(score_file) if suffix == ".png" else html(score_file, trace).encode()

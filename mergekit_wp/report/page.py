@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
 
 import jinja2
 from markupsafe import Markup
 
-from mergekit_wp.report import words
+from mergekit_wp.components import SLICED_KINDS
+from mergekit_wp.report import agreement, circuit, sides, summary, takings, words
 from mergekit_wp.report.figures import page_svg, panel_list, svg
 from mergekit_wp.report.ranking import Leaders, Row, leaders, select
 from mergekit_wp.report.table import ScoreFormat
 from mergekit_wp.report.verification import DIRECTIONS, draw, measures, sentences
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile, Verification
+from mergekit_wp.tracefile import TraceFile
 
 _LEADERS = 20
 
@@ -47,8 +50,35 @@ class _Section:
     tables: list[_Table]
 
 
-def html(score_file: ScoreFile) -> str:
-    """The page, self-contained: styles and figures inline, no script, no address."""
+@dataclass(frozen=True)
+class _Part:
+    """A section about more than one estimand: sentences, figures, tables of text, code."""
+
+    id: str
+    title: str
+    sentences: list[str]
+    figures: list[_Figure] = field(default_factory=list)
+    tables: list[_Plain] = field(default_factory=list)
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A table of text; columns from ``numbers`` on are aligned to the right."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    numbers: int
+
+
+def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
+    """The page, self-contained: styles and figures inline, no script, no address.
+
+    Args:
+        score_file: a checked score file.
+        trace: of the same scores, to draw the circuit from.
+    """
     manifest = score_file.manifest
     selection = select(score_file)
     environment = jinja2.Environment(
@@ -60,6 +90,13 @@ def html(score_file: ScoreFile) -> str:
     )
     return environment.get_template("page.html").render(
         behavior=words.clean(manifest.behavior),
+        summary=summary.sentences(score_file, trace),
+        parts=[
+            *_sides(score_file),
+            *_circuit(trace),
+            *_stability(score_file),
+            *_takings(score_file),
+        ],
         identity=words.identity(manifest),
         criteria=[
             (c, words.CRITERION_WORDS[c], words.criterion_facts(manifest, c))
@@ -118,6 +155,135 @@ def _curves(found: Verification) -> list[_Figure]:
         for measure in measures(found)
         for direction in DIRECTIONS
     ]
+
+
+def _sides(score_file: ScoreFile) -> Iterator[_Part]:
+    """Weights against activations."""
+    for found in sides.sides(score_file):
+        name = f"{found.weights}-{found.activations}-{found.criterion}"
+        figures = [
+            _Figure(
+                f"{words.KIND_WORDS[kind].capitalize()}: {found.weights} and {found.activations}",
+                f"Scatter of {words.KIND_WORDS[kind]}: {'; '.join(sides.sentences(found))}",
+                Markup(
+                    page_svg(
+                        partial(sides.draw, score_file, found, kind), f"{name}-{kind}", (5.2, 3.6)
+                    )
+                ),
+            )
+            for kind in SLICED_KINDS
+            if kind in score_file.manifest.kinds
+        ]
+        rows = [
+            (
+                words.KIND_WORDS[row.kind],
+                row.depth,
+                f"{row.n:,}",
+                "–" if row.spearman is None else f"{row.spearman:.2f}",
+                "–" if row.overlap is None else f"{row.overlap:.2f}",
+                f"{row.weights_only:,}",
+                f"{row.activations_only:,}",
+            )
+            for row in found.rows
+        ]
+        head = (
+            "kind",
+            "depth",
+            "n",
+            "rank correlation",
+            "overlap of the top 5%",
+            "high by weights only",
+            "high by activations only",
+        )
+        yield _Part(
+            name,
+            f"Weights against activations: {found.weights}/{found.criterion}",
+            [
+                "a component that is important by its activations, and not by its weights, passes "
+                "on what others supply; high is the top 5% of a kind, low is outside its top 20%",
+                *sides.sentences(found),
+            ],
+            figures,
+            [_Plain("By kind and depth", head, rows, 2)],
+        )
+
+
+def _circuit(trace: TraceFile | None) -> Iterator[_Part]:
+    """Who supplies whom."""
+    if trace is None:
+        return
+    said = circuit.sentences(trace)
+    yield _Part(
+        "circuit",
+        "Circuit: who supplies whom",
+        said,
+        [
+            _Figure(
+                "Suppliers below, what they supply above",
+                f"Layered graph; {'; '.join(said)}",
+                Markup(page_svg(partial(circuit.draw, trace), "circuit", circuit.size(trace))),
+            )
+        ],
+        [
+            _Plain(
+                "Components",
+                ("name", "role", "by weights", "by activations", "direct", "suppliers"),
+                [astuple(row) for row in circuit.node_rows(trace)],
+                2,
+            ),
+            _Plain("Edges", ("from", "to", "by", "supply"), circuit.edge_rows(trace), 3),
+        ],
+    )
+
+
+def _stability(score_file: ScoreFile) -> Iterator[_Part]:
+    """How much of the ranking is the prompts' accident."""
+    found = score_file.manifest.stability
+    if not found:
+        return
+    rows = [
+        (
+            agreement.label(one),
+            f"{one.estimand}/{one.criterion}",
+            words.KIND_WORDS[one.kind],
+            *agreement.cells(one),
+        )
+        for one in found
+    ]
+    head = ("against", "scores", "kind", "rank correlation", "overlap of leaders")
+    yield _Part(
+        "stability",
+        "Stability of the ranking",
+        [
+            "rank correlation over all components of a kind with a 95% interval, and the Jaccard "
+            "overlap of the leaders; halves say how much of the order is the prompts' accident, "
+            "and no ranking agrees with another one better than with itself"
+        ],
+        tables=[_Plain("Agreement", head, rows, 3)],
+    )
+
+
+def _takings(score_file: ScoreFile) -> Iterator[_Part]:
+    """What a merge would take from the file."""
+    found = takings.takings(score_file)
+    if found is None:
+        return
+    figures = []
+    if found.by_layer:
+        figures.append(
+            _Figure(
+                "Where it lies",
+                f"Stacked bars of positive {found.estimand} of each layer by kind",
+                Markup(page_svg(partial(takings.draw, found), "takings", (5.2, 3.0))),
+            )
+        )
+    yield _Part(
+        "takings",
+        "What a merge would take from it",
+        takings.sentences(found),
+        figures,
+        code=takings.recipe(score_file, found),
+    )
 
 
 def _summary(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> list[str]:

@@ -93,11 +93,11 @@ def both(
 
 
 def top(scores: Array, part: float) -> npt.NDArray[np.bool_]:
-    """Which scores are among the highest `part` of all (at least one), first come of equals."""
+    """Which scores above zero are among the highest `part` (at least one), first of equals."""
     flat = scores.ravel()
     chosen = np.zeros(len(flat), dtype=bool)
     chosen[np.argsort(-flat, kind="stable")[: max(1, round(part * len(flat)))]] = True
-    return chosen.reshape(scores.shape)
+    return chosen.reshape(scores.shape) & (scores > 0)
 
 
 def _sides(

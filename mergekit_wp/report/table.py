@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from mergekit_wp.components import SLICED_KINDS
-from mergekit_wp.report import words
-from mergekit_wp.report.ranking import Row, Selection, leaders
+from mergekit_wp.report import agreement, sides, words
+from mergekit_wp.report.ranking import Row, Selection, leaders, select
 from mergekit_wp.report.verification import sentences
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
 
@@ -43,6 +43,16 @@ def render(
             if not listed.aside:
                 yield ""
                 yield from _rows(listed.rows, width)
+    if selection == select(score_file):  # nothing was filtered out
+        yield from _sides(score_file)
+
+
+def _sides(score_file: ScoreFile) -> Iterator[str]:
+    """Weights against activations, where both are scored."""
+    for found in sides.sides(score_file):
+        yield ""
+        yield from _heading(f"{found.weights} against {found.activations}, {found.criterion}")
+        yield from _list([("", sentence) for sentence in sides.sentences(found)])
 
 
 def _heading(text: str) -> Iterator[str]:
@@ -60,6 +70,10 @@ def _facts(
         facts.append(("spread", words.portrait(score_file, estimand, criterion).spread))
     rows = words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds)
     facts += [("method", f"{', '.join(row.kinds)}: {row.words}") for row in rows]
+    facts += [
+        ("stability", agreement.sentence(group))
+        for group in agreement.groups(score_file.manifest.stability, estimand, criterion)
+    ]
     verified = score_file.manifest.verification
     if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
         facts += [("together", sentence) for sentence in sentences(verified)]

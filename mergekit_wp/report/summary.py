@@ -1,0 +1,86 @@
+"""The findings of a score file in a few sentences, the most telling first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergekit_wp.components import SLICED_KINDS
+from mergekit_wp.report import agreement, circuit, sides, words
+from mergekit_wp.report.ranking import leaders
+from mergekit_wp.report.verification import curve, measures
+from mergekit_wp.scorefile import ScoreFile
+from mergekit_wp.tracefile import TraceFile
+
+_DEPTHS = ("the early", "the middle", "the late")
+
+
+def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str]:
+    """What stands out: where the score lies, what sets do, what is source and what passes on."""
+    manifest = score_file.manifest
+    estimand, criterion = manifest.estimands[0], manifest.criteria[0]
+    said = []
+    if set(manifest.kinds) & {"tensor", *SLICED_KINDS}:
+        facts = words.portrait(score_file, estimand, criterion)
+        said.append(f"by {estimand}/{criterion}, {facts.spread}")
+        if where := _depth(score_file, f"{estimand}/{criterion}"):
+            said.append(where)
+    first = leaders(score_file, estimand, criterion, manifest.kinds, 3)
+    if first and first[0].rows:
+        named = ", ".join(f"{words.clean(r.name)} ({r.score:+.2g})" for r in first[0].rows)
+        said.append(f"the leading {first[0].title} are {named}")
+    said += _together(score_file)
+    for found in sides.sides(score_file):
+        for row in found.rows:
+            whole = row.kind in ("head", "neuron") and row.depth == sides.DEPTHS[0]
+            if whole and row.spearman is not None:
+                said.append(
+                    f"{words.KIND_WORDS[row.kind]}: importance by weights and by activations "
+                    f"({found.weights}/{found.criterion}) correlate by {row.spearman:.2f} in "
+                    f"rank; {row.activations_only:,} of {row.n:,} matter by activations only"
+                )
+    halves = [
+        a
+        for a in manifest.stability
+        if (a.against, a.estimand, a.criterion) == ("halves", estimand, criterion)
+        and a.kind in SLICED_KINDS
+    ]
+    if halves:
+        said.append(f"the order is stable to this degree between {agreement.sentence(halves)}")
+    if trace is not None:
+        said += circuit.sentences(trace)[1:4]
+    return said
+
+
+def _depth(score_file: ScoreFile, key: str) -> str | None:
+    """How the positive score of sliced kinds is spread over thirds of the layers."""
+    layers = np.zeros(score_file.manifest.n_layers)
+    for kind in SLICED_KINDS:
+        if f"{key}/{kind}" in score_file.tensors:
+            layers += score_file.tensors[f"{key}/{kind}"].clamp(min=0).double().sum(-1).numpy()
+    if not layers.any():
+        return None
+    thirds = np.arange(len(layers)) * 3 // len(layers)
+    parts = [float(layers[thirds == i].sum() / layers.sum()) for i in range(3)]
+    listed = ", ".join(
+        f"{words.percent(part)} in {name} layers" for part, name in zip(parts, _DEPTHS, strict=True)
+    )
+    return f"of the positive score {listed}"
+
+
+def _together(score_file: ScoreFile) -> list[str]:
+    """The smallest verified set, restored and knocked out, beside random ones."""
+    verified = score_file.manifest.verification
+    if verified is None:
+        return []
+    said = []
+    for measure in measures(verified)[:1]:
+        parts = []
+        for direction, verb in (("restoration", "restore"), ("knockout", "knock out")):
+            top, random = (curve(verified, direction, measure, s)[0] for s in ("top", "random"))
+            parts.append(
+                f"{verb} {top.value:.2f} [{top.low:.2f}, {top.high:.2f}] of {measure} "
+                f"(random ones of the same kinds {random.value:.2f})"
+            )
+        size = curve(verified, "restoration", measure, "top")[0].size
+        said.append(f"the leading {size:,} components together {' and '.join(parts)}")
+    return said

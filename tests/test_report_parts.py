@@ -1,0 +1,85 @@
+"""Parts of the report: what they say about a circuit whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_wp.report import circuit, sides, summary, takings
+from mergekit_wp.scorefile import ScoreFile
+from mergekit_wp.tracefile import TraceFile
+from tests.circuit import NEURON, write_world
+from tests.test_trace import scored, traced
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoreFile, TraceFile]:
+    """The hand-built circuit with a changed neuron: its scores and its trace."""
+    root: Path = write_world(tmp_path_factory.mktemp("parts"), NEURON)
+    return scored(root, "gain", "activation_gain"), traced(root)
+
+
+def test_sides_tell_sources_from_what_passes_on(world: tuple[ScoreFile, TraceFile]) -> None:
+    [found] = sides.sides(world[0])
+    assert (found.weights, found.activations) == ("gain", "activation_gain")
+    assert set(found.activations_only) == {"layer 1 head 2", "layer 3 neuron 5"} | {
+        "layer 1 kv_group 1"
+    }
+    assert not found.weights_only
+    rows = {(row.kind, row.depth): row for row in found.rows}
+    assert rows["head", "all layers"].activations_only == 1
+    assert rows["head", "early third"].activations_only == 1  # layers 0 and 1 of four
+    assert rows["head", "late third"].activations_only == 0
+    assert rows["neuron", "all layers"].n == 48
+    # the two leading neurons by activations are the source and the executor, one of them by both
+    assert rows["neuron", "all layers"].overlap == pytest.approx(0.5)
+    assert any("by activations only" in said for said in sides.sentences(found))
+
+
+def test_top() -> None:
+    scores = np.array([[0.5, -1.0], [0.7, 0.0]])
+    assert sides.top(scores, 0.25).tolist() == [[False, False], [True, False]]
+    assert sides.top(scores, 1.0).tolist() == [[True, False], [True, False]], "above zero only"
+    assert not sides.top(np.zeros((2, 2)), 0.5).any()
+
+
+def test_circuit_stands_in_layers(world: tuple[ScoreFile, TraceFile]) -> None:
+    trace = world[1]
+    at = circuit.positions(trace)
+    order = ["layer 0 neuron 3", "layer 1 head 2", "layer 3 neuron 5"]
+    assert [at[name][1] for name in order] == sorted(at[name][1] for name in order)
+    for edge in circuit.drawn_edges(trace):
+        assert at[edge.source][1] < at[edge.target][1] or edge.target.startswith(
+            edge.source.rsplit(" ", 2)[0]
+        )
+    said = " ".join(circuit.sentences(trace))
+    assert "1 carrier (holds the change in its weights and supplies others): layer 0" in said
+    rows = {row.name: row for row in circuit.node_rows(trace)}
+    assert rows["layer 1 head 2"].role == "router" and rows["layer 1 head 2"].suppliers == "1"
+
+
+def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]) -> None:
+    file = world[0]
+    found = takings.takings(file)
+    assert found is not None and (found.estimand, found.criterion) == ("gain", "kl")
+    for kind in ("head", "kv_group", "neuron"):
+        scores = file.scores("gain", "kl", kind)
+        assert found.taken[kind] == (int((scores > 0).sum()), scores.numel())  # type: ignore[index]
+    assert found.leading > 0.99, "one neuron is the whole change"
+    assert sum(found.by_layer["neuron"]) == pytest.approx(1, abs=1e-3)
+    only = ScoreFile(
+        file.manifest.model_copy(update={"estimands": ("activation_gain",)}), file.tensors
+    )
+    assert takings.takings(only) is None, "no merge goes by activations"
+
+
+def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:
+    said = " ".join(summary.sentences(*world))
+    assert "the leading components are layer 0 neuron 3 (+1)" in said
+    assert "100% in the early layers" in said
+    assert "1 executor (acts on the output itself): layer 3 neuron 5" in said
