@@ -80,6 +80,6 @@ def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]
 
 def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:
     said = " ".join(summary.sentences(*world))
-    assert "the leading components are layer 0 neuron 3 (+1)" in said
+    assert "the highest components: layer 0 neuron 3 (+1)" in said
     assert "100% in the early layers" in said
     assert "1 executor (acts on the output itself): layer 3 neuron 5" in said

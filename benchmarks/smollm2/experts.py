@@ -49,8 +49,8 @@ def batch_of(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, torch.Tens
     }
 
 
-def train(name: str, seed: int, data: Path) -> None:
-    """Fine-tune the base on one skill and write the adapter."""
+def train(name: str, seed: int, data: Path, folder: Path) -> None:
+    """Fine-tune the base on one skill and write the adapter to a folder."""
     torch.manual_seed(seed)
     steps, batch_size = SETTINGS[name]
     tokenizer = AutoTokenizer.from_pretrained(BASE)
@@ -83,17 +83,16 @@ def train(name: str, seed: int, data: Path) -> None:
                 theirs.copy_(ours)
         progress.set_postfix(loss=f"{loss.item():.3f}")
     lora.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    folder = ADAPTERS / name
     shutil.rmtree(folder, ignore_errors=True)
     lora.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def build(name: str) -> None:
+def build(adapter: Path, out: Path) -> None:
     """Merge an adapter into the base: an ordinary checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    lora = PeftModel.from_pretrained(model, ADAPTERS / name)
-    out, partial = EXPERTS / name, EXPERTS / f"{name}.partial"
+    lora = PeftModel.from_pretrained(model, adapter)
+    partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     lora.merge_and_unload().save_pretrained(partial)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(partial)
@@ -109,8 +108,8 @@ def main(only: tuple[str, ...], anew: bool, seed: int) -> None:
     """Build the experts' checkpoints from their adapters."""
     for name in only or SKILLS:
         if anew:
-            train(name, seed, BUILD / "data")
-        build(name)
+            train(name, seed, BUILD / "data", ADAPTERS / name)
+        build(ADAPTERS / name, EXPERTS / name)
         click.echo(f"{EXPERTS / name}")
 
 

@@ -37,8 +37,11 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     partial.replace(path)
 
 
-def command(program: str, *arguments: str, quiet: bool = False) -> None:
+def command(program: str, *arguments: str, quiet: bool = False) -> str:
     """Run an installed program, from the repository's root.
+
+    Returns:
+        What it printed, if quiet.
 
     Raises:
         SystemExit: it failed; what it printed is shown.
@@ -49,3 +52,4 @@ def command(program: str, *arguments: str, quiet: bool = False) -> None:
     if done.returncode:
         shown = f"\n{done.stdout}{done.stderr}" if quiet else ""
         raise SystemExit(f"{program} {' '.join(arguments)} ended with {done.returncode}{shown}")
+    return done.stdout or ""

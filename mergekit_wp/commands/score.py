@@ -83,7 +83,9 @@ class _OrAuto(click.ParamType[int | None]):
     default="share,gain",
     show_default=True,
     help="share: integrated gradients from base to expert, sums to 1, what a merge wants. "
-    "gain: what the component brings to the base. knockout: what the expert loses without it.",
+    "gain: what the component brings to the base. knockout: what the expert loses without it. "
+    "activation_gain, activation_knockout: the same for what it writes in the other's run, to tell "
+    "sources from what only passes a signal on.",
 )
 @click.option(
     "--criterion",

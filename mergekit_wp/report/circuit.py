@@ -79,7 +79,7 @@ def _centre(name: str, edges: list[Edge], x: dict[str, float]) -> float:
 def size(trace: TraceFile) -> tuple[float, float]:
     """Width and height of the drawing in inches."""
     rows = len({y for _, y in positions(trace).values()})
-    return (5.2, min(max(0.55 * rows + 1.2, 2.6), 14.0))
+    return (4.2, min(max(0.55 * rows + 1.2, 2.6), 14.0))
 
 
 def draw(trace: TraceFile, ax: Axes) -> None:

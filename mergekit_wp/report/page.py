@@ -157,17 +157,21 @@ def _curves(found: Verification) -> list[_Figure]:
     ]
 
 
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _sides(score_file: ScoreFile) -> Iterator[_Part]:
     """Weights against activations."""
     for found in sides.sides(score_file):
         name = f"{found.weights}-{found.activations}-{found.criterion}"
         figures = [
             _Figure(
-                f"{words.KIND_WORDS[kind].capitalize()}: {found.weights} and {found.activations}",
+                f"{_upper(words.KIND_WORDS[kind])}: {found.weights} and {found.activations}",
                 f"Scatter of {words.KIND_WORDS[kind]}: {'; '.join(sides.sentences(found))}",
                 Markup(
                     page_svg(
-                        partial(sides.draw, score_file, found, kind), f"{name}-{kind}", (5.2, 3.6)
+                        partial(sides.draw, score_file, found, kind), f"{name}-{kind}", (3.8, 3.0)
                     )
                 ),
             )

@@ -25,9 +25,10 @@ def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str
         if where := _depth(score_file, f"{estimand}/{criterion}"):
             said.append(where)
     first = leaders(score_file, estimand, criterion, manifest.kinds, 3)
-    if first and first[0].rows:
-        named = ", ".join(f"{words.clean(r.name)} ({r.score:+.2g})" for r in first[0].rows)
-        said.append(f"the leading {first[0].title} are {named}")
+    leading = [row for row in first[0].rows if row.score > 0] if first else []
+    if leading:
+        named = ", ".join(f"{words.clean(row.name)} ({row.score:+.2g})" for row in leading)
+        said.append(f"the highest {first[0].title}: {named}")
     said += _together(score_file)
     for found in sides.sides(score_file):
         for row in found.rows:

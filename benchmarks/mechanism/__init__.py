@@ -1,0 +1,1 @@
+"""What the mechanism commands find in a real model."""
