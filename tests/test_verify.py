@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_wp import scorefile
+from mergekit_wp.behaviors import behavior
 from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.checkers import Checkers
@@ -303,6 +304,19 @@ def test_the_command(world: Path, file: Path) -> None:
     drawn = CliRunner().invoke(cli, ["plot", str(file), "--out", str(page)])
     assert drawn.exception is None, drawn.exception
     assert "Knockout of logprob by sets of components" in page.read_text()
+
+
+def test_a_built_in_behaviour(world: Path, file: Path) -> None:
+    options = ["--top", "3", "--draws", "2", "--max-prompts", "3", "--max-new-tokens", "2"]
+    both = ["--behavior", "capitals", "--prompts", str(world / "prompts.jsonl")]
+    for given in ([], both):
+        done = CliRunner().invoke(cli, ["verify", str(file), *options, *given])
+        assert "give either --prompts FILE.jsonl or --behavior NAME" in str(done.exception)
+    done = CliRunner().invoke(cli, ["verify", str(file), *options, "--behavior", "capitals"])
+    assert done.exception is None, done.exception
+    found = scorefile.read(file).manifest.verification
+    assert found is not None and found.n_prompts == 3
+    assert found.n_items == sum(i["split"] == "test" for i in behavior("capitals").items())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_wp.commands.options import running
+from mergekit_wp.commands.options import prompt_file, prompted, running
 
 if TYPE_CHECKING:
     from mergekit_wp.scoring.layers import LayerAnchor
@@ -20,19 +20,14 @@ if TYPE_CHECKING:
 @click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
 @click.argument("base")
 @click.argument("expert")
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Prompt file with contrasts, as for `score`.",
-)
-@click.option("--behavior", help="Instead of --prompts: a built-in behaviour.")
+@prompted
 @click.option(
     "--strength", type=float, default=1.0, show_default=True, help="Factor on the added vector."
 )
 @running
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options: Any) -> None:
-    """Look for a direction that stands for a behaviour, layer by layer.
+    """Look for a direction that stands for a behaviour, layer by layer; prompts need contrasts.
 
     The direction is the mean difference of EXPERT's residual stream at the last prompt token, with
     and without the instruction. For every layer: how well it separates held-out prompts (effect
@@ -47,7 +42,6 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     import huggingface_hub
     import transformers
 
-    from mergekit_wp import behaviors
     from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.progress import BarProgress
@@ -55,18 +49,13 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
-    if (prompts is None) == (behavior is None):
-        raise UserError("give either --prompts FILE.jsonl or --behavior NAME")
     if options["strength"] <= 0:
         raise UserError(f"--strength must be above zero, not {options['strength']:g}")
     options["device"] = choose_device(options["device"])
     progress = BarProgress()
-    with TemporaryDirectory() as scratch:
-        if behavior is not None:
-            prompts = Path(scratch, f"{behavior}.jsonl")
-            prompts.write_text(behaviors.jsonl(behaviors.behavior(behavior).prompts()))
+    with TemporaryDirectory() as scratch, prompt_file(prompts, behavior) as path:
         try:
-            request = AnchorRequest(prompts=prompts, **options)  # type: ignore[arg-type]
+            request = AnchorRequest(prompts=path, **options)
             found = find_anchors(request, progress, Path(scratch, "anchor"))
         finally:
             progress.close()

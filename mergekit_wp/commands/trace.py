@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_wp.commands.options import running
-from mergekit_wp.scorefile import CRITERIA
+from mergekit_wp.commands.options import prompt_file, prompted, rescored, running
 
 if TYPE_CHECKING:
     from mergekit_wp.roles import Edge, Measured, Node
@@ -21,21 +20,14 @@ _EDGES = 20
 
 @click.command(short_help="Who supplies the components that matter?")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--prompts",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Prompt file, as for `score`.",
-)
+@prompted
 @click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
     help="JSON to write; `plot --trace` draws it. A killed run goes on where it was.",
 )
-@click.option("--base", help="The base model.  [default: the file's]")
-@click.option("--expert", help="The expert.  [default: the file's]")
-@click.option("--criterion", type=click.Choice(CRITERIA), help="[default: the file's first]")
+@rescored
 @click.option(
     "--targets",
     type=click.IntRange(min=1),
@@ -96,6 +88,8 @@ _EDGES = 20
 @running
 @click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
 def trace(
+    prompts: Path | None,
+    behavior: str | None,
     least: float,
     edge: float,
     own: float,
@@ -137,7 +131,8 @@ def trace(
     )
     progress = BarProgress()
     try:
-        found = run(TraceRequest(rules=rules, **options), progress)
+        with prompt_file(prompts, behavior) as path:
+            found = run(TraceRequest(prompts=path, rules=rules, **options), progress)
     finally:
         progress.close()
     click.echo(table(found))

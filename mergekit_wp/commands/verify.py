@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mergekit_wp.commands.options import running
-from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
+from mergekit_wp.commands.options import prompt_file, prompted, rescored, running
+from mergekit_wp.scorefile import ESTIMANDS
 
 
 @click.command(short_help="What do the leading components do together?")
@@ -20,28 +21,22 @@ from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
     metavar="K[,K...]",
     help="Sizes of the sets: counts of components, or parts such as 1%,5%,20%.",
 )
-@click.option(
-    "--prompts",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Prompt file, as for `score`; better not the one that was scored on.",
-)
+@prompted
 @click.option(
     "--task",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Items for `compare` (JSONL): how many test answers are right is measured, too.",
+    help="Items for `compare` (JSONL): how many test answers are right is measured, too. With "
+    "--behavior its own items are taken, checked by the IFEval rule.",
 )
 @click.option(
     "--checkers",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Python file with checkers of your own for --task.",
 )
-@click.option("--base", help="The base model.  [default: the file's]")
-@click.option("--expert", help="The expert.  [default: the file's]")
+@rescored
 @click.option(
     "--estimand", type=click.Choice(ESTIMANDS), help="Scores to rank by.  [default: first]"
 )
-@click.option("--criterion", type=click.Choice(CRITERIA), help="[default: the file's first]")
 @click.option(
     "--draws",
     type=click.IntRange(min=2),
@@ -51,21 +46,31 @@ from mergekit_wp.scorefile import CRITERIA, ESTIMANDS
 )
 @running
 @click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
-def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -> None:
+def verify(
+    top: str,
+    prompts: Path | None,
+    behavior: str | None,
+    task: Path | None,
+    checkers: Path | None,
+    **options: Any,
+) -> None:
     """Swap the leading components of the score FILE together, and see what that does.
 
     Restoration is the base with the top K components of the expert: how much of the behaviour comes
     back (1 is all of it). Knockout is the expert with its top K set back to the base: how much is
     lost. Beside them stand the bottom K, and random sets with as many components of every kind.
     The curve is printed and written into FILE's manifest, for `inspect` and `plot`. `kl` is the
-    divergence of the output from the expert's, scaled to 0 at the base and 1 at the expert.
+    divergence of the output from the expert's, scaled to 0 at the base and 1 at the expert. Use
+    prompts that were not scored on.
 
     \b
       mergekit-wp verify expert.safetensors --top 1%,5%,20% --prompts held-out.jsonl
+      mergekit-wp verify expert.safetensors --top 1%,5%,20% --behavior capitals
     """
     import huggingface_hub
     import transformers
 
+    from mergekit_wp import behaviors
     from mergekit_wp.compare.checkers import Checkers
     from mergekit_wp.compare.items import JsonlTask
     from mergekit_wp.devices import choose_device
@@ -81,15 +86,17 @@ def verify(top: str, task: Path | None, checkers: Path | None, **options: Any) -
     if checkers is not None and task is None:
         raise UserError("--checkers goes with --task")
     sizes = tuple(part.strip() for part in top.split(",") if part.strip())
-    items = None
-    if task is not None:
-        items = JsonlTask.read(
-            task, Checkers.load(checkers), max_new_tokens=options["max_new_tokens"]
-        )
     progress = BarProgress()
-    try:
-        found = run(VerifyRequest(top=sizes, **options), items, progress)
-    finally:
-        progress.close()
+    with prompt_file(prompts, behavior) as path, ExitStack() as stack:
+        stack.callback(progress.close)
+        if behavior is not None and task is None:
+            task = path.with_suffix(".items.jsonl")  # beside its prompts, and gone with them
+            task.write_text(behaviors.jsonl(behaviors.behavior(behavior).items()))
+        items = None
+        if task is not None:
+            items = JsonlTask.read(
+                task, Checkers.load(checkers), max_new_tokens=options["max_new_tokens"]
+            )
+        found = run(VerifyRequest(top=sizes, prompts=path, **options), items, progress)
     click.echo(table(found))
     click.echo(f"\nwritten into {options['file']}")
