@@ -8,23 +8,18 @@ recoveries, and one score file is written for each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-import mergekit_wp
-from mergekit_wp.checkpoints import Pair, ResidentModel
+from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.engine.guided import Travelled
 from mergekit_wp.engine.share import contributions
 from mergekit_wp.engine.trace import Decoder, own_values, record
-from mergekit_wp.errors import UserError
 from mergekit_wp.files import written_whole
 from mergekit_wp.fusion import fuse
-from mergekit_wp.prompts import PromptFile, read_prompts
-from mergekit_wp.recipe import Experts
 from mergekit_wp.scorefile import (
     CompanyMember,
     Estimand,
@@ -36,31 +31,9 @@ from mergekit_wp.scorefile import (
 from mergekit_wp.scoring.assemble import common_fields
 from mergekit_wp.scoring.blocks import Result, task_vector
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.opening import open_inputs
-from mergekit_wp.scoring.references import References, measure_references
-from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress, ScoreRequest
-from mergekit_wp.scoring.texts import (
-    Encoded,
-    auto_batch_size,
-    with_responses,
-)
-
-
-@dataclass(frozen=True)
-class Member:
-    """One expert of the company with its behaviour."""
-
-    request: ScoreRequest
-    prompts: PromptFile
-    pair: Pair
-    tokenizer: Any
-    texts: Encoded
-    weights_sha256: str
-
-    @property
-    def name(self) -> str:
-        """Name of its score file."""
-        return self.request.out.stem
+from mergekit_wp.scoring.members import Member, inputs_of, measure, open_members
+from mergekit_wp.scoring.references import References
+from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress
 
 
 def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
@@ -72,12 +45,11 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
-    members = [_open(r, progress) for r in _requests(request)]
-    _check_alike(members)
-    with Journal(request.out / "company", _inputs(request, members), request.restart) as journal:
+    members = open_members(request, request.out, progress)
+    with Journal(request.out / "company", inputs_of(request, members), request.restart) as journal:
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
-        references = [_measure(member, journal, progress) for member in members]
+        references = [measure(member, journal, progress) for member in members]
         walk = Walk(request, members, references, journal, progress)
         travelled = walk.to_the_end()
         recoveries = walk.recoveries(travelled)
@@ -97,116 +69,6 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
         written.append(_write_recipe(request, members))
         journal.discard()
     return written
-
-
-def _requests(request: CompanyRequest) -> list[ScoreRequest]:
-    """One request per expert of the recipe.
-
-    Raises:
-        UserError: prompts that fit no expert, or several; an expert without prompts; two experts
-            of one name.
-    """
-    experts = Experts.read(request.recipe)
-    files: dict[str, Path] = {}
-    for key, path in request.prompts:
-        fitting = [m for m in experts.models if key in (m, Path(m).name, m.split("@")[0])]
-        if len(fitting) != 1:
-            known = ", ".join(experts.models)
-            what = "several experts" if fitting else "no expert"
-            raise UserError(
-                f"--prompts {key}={path}: '{key}' is {what} of the recipe; it has {known}"
-            )
-        if fitting[0] in files:
-            raise UserError(f"--prompts {key}={path}: '{key}' has prompts already")
-        files[fitting[0]] = path
-    names = [Path(model.split("@")[0]).name for model in experts.models]
-    found = []
-    for model, name in zip(experts.models, names, strict=True):
-        if model not in files:
-            raise UserError(
-                f"recipe {request.recipe}: expert '{model}' has no prompts; add "
-                f"--prompts {name}=FILE.jsonl"
-            )
-        if names.count(name) > 1:
-            raise UserError(
-                f"recipe {request.recipe}: two experts are called '{name}', so their score files "
-                "would be too; rename a folder"
-            )
-        found.append(
-            ScoreRequest(
-                base=experts.base,
-                expert=model,
-                prompts=files[model],
-                out=request.out / f"{name}.safetensors",
-                behavior=files[model].stem,
-                criteria=("kl",),
-                max_prompts=request.max_prompts,
-                batch_size=request.batch_size,
-                dtype=request.dtype,
-                device=request.device,
-                seed=request.seed,
-                verify=0,
-                share_steps=request.steps,
-                max_new_tokens=request.max_new_tokens,
-            )
-        )
-    return found
-
-
-def _open(request: ScoreRequest, progress: Progress) -> Member:
-    prompts = read_prompts(request.prompts, request.max_prompts)
-    opened = open_inputs(request.base, request.expert, prompts.prompts, request.prompts, progress)
-    pair = opened.pair
-    progress.stage("hashing weights", 1, "expert")
-    sha256 = pair.expert.weights_sha256()
-    progress.advance(1)
-    return Member(request, prompts, pair, opened.tokenizer, opened.texts, sha256)
-
-
-def _check_alike(members: Sequence[Member]) -> None:
-    seen: dict[str, str] = {}
-    for member in members:
-        if (other := seen.setdefault(member.weights_sha256, member.request.expert)) != (
-            member.request.expert
-        ):
-            raise UserError(
-                f"experts '{other}' and '{member.request.expert}' have the same weights; a company "
-                "needs different experts"
-            )
-
-
-def _inputs(request: CompanyRequest, members: Sequence[Member]) -> dict[str, Any]:
-    options = request.model_dump(mode="json", exclude={"out", "restart", "prompts", "recipe"})
-    return {
-        **options,
-        "base weights": members[0].pair.base.weights_sha256(),
-        "base config": members[0].pair.base.config_hash,
-        "experts": {m.name: m.weights_sha256 for m in members},
-        "expert configs": {m.name: m.pair.expert.config_hash for m in members},
-        "prompts": {m.name: m.prompts.sha256 for m in members},
-        "tokens": {m.name: m.texts.sha256() for m in members},
-        "mergekit-wp": mergekit_wp.__version__,
-    }
-
-
-def _measure(member: Member, journal: Journal, progress: Progress) -> References:
-    request, pair = member.request, member.pair
-    resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
-    samples = with_responses(
-        request,
-        member.texts,
-        member.tokenizer,
-        resident,
-        journal,
-        progress,
-        prefix=f"{member.name}.",
-    )
-    vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
-    size = request.batch_size or auto_batch_size(samples, vocabulary, request.device)
-    progress.stage(f"base and {member.name} on the prompts", 1, "pair")
-    references = measure_references(resident, samples, ([], []), ("kl",), None, size)
-    progress.advance(1)
-    return references
 
 
 class Walk:

@@ -55,14 +55,19 @@ class ScoreRequest(RunRequest):
     exact_budget: float = EXACT_BUDGET
 
 
-class CompanyRequest(RunRequest):
-    """Everything `mergekit-wp score --company` is asked for.
+class MembersRequest(RunRequest):
+    """What commands about all experts of a recipe are asked for.
 
-    ``prompts`` pairs a name of an expert with its prompt file; ``out`` is a folder.
+    ``prompts`` pairs a name of an expert with its prompt file.
     """
 
     recipe: Path
     prompts: tuple[tuple[str, Path], ...]
+
+
+class CompanyRequest(MembersRequest):
+    """Everything `mergekit-wp score --company` is asked for; ``out`` is a folder."""
+
     out: Path
     steps: int = Field(PATH_STEPS, ge=1)
     restart: bool = False
