@@ -22,6 +22,7 @@ _COMMANDS = {
     "verify": ("mergekit_wp.commands.verify:verify", "Swap the leading components together."),
     "stability": ("mergekit_wp.commands.stability:stability", "Do rankings of files agree?"),
     "trace": ("mergekit_wp.commands.trace:trace", "Find who supplies the leading components."),
+    "fit": ("mergekit_wp.commands.fit:fit", "Fit the gates of all components, by gradient."),
     "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
     "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),

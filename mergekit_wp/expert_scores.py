@@ -18,10 +18,11 @@ from urllib.parse import unquote
 
 import torch
 
-from mergekit_wp import scorefile
+from mergekit_wp import gatesfile, scorefile
 from mergekit_wp.components import Dims, TensorLayout, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.fusion import Normalised, delta_norm, ranked, with_harm
+from mergekit_wp.gatesfile import GatesFile
 from mergekit_wp.scorefile import ScoreFile
 
 LOG = logging.getLogger(__name__)
@@ -364,14 +365,61 @@ def load(path: str) -> ExpertScores:
     Raises:
         UserError: missing, unreadable or inconsistent; the message names the file.
     """
-    real = os.path.realpath(path)
-    try:
-        stat = os.stat(real)
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    except OSError:
-        stamp = None
     with _LOCK:
-        return _load(path, real, stamp)
+        return _load(path, os.path.realpath(path), _stamp(path))
+
+
+def load_gates(path: str, expert: str) -> ExpertScores:
+    """One expert's gates of a gates file, as ``path`` scores.
+
+    Args:
+        path: a `local_path`.
+        expert: the model as a recipe names it; its last name suffices.
+
+    Raises:
+        UserError: no such file or expert; the message names both.
+    """
+    file = _read_gates(os.path.realpath(path), _stamp(path), path)
+    known = [e.model.reference for e in file.manifest.experts]
+    fitting = [i for i, name in enumerate(known) if name == expert]
+    if not fitting:
+        fitting = [i for i, name in enumerate(known) if _last(name) == _last(expert)]
+    if len(fitting) != 1:
+        raise UserError(
+            f"gates file {path} has no gates of model {expert}; it has those of {', '.join(known)}"
+        )
+    return _gates_of(os.path.realpath(path), _stamp(path), path, fitting[0])
+
+
+def gates_experts(path: str) -> list[str]:
+    """The experts of a gates file, as it names them."""
+    file = _read_gates(os.path.realpath(path), _stamp(path), path)
+    return [expert.model.reference for expert in file.manifest.experts]
+
+
+def _last(reference: str) -> str:
+    return os.path.basename(reference.partition("@")[0].rstrip("/"))
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        stat = os.stat(os.path.realpath(path))
+    except OSError:
+        return None
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _read_gates(real: str, stamp: tuple[int, int, int] | None, path: str) -> GatesFile:
+    return gatesfile.read(path)
+
+
+@lru_cache(maxsize=64)
+def _gates_of(
+    real: str, stamp: tuple[int, int, int] | None, path: str, expert: int
+) -> ExpertScores:
+    file = _read_gates(real, stamp, path)
+    return ExpertScores(path, gatesfile.as_scores(file, expert))
 
 
 @lru_cache(maxsize=64)

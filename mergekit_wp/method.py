@@ -20,8 +20,15 @@ from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContr
 
 from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import Choice, ExpertScores, check_company, load, unwritten
-from mergekit_wp.fusion import component_gates, fuse
+from mergekit_wp.expert_scores import (
+    Choice,
+    ExpertScores,
+    check_company,
+    load,
+    load_gates,
+    unwritten,
+)
+from mergekit_wp.fusion import Fusion, component_gates, fuse
 from mergekit_wp.parameters import RECORDED, SPEC, guard_paths
 
 LOG = logging.getLogger(__name__)
@@ -110,9 +117,16 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             self._guards = {}
             return
         _TENSOR_CONTRACT.validate_ids(input_ids, base_id, group_name=group_name)
-        if "scores" not in recorded:
+        others = [model for model in input_ids if model != base_id]
+        if not others or "fusion" not in recorded:
             return
-        files = [load(path) for path in recorded["scores"]]
+        if "gates" in recorded:
+            files = [load_gates(path, str(m)) for path in recorded["gates"] for m in others]
+            recorded = recorded | {"fusion": {"path": None}, "criterion": {"kl": None}}
+        else:
+            files = [load(path) for path in recorded.get("scores", {})]
+        if not files:
+            raise UserError(no_scores(others[0]))
         for file in files:
             check_fit(file, base_id, recorded)
         check_company(files)
@@ -146,7 +160,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         finally:
             RECORDED.take()
         for group, values in zip(groups, bound, strict=True):
-            files = [load(path) for path in values["scores"].values()]
+            files = [source(values, entry.id) for entry in group.non_base]
             base_id = group.base.id if group.base else None
             self._cover(group.metadata.name, files, base_id, [values["granularity"]])
         return bound
@@ -184,7 +198,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         experts = []
         for entry in group.non_base:
             if entry.id in gated.experts:
-                file = load(parameters["scores"][entry.id])
+                file = source(parameters, entry.id)
                 shown = f"tensor {name} of {entry.id}"
                 scored = file.scored_name(name, tied)
                 file.check_delta(scored, tensor, entry.tensor, shown_as=shown)
@@ -213,15 +227,16 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         Raises:
             UserError: score files that do not fit the parameters or each other.
         """
+        fusion: Fusion = "path" if parameters["gates"] else parameters["fusion"]
         choice = Choice(
-            "path" if parameters["fusion"] == "path" else parameters["estimand"],
-            parameters["criterion"],
-            parameters["granularity"],
+            "path" if fusion == "path" else parameters["estimand"],
+            "kl" if parameters["gates"] else parameters["criterion"],
+            "component" if parameters["gates"] else parameters["granularity"],
             harm=parameters["harm"],
         )
         covering, scores, weights, layouts = [], [], [], []
         for expert in experts:
-            file = load(parameters["scores"][expert])
+            file = source(parameters, expert)
             scored = file.scored_name(name, tied)
             if not file.covers(scored, choice.granularity):
                 continue
@@ -237,11 +252,41 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         gates = component_gates(
             torch.stack(scores),
             torch.tensor(weights, dtype=torch.float64),
-            fusion=parameters["fusion"],
+            fusion=fusion,
             power=parameters["power"],
             scale=parameters["lambda"],
         )
         return Gated(tuple(covering), gates, layouts[0])
+
+
+def no_scores(expert: Hashable) -> str:
+    """The error of a recipe that says nothing about an expert."""
+    return (
+        f"model {expert} has no 'scores' and the recipe no 'gates'; give the score file that "
+        "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
+    )
+
+
+def source(parameters: Mapping[str, Any], expert: Hashable) -> ExpertScores:
+    """What says how much of an expert is taken: its score file, or its gates as ``path`` scores.
+
+    Args:
+        parameters: as mergekit hands them to `WeightPatchingMerge.merge_group`.
+        expert: the model.
+
+    Raises:
+        UserError: the recipe gives neither, or both.
+    """
+    scores = parameters["scores"].get(expert, "")
+    if parameters["gates"]:
+        if scores:
+            raise UserError(
+                f"model {expert} has 'scores', which 'gates' do not use; leave one of the two out"
+            )
+        return load_gates(parameters["gates"], str(expert))
+    if not scores:
+        raise UserError(no_scores(expert))
+    return load(scores)
 
 
 def check_fit(

@@ -20,7 +20,7 @@ from mergekit.merge_methods.base import (
 from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import GRANULARITIES, load, local_path
+from mergekit_wp.expert_scores import GRANULARITIES, gates_experts, load, local_path
 from mergekit_wp.fusion import FUSIONS
 from mergekit_wp.scorefile import CRITERIA, WEIGHT_ESTIMANDS
 
@@ -79,7 +79,18 @@ def _one_of(name: str, options: Sequence[str]) -> Any:
     return _parameter(name, text, f"one of {', '.join(options)}")
 
 
+def _gates_file(value: str) -> str:
+    if not value:
+        return value
+    path = local_path(value)
+    gates_experts(path)
+    RECORDED.values.setdefault("gates", {})[path] = None
+    return path
+
+
 def _score_file(value: str) -> str:
+    if not value:
+        return value
     path = local_path(value)
     load(path)
     RECORDED.values.setdefault("scores", {})[path] = None
@@ -105,6 +116,7 @@ _GUARDS = _parameter(
     "guards", Annotated[str, AfterValidator(_guards)], "one text, files separated by commas"
 )
 _SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")
+_GATES = _parameter("gates", Annotated[str, AfterValidator(_gates_file)], "a gates file's path")
 _SHARED, _EXPERT = ParameterScope.SHARED, ParameterScope.NON_BASE
 
 SPEC = MergeMethodSpec(
@@ -112,10 +124,11 @@ SPEC = MergeMethodSpec(
     pretty_name="Weight Patching",
     reference_url="https://arxiv.org/abs/2604.13694",
     parameters=(
-        ParameterSpec("scores", _SCORES, _EXPERT),
+        ParameterSpec("scores", _SCORES, _EXPERT, default=""),
         ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
         ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
         ParameterSpec("guards", _GUARDS, _EXPERT, default=""),
+        ParameterSpec("gates", _GATES, _SHARED, default=""),
         ParameterSpec("harm", _number("harm", 0), _SHARED, default=HARM),
         ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
         ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),

@@ -21,9 +21,9 @@ from mergekit.plan import MergePlanner
 from safetensors import SafetensorError, safe_open
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import ExpertScores, load, unwritten
+from mergekit_wp.expert_scores import ExpertScores, unwritten
 from mergekit_wp.method import is_tied
-from mergekit_wp.planned import planned_gates
+from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.recipe import Recipe, one_line, score_files
 
 #: Tensors per expert that are read before the merge: the smallest, and evenly spaced layer tensors.
@@ -128,16 +128,18 @@ def _refuse_lost_tensors(recipe: Recipe, tasks: list[ExecuteMergeMethodTask]) ->
 
 def _sample(tasks: list[ExecuteMergeMethodTask]) -> None:
     """Hold a few tensors of every expert against its score file."""
-    names: dict[tuple[ModelReference, ModelReference, str, str], list[str]] = {}
+    names: dict[tuple[ModelReference, ModelReference, ExpertScores, str], list[str]] = {}
     for task in tasks:
         if task.output_weight.vocabulary_axis is not None:
             continue  # large, and a recipe's tokenizer settings may rearrange them
-        for model, values in task.input_parameters.items():
+        for model in task.input_parameters:
             if model != task.base_model:
-                key = (task.base_model, model, values["scores"], task.parameters["granularity"])
+                file = planned_source(task, model)
+                granularity = task.parameters["granularity"]
+                key = (task.base_model, model, file, granularity)
                 names.setdefault(key, []).append(task.output_weight.name)
-    for (base, expert, path, granularity), candidates in names.items():
-        file, tied = load(path), is_tied(base)
+    for (base, expert, file, granularity), candidates in names.items():
+        tied = is_tied(base)
         loaders = [LoaderCache().get(model) for model in (base, expert)]
         usable = {
             name: scored

@@ -26,11 +26,20 @@ from mergekit.config import (
 from pydantic import BaseModel
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import ExpertScores, load, local_path
+from mergekit_wp.expert_scores import (
+    ExpertScores,
+    check_company,
+    gates_experts,
+    load,
+    load_gates,
+    local_path,
+)
 from mergekit_wp.parameters import SPEC
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
+#: what a recipe with fitted gates may say of them
+BESIDE_GATES = ("gates", "weight", "lambda")
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,21 @@ def find_score_file(reference: str, folder: Path) -> str:
     return os.path.abspath(found)
 
 
+def find_gates_file(reference: str, folder: Path) -> str:
+    """Absolute path of a gates file that a recipe in ``folder`` names.
+
+    Raises:
+        UserError: as `find_score_file`, or no gates file.
+    """
+    if reference.startswith("hf://"):
+        path = local_path(reference)
+    else:
+        given = Path(os.path.expanduser(reference))
+        path = os.path.abspath(folder / given if (folder / given).is_file() else given)
+    gates_experts(path)
+    return path
+
+
 def score_files(recipe: Recipe) -> list[ExpertScores]:
     """Every score file that the recipe names, in order."""
     paths: dict[str, None] = {}
@@ -160,11 +184,19 @@ def score_files(recipe: Recipe) -> list[ExpertScores]:
             else:
                 paths[entry] = None
 
+    if gates := gates_of(recipe.config):
+        return [load_gates(gates, str(expert)) for expert in experts_in_order(recipe.config)]
     for scopes in _scopes(recipe.config):
         for scope in scopes:
             if "scores" in scope.parameters:
                 collect(scope.parameters["scores"])
     return [load(path) for path in paths]
+
+
+def gates_of(config: MergeConfiguration) -> str | None:
+    """The gates file that the recipe merges by, if it does."""
+    gates: str | None = (config.parameters or {}).get("gates") or None
+    return gates
 
 
 def experts_in_order(config: MergeConfiguration) -> list[ModelReference]:
@@ -225,7 +257,9 @@ def _check_parameters(recipe: Recipe) -> None:
     config = recipe.config
     if config.base_model is None:
         raise UserError(f"recipe {recipe.path}: weight_patching needs a 'base_model'")
-    experts = 0
+    experts, gates = 0, gates_of(config)
+    if gates:
+        _check_gates(recipe, gates)
     for scopes in _scopes(config):
         own, *outer = scopes
         for scope in scopes:
@@ -233,13 +267,26 @@ def _check_parameters(recipe: Recipe) -> None:
         if own.model == config.base_model:
             continue
         experts += 1
-        if not any("scores" in scope.parameters for scope in (own, *outer)):
+        if not gates and not any("scores" in scope.parameters for scope in (own, *outer)):
             raise UserError(
                 f"recipe {recipe.path}: {own.where} has no 'scores'; give it the score file that "
                 "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
             )
     if not experts:
         raise UserError(f"recipe {recipe.path} names no expert beside the base model")
+
+
+def _check_gates(recipe: Recipe, gates: str) -> None:
+    """Refuse what would have no effect beside fitted gates, and gates of other experts."""
+    for scopes in _scopes(recipe.config):
+        for scope in scopes:
+            for name in scope.parameters:
+                if name in SHARED + PER_EXPERT and name not in BESIDE_GATES:
+                    raise UserError(
+                        f"recipe {recipe.path}: {scope.where} has '{name}', which 'gates' do not "
+                        f"use; beside them go {', '.join(BESIDE_GATES[1:])}"
+                    )
+    check_company([load_gates(gates, str(e)) for e in experts_in_order(recipe.config)])
 
 
 def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:
@@ -288,6 +335,11 @@ def _resolve_score_files(recipe: Recipe) -> None:
             )
         return ", ".join(resolve(part.strip()) for part in setting.split(",") if part.strip())
 
+    top = recipe.config.parameters or {}
+    if "gates" in top:
+        if not isinstance(top["gates"], str):
+            raise UserError(f"recipe {recipe.path}: 'gates' must be a path, not {top['gates']!r}")
+        top["gates"] = find_gates_file(top["gates"], folder)
     for scopes in _scopes(recipe.config):
         for scope in scopes:
             if "scores" in scope.parameters:

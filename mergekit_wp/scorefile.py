@@ -26,7 +26,9 @@ METADATA_KEY = "mergekit_wp"
 
 Estimand = Literal["share", "gain", "knockout", "path", "activation_gain", "activation_knockout"]
 CriterionName = Literal["kl", "anchor", "logprob"]
-Method = Literal["exact", "first-order", "second-order", "integrated-gradients", "guided-path"]
+Method = Literal[
+    "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
+]
 Direction = Literal["restoration", "knockout"]
 SetName = Literal["top", "bottom", "random"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
@@ -362,7 +364,10 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
         )
     try:
         with safetensors.safe_open(path, framework="pt") as handle:
-            manifest = parse_manifest((handle.metadata() or {}).get(METADATA_KEY))
+            metadata = handle.metadata() or {}
+            if f"{METADATA_KEY}_gates" in metadata:
+                raise UserError("it is a gates file: name it as the recipe's 'gates'")
+            manifest = parse_manifest(metadata.get(METADATA_KEY))
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         score_file = ScoreFile(manifest, tensors)
         check(score_file)

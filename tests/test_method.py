@@ -492,7 +492,7 @@ def test_structure(family: Family) -> None:
         merge_state_dicts({"base": {"x": a}}, weight_patching, base="base", parameters=scores)
     with pytest.raises(UserError, match="by name"):
         merge_tensors([a, b], weight_patching, base_index=0, parameters=scores)
-    with pytest.raises(TypeError, match="Missing required parameter scores"):
+    with pytest.raises(UserError, match="has no 'scores' and the recipe no 'gates'"):
         merge_tensors([a, b], weight_patching, base_index=0, name="x")
     assert merge_methods.get("weight_patching") is weight_patching
 

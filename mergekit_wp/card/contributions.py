@@ -10,9 +10,8 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_wp.components import SLICED_KINDS, FineKind
-from mergekit_wp.expert_scores import load
 from mergekit_wp.method import is_tied
-from mergekit_wp.planned import planned_gates
+from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.scorefile import CriterionName, Estimand
 
 KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
@@ -83,6 +82,9 @@ def used_scores(
     guards: dict[tuple[Estimand, CriterionName], None] = {}
     for task in tasks:
         given = task.parameters
+        if given["gates"]:
+            own["path", "kl"] = None
+            continue
         estimand: Estimand = "path" if given["fusion"] == "path" else given["estimand"]
         own[estimand, given["criterion"]] = None
         if any(values.get("guards") for values in task.input_parameters.values()):
@@ -100,7 +102,7 @@ def _gates(
         return ("tensor", name), torch.zeros(len(order), 1, dtype=torch.float64)
     gates = torch.zeros(len(order), gated.gates.shape[1], dtype=torch.float64)
     for expert, row in zip(gated.experts, gated.gates, strict=True):
-        file = load(task.input_parameters[expert]["scores"])
+        file = planned_source(task, expert)
         if file.norm(file.scored_name(name, tied)) > 0:
             gates[order.index(expert)] = row
     layout = gated.layout

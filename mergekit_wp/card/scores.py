@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from mergekit_wp import scorefile
+from mergekit_wp import gatesfile, scorefile
 from mergekit_wp.files import written_whole
-from mergekit_wp.recipe import Recipe, find_score_file
+from mergekit_wp.recipe import Recipe, find_gates_file, find_score_file, gates_of
 from mergekit_wp.scorefile import Manifest
 
 FOLDER = "scores"
@@ -46,24 +46,31 @@ def copy_scores(recipe: Recipe, folder: Path) -> tuple[list[ScoreCopy], str]:
     beside = recipe.path.absolute().parent
     data = yaml.safe_load(recipe.source)
     paths = dict.fromkeys(part for text in _references(data) for part in _split(text))
-    names = _names({reference: find_score_file(reference, beside) for reference in paths})
+    find = find_gates_file if gates_of(recipe.config) else find_score_file
+    names_of = {reference: find(reference, beside) for reference in paths}
+    names = _names(names_of)
     copies: dict[str, ScoreCopy] = {}
     for reference, name in names.items():
-        found = Path(find_score_file(reference, beside))
+        found = Path(names_of[reference])
         target = folder / FOLDER / name
         if not (target.exists() and target.samefile(found)):
             with written_whole(target) as temporary:
                 shutil.copyfile(found, temporary)
         content = hashlib.sha256(target.read_bytes()).hexdigest()
-        copies.setdefault(
-            name, ScoreCopy(f"{FOLDER}/{name}", content, scorefile.read(target).manifest)
-        )
+        copies.setdefault(name, ScoreCopy(f"{FOLDER}/{name}", content, _manifest(target, recipe)))
     moved = {
         reference: f"{FOLDER}/{name}"
         for reference, name in names.items()
         if not reference.startswith("hf://")
     }
     return list(copies.values()), _renamed(recipe.source, data, moved)
+
+
+def _manifest(path: Path, recipe: Recipe) -> Manifest:
+    """What a file says of itself; a gates file in its first expert's name."""
+    if gates_of(recipe.config):
+        return gatesfile.as_scores(gatesfile.read(path), 0).manifest
+    return scorefile.read(path).manifest
 
 
 def _names(found: dict[str, str]) -> dict[str, str]:
@@ -103,7 +110,7 @@ def _mapped(data: Any, change: Callable[[str], str], inside: bool = False) -> An
         return {
             key: value
             if inside and key == "filter"
-            else _mapped(value, change, inside or key in ("scores", "guards"))
+            else _mapped(value, change, inside or key in ("scores", "guards", "gates"))
             for key, value in data.items()
         }
     if isinstance(data, list):

@@ -147,6 +147,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
     def recipe(config: MergeConfiguration) -> str:
         digest = hashlib.sha256(config.model_dump_json(exclude={"models"}).encode())
+        if gates := recipes.gates_of(config):
+            digest.update(Path(local_path(gates)).read_bytes())
         for model in config.models or []:
             for key in ("scores", "guards"):
                 for path in str((model.parameters or {}).get(key, "")).split(","):

@@ -9,6 +9,7 @@ under the expert, estimated with random probes (the Fisher / Gauss-Newton form).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,15 +39,22 @@ class BlockGradients:
         return (self.mlp if kind == "neuron" else self.attention)[layer]
 
 
-def record_with_gradients(decoder: Decoder, batch: PromptBatch) -> Trace:
-    """A recorded run whose block outputs can be differentiated with respect to."""
+@contextmanager
+def cut_embedding(decoder: Decoder) -> Iterator[None]:
+    """Let gradients begin at the embedding's output while the context lasts."""
 
     def cut(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
         return output.detach().requires_grad_()
 
     # first of the embedding's hooks, so that the others see the output that has gradients
     handle = decoder.embedding.register_forward_hook(cut, prepend=True)
-    with torch.enable_grad(), hooked([handle]):
+    with hooked([handle]):
+        yield
+
+
+def record_with_gradients(decoder: Decoder, batch: PromptBatch) -> Trace:
+    """A recorded run whose block outputs can be differentiated with respect to."""
+    with torch.enable_grad(), cut_embedding(decoder):
         return record(decoder, batch)
 
 

@@ -10,7 +10,7 @@ which gives standard errors (DESIGN section 3, last line).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,17 @@ from torch.func import functional_call
 
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.gradients import record_with_gradients
-from mergekit_wp.engine.trace import Criteria, Decoder, hooked, own_values
+from mergekit_wp.engine.gradients import cut_embedding, record_with_gradients
+from mergekit_wp.engine.trace import (
+    Criteria,
+    Decoder,
+    first,
+    hooked,
+    last_layer,
+    own_values,
+    record,
+    replay,
+)
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName
 
@@ -88,6 +97,8 @@ def contributions(
     vectors: Sequence[TaskVector],
     criteria: Criteria,
     targets: Targets,
+    *,
+    checkpoint: bool = False,
 ) -> dict[CriterionName, list[Contributions]]:
     """Grad v_i . Delta_c at the decoder's present weights, for every prompt and component.
 
@@ -98,6 +109,8 @@ def contributions(
         vectors: the task vectors; one backward pass serves all of them.
         criteria: which criteria.
         targets: what they are measured against.
+        checkpoint: keep only what enters each layer, and run it again on the way back: one
+            layer's activations at a time, for one more forward pass.
 
     Returns:
         Per criterion, contributions to each task vector; a tensor no value depends on is absent.
@@ -137,11 +150,41 @@ def contributions(
     ]
     results: dict[CriterionName, list[Contributions]] = {}
     with torch.enable_grad(), hooked(handles):
-        trace = record_with_gradients(decoder, batch)
-        values = own_values(decoder, trace, criteria, targets)
-        for name, value in values.items():
-            value.sum().backward(retain_graph=True)
+        backward = backward_by_layer if checkpoint else backward_at_once
+        for name in backward(decoder, batch, criteria, targets):
             results[name] = [dict(found) for found in collecting]
             for found in collecting:
                 found.clear()
     return results
+
+
+def backward_at_once(
+    decoder: Decoder, batch: PromptBatch, criteria: Criteria, targets: Targets
+) -> Iterator[CriterionName]:
+    """Run back from the sum of each criterion's values, with all activations in memory."""
+    trace = record_with_gradients(decoder, batch)
+    for name, value in own_values(decoder, trace, criteria, targets).items():
+        value.sum().backward(retain_graph=True)
+        yield name
+
+
+def backward_by_layer(
+    decoder: Decoder, batch: PromptBatch, criteria: Criteria, targets: Targets
+) -> Iterator[CriterionName]:
+    """The same, one layer's activations at a time."""
+    with torch.no_grad():
+        trace = record(decoder, batch)
+    for name in criteria:
+        last = last_layer(decoder, (name,), targets)
+        hidden = trace.residual(last).detach().requires_grad_()
+        values = replay(decoder, trace, hidden.unsqueeze(0), last, (name,), targets)[name]
+        (gradient,) = torch.autograd.grad(values.sum(), hidden)
+        for index in range(last, -1, -1):
+            call = trace.calls[index]
+            entering = call.hidden.detach().requires_grad_()
+            output = first(decoder.layers[index](entering, **call.kwargs))
+            (gradient,) = torch.autograd.grad(output, entering, gradient)
+        with cut_embedding(decoder):
+            embedded = decoder.embedding(batch.ids)
+        embedded.backward(gradient)
+        yield name

@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import matplotlib
@@ -65,19 +65,26 @@ def panel_list(
 
 def png(score_file: ScoreFile) -> bytes:
     """One figure, a row of panels for each estimand and criterion."""
-    pairs = select(score_file).pairs
-    rows = [panel_list(score_file, e, c) for e, c in pairs]
-    height = min(max(0.075 * score_file.manifest.n_layers, 1.6), 6.0) + 1.9
-    width = max(sum(p.width + 0.75 for p in row) for row in rows) + 0.4
+    rows = [
+        (_row_title(score_file, e, c), panel_list(score_file, e, c))
+        for e, c in select(score_file).pairs
+    ]
+    return grid(_title(score_file), rows, score_file.manifest.n_layers)
+
+
+def grid(title: str, rows: Sequence[tuple[str, list[panels.Panel]]], n_layers: int) -> bytes:
+    """A PNG with titled rows of panels."""
+    height = min(max(0.075 * n_layers, 1.6), 6.0) + 1.9
+    width = max(sum(p.width + 0.75 for p in row) for _, row in rows) + 0.4
     size = (max(width, 5.0), height * len(rows) + 0.8)
     with settings():
         figure = Figure(figsize=size, layout="constrained")
-        title = _wrap(_title(score_file), size[0] * 9.5)
-        figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
+        figure.suptitle(
+            _wrap(title, size[0] * 9.5), fontsize=12, x=0.01, ha="left", parse_math=False
+        )
         parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-        for part, row, (estimand, criterion) in zip(parts, rows, pairs, strict=True):
-            title = _wrap(_row_title(score_file, estimand, criterion), size[0] * 11.5)
-            part.suptitle(title, fontsize=10, x=0.01, ha="left")
+        for part, (heading, row) in zip(parts, rows, strict=True):
+            part.suptitle(_wrap(heading, size[0] * 11.5), fontsize=10, x=0.01, ha="left")
             _row(part, row)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=min(150.0, _MOST_PIXELS / max(size)))

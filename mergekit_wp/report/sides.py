@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import scipy.stats
-from matplotlib.axes import Axes
 
 from mergekit_wp.components import SLICED_KINDS, FineKind
 from mergekit_wp.report import words
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Array = npt.NDArray[np.float64]
 
@@ -204,8 +205,10 @@ def draw(score_file: ScoreFile, found: Sides, kind: FineKind, ax: Axes) -> None:
 
 
 def _few_ticks(axis: Any, scale: float, values: Array) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # slow to import
+
     ends = [float(values.min()), float(values.max())]
     ticks = sorted({t for t in (ends[0], -scale, 0.0, scale, ends[1]) if ends[0] <= t <= ends[1]})
-    axis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
-    axis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda t, _: f"{t:.1g}"))
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:.1g}"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from mergekit_wp.report.words import count
 from mergekit_wp.scorefile import Direction, SetName, SetPoint, Verification
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DIRECTIONS: tuple[Direction, ...] = ("restoration", "knockout")
 SETS: tuple[SetName, ...] = ("top", "random", "bottom")

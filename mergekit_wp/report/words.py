@@ -51,6 +51,7 @@ METHOD_WORDS: dict[Method, str] = {
     "second-order": "second-order (random probes of the Fisher information)",
     "integrated-gradients": "integrated gradients",
     "guided-path": "guided path",
+    "fitted": "gates fitted by gradient",
 }
 
 

@@ -84,8 +84,8 @@ def common_fields(
     dims = pair.partition.dims
     packages = ("torch", "transformers", "mergekit", "safetensors")
     return {
-        "base": _model_id(pair.base),
-        "expert": _model_id(pair.expert),
+        "base": model_id(pair.base),
+        "expert": model_id(pair.expert),
         "behavior": request.behavior or request.prompts.stem,
         "n_prompts": len(prompts.prompts),
         "prompts_sha256": prompts.sha256,
@@ -111,7 +111,8 @@ def common_fields(
     }
 
 
-def _model_id(checkpoint: Checkpoint) -> ModelId:
+def model_id(checkpoint: Checkpoint) -> ModelId:
+    """What a manifest says of a checkpoint."""
     return ModelId(
         reference=checkpoint.name,
         revision=checkpoint.revision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,27 @@ def check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
     Raises:
         UserError: names the first tensor whose task vector has another norm.
     """
-    scored = file.delta_norm
+    way_out = "give the right ones as --base and --expert"
+    check_norms(file.delta_norm, pair, f"score file {path}", way_out)
+
+
+def check_norms(scored: Mapping[str, float], pair: Pair, source: str, way_out: str) -> None:
+    """Refuse checkpoints whose task vector is not the one a file was made for.
+
+    Args:
+        scored: the file's norm of each tensor of the task vector.
+        pair: the checkpoints.
+        source: what the error calls the file.
+        way_out: what to do about it.
+
+    Raises:
+        UserError: names the first tensor whose task vector has another norm.
+    """
     if list(scored) != list(pair.delta_norm):
-        raise UserError(f"score file {path} is of another architecture than {pair.expert.name}")
+        raise UserError(f"{source} is of another architecture than {pair.expert.name}")
     for name, norm in pair.delta_norm.items():
         if abs(norm - scored[name]) > NORM_TOLERANCE * scored[name]:
             raise UserError(
                 f"tensor {name}: {pair.expert.name} differs from {pair.base.name} by {norm:.6g}, "
-                f"but score file {path} was made for {scored[name]:.6g}: these are other models; "
-                "give the right ones as --base and --expert"
+                f"but {source} was made for {scored[name]:.6g}: these are other models; {way_out}"
             )

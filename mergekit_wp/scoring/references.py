@@ -90,7 +90,7 @@ def measure_references(
     resident.move_to(1.0)
     expert_logprobs: list[torch.Tensor | None] = [None] * len(every)
     if "kl" in criteria:
-        expert_logprobs = [_logprobs(decoder, batch) for batch in every]
+        expert_logprobs = [logprobs(decoder, batch) for batch in every]
     towards = away = None
     if "anchor" in criteria:
         towards = last_token_states(decoder, prompt_only, n)
@@ -144,8 +144,8 @@ def references_at(
     decoder, n = Decoder(resident.model), len(samples)
     every = list(batches(samples, batch_size, resident.device))
     resident.move_to(1.0)
-    logprobs = [_logprobs(decoder, batch) if "kl" in criteria else None for batch in every]
-    targets = [Targets(of_batch, anchor) for of_batch in logprobs]
+    of_expert = [logprobs(decoder, batch) if "kl" in criteria else None for batch in every]
+    targets = [Targets(of_batch, anchor) for of_batch in of_expert]
     at_expert = _values(decoder, every, targets, criteria, n)
     resident.move_to(0.0)
     at_base = _values(decoder, every, targets, criteria, n)
@@ -155,7 +155,8 @@ def references_at(
     return References(every, targets, values, None)
 
 
-def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
+def logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
+    """Log-probabilities ``[P, vocabulary]`` at the positions that predict the response."""
     trace = record(decoder, batch)
     final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
     return torch.log_softmax(wide(decoder.logits(final)), -1)

@@ -16,6 +16,8 @@ from mergekit_wp.scorefile import CriterionName, Estimand
 EXACT_BUDGET = 256.0
 #: midpoints of the share integral, and steps of a company's guided path
 SHARE_STEPS, PATH_STEPS = 5, 10
+#: steps of a fit of component gates
+FIT_STEPS = 40
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -70,6 +72,25 @@ class CompanyRequest(MembersRequest):
 
     out: Path
     steps: int = Field(PATH_STEPS, ge=1)
+    restart: bool = False
+
+
+class FitRequest(MembersRequest):
+    """Everything `mergekit-wp fit` is asked for.
+
+    ``start`` is "scores", a number, or the path of a gates file; ``held_out`` is the part of the
+    prompts that is only looked at.
+    """
+
+    out: Path
+    guards: tuple[Path, ...] = ()
+    start: str = "0.5"
+    steps: int = Field(default=FIT_STEPS, ge=1)
+    rate: float = Field(default=0.05, gt=0)
+    prompts_a_step: int = Field(default=8, ge=1)
+    held_out: float = Field(default=0.25, ge=0, lt=1)
+    penalty: float = Field(default=0.01, ge=0)
+    upper: float = Field(default=1.5, gt=0)
     restart: bool = False
 
 

@@ -89,6 +89,7 @@ def with_responses(
     journal: Journal,
     progress: Progress,
     prefix: str = "",
+    position: float = 1.0,
 ) -> list[Sample]:
     """Prompts with their responses: the given ones, else the expert's greedy continuations.
 
@@ -100,6 +101,7 @@ def with_responses(
         journal: keeps finished answers.
         progress: told of every answer.
         prefix: sets one expert's journal entries apart from another's.
+        position: who answers, the expert (1) or the base (0).
     """
     prompts, responses = texts.prompts, dict(texts.responses)
     missing = [i for i in range(len(prompts)) if i not in responses]
@@ -111,7 +113,7 @@ def with_responses(
         key = f"responses.{prefix}batch{number:04d}"
         saved = journal.load(key)
         if saved is None:
-            resident.move_to(1.0)
+            resident.move_to(position)
             found = greedy(
                 resident.model,
                 [prompts[i] for i in chunk],

@@ -20,7 +20,7 @@ from mergekit_wp import scorefile
 from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.statistics import Array, percentiles
-from mergekit_wp.criteria import AnchorDirection, Targets, wide
+from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.sets import Members, extreme, matched, swapped
 from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
@@ -41,6 +41,7 @@ from mergekit_wp.scoring.opening import (
     open_inputs,
     scored_model,
 )
+from mergekit_wp.scoring.references import logprobs
 from mergekit_wp.scoring.request import DTYPES, Progress, VerifyRequest
 from mergekit_wp.scoring.texts import auto_batch_size, with_responses
 
@@ -151,7 +152,7 @@ class Meter:
             vector = vector.to(torch.promote_types(resident.dtype, torch.float32))
             anchor = AnchorDirection(vector, file.manifest.anchor.layer)
         decoder = Decoder(resident.model)
-        self.targets = [Targets(_logprobs(decoder, batch), anchor) for batch in every]
+        self.targets = [Targets(logprobs(decoder, batch), anchor) for batch in every]
 
     @torch.no_grad()
     def __call__(self) -> dict[str, torch.Tensor]:
@@ -167,13 +168,6 @@ class Meter:
             scores = self.task.evaluate(self.resident.model, self.tokenizer, "test")
             found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)
         return found
-
-
-@torch.no_grad()
-def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
-    trace = record(decoder, batch)
-    final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
-    return torch.log_softmax(wide(decoder.logits(final)), -1)
 
 
 Values = dict[str, torch.Tensor]
