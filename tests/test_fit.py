@@ -125,7 +125,8 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
         every = list(batches(sequences(world / f"{name}.jsonl"), 4, "cpu"))
         targets = [Targets(logprobs(Decoder(expert), batch)) for batch in every]
         apart = divergence(base, expert, world / f"{name}.jsonl")
-        lessons.append(Lesson(name, every, targets, torch.full((4,), -apart).double(), apart))
+        zero = torch.full((4,), -apart, dtype=torch.float64)
+        lessons.append(Lesson(name, every, targets, zero, -zero))
 
     class Member:
         def __init__(self, pair: Any) -> None:

@@ -51,20 +51,20 @@ class Lesson:
         name: of the behaviour.
         batches: all of its prompts.
         targets: the teacher's distributions, one per batch.
-        zero: mean value that counts as 0, by prompt, ``[prompts]``.
-        span: mean distance from there to the teacher.
+        zero: value that counts as 0, by prompt, ``[prompts]``.
+        distance: from there to the teacher, ``[prompts]``.
     """
 
     name: str
     batches: list[PromptBatch]
     targets: list[Targets]
     zero: torch.Tensor
-    span: float
+    distance: torch.Tensor
 
-    def recovery(self, values: torch.Tensor, batch: PromptBatch) -> float:
-        """Recovery on one batch: 0 at the base (a guard: as far as experts), 1 at the teacher."""
-        change = values.double().cpu() - self.zero[batch.members]
-        return float(change.mean()) / self.span
+    @property
+    def span(self) -> float:
+        """Mean distance over all prompts."""
+        return float(self.distance.mean())
 
 
 def fit(request: FitRequest, progress: Progress) -> Path:
@@ -113,7 +113,7 @@ def _lesson(member: Member, journal: Journal, progress: Progress, size: int) -> 
         references.batches,
         references.targets,
         reference.base.double().cpu(),
-        float(reference.distance.double().mean()),
+        reference.distance.double().cpu(),
     )
 
 
@@ -163,7 +163,7 @@ def _guard(
         raise UserError(
             f"guard {path}: the experts answer like the base there, so there is nothing to guard"
         )
-    return Lesson(path.stem, every, targets, zero, -float(zero.mean()))
+    return Lesson(path.stem, every, targets, zero, -zero)
 
 
 @dataclass(frozen=True)
@@ -329,14 +329,15 @@ class Fitting:
 
     @torch.no_grad()
     def _recovery(self, lesson: Lesson, chosen: Sequence[int]) -> float:
-        decoder, total, n = Decoder(self.resident.model), 0.0, 0
+        """0 at the base (of a guard: as far away as the experts are), 1 at the teacher."""
+        decoder, change, distance = Decoder(self.resident.model), 0.0, 0.0
         for b in chosen:
             batch = lesson.batches[b]
             trace = record(decoder, batch)
             values = own_values(decoder, trace, ("kl",), lesson.targets[b])["kl"]
-            total += lesson.recovery(values, batch) * batch.size
-            n += batch.size
-        return total / n
+            change += float((values.double().cpu() - lesson.zero[batch.members]).sum())
+            distance += float(lesson.distance[batch.members].sum())
+        return change / distance
 
     def _move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with the present gates."""
