@@ -259,7 +259,8 @@ def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
     The expert is run, and merged, under the base's config: with another one its scores would be
     those of a model that is not the expert.
     """
-    ours, theirs = vars(Dims.from_config(base.config)), vars(Dims.from_config(expert.config))
+    ours: dict[str, Any] = Dims.from_config(base.config).numbers
+    theirs: dict[str, Any] = Dims.from_config(expert.config).numbers
     for key in _COMPUTING:
         ours[key], theirs[key] = (getattr(c.config, key, None) or None for c in (base, expert))
     for key in ours:

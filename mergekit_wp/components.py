@@ -7,21 +7,23 @@ Every weight of a model belongs to exactly one *fine* component:
 - ``neuron`` (layer, j): gate row, up row (and their biases), down column
 - ``tensor`` (name): every other tensor, whole
 
-A tensor is cut along one dimension into equal blocks, block i belonging to component i of its
-kind and layer. `TensorLayout` says which dimension and how many blocks; that is all a sweep or a
-merge needs to know, so both work on whole tensors instead of looping over components.
+A tensor is cut into equal blocks, each of which belongs to one component of its layer; a tensor
+may hold several kinds (a fused Q, K and V). `TensorLayout` says which block belongs to whom; that
+is all a sweep or a merge needs to know, so both work on whole tensors instead of looping over
+components. Which tensors are cut how is declared by architecture in `architectures`.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
 
+from mergekit_wp.architectures import FAMILIES, LLAMA, Architecture, named, of_type
 from mergekit_wp.errors import UserError
 
 Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
@@ -29,39 +31,39 @@ FineKind = Literal["tensor", "head", "kv_group", "neuron"]
 KINDS: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
 SLICED_KINDS: tuple[FineKind, ...] = ("head", "kv_group", "neuron")
 
-#: model_type of transformers configs whose layers follow `_LLAMA_SLICES`.
-LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-
-# suffix inside a layer -> (kind that owns its slices, dimension that is cut)
-_LLAMA_SLICES: dict[str, tuple[FineKind, int]] = {
-    "self_attn.q_proj.weight": ("head", 0),
-    "self_attn.q_proj.bias": ("head", 0),
-    "self_attn.o_proj.weight": ("head", 1),
-    "self_attn.k_proj.weight": ("kv_group", 0),
-    "self_attn.k_proj.bias": ("kv_group", 0),
-    "self_attn.v_proj.weight": ("kv_group", 0),
-    "self_attn.v_proj.bias": ("kv_group", 0),
-    "mlp.gate_proj.weight": ("neuron", 0),
-    "mlp.gate_proj.bias": ("neuron", 0),
-    "mlp.up_proj.weight": ("neuron", 0),
-    "mlp.up_proj.bias": ("neuron", 0),
-    "mlp.down_proj.weight": ("neuron", 1),
-}
-_LAYER = re.compile(r"^model\.layers\.([0-9]{1,6})\.(.+)$")
+Shape = torch.Size | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Dims:
-    """The numbers of a decoder that fix its components."""
+    """What fixes a decoder's components: their numbers, and its architecture's map."""
 
     n_layers: int
     n_heads: int
     n_kv_groups: int
     n_neurons: int
+    architecture: Architecture = field(default=LLAMA, repr=False)
 
     def count(self, kind: FineKind) -> int:
         """Components of a sliced kind in one layer."""
         return {"head": self.n_heads, "kv_group": self.n_kv_groups, "neuron": self.n_neurons}[kind]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The counts under the names that score files give them."""
+        return {
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "n_kv_groups": self.n_kv_groups,
+            "n_neurons": self.n_neurons,
+        }
+
+    @classmethod
+    def named(
+        cls, class_name: str, n_layers: int, n_heads: int, n_kv_groups: int, n_neurons: int
+    ) -> Dims:
+        """The dimensions of a model class, as files name it."""
+        return cls(n_layers, n_heads, n_kv_groups, n_neurons, named(class_name))
 
     @classmethod
     def from_config(cls, config: Any) -> Dims:
@@ -70,92 +72,190 @@ class Dims:
         Raises:
             UserError: the architecture has no component map.
         """
-        if config.model_type not in LLAMA_FAMILY:
+        architecture = of_type(config.model_type)
+        if architecture is None:
             raise UserError(
                 f"architecture '{config.model_type}' has no component map; "
-                f"supported: {', '.join(LLAMA_FAMILY)}"
+                f"supported: {', '.join(family.model_type for family in FAMILIES)}"
             )
         heads = int(config.num_attention_heads)
         return cls(
             n_layers=int(config.num_hidden_layers),
             n_heads=heads,
             n_kv_groups=int(getattr(config, "num_key_value_heads", None) or heads),
-            n_neurons=int(config.intermediate_size),
+            n_neurons=architecture.n_neurons(config),
+            architecture=architecture,
         )
+
+
+Index = tuple[slice | torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class TensorLayout:
     """How one tensor is shared out among components.
 
-    ``dim`` is the dimension cut into ``count`` equal blocks; for kind ``tensor`` it is None and
-    the tensor is one component. ``layer`` is None outside the decoder layers.
+    The *components of the tensor* are those that own a part of it, in the order of ``owners``;
+    whatever has one value for each of them is ``[count]``.
+
+    Attributes:
+        name: the tensor.
+        layer: its decoder layer, None outside of them.
+        owners: kinds that own parts of it, with the number of their components in the layer;
+            ``tensor`` alone where the tensor is one component.
+        dims: the cut dimensions, see `Cut`; none where the tensor is one component.
+        runs: the kinds whose blocks follow each other, see `Cut.kinds`.
+        interleaved: see `Cut`.
     """
 
     name: str
-    kind: FineKind
     layer: int | None
-    dim: int | None
-    count: int
+    owners: tuple[tuple[FineKind, int], ...] = (("tensor", 1),)
+    dims: tuple[int, ...] = ()
+    runs: tuple[FineKind, ...] = ()
+    interleaved: bool = False
 
-    def block(self, shape: torch.Size | tuple[int, ...]) -> int:
-        """Rows (or columns) per component.
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor is one component by itself."""
+        return not self.dims
+
+    @property
+    def kinds(self) -> tuple[FineKind, ...]:
+        """Kinds that own parts of it."""
+        return tuple(kind for kind, _ in self.owners)
+
+    @property
+    def count(self) -> int:
+        """Components that own parts of it."""
+        return sum(count for _, count in self.owners)
+
+    def start(self, kind: FineKind) -> int:
+        """Position of a kind's first component among those of the tensor."""
+        position = 0
+        for owner, count in self.owners:
+            if owner == kind:
+                return position
+            position += count
+        raise ValueError(f"{self.name} has no {kind}")
+
+    def block(self, shape: Shape) -> int:
+        """Rows (or columns) of one block.
 
         Raises:
-            UserError: the dimension is not a multiple of the component count.
+            UserError: the dimension is not a multiple of the number of blocks.
         """
-        if self.dim is None:
+        if self.whole:
             return 1
-        size = shape[self.dim]
-        if size % self.count:
+        counts = dict(self.owners)
+        size, blocks = math.prod(shape[d] for d in self.dims), sum(counts[k] for k in self.runs)
+        chunks = self._chunks(shape)
+        if size % blocks or any(count % chunks for count in counts.values()):
+            what = " and ".join(f"{kind}s" for kind in self.kinds)
             raise UserError(
-                f"{self.name}: dimension {self.dim} has {size} entries, "
-                f"not a multiple of {self.count} {self.kind}s"
+                f"{self.name}: dimension {self.dims[-1]} has {size} entries, "
+                f"not a multiple of {blocks} {what}"
             )
-        return size // self.count
+        return size // blocks
 
-    def index(self, component: int, shape: torch.Size | tuple[int, ...]) -> tuple[slice, ...]:
-        """Index expression that selects one component's slice of the tensor."""
-        if self.dim is None:
+    def _chunks(self, shape: Shape) -> int:
+        """Runs of the same pattern, one after the other."""
+        if len(self.dims) == 2:
+            return shape[self.dims[0]]
+        return self.owners[0][1] if self.interleaved else 1
+
+    @property
+    def _plain(self) -> bool:
+        """Whether block i belongs to component i."""
+        return len(self.runs) == 1 and len(self.dims) == 1
+
+    def places(self, shape: Shape) -> torch.Tensor:
+        """For every entry of the cut dimensions, which component of the tensor it belongs to.
+
+        Returns:
+            int64, in the shape of the cut dimensions.
+        """
+        flat = _places(self.owners, self.runs, self._chunks(shape), self.block(shape))
+        return flat.view([shape[d] for d in self.dims])
+
+    def index(self, component: int, shape: Shape) -> Index:
+        """Index expression that selects one component's part of the tensor.
+
+        Args:
+            component: its position among the components of the tensor.
+            shape: the tensor's shape.
+        """
+        if self.whole:
             return (slice(None),) * len(shape)
+        if not self._plain:
+            return (self.expand(torch.arange(self.count) == component, shape).expand(shape),)
         block = self.block(shape)
         cut = slice(component * block, (component + 1) * block)
-        return tuple(cut if d == self.dim else slice(None) for d in range(len(shape)))
+        return tuple(cut if d in self.dims else slice(None) for d in range(len(shape)))
 
-    def expand(self, values: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+    def expand(self, values: torch.Tensor, shape: Shape) -> torch.Tensor:
         """Spread one value per component over the tensor, in a shape that broadcasts to it.
 
         Args:
-            values: ``[count]``, or a scalar for kind ``tensor``.
+            values: ``[count]``, or a scalar for a tensor that is one component.
             shape: the tensor's shape.
 
         Returns:
-            A tensor of ``len(shape)`` dimensions, 1 everywhere but in the cut one.
+            A tensor of ``len(shape)`` dimensions, 1 everywhere but in the cut ones.
         """
-        if self.dim is None:
+        if self.whole:
             return values.reshape((1,) * len(shape))
-        spread = values.repeat_interleave(self.block(shape))
-        return spread.reshape([-1 if d == self.dim else 1 for d in range(len(shape))])
+        if self._plain:
+            spread = values.repeat_interleave(self.block(shape))
+        else:
+            spread = values[self.places(shape).to(values.device)]
+        return spread.reshape([shape[d] if d in self.dims else 1 for d in range(len(shape))])
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum entries of the cut dimension into components: ``[..., size]`` to ``[..., count]``."""
-        if self.dim is None:
+        """Sum entries of the cut dimensions into components.
+
+        Args:
+            values: ``[..., size]``, with two cut dimensions ``[..., size, size]``; the last of a
+                tensor that is one component are summed as well.
+
+        Returns:
+            ``[..., count]``.
+        """
+        if self.whole:
             return values.sum(-1, keepdim=True)
-        blocks: torch.Tensor = values.unflatten(-1, (self.count, -1))
-        return blocks.sum(-1)
+        if self._plain:
+            blocks: torch.Tensor = values.unflatten(-1, (self.count, -1))
+            return blocks.sum(-1)
+        cut = len(self.dims)
+        shape = dict(zip(self.dims, values.shape[-cut:], strict=True))
+        extents = tuple(shape.get(d, 1) for d in range(max(self.dims) + 1))
+        places = self.places(extents).flatten().to(values.device)
+        total = values.new_zeros((*values.shape[:-cut], self.count))
+        return total.index_add_(-1, places, values.flatten(-cut))
+
+
+@lru_cache(maxsize=64)
+def _places(
+    owners: tuple[tuple[FineKind, int], ...], runs: tuple[FineKind, ...], chunks: int, block: int
+) -> torch.Tensor:
+    starts, position = {}, 0
+    for kind, count in owners:
+        starts[kind] = torch.arange(position, position + count).view(chunks, -1)
+        position += count
+    return torch.cat([starts[kind] for kind in runs], 1).flatten().repeat_interleave(block)
 
 
 def layout_of(name: str, dims: Dims) -> TensorLayout:
-    """The layout of one named tensor of a Llama-family model."""
-    match = _LAYER.match(name)
-    if match is None:
-        return TensorLayout(name, "tensor", None, None, 1)
-    layer, suffix = int(match[1]), match[2]
-    owner = _LLAMA_SLICES.get(suffix)
-    if owner is None:
-        return TensorLayout(name, "tensor", layer, None, 1)
-    kind, dim = owner
-    return TensorLayout(name, kind, layer, dim, dims.count(kind))
+    """The layout of one named tensor."""
+    place = dims.architecture.within_layer(name)
+    if place is None:
+        return TensorLayout(name, None)
+    layer, suffix = place
+    cut = dims.architecture.cuts.get(suffix)
+    if cut is None:
+        return TensorLayout(name, layer)
+    owners = tuple((kind, dims.count(kind)) for kind in dict.fromkeys(cut.kinds))
+    return TensorLayout(name, layer, owners, cut.dims, cut.kinds, cut.interleaved)
 
 
 @dataclass(frozen=True)
@@ -195,7 +295,11 @@ class Partition:
     @property
     def whole_tensors(self) -> tuple[str, ...]:
         """Tensors that are fine components by themselves."""
-        return tuple(n for n, layout in self.layouts.items() if layout.kind == "tensor")
+        return tuple(n for n, layout in self.layouts.items() if layout.whole)
+
+    @cached_property
+    def _whole_position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.whole_tensors)}
 
     def layer_tensors(self, layer: int) -> tuple[str, ...]:
         """Tensors of one decoder layer."""
@@ -206,10 +310,48 @@ class Partition:
         return tuple(
             layout
             for layout in self.layouts.values()
-            if layout.kind == kind and layout.layer == layer
+            if kind in layout.kinds and layout.layer == layer
         )
 
-    def slices(self, component: Component) -> dict[str, tuple[slice, ...]]:
+    def views(self, values: Mapping[Kind, torch.Tensor], name: str) -> list[torch.Tensor]:
+        """Where the values of one tensor's components stand, a view for each of its owners.
+
+        Args:
+            values: over the fine partition: ``[..., layers, count]`` by sliced kind, ``[...,
+                whole tensors]`` under ``tensor``.
+            name: the tensor.
+
+        Returns:
+            ``[..., components]`` for each of the layout's owners.
+        """
+        layout = self.layouts[name]
+        if layout.whole:
+            i = self._whole_position[name]
+            return [values["tensor"][..., i : i + 1]]
+        assert layout.layer is not None
+        return [values[kind][..., layout.layer, :] for kind in layout.kinds]
+
+    def of_tensor(self, values: Mapping[Kind, torch.Tensor], name: str) -> torch.Tensor:
+        """The values of one tensor's components, ``[..., count]``; see `views`."""
+        return torch.cat(self.views(values, name), -1)
+
+    def add(self, values: Mapping[Kind, torch.Tensor], name: str, more: torch.Tensor) -> None:
+        """Add ``[..., count]`` to the values of one tensor's components, in place."""
+        for view, part in self._by_owner(values, name, more):
+            view.add_(part)
+
+    def put(self, values: Mapping[Kind, torch.Tensor], name: str, new: torch.Tensor) -> None:
+        """Set the values of one tensor's components to ``[..., count]``, in place."""
+        for view, part in self._by_owner(values, name, new):
+            view.copy_(part)
+
+    def _by_owner(
+        self, values: Mapping[Kind, torch.Tensor], name: str, given: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        counts = [count for _, count in self.layouts[name].owners]
+        return zip(self.views(values, name), given.split(counts, -1), strict=True)
+
+    def slices(self, component: Component) -> dict[str, Index]:
         """Tensor name to index expression, for any component of any kind."""
         if component.kind == "tensor":
             names: tuple[str, ...] = (component.name,)
@@ -218,9 +360,12 @@ class Partition:
             names = self.layer_tensors(component.layer)
         else:
             assert component.layer is not None
+            kind = component.kind
             return {
-                layout.name: layout.index(component.index, self.shapes[layout.name])
-                for layout in self.owned_by(component.kind, component.layer)
+                layout.name: layout.index(
+                    layout.start(kind) + component.index, self.shapes[layout.name]
+                )
+                for layout in self.owned_by(kind, component.layer)
             }
         return {name: (slice(None),) * len(self.shapes[name]) for name in names}
 

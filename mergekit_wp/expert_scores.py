@@ -97,14 +97,15 @@ class ExpertScores:
         """How a tensor is cut into the components whose scores are used."""
         layout = layout_of(name, self.file.manifest.dims)
         if granularity == "tensor":
-            return TensorLayout(name, "tensor", layout.layer, None, 1)
+            return TensorLayout(name, layout.layer)
         return layout
 
     def covers(self, name: str, granularity: str) -> bool:
         """Whether the file scores a tensor (under its `scored_name`)."""
         if name not in self._position:
             return False
-        return self.layout(name, granularity).kind in self.file.manifest.kinds
+        kinds = self.layout(name, granularity).kinds
+        return any(kind in self.file.manifest.kinds for kind in kinds)
 
     def require(self, choice: Choice) -> None:
         """Refuse a choice of scores that the file does not have.
@@ -146,12 +147,12 @@ class ExpertScores:
         scored = {
             "architecture": manifest.architecture,
             "hidden_size": manifest.hidden_size,
-            **vars(manifest.dims),
+            **manifest.dims.numbers,
         }
         base = {
             "architecture": config.architectures[0] if config.architectures else None,
             "hidden_size": config.hidden_size,
-            **vars(dims),
+            **dims.numbers,
         }
         if wrong := [f"{k} {base[k]}, not {scored[k]}" for k in scored if scored[k] != base[k]]:
             raise UserError(
@@ -172,9 +173,17 @@ class ExpertScores:
         """
         partition = self._partition(choice)
         layout = self.layout(name, choice.granularity)
-        if layout.kind != "tensor":
-            assert layout.layer is not None
-            return partition.cut(layout.kind, layout.layer, density)
+        if not layout.whole:
+            row = layout.layer
+            assert row is not None
+            return torch.cat(
+                [
+                    partition.cut(kind, row, density)
+                    if kind in partition.values
+                    else torch.zeros(count, dtype=torch.float64)
+                    for kind, count in layout.owners
+                ]
+            )
         position = self._position if choice.granularity == "tensor" else self._fine_position
         return partition.cut("tensor", position[name], density)
 

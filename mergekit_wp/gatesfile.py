@@ -114,12 +114,14 @@ class GatesManifest(_Strict):
     @property
     def dims(self) -> Dims:
         """The dimensions that fix the components."""
-        return Dims(self.n_layers, self.n_heads, self.n_kv_groups, self.n_neurons)
+        return Dims.named(
+            self.architecture, self.n_layers, self.n_heads, self.n_kv_groups, self.n_neurons
+        )
 
     @property
     def whole_tensors(self) -> tuple[str, ...]:
         """Tensors that are components by themselves."""
-        return tuple(n for n in self.tensor_names if layout_of(n, self.dims).kind == "tensor")
+        return tuple(n for n in self.tensor_names if layout_of(n, self.dims).whole)
 
     def shape(self, kind: Kind) -> tuple[int, ...]:
         """Shape of one expert's gates of one kind."""
@@ -158,9 +160,10 @@ def as_scores(file: GatesFile, expert: int) -> ScoreFile:
     whole = []
     for name in manifest.tensor_names:
         layout = layout_of(name, manifest.dims)
-        if layout.kind != "tensor":
+        if not layout.whole:
             assert layout.layer is not None
-            of_tensor[name] = gates[layout.kind][layout.layer].mean()
+            parts = [gates[kind][layout.layer] for kind in layout.kinds]
+            of_tensor[name] = torch.cat(parts).mean()
         whole.append(of_tensor[name])
     own = manifest.experts[expert]
     reached = next(m for m in manifest.history if m.step == manifest.best_step)
@@ -174,7 +177,7 @@ def as_scores(file: GatesFile, expert: int) -> ScoreFile:
             prompts_sha256=own.prompts_sha256,
             responses="expert",
             architecture=manifest.architecture,
-            **vars(manifest.dims),
+            **manifest.dims.numbers,
             hidden_size=manifest.hidden_size,
             criteria=("kl",),
             estimands=("path",),

@@ -222,7 +222,9 @@ class Manifest(_Strict):
     @property
     def dims(self) -> Dims:
         """The dimensions that fix the components."""
-        return Dims(self.n_layers, self.n_heads, self.n_kv_groups, self.n_neurons)
+        return Dims.named(
+            self.architecture, self.n_layers, self.n_heads, self.n_kv_groups, self.n_neurons
+        )
 
     def shape(self, kind: Kind) -> tuple[int, ...]:
         """Shape of a score tensor of one kind."""
@@ -292,7 +294,7 @@ class ScoreFile:
     def fine_tensor_names(self) -> tuple[str, ...]:
         """Tensors that are fine components by themselves (norms, embeddings, ...)."""
         dims = self.manifest.dims
-        return tuple(n for n in self.manifest.tensor_names if layout_of(n, dims).kind == "tensor")
+        return tuple(n for n in self.manifest.tensor_names if layout_of(n, dims).whole)
 
 
 def _expected_shapes(manifest: Manifest, keys: set[str]) -> dict[str, tuple[int, ...]]:

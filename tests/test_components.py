@@ -74,13 +74,14 @@ def test_expand_and_reduce_agree_with_slices(config: object, random: object) -> 
     for name, layout in partition.layouts.items():
         shape = partition.shapes[name]
         values = torch.arange(1.0, layout.count + 1)
-        spread = layout.expand(values if layout.dim is not None else values[0], shape)
+        spread = layout.expand(values[0] if layout.whole else values, shape)
         full = spread.expand(shape)
         for i in range(layout.count):
             assert (full[layout.index(i, shape)] == values[i]).all()
-        if layout.dim is not None:
-            ones = torch.ones(shape[layout.dim])
-            assert layout.reduce(ones).tolist() == [layout.block(shape)] * layout.count
+        if not layout.whole:
+            ones = torch.ones([shape[d] for d in layout.dims])
+            owned = torch.bincount(layout.places(shape).flatten(), minlength=layout.count)
+            assert layout.reduce(ones).tolist() == owned.tolist()
 
 
 def test_heads_own_query_rows_bias_and_output_columns() -> None:

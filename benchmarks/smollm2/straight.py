@@ -84,10 +84,10 @@ def shares(experts: Sequence[str], max_prompts: int) -> tuple[Partition, list[St
             layout = partition.layouts[name]
             for e, delta in enumerate(deltas):
                 product = parameter.grad * delta[name]
-                if layout.dim is None:
+                if layout.whole:
                     part = product.sum().reshape(1)
                 else:
-                    other = [d for d in range(product.dim()) if d != layout.dim]
+                    other = [d for d in range(product.dim()) if d not in layout.dims]
                     part = layout.reduce(product.sum(other) if other else product)
                 found[e][name] = found[e].get(name, 0.0) + part / len(POINTS)
     return partition, found

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.zoo.bench import N_PROMPTS, checkpoints, prompts, task
 from mergekit_wp.compare.rows import Comparison
 from mergekit_wp.components import Dims, Partition
+from mergekit_wp.engine.guided import Travelled
 
 State = dict[str, torch.Tensor]
 EXPERTS = ("inst", "math", "sort")
@@ -99,23 +100,15 @@ class Lab:
 
     def components(self, products: State) -> State:
         """Summed by component, spread over each tensor."""
-        sums: dict[tuple[str, int | str | None], torch.Tensor] = {}
-        layouts = self.partition.layouts
+        partition = self.partition
+        sums = {kind: s.float() for kind, s in Travelled.nowhere(partition).path.items()}
         for n, product in products.items():
-            layout = layouts[n]
-            other = [d for d in range(product.dim()) if d != layout.dim]
-            value = (
-                product.sum().reshape(1)
-                if layout.dim is None
-                else layout.reduce(product.sum(other) if other else product)
-            )
-            key = (layout.kind, n if layout.dim is None else layout.layer)
-            sums[key] = sums.get(key, torch.zeros(())) + value
+            layout = partition.layouts[n]
+            other = [d for d in range(product.dim()) if d not in layout.dims]
+            kept = product.flatten() if layout.whole else product.sum(other) if other else product
+            partition.add(sums, n, layout.reduce(kept))
         return {
-            n: layouts[n].expand(
-                sums[layouts[n].kind, n if layouts[n].dim is None else layouts[n].layer],
-                product.shape,
-            )
+            n: partition.layouts[n].expand(partition.of_tensor(sums, n), product.shape)
             for n, product in products.items()
         }
 

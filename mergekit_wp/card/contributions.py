@@ -61,9 +61,9 @@ def contributions(
     """
     sums: dict[tuple[FineKind, int | str | None], tuple[torch.Tensor, int]] = {}
     for task in tasks:
-        key, found = _gates(task, order)
-        total, count = sums.get(key, (torch.zeros_like(found), 0))
-        sums[key] = (total + found, count + 1)
+        for key, found in _gates(task, order):
+            total, count = sums.get(key, (torch.zeros_like(found), 0))
+            sums[key] = (total + found, count + 1)
     return Contributions(
         tuple(str(expert) for expert in order),
         {
@@ -94,19 +94,21 @@ def used_scores(
 
 def _gates(
     task: ExecuteMergeMethodTask, order: Sequence[ModelReference]
-) -> tuple[tuple[FineKind, int | str | None], torch.Tensor]:
+) -> list[tuple[tuple[FineKind, int | str | None], torch.Tensor]]:
     """Which components a tensor belongs to, and their gates: ``[experts, components]``."""
     name, tied = task.output_weight.name, is_tied(task.base_model)
     gated = planned_gates(task)
     if gated is None:
-        return ("tensor", name), torch.zeros(len(order), 1, dtype=torch.float64)
+        return [(("tensor", name), torch.zeros(len(order), 1, dtype=torch.float64))]
     gates = torch.zeros(len(order), gated.gates.shape[1], dtype=torch.float64)
     for expert, row in zip(gated.experts, gated.gates, strict=True):
         file = planned_source(task, expert)
         if file.norm(file.scored_name(name, tied)) > 0:
             gates[order.index(expert)] = row
     layout = gated.layout
-    return (layout.kind, name if layout.kind == "tensor" else layout.layer), gates
+    parts = gates.split([count for _, count in layout.owners], 1)
+    where = name if layout.whole else layout.layer
+    return [((kind, where), part) for kind, part in zip(layout.kinds, parts, strict=True)]
 
 
 def _tally(parts: Sequence[torch.Tensor]) -> Tally:

@@ -62,15 +62,6 @@ class Layout:
         every = sum(torch.Size(self.shape(kind)).numel() for kind in KINDS)
         return every * len(self.changed)
 
-    def of_tensor(self, gates: Mapping[Kind, torch.Tensor], name: str) -> torch.Tensor:
-        """A view of one expert's gates of one tensor, ``[components of the tensor]``."""
-        layout = self.partition.layouts[name]
-        if layout.kind == "tensor":
-            i = self.partition.whole_tensors.index(name)
-            return gates["tensor"][i : i + 1]
-        assert layout.layer is not None
-        return gates[layout.kind][layout.layer]
-
     def collect(self, slopes: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """Sum derivatives by tensor into components.
 
@@ -80,7 +71,7 @@ class Layout:
         flat = torch.zeros(self.size, dtype=torch.float64)
         for gates, found in zip(self.unflat(flat), slopes, strict=True):
             for name, slope in found.items():
-                self.of_tensor(gates, name).add_(slope)
+                self.partition.add(gates, name, slope)
         return flat
 
     @property
@@ -89,7 +80,8 @@ class Layout:
         flat = torch.zeros(self.size, dtype=torch.float64)
         for gates, changed in zip(self.unflat(flat), self.changed, strict=True):
             for name in changed:
-                self.of_tensor(gates, name).fill_(1)
+                ones = torch.ones(self.partition.layouts[name].count, dtype=torch.float64)
+                self.partition.put(gates, name, ones)
         return flat.bool()
 
 

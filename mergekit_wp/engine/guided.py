@@ -53,7 +53,7 @@ class Travelled:
 
     def gate(self, name: str) -> torch.Tensor:
         """How far each component of a tensor has come, ``[components of the tensor]``."""
-        return _of_tensor(self.partition, self.path, name)
+        return self.partition.of_tensor(self.path, name)
 
     def step(self, slopes: Slopes, length: float) -> Travelled:
         """Move every component that helps by ``length``, at most to 1.
@@ -64,14 +64,14 @@ class Travelled:
         """
         total = Travelled.nowhere(self.partition).path
         for name, slope in slopes.items():
-            _of_tensor(self.partition, total, name).add_(slope)
+            self.partition.add(total, name, slope)
         path = {
             kind: torch.where(total[kind] > 0, (here + length).clamp(max=1.0), here)
             for kind, here in self.path.items()
         }
         moved = {kind: path[kind] - here for kind, here in self.path.items()}
         share = {
-            name: here + _of_tensor(self.partition, moved, name) * slopes[name]
+            name: here + self.partition.of_tensor(moved, name) * slopes[name]
             if name in slopes
             else here
             for name, here in self.share.items()
@@ -100,7 +100,7 @@ class Travelled:
         partition = self.partition
         scores: dict[Kind, torch.Tensor] = Travelled.nowhere(partition).path
         for name, values in self.share.items():
-            _of_tensor(partition, scores, name).add_(values)
+            partition.add(scores, name, values)
         sums = {name: values.sum() for name, values in self.share.items()}
         scores["tensor"] = torch.stack([sums[name] for name in partition.tensor_names])
         scores["layer"] = torch.zeros(partition.dims.n_layers, dtype=torch.float64)
@@ -108,15 +108,3 @@ class Travelled:
             if layout.layer is not None:
                 scores["layer"][layout.layer] += sums[name]
         return scores
-
-
-def _of_tensor(
-    partition: Partition, values: Mapping[Kind, torch.Tensor], name: str
-) -> torch.Tensor:
-    """A view of the values of one tensor's components."""
-    layout = partition.layouts[name]
-    if layout.kind == "tensor":
-        i = partition.whole_tensors.index(name)
-        return values["tensor"][i : i + 1]
-    assert layout.layer is not None
-    return values[layout.kind][layout.layer]

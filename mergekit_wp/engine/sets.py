@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from mergekit_wp.components import SLICED_KINDS, Kind, Partition
+from mergekit_wp.components import Kind, Partition
 
 #: members of a set: booleans in the shapes of `ScoreFile.fine_scores`
 Members = Mapping[Kind, torch.Tensor]
@@ -79,10 +79,13 @@ def swapped(
 
 
 def _of_tensor(partition: Partition, members: Members, name: str) -> torch.Tensor | None:
-    layout = partition.layouts[name]
-    if layout.kind not in members:
+    owners = partition.layouts[name].owners
+    if not any(kind in members for kind, _ in owners):
         return None
-    if layout.kind not in SLICED_KINDS:
-        i = partition.whole_tensors.index(name)
-        return members["tensor"][i : i + 1]
-    return members[layout.kind][layout.layer]
+    n_layers = partition.dims.n_layers
+    none: dict[Kind, torch.Tensor] = {
+        kind: torch.zeros((n_layers, count), dtype=torch.bool)
+        for kind, count in owners
+        if kind not in members
+    }
+    return partition.of_tensor({**none, **members}, name)

@@ -80,7 +80,7 @@ def module_contribution(
         g: gradient of the summed values with respect to its output.
         batch: the prompts.
     """
-    if layout.dim == 1:
+    if layout.dims == (1,):
         return layout.reduce(_sum_per_prompt(x * (g @ delta), batch))
     if parameter == "bias":
         product = g * delta

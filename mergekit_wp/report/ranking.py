@@ -161,7 +161,7 @@ def rank(
             se = score_file.tensors.get(f"{estimand}/{criterion}/{kind}.se")
             positions = np.arange(len(scores), dtype=np.int64)
             if fine and kind == "tensor":
-                whole = [i for i, layout in enumerate(layouts) if layout.kind == "tensor"]
+                whole = [i for i, layout in enumerate(layouts) if layout.whole]
                 positions = np.array(whole, dtype=np.int64)
             blocks.append(
                 _Block(

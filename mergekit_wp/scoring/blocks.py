@@ -447,8 +447,8 @@ def by_kind(partition: Partition, per_tensor: Contributions, n: int) -> dict[Kin
             continue
         layout, value = partition.layouts[name], per_tensor[name].cpu().double()
         found["tensor"][:, i] = value.sum(-1)
-        if layout.kind != "tensor":
-            found[layout.kind][:, layout.layer] += value
+        if not layout.whole:
+            partition.add(found, name, value)
     return found
 
 

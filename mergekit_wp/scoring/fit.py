@@ -348,7 +348,7 @@ class Fitting:
             base = self.base.tensor(name, wide, device)
             layout = self.partition.layouts[name]
             moving = [
-                (member.pair.expert.tensor(name, wide, device), self.layout.of_tensor(own, name))
+                (member.pair.expert.tensor(name, wide, device), self.partition.of_tensor(own, name))
                 for member, own in zip(self.members, gates, strict=True)
                 if name in member.pair.changed
             ]
@@ -375,7 +375,7 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     if request.start == "scores":
         for gates, found in zip(parts, recipe_gates(request.recipe), strict=True):
             for name, gate in found.items():
-                layout.of_tensor(gates, name).copy_(gate)
+                layout.partition.put(gates, name, gate)
         return flat.clamp(0.0, request.upper)
     file = gatesfile.read(request.start)
     for e, (member, gates) in enumerate(zip(members, parts, strict=True)):
