@@ -24,20 +24,42 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mergekit_wp.architectures import of_type
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.stored import StoredNames
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# config entries of the family that change what the same weights compute
+# config entries that change what the same weights compute, in any of the architectures
 _COMPUTING = (
     "hidden_act",
+    "hidden_activation",
+    "activation_function",
     "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_epsilon",
     "rope_parameters",
     "sliding_window",
     "layer_types",
     "head_dim",
     "tie_word_embeddings",
+    "use_bias",
+    "use_parallel_residual",
+    "use_bidirectional_attention",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "num_experts_per_tok",
+    "norm_topk_prob",
     "attention_bias",
     "mlp_bias",
 )
@@ -123,6 +145,22 @@ class Checkpoint:
                 raise UserError(f"model '{self.name}': {file.name} is damaged: {error}") from error
         return found
 
+    @cached_property
+    def stored(self) -> StoredNames:
+        """Where the model's parameters are among the stored tensors."""
+        return StoredNames(self.config, self.headers)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and stored dtype of one parameter.
+
+        Raises:
+            UserError: the checkpoint does not have it.
+        """
+        found = self.stored.header(name)
+        if found is None:
+            raise UserError(f"'{self.name}' has no tensor {name}")
+        return found
+
     @property
     def weights_dtype(self) -> str:
         """The most common stored dtype, as torch names it."""
@@ -159,8 +197,7 @@ class Checkpoint:
 
     def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         """One tensor, cast and moved; it may alias the loader's memory, so never change it."""
-        tensor: torch.Tensor = self.loader.get_tensor(name).to(device=device, dtype=dtype)
-        return tensor
+        return self.stored.read(name, self.loader.get_tensor).to(device=device, dtype=dtype)
 
     def tokenizer(self) -> Any | None:
         """The checkpoint's tokenizer, None when it has none.
@@ -223,23 +260,26 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
         )
     dims = Dims.from_config(base.config)
     names = parameter_names(skeleton(base.config))
-    theirs_only = set(parameter_names(skeleton(expert.config))) - set(names)
+    ours_too = set(names)
+    theirs_only = [n for n in parameter_names(skeleton(expert.config)) if n not in ours_too]
     if theirs_only and base.config.num_hidden_layers != expert.config.num_hidden_layers:
-        name = min(theirs_only, key=list(expert.headers).index)
+        name = theirs_only[0]
         raise UserError(
-            f"shapes differ at tensor {name}: base has none, expert {list(expert.headers[name][0])}"
+            f"shapes differ at tensor {name}: base has none, expert {list(expert.header(name)[0])}"
         )
     for name in names:
+        shapes = []
         for side, checkpoint in (("base", base), ("expert", expert)):
-            if name not in checkpoint.headers:
+            if (header := checkpoint.stored.header(name)) is None:
                 raise UserError(f"{side} '{checkpoint.name}' has no tensor {name}")
-        ours, theirs = base.headers[name][0], expert.headers[name][0]
+            shapes.append(header[0])
+        ours, theirs = shapes
         if ours != theirs:
             raise UserError(
                 f"shapes differ at tensor {name}: base {list(ours)}, expert {list(theirs)}"
             )
     _check_configs(base, expert)
-    partition = Partition(dims, {name: base.headers[name][0] for name in names})
+    partition = Partition(dims, {name: base.header(name)[0] for name in names})
     assert partition.layouts  # refuses sizes that do not fit heads, groups or neurons
     norms = {}
     for done, name in enumerate(names, start=1):
@@ -274,7 +314,7 @@ def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
 def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
     tensors = {}
     for side, checkpoint in (("base", base), ("expert", expert)):
-        dtype = checkpoint.headers[name][1]
+        dtype = checkpoint.header(name)[1]
         if dtype not in _SAFETENSORS_DTYPES:
             raise UserError(
                 f"{side} '{checkpoint.name}': tensor {name} is stored as {dtype} (quantised?); "
@@ -293,9 +333,11 @@ def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
 
 def skeleton(config: Any) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers."""
+    architecture = of_type(config.model_type)
+    implementation = "sdpa" if architecture is None else architecture.attention_implementation
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa"
+            config, attn_implementation=implementation
         )
     model.tie_weights()
     model.eval()
@@ -315,6 +357,8 @@ class ResidentModel:
     def __init__(self, pair: Pair, dtype: torch.dtype, device: str) -> None:
         self.pair, self.dtype, self.device = pair, dtype, device
         self.model = skeleton(pair.base.config)
+        if dtype == torch.float64 and hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")  # grouped products stop at float32
         weights = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, shape in pair.partition.shapes.items()

@@ -78,6 +78,11 @@ class Dims:
                 f"architecture '{config.model_type}' has no component map; "
                 f"supported: {', '.join(family.model_type for family in FAMILIES)}"
             )
+        if architecture.mixed_layers(config):
+            raise UserError(
+                f"this '{config.model_type}' model has layers of different kinds, for which there "
+                "is no component map"
+            )
         heads = int(config.num_attention_heads)
         return cls(
             n_layers=int(config.num_hidden_layers),
@@ -286,6 +291,11 @@ class Partition:
         for name, layout in layouts.items():
             layout.block(self.shapes[name])
         return layouts
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.shapes[f"{self.dims.architecture.embedding}.weight"][0]
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

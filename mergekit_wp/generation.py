@@ -33,6 +33,7 @@ def greedy(
     """Greedy continuations, each ending with its end token if it got there.
 
     One batch, padded on the left behind an attention mask; it stops when every row has ended.
+    Where padding would make NaN, prompts of one length go together.
 
     Args:
         model: a causal LM of transformers.
@@ -42,6 +43,16 @@ def greedy(
         device: the model's.
     """
     width = max(len(p) for p in prompts)
+    # transformers' own attention takes its softmax in float32, where the float64 mask is infinite
+    if model.dtype == torch.float64 and model.config._attn_implementation == "eager":
+        lengths = sorted({len(p) for p in prompts})
+        if len(lengths) > 1:
+            found: dict[int, list[int]] = {}
+            for length in lengths:
+                same = [i for i, p in enumerate(prompts) if len(p) == length]
+                parts = greedy(model, [prompts[i] for i in same], max_new_tokens, ends, device)
+                found |= dict(zip(same, parts, strict=True))
+            return [found[i] for i in range(len(prompts))]
     ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
     stop = torch.tensor(list(ends), device=device)

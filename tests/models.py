@@ -10,12 +10,23 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Cohere2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Starcoder2Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -44,10 +55,75 @@ CONFIGS: dict[str, Callable[[], object]] = {
 }
 
 
+_SMALL = _SIZES | {"intermediate_size": 3, "num_attention_heads": 2}
+#: one for every other architecture: heads, groups, neurons and rotary settings as it has them
+FAMILIES: dict[str, Callable[[], object]] = {
+    "granite": lambda: GraniteConfig(
+        **_SMALL,
+        num_key_value_heads=1,
+        embedding_multiplier=1.7,
+        residual_multiplier=0.6,
+        attention_multiplier=0.4,
+        logits_scaling=1.3,
+    ),
+    "cohere2": lambda: Cohere2Config(
+        **_SMALL, num_key_value_heads=1, logit_scale=0.8, sliding_window=3
+    ),
+    "olmo2": lambda: Olmo2Config(**_SMALL, num_key_value_heads=2),
+    "gemma2": lambda: Gemma2Config(
+        **_SMALL,
+        num_key_value_heads=1,
+        head_dim=4,
+        query_pre_attn_scalar=5,
+        sliding_window=3,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SMALL,
+        num_key_value_heads=1,
+        head_dim=4,
+        query_pre_attn_scalar=5,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "starcoder2": lambda: Starcoder2Config(**_SMALL, num_key_value_heads=1, sliding_window=None),
+    "phi3": lambda: Phi3Config(
+        **(_SMALL | {"num_attention_heads": 4}), num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SMALL),
+    "gpt_neox-sequential": lambda: GPTNeoXConfig(**_SMALL, use_parallel_residual=False),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_inner=3,
+        n_layer=2,
+        n_head=2,
+        n_positions=16,
+        initializer_range=0.3,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **_SMALL, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SMALL,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=2,
+        norm_topk_prob=False,
+    ),
+}
+
+
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random float64 model; biases and norms are random too, so that they matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).double().eval()
+    model = AutoModelForCausalLM.from_config((CONFIGS | FAMILIES)[family]()).double().eval()
+    model.set_experts_implementation("eager")  # the one that multiplies float64
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -60,6 +136,7 @@ def perturbed(model: PreTrainedModel, scale: float = 0.1, seed: int = 1) -> PreT
     """A copy whose every weight differs."""
     torch.manual_seed(seed)
     other = type(model)(model.config).double().eval()
+    other.set_experts_implementation("eager")
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         for parameter in other.parameters():

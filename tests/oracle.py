@@ -24,6 +24,11 @@ def greedy(model: PreTrainedModel, prompt: list[int], n: int, eos: int) -> list[
     return ids[len(prompt) :]
 
 
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers: the first list of modules there is."""
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+
 @torch.no_grad()
 def values(
     model: PreTrainedModel,
@@ -37,7 +42,7 @@ def values(
         ids = torch.tensor([prompt + response])
         states: list[torch.Tensor] = []
         layer = 0 if anchor is None else anchor[0]
-        handle = model.model.layers[layer].register_forward_hook(
+        handle = layers_of(model)[layer].register_forward_hook(
             lambda _m, _i, out, states=states: states.append(
                 out if isinstance(out, torch.Tensor) else out[0]
             )

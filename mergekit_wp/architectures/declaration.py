@@ -8,7 +8,7 @@ compute is never written anew: the model's own run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def columns(kind: FineKind) -> Cut:
 
 
 #: the four projections of attention and the three of a gated MLP, as Llama names them
-LLAMA_CUTS: Mapping[str, Cut] = {
+LLAMA_CUTS: dict[str, Cut] = {
     "self_attn.q_proj.weight": rows("head"),
     "self_attn.q_proj.bias": rows("head"),
     "self_attn.o_proj.weight": columns("head"),
@@ -77,10 +77,19 @@ class Architecture:
         head: path of the unembedding.
         attention: path of the attention block within a layer.
         mlp: path of the MLP block within a layer.
-        attention_out: path within a layer of the projection that reads what heads write.
+        attention_out: name within a layer of the weight that reads what heads write.
         mlp_out: the same for neurons.
         cuts: by tensor name within a layer; tensors that are not in it are components as a whole.
         n_neurons: neurons of one layer, from the config.
+        attention_implementation: which of transformers' computes all that the model does.
+        parallel: whether attention and MLP read the same input, from the config.
+        coupled: kinds of which one component's weights change what others write (a norm over all
+            heads' queries): each is then computed by a pass of its own.
+        plain_residual: whether what a block returns is added to the residual stream as it is,
+            without a norm or factor after it.
+        stored_as: names of parameters in checkpoints, where mergekit knows no alias for them.
+        mixed_layers: whether layers differ in their components, so that there is no map of them,
+            from the config.
     """
 
     model_type: str
@@ -92,16 +101,43 @@ class Architecture:
     head: str = "lm_head"
     attention: str = "self_attn"
     mlp: str = "mlp"
-    attention_out: str = "self_attn.o_proj"
-    mlp_out: str = "mlp.down_proj"
+    attention_out: str = "self_attn.o_proj.weight"
+    mlp_out: str = "mlp.down_proj.weight"
     cuts: Mapping[str, Cut] = field(default_factory=lambda: LLAMA_CUTS, hash=False)
     n_neurons: Callable[[Any], int] = lambda config: int(config.intermediate_size)
+    attention_implementation: str = "sdpa"
+    parallel: Callable[[Any], bool] = lambda config: False
+    coupled: frozenset[FineKind] = frozenset()
+    plain_residual: bool = True
+    stored_as: Mapping[str, str] = field(default_factory=dict, hash=False)
+    mixed_layers: Callable[[Any], bool] = lambda config: False
+
+    def out(self, kind: FineKind) -> str:
+        """Name within a layer of the weight that reads what a kind writes."""
+        return self.mlp_out if kind == "neuron" else self.attention_out
+
+    def read_by(self, kind: FineKind, names: Iterable[str]) -> tuple[str, ...]:
+        """Of names within a layer, those whose blocks a kind computes with before it writes."""
+        return tuple(
+            name
+            for name in names
+            if name in self.cuts and kind in self.cuts[name].kinds and name != self.out(kind)
+        )
+
+    def enters(self, name: str) -> bool:
+        """Whether a tensor makes what enters the first layer."""
+        return module_of(name) in (self.embedding, self.positions)
 
     def within_layer(self, name: str) -> tuple[int, str] | None:
         """Take a tensor's name apart: its layer and its name there; None outside the layers."""
         prefix = re.escape(f"{self.layers}.") if self.layers else r"\D*?\."
         match = re.match(rf"{prefix}([0-9]{{1,6}})\.(.+)$", name)
         return (int(match[1]), match[2]) if match else None
+
+
+def module_of(name: str) -> str:
+    """Path of the module that a parameter belongs to."""
+    return name.rpartition(".")[0]
 
 
 def without_map(class_name: str) -> Architecture:

@@ -14,29 +14,39 @@ activation of a component, at every position:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.components import Dims, FineKind
+from mergekit_wp.architectures.declaration import module_of
+from mergekit_wp.components import SLICED_KINDS, Dims, FineKind
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.local import BlockInputs, State, inputs_of
+from mergekit_wp.engine.local import (
+    BlockInputs,
+    Changes,
+    OneByOne,
+    State,
+    attention_of,
+    layer_layout,
+    outputs_of,
+)
 from mergekit_wp.engine.patches import Values, joined
 from mergekit_wp.engine.trace import (
     Criteria,
     Decoder,
     Trace,
     first,
-    hooked,
     logit_values,
     own_values,
     replay,
     returning,
 )
+from mergekit_wp.engine.writers import Writer, read_by
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class DonorRun:
 def donor_run(
     decoder: Decoder,
     trace: Trace,
-    embedding: torch.Tensor,
+    entrance: State,
     state_of: Callable[[int], State],
 ) -> DonorRun:
     """Run the donor layer by layer through the receiver's modules; one layer is held at a time.
@@ -60,11 +70,10 @@ def donor_run(
     Args:
         decoder: the receiving model.
         trace: its recorded run, for the arguments of the layers.
-        embedding: the donor's embedding weight.
+        entrance: the donor's weights that make what enters the first layer, by name.
         state_of: the donor's weights of a layer, by name within the layer.
     """
-    weight = {"weight": embedding}
-    hidden = [functional_call(decoder.embedding, weight, (trace.batch.ids,))]
+    hidden = [decoder.entering(trace.batch.ids, entrance)]
     for index, layer in enumerate(decoder.layers):
         call = trace.calls[index]
         output = functional_call(layer, dict(state_of(index)), (hidden[-1],), call.kwargs)
@@ -74,7 +83,7 @@ def donor_run(
 
 def activation_inputs(
     decoder: Decoder, index: int, trace: Trace, donor: DonorRun, state: State, dims: Dims
-) -> dict[FineKind, BlockInputs]:
+) -> dict[FineKind, Changes]:
     """The changes that activation patches of heads, K/V groups and neurons make in one layer.
 
     Args:
@@ -85,52 +94,63 @@ def activation_inputs(
         state: the donor's weights of this layer, by name within the layer.
         dims: component counts.
     """
-    layer, call = decoder.layers[index], trace.calls[index]
-    out_proj: nn.Module = layer.self_attn.o_proj
-    down_proj: nn.Module = layer.mlp.down_proj
-    blocks = [out_proj, down_proj]
-    own_attention, own_mlp = inputs_of(blocks, lambda: layer(call.hidden, **call.kwargs))
-    keys, values = layer.self_attn.k_proj, layer.self_attn.v_proj
+    layer, call, architecture = decoder.layers[index], trace.calls[index], decoder.architecture
+    writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
+    blocks = [writers["head"], writers["neuron"]]
+    # a module that makes keys or values, with how its output is shared out
+    made = {
+        layer.get_submodule(module_of(name)): layer_layout(dims, index, name).places(
+            state[name].shape
+        )
+        for name in architecture.read_by("kv_group", state)
+    }
+    start = {
+        layer.get_submodule(module_of(name)): layer_layout(dims, index, name).start("kv_group")
+        for name in architecture.read_by("kv_group", state)
+    }
+    ours: dict[nn.Module, torch.Tensor] = {}
     theirs: dict[nn.Module, torch.Tensor] = {}
 
-    def run_donor() -> None:
-        with outputs_of([keys, values], theirs):
-            functional_call(layer, dict(state), (donor.hidden[index],), call.kwargs)
-
-    their_attention, their_mlp = inputs_of(blocks, run_donor)
-
-    def run_with_their_keys() -> None:
-        with (
-            returning(keys, theirs[keys], as_tuple=False),
-            returning(values, theirs[values], as_tuple=False),
-        ):
+    def run_own() -> None:
+        with outputs_of(list(made), ours):
             layer(call.hidden, **call.kwargs)
 
-    (with_their_keys,) = inputs_of([out_proj], run_with_their_keys)
-    own_out: torch.Tensor = layer.self_attn.o_proj.weight
-    own_down: torch.Tensor = layer.mlp.down_proj.weight
-    return {
-        "head": BlockInputs(
-            own_attention, their_attention, own_out, state["self_attn.o_proj.weight"], dims.n_heads
-        ),
-        "kv_group": BlockInputs(own_attention, with_their_keys, own_out, own_out, dims.n_kv_groups),
-        "neuron": BlockInputs(
-            own_mlp, their_mlp, own_down, state["mlp.down_proj.weight"], dims.n_neurons
-        ),
-    }
+    def run_donor() -> None:
+        with outputs_of(list(made), theirs):
+            functional_call(layer, dict(state), (donor.hidden[index],), call.kwargs)
 
+    own = dict(zip(("head", "neuron"), read_by(blocks, run_own, call.hidden), strict=True))
+    their = dict(zip(("head", "neuron"), read_by(blocks, run_donor, call.hidden), strict=True))
 
-@contextmanager
-def outputs_of(
-    modules: Sequence[nn.Module], found: dict[nn.Module, torch.Tensor]
-) -> Iterator[None]:
-    """Collect what modules return while the context lasts."""
+    def run_with_their_keys(group: int | None = None) -> None:
+        with ExitStack() as stack:
+            for module, places in made.items():
+                group_of = (places - start[module]).to(call.hidden.device)
+                where = group_of >= 0 if group is None else group_of == group
+                where &= group_of < dims.n_kv_groups
+                value = torch.where(where, theirs[module], ours[module])
+                stack.enter_context(returning(module, value, as_tuple=False))
+            layer(call.hidden, **call.kwargs)
 
-    def keep(module: nn.Module, _args: object, output: torch.Tensor) -> None:
-        found[module] = first(output).detach()
+    def written(kind: FineKind) -> BlockInputs:
+        writer = writers[kind]
+        columns = writer.columns(state[writer.name])
+        return BlockInputs(own[kind], their[kind], writer.weight, columns, dims.count(kind))
 
-    with hooked([module.register_forward_hook(keep) for module in modules]):
-        yield
+    def by_groups() -> Changes:
+        if "kv_group" in architecture.coupled:
+            return OneByOne(
+                lambda group: (
+                    attention_of(decoder, index, lambda: run_with_their_keys(group))
+                    - call.attention.detach()
+                ),
+                dims.n_kv_groups,
+            )
+        writer = writers["kv_group"]
+        (read,) = read_by([writer], run_with_their_keys, call.hidden)
+        return BlockInputs(own["head"], read, writer.weight, writer.weight, dims.n_kv_groups)
+
+    return {"head": written("head"), "kv_group": by_groups(), "neuron": written("neuron")}
 
 
 def put_layer(
@@ -176,7 +196,7 @@ def put_modules(
     """
     layer, call = decoder.layers[index], trace.calls[index]
     modules = [layer.get_submodule(name.rpartition(".")[0]) for name in names]
-    theirs: dict[nn.Module, torch.Tensor] = {}
+    theirs: dict[nn.Module, Any] = {}
     with outputs_of(modules, theirs):
         functional_call(layer, dict(state), (donor.hidden[index],), call.kwargs)
     parts = []
@@ -206,15 +226,15 @@ def put_outside_layers(
     Returns:
         Values ``[1, n]`` per criterion.
     """
-    if name == "model.embed_tokens.weight":
-        return replay(decoder, trace, donor.hidden[0].unsqueeze(0), -1, criteria, targets)
+    if decoder.architecture.enters(name):
+        hidden = decoder.entering(trace.batch.ids, {name: donor_tensor(name)})
+        return replay(decoder, trace, hidden.unsqueeze(0), -1, criteria, targets)
     batch = trace.batch
     final = donor.hidden[-1][batch.rows, batch.cols]
-    norm = {"weight": donor_tensor("model.norm.weight")}
-    normed = functional_call(decoder.norm, norm, (final,))
-    head = {}
-    if name == "lm_head.weight":
-        head = {"weight": donor_tensor(name)}
-    logits = functional_call(decoder.head, head, (normed,))
+    names = [name for name, _ in decoder.model.named_parameters()]
+    above = [n for n in names if module_of(n) == decoder.architecture.norm]
+    if module_of(name) != decoder.architecture.norm:
+        above += [n for n in names if module_of(n) == module_of(name)]
+    logits = decoder.logits(final, {n: donor_tensor(n) for n in above})
     values = {c: v.unsqueeze(0) for c, v in own_values(decoder, trace, criteria, targets).items()}
     return values | logit_values(logits.unsqueeze(0), batch, criteria, targets)

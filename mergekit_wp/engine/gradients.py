@@ -16,7 +16,7 @@ import torch
 
 from mergekit_wp.components import SLICED_KINDS, FineKind
 from mergekit_wp.criteria import Targets, wide
-from mergekit_wp.engine.local import BlockInputs
+from mergekit_wp.engine.local import Changes
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, hooked, own_values, record
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName
@@ -41,14 +41,21 @@ class BlockGradients:
 
 @contextmanager
 def cut_embedding(decoder: Decoder) -> Iterator[None]:
-    """Let gradients begin at the embedding's output while the context lasts."""
+    """Let gradients begin at the embeddings' outputs while the context lasts.
 
-    def cut(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_()
+    An embedding of positions gives one output for all prompts: here every prompt gets its own.
+    """
+    entrances = decoder.entrances
+    n = 1
 
-    # first of the embedding's hooks, so that the others see the output that has gradients
-    handle = decoder.embedding.register_forward_hook(cut, prepend=True)
-    with hooked([handle]):
+    def cut(module: torch.nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+        nonlocal n
+        if module is entrances[0]:
+            n = len(output)
+        return output.detach().expand(n, *output.shape[1:]).clone().requires_grad_()
+
+    # first of the embeddings' hooks, so that the others see the output that has gradients
+    with hooked([module.register_forward_hook(cut, prepend=True) for module in entrances]):
         yield
 
 
@@ -103,7 +110,7 @@ def _noise(batch: PromptBatch, like: torch.Tensor, seed: int, probe: int) -> tor
 
 
 def project(
-    gradients: BlockGradients, inputs: dict[FineKind, BlockInputs], layer: int, n: int
+    gradients: BlockGradients, inputs: dict[FineKind, Changes], layer: int, n: int
 ) -> dict[FineKind, torch.Tensor]:
     """Predicted change of every prompt's scalar, ``[n, count]`` per kind in one layer."""
     found: dict[FineKind, torch.Tensor] = {}
@@ -113,7 +120,7 @@ def project(
         gradient = gradients.of(kind, layer)
         block = inputs[kind]
         if gradient is None:
-            found[kind] = block.donor_in.new_zeros((n, block.count))
+            found[kind] = torch.zeros((n, block.count))
         else:
             found[kind] = block.project(gradient)
     return found

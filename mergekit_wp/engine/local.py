@@ -7,31 +7,18 @@ then a low-rank product (DESIGN section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.components import Dims, FineKind
-from mergekit_wp.engine.trace import Decoder, Trace, hooked
-
-_QUERY = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
-_KEY_VALUE = (
-    "self_attn.k_proj.weight",
-    "self_attn.k_proj.bias",
-    "self_attn.v_proj.weight",
-    "self_attn.v_proj.bias",
-)
-_GATE_UP = (
-    "mlp.gate_proj.weight",
-    "mlp.gate_proj.bias",
-    "mlp.up_proj.weight",
-    "mlp.up_proj.bias",
-)
-_OUT = "self_attn.o_proj.weight"
-_DOWN = "mlp.down_proj.weight"
+from mergekit_wp.components import SLICED_KINDS, Dims, FineKind, TensorLayout, layout_of
+from mergekit_wp.engine.trace import Decoder, Trace, first, hooked
+from mergekit_wp.engine.writers import Writer, read_by
 
 State = Mapping[str, torch.Tensor]
 
@@ -82,16 +69,61 @@ class BlockInputs:
         return found
 
 
-def inputs_of(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[torch.Tensor]:
-    """What modules are called with while `run` runs."""
-    seen: dict[nn.Module, torch.Tensor] = {}
+@dataclass(frozen=True)
+class OneByOne:
+    """Changes of a block output where every component needs a pass of its own.
 
-    def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen[module] = args[0].detach()
+    Attributes:
+        change: of the block output by one component, ``[n, T, hidden]``.
+        count: number of components.
+    """
 
-    with hooked([module.register_forward_pre_hook(keep) for module in modules]):
-        run()
-    return [seen[module] for module in modules]
+    change: Callable[[int], torch.Tensor]
+    count: int
+
+    def changes(self, indices: Sequence[int]) -> torch.Tensor:
+        """Exact change of the block output for some components, ``[C, n, T, hidden]``."""
+        return torch.stack([self.change(index) for index in indices])
+
+    def project(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Dot every component's change with a gradient ``[n, T, hidden]``: ``[n, count]``."""
+        found = [(gradient * self.change(index)).sum((1, 2)) for index in range(self.count)]
+        return torch.stack(found, -1)
+
+
+Changes = BlockInputs | OneByOne
+
+
+def mixed(
+    layout: TensorLayout,
+    kind: FineKind,
+    donor: torch.Tensor,
+    own: torch.Tensor,
+    component: int | None = None,
+) -> torch.Tensor:
+    """A tensor with what a kind, or one component of it, owns there from the donor.
+
+    Args:
+        layout: of the tensor.
+        kind: ``head``, ``kv_group`` or ``neuron``.
+        donor: the donor's tensor.
+        own: the receiver's.
+        component: its number within the layer; None for all of the kind.
+    """
+    if layout.kinds == (kind,) and component is None:
+        return donor
+    mask = torch.zeros(layout.count, dtype=torch.bool, device=donor.device)
+    start, count = layout.start(kind), dict(layout.owners)[kind]
+    if component is None:
+        mask[start : start + count] = True
+    else:
+        mask[start + component] = True
+    return torch.where(layout.expand(mask, donor.shape), donor, own)
+
+
+def layer_layout(dims: Dims, index: int, name: str) -> TensorLayout:
+    """The layout of a tensor by its name within a layer."""
+    return layout_of(f"{dims.architecture.layers}.{index}.{name}", dims)
 
 
 def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) -> torch.Tensor:
@@ -100,19 +132,19 @@ def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) ->
     Equal to the recorded one but for rounding: an identity patch whose effect is the noise floor.
     """
     layer, call = decoder.layers[index], trace.calls[index]
-    out_proj = layer.self_attn.o_proj
-    (own,) = inputs_of([out_proj], lambda: layer(call.hidden, **call.kwargs))
+    writer = Writer.of(decoder, index, "head")
+    (own,) = read_by([writer], lambda: layer(call.hidden, **call.kwargs), call.hidden)
     total = torch.zeros_like(call.attention)
     width = own.shape[-1] // dims.n_heads
     for head in range(dims.n_heads):
         cut = slice(head * width, (head + 1) * width)
-        total = total + own[..., cut] @ out_proj.weight[:, cut].T
-    return total if out_proj.bias is None else total + out_proj.bias
+        total = total + own[..., cut] @ writer.weight[:, cut].T
+    return total if writer.bias is None else total + writer.bias
 
 
 def block_inputs(
     decoder: Decoder, index: int, trace: Trace, donor: State, dims: Dims
-) -> dict[FineKind, BlockInputs]:
+) -> dict[FineKind, Changes]:
     """The three kinds of local change in one layer.
 
     Args:
@@ -123,41 +155,70 @@ def block_inputs(
         dims: component counts.
 
     Returns:
-        `BlockInputs` by kind: ``head``, ``kv_group``, ``neuron``.
+        Changes of the block output by kind: ``head``, ``kv_group``, ``neuron``.
     """
     layer, call = decoder.layers[index], trace.calls[index]
-    out_proj: nn.Module = layer.self_attn.o_proj
-    down_proj: nn.Module = layer.mlp.down_proj
+    hidden, architecture = call.hidden.detach(), decoder.architecture
+    writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
 
-    def inputs(modules: Sequence[nn.Module], names: Sequence[str]) -> list[torch.Tensor]:
-        swapped = {name: donor[name] for name in names if name in donor}
-        hidden = call.hidden.detach()
-        return inputs_of(modules, lambda: functional_call(layer, swapped, (hidden,), call.kwargs))
+    def run(swapped: State) -> Callable[[], object]:
+        return lambda: functional_call(layer, dict(swapped), (hidden,), call.kwargs)
 
-    own_attention, own_mlp = inputs([out_proj, down_proj], ())
-    own_out: torch.Tensor = layer.self_attn.o_proj.weight
-    own_down: torch.Tensor = layer.mlp.down_proj.weight
+    own_attention, own_mlp = read_by([writers["head"], writers["neuron"]], run({}), hidden)
+
+    def plain(kind: FineKind) -> BlockInputs:
+        own, writer = own_mlp if kind == "neuron" else own_attention, writers[kind]
+        # K/V groups own no columns; the heads of a group are neighbours there, so it is a block
+        theirs = writer.columns(donor[writer.name]) if kind != "kv_group" else writer.weight
+        swapped = {
+            name: mixed(
+                layer_layout(dims, index, name), kind, donor[name], layer.get_parameter(name)
+            )
+            for name in architecture.read_by(kind, donor)
+        }
+        (read,) = read_by([writer], run(swapped), hidden)
+        return BlockInputs(own, read, writer.weight, theirs, dims.count(kind))
+
+    def coupled(kind: FineKind) -> OneByOne:
+        names = [*architecture.read_by(kind, donor)]
+        names += [architecture.out(kind)] if kind != "kv_group" else []
+
+        def change(component: int) -> torch.Tensor:
+            swapped = {
+                name: mixed(
+                    layer_layout(dims, index, name),
+                    kind,
+                    donor[name],
+                    layer.get_parameter(name),
+                    component,
+                )
+                for name in names
+            }
+            return attention_of(decoder, index, run(swapped)) - call.attention.detach()
+
+        return OneByOne(change, dims.count(kind))
+
     return {
-        "head": BlockInputs(
-            own_attention,
-            inputs([out_proj], _QUERY)[0],
-            own_out,
-            donor[_OUT],
-            dims.n_heads,
-        ),
-        # heads of a group are neighbours, so a group is a block of the same width
-        "kv_group": BlockInputs(
-            own_attention,
-            inputs([out_proj], _KEY_VALUE)[0],
-            own_out,
-            own_out,
-            dims.n_kv_groups,
-        ),
-        "neuron": BlockInputs(
-            own_mlp,
-            inputs([down_proj], _GATE_UP)[0],
-            own_down,
-            donor[_DOWN],
-            dims.n_neurons,
-        ),
+        kind: coupled(kind) if kind in architecture.coupled else plain(kind)
+        for kind in SLICED_KINDS
     }
+
+
+def attention_of(decoder: Decoder, index: int, run: Callable[[], object]) -> torch.Tensor:
+    """What the attention block of a layer returns while `run` runs."""
+    found: dict[nn.Module, Any] = {}
+    block = decoder.attention(index)
+    with outputs_of([block], found):
+        run()
+    return first(found[block]).detach()
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module], found: dict[nn.Module, Any]) -> Iterator[None]:
+    """Collect what modules return while the context lasts."""
+
+    def keep(module: nn.Module, _args: object, output: Any) -> None:
+        found[module] = output
+
+    with hooked([module.register_forward_hook(keep) for module in modules]):
+        yield

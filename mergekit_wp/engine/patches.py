@@ -8,7 +8,7 @@ import torch
 
 from mergekit_wp.components import Dims, FineKind
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.local import BlockInputs, State, attention_by_head
+from mergekit_wp.engine.local import Changes, State, attention_by_head
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, layer_output, replay
 from mergekit_wp.scorefile import CriterionName
 
@@ -25,7 +25,7 @@ def swap_slices(
     index: int,
     trace: Trace,
     kind: FineKind,
-    inputs: BlockInputs,
+    inputs: Changes,
     indices: Sequence[int],
     criteria: Criteria,
     targets: Targets,
@@ -38,7 +38,7 @@ def swap_slices(
         index: the layer.
         trace: the receiver's recorded run.
         kind: ``head``, ``kv_group`` or ``neuron``.
-        inputs: the kind's `BlockInputs` in this layer.
+        inputs: the kind's changes in this layer.
         indices: which components.
         criteria: which criteria to read.
         targets: what they are measured against.
@@ -92,13 +92,13 @@ def swap_outside_layers(
     criteria: Criteria,
     targets: Targets,
 ) -> Values:
-    """Swap the embedding, the final norm or the unembedding.
+    """Swap an embedding, a tensor of the final norm, or the unembedding.
 
     Returns:
         Values ``[1, n]`` per criterion.
     """
-    if name == "model.embed_tokens.weight":
-        hidden = torch.nn.functional.embedding(trace.batch.ids, weight).unsqueeze(0)
+    if decoder.architecture.enters(name):
+        hidden = decoder.entering(trace.batch.ids, {name: weight}).unsqueeze(0)
         return replay(decoder, trace, hidden, -1, criteria, targets, {name: weight})
     last = len(decoder.layers) - 1
     hidden = trace.residual(last).unsqueeze(0)

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mergekit_wp.components import Dims, FineKind
 from mergekit_wp.criteria import Targets
@@ -29,6 +28,7 @@ from mergekit_wp.engine.trace import (
     replay,
     returning,
 )
+from mergekit_wp.engine.writers import Writer
 
 
 @dataclass(frozen=True, order=True)
@@ -64,22 +64,23 @@ def _block_input(
     A neuron's block reads the attention block's output as recorded: that is held.
     """
     layer, call = decoder.layers[target.layer], trace.calls[target.layer]
-    module: nn.Module = layer.mlp.down_proj if target.in_mlp else layer.self_attn.o_proj
+    writer = Writer.of(decoder, target.layer, target.kind)
     seen: list[torch.Tensor] = []
     with ExitStack() as stack:
-        keep = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        keep = writer.module.register_forward_pre_hook(
+            lambda _module, args: seen.append(writer.read(args).view(*hidden.shape[:2], -1))
+        )
         stack.enter_context(hooked([keep]))
         if target.in_mlp:
             held = call.attention.detach().repeat(copies, 1, 1)
-            stack.enter_context(returning(layer.self_attn, held, as_tuple=True))
+            stack.enter_context(returning(decoder.attention(target.layer), held, as_tuple=True))
         layer(hidden, **repeated_kwargs(call, trace.batch.size, copies))
     return seen[0]
 
 
 def _written(decoder: Decoder, target: Place, read: torch.Tensor, dims: Dims) -> torch.Tensor:
     """What a head or neuron writes, given what its block's output projection reads."""
-    layer = decoder.layers[target.layer]
-    weight = layer.mlp.down_proj.weight if target.in_mlp else layer.self_attn.o_proj.weight
+    weight = Writer.of(decoder, target.layer, target.kind).weight
     width = weight.shape[1] // dims.count(target.kind)
     cut = slice(target.index * width, (target.index + 1) * width)
     written: torch.Tensor = read[..., cut] @ weight[:, cut].T

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.gradients import cut_embedding, record_with_gradients
+from mergekit_wp.engine.mixtures import contribution, is_mixture
 from mergekit_wp.engine.trace import (
     Criteria,
     Decoder,
@@ -55,6 +57,10 @@ def _sum_per_prompt(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
     """Sum everything but prompts and the last dimension: to ``[n, last]``."""
     if values.shape[0] == batch.size and values.dim() > 2:
         return values.flatten(1, -2).sum(1)
+    if values.shape[0] == batch.ids.numel() and values.dim() == 2:
+        # a mixture's router and experts run on all positions of all prompts in a row
+        by_prompt: torch.Tensor = values.unflatten(0, tuple(batch.ids.shape))
+        return by_prompt.sum(1)
     # the final norm and the unembedding run on response positions only: [P, last]
     flat = values.reshape(-1, values.shape[-1])
     return flat.new_zeros((batch.size, flat.shape[-1])).index_add(0, batch.rows, flat)
@@ -65,28 +71,37 @@ def module_contribution(
     parameter: str,
     delta: torch.Tensor,
     layout: TensorLayout,
-    x: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
     g: torch.Tensor,
     batch: PromptBatch,
 ) -> torch.Tensor:
     """grad_W . Delta of one parameter, ``[n, count]`` per prompt and component.
 
     Args:
-        module: a Linear, Embedding or RMS norm.
-        parameter: ``weight`` or ``bias``.
+        module: a Linear, Conv1D, Embedding, norm, router, or the stacked experts of a mixture.
+        parameter: its name within the module.
         delta: the task vector at this parameter.
         layout: how the tensor is shared out.
-        x: the module's input.
-        g: gradient of the summed values with respect to its output.
+        inputs: what the module was called with.
+        g: gradient of the summed values with respect to its (first) output.
         batch: the prompts.
     """
-    if layout.dims == (1,):
-        return layout.reduce(_sum_per_prompt(x * (g @ delta), batch))
+    x = inputs[0]
+    if is_mixture(module):
+        by_neuron = contribution(module, parameter, delta, inputs, g)  # type: ignore[arg-type]
+        return _sum_per_prompt(by_neuron, batch)
+    by_row = delta.T if isinstance(module, Conv1D) and delta.dim() == 2 else delta
+    if layout.dims == ((0,) if by_row is not delta else (1,)):
+        return layout.reduce(_sum_per_prompt(x * (g @ by_row), batch))
     if parameter == "bias":
         product = g * delta
     else:
         others = {n: torch.zeros_like(p) for n, p in module.named_parameters() if n != parameter}
-        product = g * functional_call(module, {parameter: delta, **others}, (x,))
+        change = first(functional_call(module, {parameter: delta, **others}, (x,)))
+        if x.is_floating_point() and delta.dim() == 1:  # norms may scale by 1 + weight
+            nothing = {parameter: torch.zeros_like(delta), **others}
+            change = change - first(functional_call(module, nothing, (x,)))
+        product = g * change
     return layout.reduce(_sum_per_prompt(product, batch))
 
 
@@ -118,8 +133,9 @@ def contributions(
     collecting: list[Contributions] = [{} for _ in vectors]
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
-        def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = args[0].detach()
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            inputs = tuple(x.detach() for x in args)
+            made = first(output)
 
             def backward(g: torch.Tensor) -> None:
                 for parameter, _ in module.named_parameters(recurse=False):
@@ -129,18 +145,26 @@ def contributions(
                             continue
                         with torch.no_grad():
                             part = module_contribution(
-                                module, parameter, vector.delta_of(name), layouts[name], x, g, batch
+                                module,
+                                parameter,
+                                vector.delta_of(name),
+                                layouts[name],
+                                inputs,
+                                g,
+                                batch,
                             )
                         found[name] = found[name] + part if name in found else part
 
-            if output.requires_grad:
-                output.register_hook(backward)
+            if made.requires_grad:
+                made.register_hook(backward)
 
         return after
 
     layouts = partition.layouts
     names = {
-        name: name if name in layouts else "model.embed_tokens.weight"  # a tied unembedding
+        name: name
+        if name in layouts
+        else f"{decoder.architecture.embedding}.weight"  # a tied unembedding
         for name, _ in decoder.model.named_parameters(remove_duplicate=False)
     }
     handles = [
@@ -185,6 +209,6 @@ def backward_by_layer(
             output = first(decoder.layers[index](entering, **call.kwargs))
             (gradient,) = torch.autograd.grad(output, entering, gradient)
         with cut_embedding(decoder):
-            embedded = decoder.embedding(batch.ids)
+            embedded = decoder.entering(batch.ids)
         embedded.backward(gradient)
         yield name

@@ -8,15 +8,19 @@ so its attention, masks and rotary embedding stay right without our writing any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from mergekit_wp.architectures import Architecture
+from mergekit_wp.components import Dims
 from mergekit_wp.criteria import (
     Targets,
     anchor_values,
@@ -29,31 +33,56 @@ from mergekit_wp.scorefile import CriterionName
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a Llama-family model that a sweep touches."""
+    """The parts of a model that a sweep touches, found by its architecture's declaration.
+
+    Raises:
+        UserError: the architecture has no component map.
+    """
 
     model: Any
 
-    @property
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Where everything is."""
+        return Dims.from_config(self.model.config).architecture
+
+    @cached_property
     def layers(self) -> Any:
         """Decoder layers."""
-        return self.model.model.layers
+        return self.model.get_submodule(self.architecture.layers)
 
     @property
     def embedding(self) -> nn.Module:
         """Token embedding."""
-        module: nn.Module = self.model.model.embed_tokens
+        module: nn.Module = self.model.get_submodule(self.architecture.embedding)
         return module
+
+    @property
+    def entrances(self) -> list[nn.Module]:
+        """Embeddings whose outputs make the input of the first layer."""
+        paths = (self.architecture.embedding, self.architecture.positions)
+        return [self.model.get_submodule(path) for path in paths if path is not None]
 
     @property
     def norm(self) -> nn.Module:
         """Norm after the last layer."""
-        module: nn.Module = self.model.model.norm
+        module: nn.Module = self.model.get_submodule(self.architecture.norm)
         return module
 
     @property
     def head(self) -> nn.Module:
         """Unembedding."""
-        module: nn.Module = self.model.lm_head
+        module: nn.Module = self.model.get_submodule(self.architecture.head)
+        return module
+
+    def attention(self, index: int) -> nn.Module:
+        """Attention block of a layer."""
+        module: nn.Module = self.layers[index].get_submodule(self.architecture.attention)
+        return module
+
+    def mlp(self, index: int) -> nn.Module:
+        """MLP block of a layer."""
+        module: nn.Module = self.layers[index].get_submodule(self.architecture.mlp)
         return module
 
     @property
@@ -62,28 +91,73 @@ class Decoder:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
+    def entering(
+        self, ids: torch.Tensor, swapped: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """What enters the first layer, ``[n, T, hidden]``: the model runs that far.
+
+        Args:
+            ids: ``[n, T]``.
+            swapped: weights to use instead of the model's, by tensor name.
+        """
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Entered(args[0] if args else kwargs["hidden_states"])
+
+        inputs = {"input_ids": ids, "use_cache": False}
+        with hooked([self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)]):
+            try:
+                functional_call(self.model, dict(swapped or {}), (), inputs)
+            except _Entered as entered:
+                return entered.hidden
+        raise AssertionError("the model has not called its first layer")
+
     def logits(
         self, at_positions: torch.Tensor, swapped: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Final norm and unembedding of hidden states, ``[..., hidden]`` to ``[..., vocabulary]``.
 
+        What the model does to its logits besides (scale them, cap them) its own forward does.
+
         Args:
             at_positions: residual stream after the last layer.
             swapped: weights to use instead of the model's, by tensor name.
         """
-        swapped = swapped or {}
-        norm = _under(swapped, "model.norm.")
-        head = _under(swapped, "lm_head.")
-        if self.tied and "model.embed_tokens.weight" in swapped:
-            head = {"weight": swapped["model.embed_tokens.weight"]}
-        normed = functional_call(self.norm, norm, (at_positions,))
-        logits: torch.Tensor = functional_call(self.head, head, (normed,))
-        return logits
+        swapped = dict(swapped or {})
+        norm = _under(swapped, f"{self.architecture.norm}.")
+        normed: torch.Tensor = functional_call(self.norm, norm, (at_positions,))
+        flat = _Ended(normed.flatten(0, -2).unsqueeze(0))
+        nothing = torch.zeros((1, 1), dtype=torch.long, device=normed.device)
+        with _instead(self.model.base_model, lambda *_args, **_kwargs: flat):
+            found = functional_call(self.model, swapped, (nothing,), {"use_cache": False})
+        logits: torch.Tensor = found.logits
+        return logits.view(*normed.shape[:-1], -1)
 
     @property
     def tied(self) -> bool:
         """Whether unembedding and embedding are one tensor."""
         return self.head.weight is self.embedding.weight
+
+
+class _Ended:
+    """What a model's decoder returns, whatever its model asks for besides the hidden states."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+class _Entered(Exception):
+    """Carries what enters the first layer out of the model."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -134,8 +208,10 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
     calls: list[LayerCall] = []
     handles: list[Any] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(LayerCall(args[0], kwargs))
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = [*signature(module.forward).parameters][: len(args)]
+        hidden, *rest = args
+        calls.append(LayerCall(hidden, {**dict(zip(names[1:], rest, strict=True)), **kwargs}))
 
     def keep(slot: str) -> Any:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -143,13 +219,13 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
 
         return after
 
-    for layer in decoder.layers:
+    for index, layer in enumerate(decoder.layers):
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(keep("output")))
-        handles.append(layer.self_attn.register_forward_hook(keep("attention")))
-        handles.append(layer.mlp.register_forward_hook(keep("mlp")))
+        handles.append(decoder.attention(index).register_forward_hook(keep("attention")))
+        handles.append(decoder.mlp(index).register_forward_hook(keep("mlp")))
     with hooked(handles):
-        decoder.model.model(input_ids=batch.ids, use_cache=False)
+        decoder.model.base_model(input_ids=batch.ids, use_cache=False)
     return Trace(batch, calls)
 
 
@@ -167,9 +243,15 @@ def repeated_kwargs(call: LayerCall, n: int, copies: int) -> dict[str, Any]:
 
 
 @contextmanager
-def returning(module: nn.Module, value: torch.Tensor, *, as_tuple: bool) -> Iterator[None]:
+def returning(module: nn.Module, value: Any, *, as_tuple: bool) -> Iterator[None]:
     """Make a block return a given value instead of computing."""
-    module.forward = lambda *_args, **_kwargs: (value, None) if as_tuple else value
+    with _instead(module, lambda *_args, **_kwargs: (value, None) if as_tuple else value):
+        yield
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
     try:
         yield
     finally:
@@ -202,9 +284,11 @@ def layer_output(
     hidden = call.hidden.repeat(copies, 1, 1)
     with ExitStack() as stack:
         if attention is not None:
-            stack.enter_context(returning(layer.self_attn, attention.flatten(0, 1), as_tuple=True))
+            stack.enter_context(
+                returning(decoder.attention(index), attention.flatten(0, 1), as_tuple=True)
+            )
         if mlp is not None:
-            stack.enter_context(returning(layer.mlp, mlp.flatten(0, 1), as_tuple=False))
+            stack.enter_context(returning(decoder.mlp(index), mlp.flatten(0, 1), as_tuple=False))
         kwargs = repeated_kwargs(call, n, copies)
         output = first(functional_call(layer, dict(swapped or {}), (hidden,), kwargs))
     unflat: torch.Tensor = output.unflatten(0, (copies, n))

@@ -33,7 +33,7 @@ from mergekit_wp.engine.gradients import (
     project,
     record_with_gradients,
 )
-from mergekit_wp.engine.local import BlockInputs, State, block_inputs
+from mergekit_wp.engine.local import Changes, State, block_inputs
 from mergekit_wp.engine.patches import (
     Values,
     identity,
@@ -126,24 +126,34 @@ class SweepContext:
     def layer_state(self, position: float, layer: int) -> State:
         """The donor's weights of one layer, by name within the layer."""
         names = list(self.partition.layer_tensors(layer))
-        prefix = f"model.layers.{layer}."
-        return {n.removeprefix(prefix): t for n, t in self.donor(position, names).items()}
+        return {self.within(n): t for n, t in self.donor(position, names).items()}
+
+    def within(self, name: str) -> str:
+        """A tensor's name within its layer."""
+        place = self.partition.dims.architecture.within_layer(name)
+        assert place is not None
+        return place[1]
+
+    @property
+    def entrance(self) -> list[str]:
+        """Tensors that make what enters the first layer."""
+        enters = self.partition.dims.architecture.enters
+        return [name for name in self.partition.tensor_names if enters(name)]
 
     def donor_run(self, position: float, b: int, trace: Trace) -> DonorRun:
         """The other checkpoint's run on batch b; one is kept."""
         if (position, b) not in self._donor_runs:
             self._donor_runs.clear()
-            name = "model.embed_tokens.weight"
-            embedding = self.donor(position, [name])[name]
+            entrance = self.donor(position, self.entrance)
             with torch.no_grad():
                 self._donor_runs[position, b] = donor_run(
-                    self.decoder, trace, embedding, lambda i: self.layer_state(position, i)
+                    self.decoder, trace, entrance, lambda i: self.layer_state(position, i)
                 )
         return self._donor_runs[position, b]
 
     def inputs(
         self, estimand: Estimand, layer: int, b: int, trace: Trace
-    ) -> dict[FineKind, BlockInputs]:
+    ) -> dict[FineKind, Changes]:
         """The changes that patches of heads, K/V groups and neurons make in one layer."""
         position, dims = receiver_position(estimand), self.partition.dims
         state = self.layer_state(position, layer)
@@ -156,7 +166,7 @@ class SweepContext:
         """Whether exchanging a kind in a layer can change anything."""
         if not of_activations(estimand):
             return self.changed(kind, layer)
-        if "model.embed_tokens.weight" in self.resident.pair.changed:
+        if self.resident.pair.changed.intersection(self.entrance):
             return True
         return any(self.changed("layer", below) for below in range(layer + 1))
 
@@ -273,7 +283,7 @@ def _swap(
         return {"tensor": joined(parts, criteria)}
     state = context.layer_state(position, layer)
     swaps: list[State] = [state] if "layer" in chosen else []
-    swaps += [{name: state[name]} for name in _names_within(context, layer, chosen)]
+    swaps += [{name: state[name]} for name in _names_within(context, chosen)]
     copies = context.copies(trace.batch)
     values = swap_layer_weights(decoder, layer, trace, swaps, criteria, targets, copies)
     found: dict[Kind, Values] = {}
@@ -306,7 +316,7 @@ def _put(
     found: dict[Kind, Values] = {}
     if "layer" in chosen:
         found["layer"] = put_layer(decoder, layer, trace, donor, criteria, targets)
-    if names := _names_within(context, layer, chosen):
+    if names := _names_within(context, chosen):
         state = context.layer_state(position, layer)
         copies = context.copies(trace.batch)
         found["tensor"] = put_modules(
@@ -315,11 +325,10 @@ def _put(
     return found
 
 
-def _names_within(context: SweepContext, layer: int, chosen: Chosen) -> list[str]:
+def _names_within(context: SweepContext, chosen: Chosen) -> list[str]:
     """Chosen tensors of one layer by their names within it."""
-    prefix = f"model.layers.{layer}."
     names = context.partition.tensor_names
-    return [names[i].removeprefix(prefix) for i in chosen.get("tensor", [])]
+    return [context.within(names[i]) for i in chosen.get("tensor", [])]
 
 
 def first_order_blocks(

@@ -129,7 +129,7 @@ def _guard(
     """What the base does on some prompts; 0 is as far from it as the experts are on average."""
     member = members[0]
     texts = encode_texts(member.tokenizer, prompts.prompts, path)
-    texts.check_vocabulary(member.pair.partition.shapes["model.embed_tokens.weight"][0])
+    texts.check_vocabulary(member.pair.partition.vocabulary)
     resident = ResidentModel(member.pair, DTYPES[request.dtype], request.device)
     samples = with_responses(
         request,

@@ -93,7 +93,7 @@ def measure(
         progress,
         prefix=f"{member.name}.",
     )
-    vocabulary = pair.partition.shapes["model.embed_tokens.weight"][0]
+    vocabulary = pair.partition.vocabulary
     size = size or request.batch_size or auto_batch_size(samples, vocabulary, request.device)
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
     references = measure_references(resident, samples, ([], []), ("kl",), None, size)

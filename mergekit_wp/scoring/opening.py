@@ -27,7 +27,7 @@ class Opened:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
-        return self.pair.partition.shapes["model.embed_tokens.weight"][0]
+        return self.pair.partition.vocabulary
 
 
 def open_inputs(

@@ -161,7 +161,7 @@ class SweepRun:
         context, layer = self.context, self.context.partition.layouts[name].layer
         if name in context.resident.pair.changed or not of_activations(estimand):
             return name in context.resident.pair.changed
-        if name == "model.embed_tokens.weight":
+        if name in context.entrance:
             return False
         n_layers = context.partition.dims.n_layers
         return context.differs(estimand, "layer", n_layers - 1 if layer is None else layer)

@@ -20,7 +20,7 @@ from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.components import FineKind
 from mergekit_wp.criteria import AnchorDirection, Targets, recovery
 from mergekit_wp.engine.gradients import criterion_gradients, record_with_gradients
-from mergekit_wp.engine.local import BlockInputs
+from mergekit_wp.engine.local import Changes
 from mergekit_wp.engine.patches import Values
 from mergekit_wp.engine.paths import (
     Place,
@@ -274,9 +274,7 @@ class Tracer:
                                 found[f"{t}/{via}/{kind}"][layer] = change.float().cpu()
         return found
 
-    def _inputs(
-        self, layer: int, b: int, trace: Trace
-    ) -> Mapping[Via, Mapping[FineKind, BlockInputs]]:
+    def _inputs(self, layer: int, b: int, trace: Trace) -> Mapping[Via, Mapping[FineKind, Changes]]:
         """Changes of a layer's components by weights and by activations, where there are any."""
         return {
             via: self.context.inputs(estimand, layer, b, trace)
