@@ -32,7 +32,6 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 #: Relative difference allowed between a task vector's norm and the one in the score file.
 NORM_TOLERANCE = 0.02
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HUB_FILE = re.compile(r"^hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)$")
 _LOCK = threading.Lock()
 
@@ -80,18 +79,21 @@ class ExpertScores:
         return self._delta_norm[name]
 
     def scored_name(self, name: str, tied: bool | None) -> str:
-        """The name under which a tensor was scored.
+        """The name under which a tensor was scored: that of the model's parameter.
 
         A tied model's lm_head is its embedding, so it must be merged with the embedding's gate
         even where a checkpoint stores it a second time. ``tied`` None means unknown: then a file
         that has an embedding and no lm_head was made from a tied model, as every tensor of the
         scored model is in it.
         """
-        if name != LM_HEAD or EMBEDDING not in self._position:
+        architecture = self.file.manifest.dims.architecture
+        name = architecture.parameter(name)
+        embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
+        if name != head or embedding not in self._position:
             return name
         if tied is None:
-            tied = LM_HEAD not in self._position
-        return EMBEDDING if tied else name
+            tied = head not in self._position
+        return embedding if tied else name
 
     def layout(self, name: str, granularity: str) -> TensorLayout:
         """How a tensor is cut into the components whose scores are used."""
@@ -333,7 +335,7 @@ def unwritten(scored: Iterable[str], planned: Collection[str]) -> list[str]:
 
 
 def _layer_of(name: str) -> str | None:
-    match = re.match(r"model\.layers\.([0-9]+)\.", name)
+    match = re.search(r"\.([0-9]+)\.", name)
     return match[1] if match else None
 
 

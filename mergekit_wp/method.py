@@ -55,12 +55,14 @@ class _Coverage:
 
     def reset(self) -> None:
         self._names: set[str] = set()
+        self._written: set[str] = set()
         self._uncovered: list[str] = []
         self._scored: dict[str, None] = {}
 
-    def add(self, name: str, covered: bool, scored: Iterable[str]) -> None:
+    def add(self, name: str, covered: bool, written: Iterable[str], scored: Iterable[str]) -> None:
         with self._lock:
             self._names.add(name)
+            self._written.update(written)
             self._scored.update(dict.fromkeys(scored))
             if not covered:
                 self._uncovered.append(name)
@@ -68,7 +70,7 @@ class _Coverage:
     def report(self) -> None:
         with self._lock:
             names, total = self._uncovered, len(self._names)
-            lost = unwritten(self._scored, self._names) if total > 1 else []
+            lost = unwritten(self._scored, self._written) if total > 1 else []
             self.reset()
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -147,7 +149,8 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             if name is not None
         )
         scored = (scored for file in files for scored in file.tensor_names)
-        self._coverage.add(str(name), covered, scored)
+        written = (file.scored_name(str(name), tied) for file in files)
+        self._coverage.add(str(name), covered, written, scored)
 
     def _bind_parameters(
         self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]

@@ -115,8 +115,8 @@ def _refuse_shifted_layers(tasks: list[ExecuteMergeMethodTask]) -> None:
 
 
 def _refuse_lost_tensors(recipe: Recipe, tasks: list[ExecuteMergeMethodTask]) -> None:
-    planned = {task.output_weight.name for task in tasks}
     for file in score_files(recipe):
+        planned = {file.scored_name(task.output_weight.name, None) for task in tasks}
         if lost := unwritten(file.tensor_names, planned):
             raise UserError(
                 f"mergekit does not write {lost[0]}"

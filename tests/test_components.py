@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import BertConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from mergekit_wp.checkpoints import parameter_names, skeleton
 from mergekit_wp.components import KINDS, Dims, Partition, layout_of
@@ -107,8 +107,8 @@ def test_heads_own_query_rows_bias_and_output_columns() -> None:
 
 
 def test_an_architecture_without_a_map_is_refused() -> None:
-    with pytest.raises(UserError, match="'gpt2' has no component map; supported: llama, mistral"):
-        Dims.from_config(GPT2Config())
+    with pytest.raises(UserError, match="'bert' has no component map; supported: llama, mistral"):
+        Dims.from_config(BertConfig())
 
 
 def test_a_size_that_does_not_fit_is_refused() -> None:

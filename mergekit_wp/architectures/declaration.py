@@ -124,6 +124,10 @@ class Architecture:
             if name in self.cuts and kind in self.cuts[name].kinds and name != self.out(kind)
         )
 
+    def parameter(self, stored: str) -> str:
+        """The parameter that a checkpoint stores under a name."""
+        return next((name for name, other in self.stored_as.items() if other == stored), stored)
+
     def enters(self, name: str) -> bool:
         """Whether a tensor makes what enters the first layer."""
         return module_of(name) in (self.embedding, self.positions)

@@ -78,6 +78,18 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     expert = request.expert or scored_model(file.manifest.expert)
     opened = open_inputs(base, expert, prompts.prompts, request.prompts, progress)
     check_pair(file, opened.pair, request.file)
+    config = opened.pair.base.config
+    architecture = opened.pair.partition.dims.architecture
+    if not architecture.plain_residual or architecture.parallel(config):
+        raise UserError(
+            f"trace does not know '{config.model_type}': it follows what blocks add to the residual "
+            "stream, and this architecture "
+            + (
+                "changes it on the way"
+                if not architecture.plain_residual
+                else "runs attention and MLP side by side"
+            )
+        )
     inputs = {
         **request.model_dump(mode="json", exclude={"restart", "file", "out", "rules"}),
         "scores": file.digest(),

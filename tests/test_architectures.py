@@ -1,0 +1,266 @@
+"""Every architecture against naive swapping, autograd and a merge by its definition."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mergekit_wp import scorefile
+from mergekit_wp.architectures import FAMILIES as DECLARED
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.checkpoints import Checkpoint
+from mergekit_wp.components import KINDS, Component, Dims, Partition
+from mergekit_wp.errors import UserError
+from tests.factory import make_score_file
+from tests.merging import norms, reference
+from tests.models import CONFIGS, FAMILIES, make_model, perturbed, save, write_prompts
+from tests.oracle import Naive, Sequences, layers_of
+from tests.test_scoring import double_precision_file, partition_of, run, sequences_of
+
+torch.set_num_threads(1)
+ensure_registered()
+__all__ = ["double_precision_file"]
+
+
+def at(scores: torch.Tensor, component: Component) -> float:
+    return float(
+        scores[component.layer, component.index] if scores.dim() == 2 else scores[component.index]
+    )
+
+
+def test_every_declared_architecture_is_tested() -> None:
+    tested = {(CONFIGS | FAMILIES)[name]().model_type for name in [*CONFIGS, *FAMILIES]}
+    assert tested == {family.model_type for family in DECLARED}
+
+
+def gradients_between(
+    base: PreTrainedModel,
+    expert: PreTrainedModel,
+    sequences: Sequences,
+    anchor: torch.Tensor,
+    criterion: str,
+) -> dict[str, torch.Tensor]:
+    """Weight gradient times delta half way from base to expert, by tensor name."""
+    model = copy.deepcopy(base).requires_grad_(True)
+    ours, theirs = dict(base.named_parameters()), dict(expert.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_((ours[name] + theirs[name]) / 2)
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, response in sequences:
+        ids, states = torch.tensor([prompt + response]), []
+        handle = layers_of(model)[0].register_forward_hook(
+            lambda _m, _i, out, states=states: states.append(
+                out if isinstance(out, torch.Tensor) else out[0]
+            )
+        )
+        where = slice(len(prompt) - 1, -1)
+        logprobs = model(ids).logits[0].log_softmax(-1)[where]
+        handle.remove()
+        with torch.no_grad():
+            target = expert(ids).logits[0].log_softmax(-1)[where]
+        if criterion == "kl":
+            total = total - (target.exp() * (target - logprobs)).sum(-1).mean()
+        else:
+            total = total + states[0][0, len(prompt) - 1] @ anchor
+    (total / len(sequences)).backward()
+    return {
+        name: torch.zeros(parameter.shape)
+        if parameter.grad is None
+        else parameter.grad * (theirs[name] - ours[name]).detach()
+        for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_precision_file) -> None:
+    base = make_model(family)
+    expert = perturbed(base)
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)  # of unequal length
+    result = run(
+        tmp_path,
+        base,
+        expert,
+        prompts=prompts,
+        estimands=("gain", "knockout", "share"),
+        criteria=("kl", "anchor"),
+        anchor_layer=0,
+        max_new_tokens=3,
+        share_steps=1,
+        batch_size=7,
+    )
+    (scores,) = double_precision_file
+    partition = partition_of(base, result)
+    sequences = sequences_of(prompts, expert, 3)
+    naive = Naive(base, expert, partition, sequences, (0, scores["anchor"]))
+    for estimand in ("gain", "knockout"):
+        for kind in KINDS:
+            for component in partition.components(kind):
+                values = naive.score(estimand, component)
+                for criterion in ("kl", "anchor"):
+                    found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
+                    assert found == pytest.approx(values[criterion], abs=1e-9), component
+    for criterion in ("kl", "anchor"):
+        products = gradients_between(base, expert, sequences, scores["anchor"], criterion)
+        span = float((naive.at_expert[criterion] - naive.at_base[criterion]).mean())
+        for component in partition.fine_components():
+            want = sum(
+                float(products[name][index].sum())
+                for name, index in partition.slices(component).items()
+            )
+            found = at(scores[f"share/{criterion}/{component.kind}"], component)
+            # norms of transformers compute in float32
+            assert found == pytest.approx(want / span, abs=1e-6), component
+        whole = sum(float(product.sum()) for product in products.values())
+        complete = result.manifest.completeness[f"share/{criterion}"]
+        assert complete == pytest.approx(whole / span, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_shares_sum_to_one(tmp_path, family) -> None:
+    base = make_model(family)
+    if hasattr(base.config, "num_experts_per_tok"):  # where routing jumps, no integral sees it
+        for module in base.modules():
+            if hasattr(module, "top_k"):
+                module.top_k = 3
+        base.config.num_experts_per_tok = 3
+    result = run(tmp_path, base, perturbed(base, 0.003), estimands=("share",), criteria=("kl",))
+    assert result.manifest.completeness["share/kl"] == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_weight_belongs_to_exactly_one_component(family) -> None:
+    model = make_model(family)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    partition = Partition(Dims.from_config(model.config), shapes)
+    owners = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    kinds = set()
+    for component in partition.fine_components():
+        slices = partition.slices(component)
+        assert slices, component
+        kinds.add(component.kind)
+        for name, index in slices.items():
+            owners[name][index] += 1
+    assert all((count == 1).all() for count in owners.values())
+    assert kinds == set(KINDS) - {"layer"}
+    matrices = {name.split(".")[-2] for name in partition.whole_tensors if len(shapes[name]) > 1}
+    assert matrices <= {"embed_tokens", "embed_in", "wte", "wpe", "lm_head", "gate"}
+    for name, layout in partition.layouts.items():
+        values = torch.arange(1.0, layout.count + 1)
+        spread = layout.expand(values[0] if layout.whole else values, shapes[name])
+        for i in range(layout.count):
+            assert (spread.expand(shapes[name])[layout.index(i, shapes[name])] == i + 1).all()
+        ones = torch.ones([shapes[name][d] for d in layout.dims or (-1,)])
+        owned = [float(spread.eq(i + 1).sum()) for i in range(layout.count)]
+        if not layout.whole:
+            assert layout.reduce(ones).tolist() == owned
+
+
+#: mergekit asks for a stored unembedding of every Phi-3, and for buffers of every GPT-NeoX
+UNTIED = {"phi3": {"tie_word_embeddings": False}}
+
+
+def with_buffers(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(2):
+        at = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{at}.bias"] = torch.ones(1, 1, 4, 4)
+        tensors[f"{at}.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"{at}.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "-" not in name])
+def test_merge_equals_the_definition(tmp_path, family) -> None:
+    LoaderCache.loaders.clear()
+    config = FAMILIES[family]()
+    for key, value in UNTIED.get(family, {}).items():
+        setattr(config, key, value)
+    base = AutoModelForCausalLM.from_config(config)
+    experts = [perturbed(base.double(), seed=seed).float() for seed in (1, 2)]
+    base = base.float()
+    names = ("base", "expert0", "expert1")
+    for name, model in zip(names, (base, *experts), strict=True):
+        save(model, tmp_path / name, torch.float32)
+        model.float()
+        if family == "gpt_neox":
+            with_buffers(tmp_path / name)
+    states = [
+        {name: p.detach().clone() for name, p in model.named_parameters()}
+        for model in (base, *experts)
+    ]
+    files = []
+    for e, state in enumerate(states[1:]):
+        file = make_score_file(
+            dims=Dims.from_config(config),
+            hidden_size=config.hidden_size,
+            seed=e,
+            delta_norm=norms(states[0], state),
+        )
+        manifest = file.manifest.model_copy(update={"architecture": type(base).__name__})
+        files.append(replace(file, manifest=manifest))
+        scorefile.write(files[-1], tmp_path / f"scores{e}.safetensors")
+    recipe = {
+        "merge_method": "weight_patching",
+        "base_model": str(tmp_path / "base"),
+        "models": [
+            {
+                "model": str(tmp_path / f"expert{e}"),
+                "parameters": {"scores": str(tmp_path / f"scores{e}.safetensors")},
+            }
+            for e in range(2)
+        ],
+        "dtype": "float32",
+    }
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "out"), options)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = reference(states[0], states[1:], files)
+    moved = [n for n, p in merged.named_parameters() if not torch.equal(p, states[0][n])]
+    assert len(moved) > len(states[0]) / 2, "or the merge has taken next to nothing"
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoint_without_the_models_prefix_is_read(tmp_path) -> None:
+    """GPT-2 on the Hub is stored so."""
+    model = make_model("gpt2")
+    save(model, tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    checkpoint = Checkpoint(str(tmp_path / "m"))
+    for name, parameter in model.named_parameters():
+        assert checkpoint.header(name) == (tuple(parameter.shape), "F64")
+        assert torch.equal(checkpoint.tensor(name, torch.float64), parameter)
+    with pytest.raises(UserError, match=r"m' has no tensor transformer.h.2.ln_1.weight"):
+        checkpoint.header("transformer.h.2.ln_1.weight")
+
+
+def test_experts_of_one_layer_may_be_stored_apart(tmp_path) -> None:
+    model = make_model("qwen3_moe")
+    save(model, tmp_path / "m")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in stored
+    checkpoint = Checkpoint(str(tmp_path / "m"))
+    for name, parameter in model.named_parameters():
+        assert checkpoint.header(name) == (tuple(parameter.shape), "F64")
+        assert torch.equal(checkpoint.tensor(name, torch.float64), parameter)
+
+
+def test_mixtures_with_dense_layers_have_no_map() -> None:
+    config = FAMILIES["qwen3_moe"]()
+    config.mlp_only_layers = [0]
+    with pytest.raises(UserError, match="'qwen3_moe' model has layers of different kinds"):
+        Dims.from_config(config)
