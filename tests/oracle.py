@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp.components import Component, Partition
 
@@ -22,6 +23,14 @@ def greedy(model: PreTrainedModel, prompt: list[int], n: int, eos: int) -> list[
         if ids[-1] == eos:
             break
     return ids[len(prompt) :]
+
+
+#: modules that heads and neurons write through, where they are not named as Llama's
+WRITERS = {
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+}
 
 
 def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -77,12 +86,11 @@ def with_activation(
     Both run whole and unpadded; hooks exchange what a component writes.
     """
     model, other = copy.deepcopy(receiver), copy.deepcopy(donor)
-    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    kept: dict[str, tuple[tuple, object]] = {}
 
     def keep(name: str):
         def hook(_module, args, output) -> None:
-            x = args[0] if args else None
-            kept[name] = (x, output[0] if isinstance(output, tuple) else output)
+            kept[name] = (args, output)
 
         return hook
 
@@ -92,43 +100,61 @@ def with_activation(
         lambda _m, args, kwargs: other(*args, **kwargs) and None, with_kwargs=True
     )
     ours, theirs = dict(model.named_modules()), dict(other.named_modules())
-    at = f"model.layers.{component.layer}"
+    layers = layers_of(model)
+    at = next(n for n, m in ours.items() if m is layers) + f".{component.layer}"
+    attention, mlp = WRITERS.get(model.config.model_type, ("self_attn.o_proj", "mlp.down_proj"))
 
-    def written(path: str, width: int) -> None:
-        cut = slice(component.index * width, (component.index + 1) * width)
-
+    def written(path: str, part) -> None:
         def hook(module, args, output):
-            their_write = kept[path][0][..., cut] @ theirs[path].weight[:, cut].T
-            return output + their_write - args[0][..., cut] @ module.weight[:, cut].T
+            return output + part(theirs[path], *kept[path][0]) - part(module, *args)
 
         ours[path].register_forward_hook(hook)
 
-    def given(path: str, cut: slice) -> None:
+    def columns(width: int):
+        cut = slice(component.index * width, (component.index + 1) * width)
+
+        def part(module, x):
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            return x[..., cut] @ weight[:, cut].T
+
+        return part
+
+    def of_expert(experts, x, chosen, weights):
+        expert, j = divmod(component.index, experts.down_proj.shape[-1])
+        gate, up = (experts.gate_up_proj[expert].unflatten(0, (2, -1))[:, j] @ x.T).unbind()
+        counts = (weights * (chosen == expert)).sum(-1)
+        return torch.outer(experts.act_fn(gate) * up * counts, experts.down_proj[expert, :, j])
+
+    def given(path: str, where: torch.Tensor | None = None) -> None:
         def hook(_module, _args, output):
-            output = output.clone()
-            output[..., cut] = kept[path][1][..., cut]
-            return output
+            return kept[path][1] if where is None else torch.where(where, kept[path][1], output)
 
         ours[path].register_forward_hook(hook)
 
     if component.kind == "head":
-        written(f"{at}.self_attn.o_proj", model.model.layers[0].self_attn.head_dim)
+        path = f"{at}.{attention}"
+        width = ours[path].weight.numel() // model.config.hidden_size
+        written(path, columns(width // model.config.num_attention_heads))
+    elif component.kind == "neuron" and hasattr(ours[f"{at}.mlp"], "experts"):
+        written(f"{at}.mlp.experts", of_expert)
     elif component.kind == "neuron":
-        written(f"{at}.mlp.down_proj", 1)
+        written(f"{at}.{mlp}", columns(1))
     elif component.kind == "kv_group":
-        width = model.model.layers[0].self_attn.head_dim
-        for name in ("k_proj", "v_proj"):
-            cut = slice(component.index * width, (component.index + 1) * width)
-            given(f"{at}.self_attn.{name}", cut)
+        for name, index in partition.slices(component).items():
+            path = name.rpartition(".")[0]
+            owned = torch.zeros(partition.shapes[name], dtype=torch.bool)
+            owned[index] = True
+            if name.endswith(".weight"):
+                given(path, owned.any(0 if isinstance(ours[path], Conv1D) else 1))
     elif component.kind == "layer":
 
         def added(_module, args, output):
-            x, y = kept[at]
-            return args[0] + y - x
+            (x, *_), y = kept[at]
+            return args[0] + (y - x)
 
         ours[at].register_forward_hook(added)
     else:
-        given(component.name.rpartition(".")[0], slice(None))
+        given(component.name.rpartition(".")[0])
     return model
 
 

@@ -127,6 +127,25 @@ def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_preci
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
+def test_activation_patches_equal_naive_ones(tmp_path, family, double_precision_file) -> None:
+    base = make_model(family)
+    expert = perturbed(base)
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)
+    estimands = ("activation_gain", "activation_knockout")
+    options = {"prompts": prompts, "criteria": ("kl",), "max_new_tokens": 2, "batch_size": 7}
+    result = run(tmp_path, base, expert, estimands=estimands, **options)
+    (scores,) = double_precision_file
+    partition = partition_of(base, result)
+    naive = Naive(base, expert, partition, sequences_of(prompts, expert, 2))
+    for estimand in estimands:
+        for kind in KINDS:
+            for component in partition.components(kind):
+                want = naive.score(estimand, component)["kl"]
+                found = at(scores[f"{estimand}/kl/{kind}"], component)
+                assert found == pytest.approx(want, abs=1e-9), component
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_shares_sum_to_one(tmp_path, family) -> None:
     base = make_model(family)
     if hasattr(base.config, "num_experts_per_tok"):  # where routing jumps, no integral sees it

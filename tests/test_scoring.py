@@ -92,7 +92,8 @@ def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tor
                 if k in sweep.request.kinds
             }
         )
-        kept[0]["anchor"] = references.targets[0].anchor.vector
+        if references.targets[0].anchor is not None:
+            kept[0]["anchor"] = references.targets[0].anchor.vector
         return original(sweep, pair, references)
 
     monkeypatch.setattr("mergekit_wp.scoring.score.score_tensors", keep)

@@ -82,8 +82,8 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     architecture = opened.pair.partition.dims.architecture
     if not architecture.plain_residual or architecture.parallel(config):
         raise UserError(
-            f"trace does not know '{config.model_type}': it follows what blocks add to the residual "
-            "stream, and this architecture "
+            f"trace does not know '{config.model_type}': it follows what blocks add to the "
+            "residual stream, and this architecture "
             + (
                 "changes it on the way"
                 if not architecture.plain_residual
