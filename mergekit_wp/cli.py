@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 
 import click
 
 import mergekit_wp
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.interrupts import Interrupted, listening
 
 # subcommand -> (module attribute that holds it, line in --help); loaded only when called, so
 # that --help does not wait for torch
@@ -71,27 +71,43 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: 0 done, 2 the user's mistake (one line on stderr), 1 anything else."""
-    # a batch system's SIGTERM ends a run as tidily as Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry point.
+
+    Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after Ctrl-C and
+    SIGTERM, 1 anything else.
+    """
     try:
-        status = cli.main(args=arguments, prog_name="mergekit-wp", standalone_mode=False)
+        with listening():
+            status = cli.main(args=arguments, prog_name="mergekit-wp", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         _fail(str(error), 2)
+    except DiskError as error:
+        _fail(f"{error}; {_way_on(error, 'make room and start')}", 1)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing half-written is left under the output name", 1)
+    except Interrupted as error:
+        _fail(f"interrupted; {_way_on(error, 'start')}", error.status)
+    except (click.Abort, KeyboardInterrupt):  # at a prompt
+        _fail("interrupted", 130)
     except Exception as error:
         from safetensors import SafetensorError
 
         if not isinstance(error, OSError | SafetensorError):
             raise
-        _fail(f"{type(error).__name__}: {error}", 1)  # a full disk, a lost network drive
+        _fail(f"{type(error).__name__}: {error}", 1)  # a lost network drive
+
+
+def _way_on(error: DiskError | Interrupted, start: str) -> str:
+    """What is left of a run that was ended, and how to go on."""
+    without = " without --restart" if "--restart" in sys.argv else ""
+    left = "nothing half-written is left"
+    if error.kept is not None and error.kept.exists():
+        left = f"what is done is kept in {error.kept}"
+    return f"{left}; {start} the same command again{without}"
 
 
 def _fail(message: str, status: int) -> None:

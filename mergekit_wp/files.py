@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.interrupts import finishing
 
 # weight files of an earlier merge into the same folder, which a loader might take for the new ones
 _WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
+# those of them by which a loader finds the weights at all
+_ENTRY = re.compile(r"^(model|pytorch_model)\.(safetensors|bin)(\.index\.json)?$")
+# what a full or failing disk says, as against a path that cannot be written
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What ails the disk, None where an exception is about something else.
+
+    safetensors reports the system's error as text, torch that a file did not grow as it should.
+    """
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (stated := re.search(r"os error (\d+)", str(error))):
+        number = int(stated[1])
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+        number = errno.ENOSPC
+    return os.strerror(number) if number in _DISK else None
+
+
+@contextmanager
+def naming_disk(target: Path) -> Iterator[None]:
+    """Name what was being written where the disk is full or failing.
+
+    Raises:
+        DiskError: it is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (trouble := disk_trouble(error)) is None:
+            raise
+        raise DiskError(f"{target} cannot be written: {trouble}") from error
+
+
+def synced(path: Path) -> None:
+    """Wait until a file is on the disk: only then may it get its name, or a power cut empties it.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -24,17 +73,20 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     Raises:
         UserError: the folder or the file cannot be written.
+        DiskError: the disk is full or failing.
     """
     temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
+        with naming_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
+            synced(temporary)
+            os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{target} cannot be written: {reason}") from error
     finally:
@@ -48,41 +100,92 @@ def _umask() -> int:
     return mask
 
 
+def locked(path: Path) -> IO[str] | None:
+    """Hold a lock until the handle is closed or the process ends, however it ends.
+
+    Args:
+        path: the lock file, made with its folders where missing; its holder may remove it.
+
+    Returns:
+        None where another process holds it.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")  # noqa: SIM115 - the holder closes it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
+                return handle
+        handle.close()  # its last holder removed the file after we had opened it
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside the target with the same last name, moved there on success.
 
-    Whatever ends the work, nothing half-written remains.
+    Whatever ends the work, nothing half-written remains; what SIGKILL leaves in the hidden folder,
+    the next run with this target removes.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made, or another run is writing it.
+        DiskError: the disk is full or failing.
     """
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+        hidden = _beside(target) / f".{target.name[:100]}.partial"
+        lock = locked(hidden / "lock")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    if lock is None:
+        raise UserError(f"another run is writing {target}; wait for it or stop it")
+    staged = hidden / "new" / target.name
     try:
-        staged = hidden / target.name
-        yield staged
-        _move(staged, target)
+        shutil.rmtree(staged.parent, ignore_errors=True)  # of a run that was killed
+        with naming_disk(target):
+            staged.parent.mkdir()
+            yield staged
+            for path in staged.rglob("*"):
+                if path.is_file():
+                    synced(path)
+            with finishing(last=True):
+                _move(staged, target)
         missing = []
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        lock.close()
         for folder in missing:
-            folder.rmdir()
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+
+
+def _beside(target: Path) -> Path:
+    """A folder on the target's disk, from where files can be renamed into it."""
+    parent = target.parent
+    if target.is_dir() and target.stat().st_dev != parent.stat().st_dev:
+        return target  # a disk of its own, or a link to one
+    return parent
 
 
 def _move(staged: Path, target: Path) -> None:
-    """Move a finished model to its place; other files already there stay."""
+    """Move a finished model to its place; other files already there stay.
+
+    A folder that is there already is without weights until all else is new, so that no loader
+    takes a half of each for a model, wherever this is killed.
+    """
     if not target.exists():
         staged.rename(target)
         return
-    written = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
     for path in list(target.iterdir()):
-        if _WEIGHTS.match(path.name) and Path(path.name) not in written:
+        if _WEIGHTS.match(path.name):
             path.unlink()
-    for name in written:
+    written = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
+    for name in sorted(written, key=lambda name: bool(_ENTRY.match(str(name)))):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged / name, target / name)

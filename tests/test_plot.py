@@ -17,7 +17,7 @@ from PIL import Image
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.commands.plot import plot
 from mergekit_wp.components import Dims
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.report import figures, panels
 from mergekit_wp.report.page import html
 from mergekit_wp.report.ranking import rank, select
@@ -203,7 +203,7 @@ def test_nothing_is_left_behind_by_a_failure(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"page\.html cannot be written: No space left on device"):
+    with pytest.raises(DiskError, match=r"page\.html cannot be written: No space left on device"):
         run(small, out)
     assert os.listdir(out.parent) == ["page.html"] and out.read_bytes() == before
     with pytest.raises(UserError, match="cannot be written"):

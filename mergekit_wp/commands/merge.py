@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -16,7 +19,7 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
 from mergekit_wp.devices import check_device
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import staged_folder
+from mergekit_wp.files import disk_trouble, staged_folder
 
 
 @click.command("merge", cls=PrettyPrintHelp, short_help="Merge experts as a recipe says.")
@@ -55,7 +58,7 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     tasks = preflight.check(checked, merge_options)
     # the card is written here: mergekit's asks the network about folders with one slash
     bare = merge_options.model_copy(update={"write_model_card": False})
-    with staged_folder(target) as folder:
+    with staged_folder(target) as folder, _nothing_missing():
         run_merge(checked.config, str(folder), options=bare, config_source=checked.source)
         if merge_options.write_model_card:
             write_card(folder, checked, tasks)
@@ -69,3 +72,29 @@ def _check_target(target: Path, checked: recipes.Recipe) -> None:
         source = model.model.path
         if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
             raise UserError(f"{target} is an input of the merge; give another folder")
+
+
+@contextmanager
+def _nothing_missing() -> Iterator[None]:
+    """Mergekit logs a tokenizer that it could not copy and goes on; a full disk must end the run.
+
+    Raises:
+        Exception: what mergekit logged.
+    """
+    found: list[BaseException] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or disk_trouble(error) is None:
+            return True
+        found.append(error)
+        return False
+
+    logger = logging.getLogger("mergekit.merge")
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
+    if found:
+        raise found[0]

@@ -21,7 +21,9 @@ from mergekit.plan import MergePlanner
 from transformers import AutoModelForCausalLM
 
 from mergekit_wp.checkpoints import Checkpoint, parameter_names, skeleton
+from mergekit_wp.compare.results import MERGE
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import naming_disk
 
 #: parameter bytes up to which a merge is kept in memory
 IN_MEMORY = 2 * 2**30
@@ -122,9 +124,10 @@ def merged_on_disk(
     config: MergeConfiguration, options: MergeOptions, parent: Path
 ) -> Iterator[Path]:
     """A folder with the merged checkpoint, removed afterwards whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=".merge.", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=MERGE, dir=parent))
     try:
-        merge_to(config, options, folder)
+        with naming_disk(folder):
+            merge_to(config, options, folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

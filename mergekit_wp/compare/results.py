@@ -6,9 +6,9 @@ of one task. A second run skips finished jobs; what a killed run half wrote is d
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +17,14 @@ from typing import Any, NamedTuple, Self
 from pydantic import ValidationError
 
 from mergekit_wp.compare.rows import ItemScore, ResultLine, Setting, Split
-from mergekit_wp.errors import UserError
-from mergekit_wp.files import written_whole
+from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.files import locked, naming_disk, written_whole
+from mergekit_wp.interrupts import Interrupted
 
 #: inputs by name that a later run may add to: results of one do not depend on another
 GROWING = ("tasks", "other recipes")
+#: how folders begin that hold a merge while it is evaluated
+MERGE = ".merge."
 
 
 class Job(NamedTuple):
@@ -61,16 +64,16 @@ class Results:
 
     def __enter__(self) -> Self:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")
+            with naming_disk(self.folder):
+                lock = locked(self.folder / ".lock")
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
+        if lock is None:
+            raise UserError(f"another comparison is writing {self.folder}; wait for it")
+        self._lock = lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"another comparison is writing {self.folder}; wait for it") from None
-        try:
+            for merge in self.folder.glob(f"{MERGE}*"):  # of a run that was killed
+                shutil.rmtree(merge, ignore_errors=True)
             self._check_inputs()
             self._read()
         except BaseException:
@@ -84,6 +87,8 @@ class Results:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, DiskError | Interrupted) and self.path.exists():
+            error.kept = self.folder
         self._lock.close()
 
     def _check_inputs(self) -> None:
@@ -187,13 +192,13 @@ class Results:
         text = "".join(line.model_dump_json(exclude_none=True) + "\n" for line in lines)
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, "a", encoding="utf-8") as handle:
+            with naming_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(text)
                 handle.flush()
                 os.fsync(handle.fileno())
-        except OSError:
+        except BaseException:
             if self.path.exists():
-                os.truncate(self.path, size)  # a full disk: nothing half-written stays
+                os.truncate(self.path, size)  # nothing half-written stays
             raise
 
 

@@ -42,8 +42,9 @@ from mergekit_wp.compare.rows import (
     Split,
     recipe_name,
 )
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.files import staged_folder
+from mergekit_wp.interrupts import finishing
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
@@ -229,14 +230,15 @@ class Runner:
             with opened as ready:
                 for task, job in todo:
                     try:
-                        found = task.evaluate(ready, tokenizer or self.tokenizer, split)
-                        self.results.add(job, found)
-                    except (OSError, MemoryError):
+                        with finishing():
+                            found = task.evaluate(ready, tokenizer or self.tokenizer, split)
+                            self.results.add(job, found)
+                    except (OSError, MemoryError, DiskError):
                         raise
                     except Exception as error:
                         self.results.add_failure(job, _sentence(error))
                     self._said(model, 1)
-        except (OSError, MemoryError):  # a full disk is no property of the merge
+        except (OSError, MemoryError, DiskError):  # a full disk is no property of the merge
             raise
         except Exception as error:
             for _, job in todo:

@@ -8,6 +8,7 @@ recoveries, and one score file is written for each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +125,20 @@ class Walk:
         """Derivative of the sum of recoveries along every expert's components."""
         slopes: list[dict[str, torch.Tensor]] = [{} for _ in self.members]
         moved = False
+
+        def contributions_of(references: References, b: int) -> Result:
+            nonlocal moved
+            if not moved:
+                self._move_to(travelled)
+                moved = True
+            return self._contributions(references, b)
+
         for member, references in zip(self.members, self.references, strict=True):
             distance = references.values["kl"].distance.double()
             scale = 1 / float(distance.sum())
             for b, batch in enumerate(references.batches):
                 key = f"path.step{step:04d}.{member.name}.batch{b:04d}"
-                result = self.journal.load(key)
-                resumed = result is not None
-                if result is None:
-                    if not moved:
-                        self._move_to(travelled)
-                        moved = True
-                    result = self._contributions(references, b)
-                    self.journal.save(key, result)
+                result, resumed = self.journal.block(key, partial(contributions_of, references, b))
                 for entry, total in result.items():
                     expert, name = entry.split("/", 1)
                     found = slopes[int(expert)]

@@ -28,6 +28,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files import written_whole
 from mergekit_wp.fusion import fuse
 from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, Moment
+from mergekit_wp.interrupts import finishing
 from mergekit_wp.planned import recipe_gates
 from mergekit_wp.prompts import PromptBatch, PromptFile, batches, read_prompts
 from mergekit_wp.scoring.assemble import model_id
@@ -270,28 +271,29 @@ class Fitting:
             state = State.from_block(block)
             self.progress.advance(state.climb.steps, resumed=True)
         while True:
-            step = state.climb.steps
-            held_out = [float("nan")] * len(self.lessons)
-            self._move_to(state.climb.gates)
-            if looking and (step % LOOK == 0 or step == request.steps):
-                held_out = self._look()
-                state = state.look(held_out)
-                told = zip(self.lessons, held_out, strict=True)
-                self.progress.note(
-                    f"after {step} steps, held-out prompts recover "
-                    + ", ".join(f"{lesson.name} {value:.2f}" for lesson, value in told)
-                )
-            done = step == request.steps or state.vain >= PATIENCE
-            slope, fitted = self._slope(step)
-            row = torch.tensor([[fitted, held_out]], dtype=torch.float64)
-            state = replace(state, seen=torch.cat([state.seen, row]))
-            if done:
-                break
-            slope = (slope - request.penalty * penalty_slope(state.climb.gates)) * self.fitted
-            climb = state.climb.step(slope, request.rate, request.upper)
-            state = replace(state, climb=climb)
-            self.journal.save("state", state.to_block())
-            self.progress.advance(1)
+            with finishing():
+                step = state.climb.steps
+                held_out = [float("nan")] * len(self.lessons)
+                self._move_to(state.climb.gates)
+                if looking and (step % LOOK == 0 or step == request.steps):
+                    held_out = self._look()
+                    state = state.look(held_out)
+                    told = zip(self.lessons, held_out, strict=True)
+                    self.progress.note(
+                        f"after {step} steps, held-out prompts recover "
+                        + ", ".join(f"{lesson.name} {value:.2f}" for lesson, value in told)
+                    )
+                done = step == request.steps or state.vain >= PATIENCE
+                slope, fitted = self._slope(step)
+                row = torch.tensor([[fitted, held_out]], dtype=torch.float64)
+                state = replace(state, seen=torch.cat([state.seen, row]))
+                if done:
+                    break
+                slope = (slope - request.penalty * penalty_slope(state.climb.gates)) * self.fitted
+                climb = state.climb.step(slope, request.rate, request.upper)
+                state = replace(state, climb=climb)
+                self.journal.save("state", state.to_block())
+                self.progress.advance(1)
         if not looking:
             state = replace(state, best=state.climb.gates, best_step=state.climb.steps)
         elif state.vain >= PATIENCE:

@@ -7,10 +7,10 @@ is complete.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.files import locked, naming_disk, synced
+from mergekit_wp.interrupts import Interrupted, finishing
 
 
 def _today() -> str:
@@ -53,43 +55,43 @@ class Journal:
         self.created = _today()
 
     def __enter__(self) -> Self:
+        self._made = [folder for folder in self.folder.parents if not folder.exists()]
         try:
             if self.output.is_dir():
                 raise IsADirectoryError(0, "it is a folder")
-            self._made = [folder for folder in self.folder.parents if not folder.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "w")
+            with naming_disk(self.output):
+                lock = locked(self.folder / "lock")
         except OSError as error:  # now, not after hours of work
             raise UserError(f"{self.output} cannot be written: {error.strerror}") from error
+        if lock is None:
+            raise UserError(f"another run is writing {self.output}; wait for it or stop it")
+        self._lock = lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with naming_disk(self.folder):
+                self._check_inputs()
+        except DiskError as error:
+            self.__exit__(DiskError, error, None)
+            raise
+        except BaseException:
             self._lock.close()
-            raise UserError(
-                f"another run is writing {self.output}; wait for it or stop it"
-            ) from None
-        if self.restart:
-            for block in self.folder.glob("*.safetensors"):
-                block.unlink()
-            (self.folder / "inputs.json").unlink(missing_ok=True)
-        self._check_inputs()
+            raise
         return self
 
     def _check_inputs(self) -> None:
         stated = self.folder / "inputs.json"
+        if self.restart:
+            stated.unlink(missing_ok=True)
         if stated.exists():
             try:
                 header = json.loads(stated.read_text())
                 earlier, self.created = header["inputs"], header["created"]
             except (ValueError, KeyError, TypeError) as error:
-                self._lock.close()
                 raise UserError(
                     f"{stated} is damaged ({error}); add --restart to begin anew"
                 ) from error
             keys = sorted(set(earlier) | set(self.inputs))
             changed = [key for key in keys if earlier.get(key) != self.inputs.get(key)]
             if changed:
-                self._lock.close()
                 what = ", ".join(
                     f"{key} ({earlier.get(key)!s:.60} -> {self.inputs.get(key)!s:.60})"
                     for key in changed
@@ -99,9 +101,12 @@ class Journal:
                     "add --restart to begin anew, or choose another --out"
                 )
             return
-        temporary = stated.with_suffix(".tmp")
+        for block in self.folder.glob("*.safetensors"):  # nobody knows what they belong to
+            block.unlink()
         header = {"created": self.created, "inputs": self.inputs}
+        temporary = stated.with_suffix(".tmp")
         temporary.write_text(json.dumps(header, indent=1, sort_keys=True))
+        synced(temporary)
         os.replace(temporary, stated)
 
     def __exit__(
@@ -119,6 +124,8 @@ class Journal:
             for folder in self._made:
                 with suppress(OSError):  # somebody else has put something there
                     folder.rmdir()
+        elif isinstance(error, DiskError | Interrupted):
+            error.kept = self.folder
         self._lock.close()
 
     @property
@@ -137,11 +144,43 @@ class Journal:
             raise UserError(f"{path} is damaged ({error}); add --restart to begin anew") from error
 
     def save(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep a finished block."""
+        """Keep a finished block.
+
+        Raises:
+            DiskError: the disk is full or failing; the block's own file is not left there.
+        """
         temporary = self.folder / f"{key}.tmp"
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
-        os.replace(temporary, self.folder / f"{key}.safetensors")
+        try:
+            with naming_disk(self.folder):
+                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
+                synced(temporary)
+                os.replace(temporary, self.folder / f"{key}.safetensors")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def block(
+        self, key: str, run: Callable[[], dict[str, torch.Tensor]]
+    ) -> tuple[dict[str, torch.Tensor], bool]:
+        """A block's result, from an earlier run or from now, and whether it is an earlier run's.
+
+        A first Ctrl-C waits for the end of the block.
+
+        Raises:
+            Interrupted: after it.
+        """
+        found = self.load(key)
+        if found is not None:
+            return found, True
+        with finishing():
+            found = {name: value.cpu() for name, value in run().items()}
+            self.save(key, found)
+        return found, False
 
     def discard(self) -> None:
-        """Remove the folder once the output is complete."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, all at once, now that the output is complete."""
+        gone = self.folder.with_name(f".{self.output.name[:100]}.done")
+        with finishing(last=True):
+            shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+            self.folder.rename(gone)
+            shutil.rmtree(gone)

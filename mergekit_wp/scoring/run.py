@@ -66,11 +66,7 @@ class SweepRun:
         if listed:
             self.progress.stage(name, sum(block.cost for block in listed), "forward")
         for block in listed:
-            result = self.journal.load(block.key)
-            resumed = result is not None
-            if result is None:
-                result = {key: value.cpu() for key, value in block.run().items()}
-                self.journal.save(block.key, result)
+            result, resumed = self.journal.block(block.key, block.run)
             yield block, result
             self.progress.advance(block.cost, resumed=resumed)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +108,26 @@ def with_responses(
     missing = [i for i in range(len(prompts)) if i not in responses]
     size = request.batch_size or 32
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+
+    def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
+        resident.move_to(position)
+        found = greedy(
+            resident.model,
+            [prompts[i] for i in chunk],
+            request.max_new_tokens,
+            end_tokens(resident.pair.expert.path, tokenizer),
+            resident.device,
+        )
+        return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
+
     if chunks:
         progress.stage("expert answers", len(missing), "prompt")
     for number, chunk in enumerate(chunks):
-        key = f"responses.{prefix}batch{number:04d}"
-        saved = journal.load(key)
-        if saved is None:
-            resident.move_to(position)
-            found = greedy(
-                resident.model,
-                [prompts[i] for i in chunk],
-                request.max_new_tokens,
-                end_tokens(resident.pair.expert.path, tokenizer),
-                resident.device,
-            )
-            saved = {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
-            journal.save(key, saved)
+        saved, resumed = journal.block(
+            f"responses.{prefix}batch{number:04d}", partial(answers, chunk)
+        )
         responses |= {int(i): ids.tolist() for i, ids in saved.items()}
-        progress.advance(len(chunk))
+        progress.advance(len(chunk), resumed=resumed)
     samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
     return samples
 

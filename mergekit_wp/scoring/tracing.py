@@ -224,11 +224,7 @@ class Tracer:
 
     def _kept(self, key: str, cost: float, run: Callable[[], dict[str, torch.Tensor]]) -> Any:
         """A block from the journal, or run and kept there."""
-        found = self.journal.load(key)
-        resumed = found is not None
-        if found is None:
-            found = run()
-            self.journal.save(key, found)
+        found, resumed = self.journal.block(key, run)
         self.progress.advance(cost, resumed=resumed)
         return found
 

@@ -188,12 +188,11 @@ def _measure(
         return lambda name: checkpoint.tensor(name, resident.dtype, resident.device)
 
     def kept(key: str, weight_of: Any) -> Values:
-        values = journal.load(key)
-        resumed = values is not None
-        if values is None:
+        def run() -> Values:
             resident.fill(weight_of)
-            values = meter()
-            journal.save(key, values)
+            return meter()
+
+        values, resumed = journal.block(key, run)
         progress.advance(1, resumed=resumed)
         return values
 

@@ -1,0 +1,92 @@
+"""Ctrl-C and SIGTERM: the first lets a block of work finish, the second leaves at once.
+
+Outside `finishing` there is nothing worth waiting for, and already the first one leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal ends the run. Not a KeyboardInterrupt: click makes another exception of those.
+
+    Attributes:
+        number: which signal.
+        kept: the folder with the work that is done, where there is one.
+    """
+
+    kept: Path | None = None
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """Exit status, as shells have it."""
+        return 128 + self.number
+
+
+class _State:
+    depth = 0
+    waiting: int | None = None
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted`; ignored ones (a job under nohup) stay so.
+
+    Once interrupted, the next one ends the process wherever it is, without a word.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    after = dict(before)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _arrived)
+    try:
+        yield
+    except Interrupted:
+        after |= {n: signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
+        raise
+    finally:
+        for number, handler in after.items():
+            signal.signal(number, handler)
+
+
+def _arrived(number: int, _frame: FrameType | None) -> None:
+    if _State.depth == 0 or _State.waiting is not None:
+        raise Interrupted(number)
+    _State.waiting = number
+    text = "\nmergekit-wp: finishing the current block; once more leaves at once\n"
+    with suppress(OSError):  # not print: the signal may have come in the middle of one
+        os.write(2, text.encode())
+
+
+@contextmanager
+def finishing(last: bool = False) -> Iterator[None]:
+    """A block of work that a first signal lets finish.
+
+    Args:
+        last: after it all is done, so that the signal has nothing left to stop.
+
+    Raises:
+        Interrupted: after the block, where a signal came meanwhile.
+    """
+    _State.depth += 1
+    try:
+        yield
+    finally:
+        _State.depth -= 1
+        waiting = _State.waiting
+        if _State.depth == 0:
+            _State.waiting = None
+    if _State.depth == 0 and waiting is not None and not last:
+        raise Interrupted(waiting)

@@ -1,0 +1,194 @@
+"""Folders and files that appear whole, locks, and what a full disk is called."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mergekit_wp.cli import main
+from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.files import disk_trouble, locked, staged_folder, written_whole
+from mergekit_wp.scoring.journal import Journal
+from tests.killing import contents, small_files
+from tests.merging import Family, llama_config
+from tests.test_merge_command import write
+
+
+def test_what_a_full_disk_is_called(tmp_path: Path) -> None:
+    full = {"a": torch.zeros(1000)}
+    with small_files(100):
+        for name, write_it in (("x.safetensors", save_file), ("x.bin", torch.save)):
+            with (
+                pytest.raises(DiskError, match=f"{name} cannot be written: "),
+                written_whole(tmp_path / name) as temporary,
+            ):
+                write_it(full, temporary)
+        with (
+            pytest.raises(DiskError, match="merged cannot be written: File too large"),
+            staged_folder(tmp_path / "merged") as folder,
+        ):
+            folder.mkdir()
+            save_file(full, folder / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    assert disk_trouble(OSError(errno.EDQUOT, "")) == os.strerror(errno.EDQUOT)
+    assert disk_trouble(OSError(errno.ENOENT, "")) is None
+    assert disk_trouble(RuntimeError("anything else")) is None
+
+
+def test_an_error_about_something_else_stays_itself(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), staged_folder(tmp_path / "merged"):
+        (tmp_path / "an input that is missing").read_text()
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        (tmp_path / "folder").mkdir()
+        with written_whole(tmp_path / "folder") as temporary:
+            temporary.write_text("")
+    assert contents(tmp_path) == {}
+
+
+def test_a_lock_is_held_by_one_and_survives_its_removal(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    held = locked(path)
+    assert held is not None and locked(path) is None
+    path.unlink()  # its holder clears up, and goes
+    other = locked(path)
+    assert other is not None
+    held.close()
+    assert locked(path) is None, "the removed file's lock is worth nothing"
+    other.close()
+    assert locked(path) is not None
+
+
+def test_two_merges_into_one_folder_are_refused(tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    with staged_folder(target) as staged:
+        staged.mkdir()
+        message = "another run is writing .*merged; wait for it"
+        with pytest.raises(UserError, match=message), staged_folder(target):
+            raise AssertionError
+        assert staged.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_what_a_killed_merge_left_is_removed(tmp_path: Path) -> None:
+    if (child := os.fork()) == 0:
+        with staged_folder(tmp_path / "merged") as staged:
+            staged.mkdir()
+            (staged / "model.safetensors").write_text("looks complete")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [".merged.partial"]
+    with staged_folder(tmp_path / "merged") as staged:
+        assert not staged.exists()
+        staged.mkdir()
+        (staged / "config.json").write_text("new")
+    assert contents(tmp_path) == {"merged/config.json": b"new"}
+
+
+def test_a_model_that_is_replaced_is_never_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename: no weights by which a loader would take the folder for a model."""
+    target = tmp_path / "merged"
+    target.mkdir()
+    old = ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json")
+    for name in (*old, "notes.txt"):
+        (target / name).write_text("old")
+    seen, replace = [], os.replace
+
+    def noted(source: Any, to: Any) -> None:
+        seen.append({p.name for p in target.iterdir()} & {"model.safetensors", old[0]})
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", noted)
+    with staged_folder(target) as staged:
+        staged.mkdir()
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (staged / name).write_text("new")
+    assert seen == [set()] * 3
+    new = dict.fromkeys(("config.json", "model.safetensors", "tokenizer.json"), b"new")
+    assert contents(target) == new | {"notes.txt": b"old"}
+
+
+def test_a_disk_of_its_own_is_staged_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        shared = tmp_path  # one disk only: then the link is all there is to test
+    elsewhere = shared / f"mergekit-wp-{os.getpid()}"
+    elsewhere.mkdir()
+    try:
+        (tmp_path / "merged").symlink_to(elsewhere)
+        with staged_folder(tmp_path / "merged") as staged:
+            staged.mkdir()
+            (staged / "config.json").write_text("new")
+        assert contents(elsewhere) == {"config.json": b"new"}
+    finally:
+        for path in elsewhere.iterdir():
+            path.unlink()
+        elsewhere.rmdir()
+
+
+def test_blocks_without_their_inputs_are_nobodys(tmp_path: Path) -> None:
+    """A run that is killed while its folder is cleared must not lend its blocks to another."""
+    with pytest.raises(KeyError), Journal(tmp_path / "out", {"expert": 1}, False) as journal:
+        journal.save("block", {"x": torch.ones(1)})
+        raise KeyError
+    (tmp_path / "out.partial" / "inputs.json").unlink()
+    with Journal(tmp_path / "out", {"expert": 2}, False) as journal:
+        assert not journal.resumed and journal.load("block") is None
+
+
+def test_a_refused_run_does_not_cost_the_answers_of_the_one_before(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Journal(tmp_path / "out", {"expert": 1}, False) as journal:
+        journal.save("responses.batch0000", {"x": torch.ones(1)})
+        raise KeyError
+    with (
+        pytest.raises(UserError, match="changed: expert"),
+        Journal(tmp_path / "out", {"expert": 2}, False),
+    ):
+        pass
+    with Journal(tmp_path / "out", {"expert": 1}, False) as journal:
+        assert journal.load("responses.batch0000") is not None
+
+
+@pytest.mark.parametrize("option", ["--safe-serialization", "--no-safe-serialization"])
+def test_a_merge_on_a_full_disk(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], option: str
+) -> None:
+    family = Family.make(tmp_path, llama_config())
+    recipe = write(family.recipe(), tmp_path / "recipe.yml")
+    before = contents(tmp_path)
+    arguments = ["merge", str(recipe), str(tmp_path / "out"), "--quiet", option]
+    with small_files(2000), pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"mergekit-wp: {tmp_path / 'out'} cannot be written: ")
+    assert "make room and start the same command again" in last
+    assert contents(tmp_path) == before
+
+
+def test_a_tokenizer_that_did_not_fit_ends_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """mergekit logs that it could not copy it, and calls the merge successful."""
+    family = Family.make(tmp_path, llama_config())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (family.base.path / name).write_text("{}")
+    recipe = write(family.recipe(), tmp_path / "recipe.yml")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys.modules["mergekit.merge"].shutil, "copy", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"])
+    assert stop.value.code == 1 and not (tmp_path / "out").exists()
+    assert "out cannot be written: No space left on device" in capfd.readouterr().err
