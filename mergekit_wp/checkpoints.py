@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,15 @@ _COMPUTING = (
     "norm_topk_prob",
     "attention_bias",
     "mlp_bias",
+)
+# config entries that say what tokens mean, not what weights compute
+_HARMLESS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "architectures",
+    "max_position_embeddings",
 )
 # config entries that say how a checkpoint was saved, not what it computes
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -224,6 +233,14 @@ class Pair:
     delta_norm: dict[str, float]
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding; without a map, what the config says."""
+        architecture = self.partition.dims.architecture
+        if architecture.mapped:
+            return self.partition.shapes[f"{architecture.embedding}.weight"][0]
+        return int(self.base.config.vocab_size)
+
+    @property
     def changed(self) -> frozenset[str]:
         """Tensors in which the two differ at all."""
         return frozenset(name for name, norm in self.delta_norm.items() if norm > 0)
@@ -301,7 +318,11 @@ def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
     """
     ours: dict[str, Any] = Dims.from_config(base.config).numbers
     theirs: dict[str, Any] = Dims.from_config(expert.config).numbers
-    for key in _COMPUTING:
+    computing: Iterable[str] = _COMPUTING
+    if not Dims.from_config(base.config).architecture.mapped:
+        both = {**base.config.to_dict(), **expert.config.to_dict()}
+        computing = [key for key in both if key not in (*_VOLATILE_CONFIG, *_HARMLESS)]
+    for key in computing:
         ours[key], theirs[key] = (getattr(c.config, key, None) or None for c in (base, expert))
     for key in ours:
         if ours[key] != theirs[key]:
@@ -334,7 +355,7 @@ def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
 def skeleton(config: Any) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers."""
     architecture = of_type(config.model_type)
-    implementation = "sdpa" if architecture is None else architecture.attention_implementation
+    implementation = None if architecture is None else architecture.attention_implementation
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, attn_implementation=implementation

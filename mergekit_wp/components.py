@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from mergekit_wp.architectures import FAMILIES, LLAMA, Architecture, named, of_type
+from mergekit_wp.architectures import LLAMA, Architecture, named, of_type, without_map
 from mergekit_wp.errors import UserError
 
 Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
@@ -48,6 +48,19 @@ class Dims:
         """Components of a sliced kind in one layer."""
         return {"head": self.n_heads, "kv_group": self.n_kv_groups, "neuron": self.n_neurons}[kind]
 
+    def require_map(self, what: str) -> None:
+        """Refuse an architecture without a component map.
+
+        Raises:
+            UserError: says what needs one.
+        """
+        if not self.architecture.mapped:
+            raise UserError(
+                f"{what} needs a component map, which '{self.architecture.class_name}' does not "
+                "have (docs/new-architecture.md); it can be scored by layer and by tensor, and "
+                "merged by these scores"
+            )
+
     @property
     def numbers(self) -> dict[str, Any]:
         """The counts under the names that score files give them."""
@@ -62,27 +75,27 @@ class Dims:
     def named(
         cls, class_name: str, n_layers: int, n_heads: int, n_kv_groups: int, n_neurons: int
     ) -> Dims:
-        """The dimensions of a model class, as files name it."""
-        return cls(n_layers, n_heads, n_kv_groups, n_neurons, named(class_name))
+        """The dimensions of a model class, as files name it; no heads where it has no map."""
+        architecture = named(class_name) if n_heads else without_map(class_name)
+        return cls(n_layers, n_heads, n_kv_groups, n_neurons, architecture)
 
     @classmethod
     def from_config(cls, config: Any) -> Dims:
         """Read the dimensions from a transformers config.
 
+        Without a component map there are no heads, K/V groups and neurons, only whole tensors.
+
         Raises:
-            UserError: the architecture has no component map.
+            UserError: not a decoder.
         """
         architecture = of_type(config.model_type)
-        if architecture is None:
+        if not hasattr(config, "num_hidden_layers"):
             raise UserError(
-                f"architecture '{config.model_type}' has no component map; "
-                f"supported: {', '.join(family.model_type for family in FAMILIES)}"
+                f"'{config.model_type}' is no text decoder: its config has no num_hidden_layers"
             )
-        if architecture.mixed_layers(config):
-            raise UserError(
-                f"this '{config.model_type}' model has layers of different kinds, for which there "
-                "is no component map"
-            )
+        if architecture is None or architecture.mixed_layers(config):
+            names = config.architectures or [config.model_type]
+            return cls.named(names[0], int(config.num_hidden_layers), 0, 0, 0)
         heads = int(config.num_attention_heads)
         return cls(
             n_layers=int(config.num_hidden_layers),
@@ -256,6 +269,8 @@ def layout_of(name: str, dims: Dims) -> TensorLayout:
     if place is None:
         return TensorLayout(name, None)
     layer, suffix = place
+    if not dims.architecture.mapped and layer >= dims.n_layers:
+        return TensorLayout(name, None)  # a number that counts something else
     cut = dims.architecture.cuts.get(suffix)
     if cut is None:
         return TensorLayout(name, layer)
@@ -291,11 +306,6 @@ class Partition:
         for name, layout in layouts.items():
             layout.block(self.shapes[name])
         return layouts
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return self.shapes[f"{self.dims.architecture.embedding}.weight"][0]
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

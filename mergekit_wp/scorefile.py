@@ -14,7 +14,14 @@ from typing import Literal, Self, get_args
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from safetensors.torch import save_file
 
 from mergekit_wp.components import SLICED_KINDS, Dims, Kind, layout_of
@@ -181,9 +188,9 @@ class Manifest(_Strict):
     responses: Literal["given", "expert", "mixed"]
     architecture: str
     n_layers: PositiveInt
-    n_heads: PositiveInt
-    n_kv_groups: PositiveInt
-    n_neurons: PositiveInt
+    n_heads: NonNegativeInt
+    n_kv_groups: NonNegativeInt
+    n_neurons: NonNegativeInt
     hidden_size: PositiveInt
     criteria: tuple[CriterionName, ...]
     estimands: tuple[Estimand, ...]

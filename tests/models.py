@@ -20,12 +20,14 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OPTConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    StableLmConfig,
     Starcoder2Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -119,10 +121,40 @@ FAMILIES: dict[str, Callable[[], object]] = {
 }
 
 
+#: architectures without a component map
+OTHERS: dict[str, Callable[[], object]] = {
+    "stablelm": lambda: StableLmConfig(**_SMALL, num_key_value_heads=1),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=3,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        init_std=0.3,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        pad_token_id=None,
+    ),
+    "qwen3_moe-mixed": lambda: Qwen3MoeConfig(
+        **_SMALL,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=2,
+        mlp_only_layers=[0],
+    ),
+}
+
+
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random float64 model; biases and norms are random too, so that they matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((CONFIGS | FAMILIES)[family]()).double().eval()
+    model = (
+        AutoModelForCausalLM.from_config((CONFIGS | FAMILIES | OTHERS)[family]()).double().eval()
+    )
     model.set_experts_implementation("eager")  # the one that multiplies float64
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -23,9 +23,17 @@ from mergekit_wp.components import KINDS, Component, Dims, Partition
 from mergekit_wp.errors import UserError
 from tests.factory import make_score_file
 from tests.merging import norms, reference
-from tests.models import CONFIGS, FAMILIES, make_model, perturbed, save, write_prompts
+from tests.models import (
+    CONFIGS,
+    FAMILIES,
+    OTHERS,
+    make_model,
+    perturbed,
+    save,
+    write_prompts,
+)
 from tests.oracle import Naive, Sequences, layers_of
-from tests.test_scoring import double_precision_file, partition_of, run, sequences_of
+from tests.test_scoring import Quiet, double_precision_file, partition_of, run, sequences_of
 
 torch.set_num_threads(1)
 ensure_registered()
@@ -185,7 +193,8 @@ def test_every_weight_belongs_to_exactly_one_component(family) -> None:
             assert layout.reduce(ones).tolist() == owned
 
 
-#: mergekit asks for a stored unembedding of every Phi-3, and for buffers of every GPT-NeoX
+#: mergekit asks for a stored unembedding of every Phi-3, for buffers of every GPT-NeoX, and for
+#: experts in every layer of a mixture
 UNTIED = {"phi3": {"tie_word_embeddings": False}}
 
 
@@ -200,10 +209,10 @@ def with_buffers(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "-" not in name])
+@pytest.mark.parametrize("family", [n for n in [*FAMILIES, *OTHERS] if "-" not in n])
 def test_merge_equals_the_definition(tmp_path, family) -> None:
     LoaderCache.loaders.clear()
-    config = FAMILIES[family]()
+    config = (FAMILIES | OTHERS)[family]()
     for key, value in UNTIED.get(family, {}).items():
         setattr(config, key, value)
     base = AutoModelForCausalLM.from_config(config)
@@ -222,10 +231,11 @@ def test_merge_equals_the_definition(tmp_path, family) -> None:
     files = []
     for e, state in enumerate(states[1:]):
         file = make_score_file(
-            dims=Dims.from_config(config),
+            dims=Dims.from_config(base.config),
             hidden_size=config.hidden_size,
             seed=e,
             delta_norm=norms(states[0], state),
+            kinds=KINDS if family in FAMILIES else ("layer", "tensor"),
         )
         manifest = file.manifest.model_copy(update={"architecture": type(base).__name__})
         files.append(replace(file, manifest=manifest))
@@ -278,8 +288,61 @@ def test_experts_of_one_layer_may_be_stored_apart(tmp_path) -> None:
         assert torch.equal(checkpoint.tensor(name, torch.float64), parameter)
 
 
+# --- architectures without a map ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_without_a_map_layers_and_tensors_are_scored(
+    tmp_path, family, double_precision_file, monkeypatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Quiet, "note", lambda _self, text: said.append(text))
+    base = make_model(family)
+    expert = perturbed(base)
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)
+    options = {"prompts": prompts, "criteria": ("kl", "anchor"), "max_new_tokens": 3}
+    estimands = ("gain", "knockout", "share")
+    result = run(
+        tmp_path, base, expert, estimands=estimands, anchor_layer=0, share_steps=1, **options
+    )
+    (note,) = said
+    assert "has no component map: scoring layers and tensors only" in note
+    assert result.manifest.kinds == ("layer", "tensor")
+    assert max(result.manifest.noise_floor.values()) < 1e-14
+    (scores,) = double_precision_file
+    partition = partition_of(base, result)
+    sequences = sequences_of(prompts, expert, 3)
+    naive = Naive(base, expert, partition, sequences, (0, scores["anchor"]))
+    for criterion in ("kl", "anchor"):
+        products = gradients_between(base, expert, sequences, scores["anchor"], criterion)
+        span = float((naive.at_expert[criterion] - naive.at_base[criterion]).mean())
+        for component in partition.components("tensor"):
+            found = at(scores[f"share/{criterion}/tensor"], component)
+            want = float(products[component.name].sum()) / span
+            assert found == pytest.approx(want, abs=1e-9), component
+        for estimand in ("gain", "knockout"):
+            for kind in ("layer", "tensor"):
+                for component in partition.components(kind):
+                    found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
+                    want = naive.score(estimand, component)[criterion]
+                    assert found == pytest.approx(want, abs=1e-9), component
+    with pytest.raises(UserError, match="kinds head,neuron needs a component map, which"):
+        run(tmp_path, base, expert, kinds=("head", "neuron"), **options)
+    with pytest.raises(UserError, match="activation_gain needs a component map"):
+        run(tmp_path, base, expert, estimands=("activation_gain",), **options)
+
+
+def test_configs_that_compute_otherwise_are_refused_without_a_map(tmp_path) -> None:
+    base = make_model("opt")
+    expert = perturbed(base)
+    expert.config = copy.deepcopy(base.config)
+    expert.config.do_layer_norm_before = False
+    with pytest.raises(UserError, match="configs differ in do_layer_norm_before: base"):
+        run(tmp_path, base, expert)
+
+
 def test_mixtures_with_dense_layers_have_no_map() -> None:
-    config = FAMILIES["qwen3_moe"]()
-    config.mlp_only_layers = [0]
-    with pytest.raises(UserError, match="'qwen3_moe' model has layers of different kinds"):
-        Dims.from_config(config)
+    dims = Dims.from_config(OTHERS["qwen3_moe-mixed"]())
+    assert not dims.architecture.mapped
+    with pytest.raises(UserError, match="trace needs a component map, which 'qwen3_moe' does not"):
+        dims.require_map("trace")

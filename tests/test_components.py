@@ -6,7 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mergekit_wp.checkpoints import parameter_names, skeleton
 from mergekit_wp.components import KINDS, Dims, Partition, layout_of
@@ -106,9 +113,17 @@ def test_heads_own_query_rows_bias_and_output_columns() -> None:
     assert {c.kind for kind in KINDS for c in partition.components(kind)} == set(KINDS)
 
 
-def test_an_architecture_without_a_map_is_refused() -> None:
-    with pytest.raises(UserError, match="'bert' has no component map; supported: llama, mistral"):
-        Dims.from_config(BertConfig())
+def test_an_architecture_without_a_map_has_layers_and_tensors() -> None:
+    dims = Dims.from_config(BertConfig(num_hidden_layers=3))
+    assert (dims.n_layers, dims.n_heads, dims.n_kv_groups, dims.n_neurons) == (3, 0, 0, 0)
+    assert layout_of("encoder.layer.2.attention.query.weight", dims).layer == 2
+    assert layout_of("encoder.layer.3.attention.query.weight", dims).layer is None
+    assert layout_of("model.layers.0.self_attn.q_proj.weight", dims).whole
+
+
+def test_a_config_that_is_no_decoders_is_refused() -> None:
+    with pytest.raises(UserError, match="'clip' is no text decoder: its config has no num_hidden"):
+        Dims.from_config(CLIPConfig())
 
 
 def test_a_size_that_does_not_fit_is_refused() -> None:

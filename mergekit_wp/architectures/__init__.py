@@ -5,7 +5,7 @@ from __future__ import annotations
 from mergekit_wp.architectures.declaration import Architecture, without_map
 from mergekit_wp.architectures.families import FAMILIES, LLAMA
 
-__all__ = ["FAMILIES", "LLAMA", "Architecture", "named", "of_type"]
+__all__ = ["FAMILIES", "LLAMA", "Architecture", "named", "of_type", "without_map"]
 
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
 _BY_CLASS = {family.class_name: family for family in FAMILIES}

@@ -132,6 +132,11 @@ class Architecture:
         """Whether a tensor makes what enters the first layer."""
         return module_of(name) in (self.embedding, self.positions)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether there is a map at all."""
+        return bool(self.layers)
+
     def within_layer(self, name: str) -> tuple[int, str] | None:
         """Take a tensor's name apart: its layer and its name there; None outside the layers."""
         prefix = re.escape(f"{self.layers}.") if self.layers else r"\D*?\."

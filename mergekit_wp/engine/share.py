@@ -33,6 +33,7 @@ from mergekit_wp.engine.trace import (
     record,
     replay,
 )
+from mergekit_wp.engine.whole import whole_contributions
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName
 
@@ -130,6 +131,8 @@ def contributions(
     Returns:
         Per criterion, contributions to each task vector; a tensor no value depends on is absent.
     """
+    if not decoder.architecture.mapped:
+        return whole_contributions(decoder, batch, vectors, criteria, targets)
     collecting: list[Contributions] = [{} for _ in vectors]
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:

@@ -27,6 +27,8 @@ from mergekit_wp.criteria import (
     kl_values,
     logprob_values,
 )
+from mergekit_wp.engine.inside import Ended, Entered, under
+from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName
 
@@ -48,8 +50,18 @@ class Decoder:
 
     @cached_property
     def layers(self) -> Any:
-        """Decoder layers."""
-        return self.model.get_submodule(self.architecture.layers)
+        """Decoder layers.
+
+        Raises:
+            UserError: an architecture without a map, and no list of modules has their number.
+        """
+        if self.architecture.mapped:
+            return self.model.get_submodule(self.architecture.layers)
+        number = int(self.model.config.num_hidden_layers)
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == number:
+                return module
+        raise UserError(f"'{self.model.config.model_type}' has no list of {number} decoder layers")
 
     @property
     def embedding(self) -> nn.Module:
@@ -102,13 +114,13 @@ class Decoder:
         """
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Entered(args[0] if args else kwargs["hidden_states"])
+            raise Entered(args[0] if args else kwargs["hidden_states"])
 
         inputs = {"input_ids": ids, "use_cache": False}
         with hooked([self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)]):
             try:
                 functional_call(self.model, dict(swapped or {}), (), inputs)
-            except _Entered as entered:
+            except Entered as entered:
                 return entered.hidden
         raise AssertionError("the model has not called its first layer")
 
@@ -124,9 +136,9 @@ class Decoder:
             swapped: weights to use instead of the model's, by tensor name.
         """
         swapped = dict(swapped or {})
-        norm = _under(swapped, f"{self.architecture.norm}.")
+        norm = under(swapped, f"{self.architecture.norm}.")
         normed: torch.Tensor = functional_call(self.norm, norm, (at_positions,))
-        flat = _Ended(normed.flatten(0, -2).unsqueeze(0))
+        flat = Ended(normed.flatten(0, -2).unsqueeze(0))
         nothing = torch.zeros((1, 1), dtype=torch.long, device=normed.device)
         with _instead(self.model.base_model, lambda *_args, **_kwargs: flat):
             found = functional_call(self.model, swapped, (nothing,), {"use_cache": False})
@@ -137,31 +149,6 @@ class Decoder:
     def tied(self) -> bool:
         """Whether unembedding and embedding are one tensor."""
         return self.head.weight is self.embedding.weight
-
-
-class _Ended:
-    """What a model's decoder returns, whatever its model asks for besides the hidden states."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (self.last_hidden_state,)[index]
-
-
-class _Entered(Exception):
-    """Carries what enters the first layer out of the model."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 @dataclass
@@ -177,10 +164,15 @@ class LayerCall:
 
 @dataclass
 class Trace:
-    """One recorded forward pass over a batch of prompts."""
+    """One recorded forward pass over a batch of prompts.
+
+    ``logits`` are those that predict the response, ``[P, vocabulary]``, where they cannot be had
+    from the residual stream: the architecture has no map.
+    """
 
     batch: PromptBatch
     calls: list[LayerCall]
+    logits: torch.Tensor | None = None
 
     def residual(self, after_layer: int) -> torch.Tensor:
         """Residual stream ``[n, T, hidden]`` after a layer."""
@@ -205,6 +197,8 @@ def hooked(handles: list[Any]) -> Iterator[None]:
 
 def record(decoder: Decoder, batch: PromptBatch) -> Trace:
     """Run the decoder once (no unembedding) and keep every layer's call."""
+    if not decoder.architecture.mapped:
+        return record_whole(decoder, batch, {})
     calls: list[LayerCall] = []
     handles: list[Any] = []
 
@@ -227,6 +221,22 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
     with hooked(handles):
         decoder.model.base_model(input_ids=batch.ids, use_cache=False)
     return Trace(batch, calls)
+
+
+def record_whole(
+    decoder: Decoder, batch: PromptBatch, swapped: Mapping[str, torch.Tensor]
+) -> Trace:
+    """Run the whole model, with some other weights, and keep what its layers return."""
+    calls: list[LayerCall] = []
+
+    def after(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append(LayerCall(args[0] if args else first(output), {}))
+        calls[-1].output = first(output)
+
+    inputs = {"input_ids": batch.ids, "use_cache": False}
+    with hooked([layer.register_forward_hook(after) for layer in decoder.layers]):
+        found = functional_call(decoder.model, dict(swapped), (), inputs)
+    return Trace(batch, calls, found.logits[batch.rows, batch.cols])
 
 
 def _repeat(value: Any, n: int, copies: int) -> Any:
@@ -383,6 +393,12 @@ def own_values(
     decoder: Decoder, trace: Trace, criteria: Criteria, targets: Targets
 ) -> dict[CriterionName, torch.Tensor]:
     """Values ``[n]`` of the recorded run itself."""
+    if trace.logits is not None:
+        values = logit_values(trace.logits, trace.batch, criteria, targets)
+        if "anchor" in criteria and (anchor := targets.anchor) is not None:
+            hidden = trace.residual(anchor.layer)
+            values["anchor"] = anchor_values(hidden, trace.batch, anchor.vector)
+        return values
     last = len(decoder.layers) - 1
     hidden = trace.residual(last).unsqueeze(0)
     return {

@@ -47,6 +47,7 @@ from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_v
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout
 from mergekit_wp.scoring.references import References
+from mergekit_wp.scoring.whole import Chosen, swap_for_itself, swap_whole
 
 #: result tensors of a block, ``[components, prompts of the batch]`` by "criterion/kind/..." key
 Result = dict[str, torch.Tensor]
@@ -177,8 +178,15 @@ class SweepContext:
             return any(t.name in changed for t in self.partition.owned_by(kind, layer))
         return any(name in changed for name in self.partition.layer_tensors(layer))
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the architecture has a component map."""
+        return self.partition.dims.architecture.mapped
+
     def depth(self, layer: int) -> float:
         """Part of a forward pass that replaying from `layer` costs."""
+        if not self.mapped:
+            return 1.0
         last = last_layer(self.decoder, self.criteria, self.references.targets[0])
         return max(0, last - layer + 1) / self.partition.dims.n_layers
 
@@ -208,6 +216,8 @@ def exact_blocks(
         Blocks whose results hold changes ``[C, n]`` under ``criterion/kind``.
     """
     patch = _put if of_activations(estimand) else _swap
+    if not context.mapped:
+        patch = swap_whole
     n_layers = context.partition.dims.n_layers
     for b, batch in enumerate(context.references.batches):
         weight = context.weight_of(batch)
@@ -229,7 +239,6 @@ def exact_blocks(
             )
 
 
-Chosen = dict[Kind, list[int]]
 CoarsePatch = Callable[[SweepContext, float, int, Trace, int, Chosen], dict[Kind, Values]]
 
 
@@ -478,6 +487,9 @@ def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
     trace = context.trace(receiver_position(estimand), 0)
     targets, criteria = context.references.targets[0], context.criteria
     own = own_values(context.decoder, trace, criteria, targets)
+    if not context.mapped:
+        same = swap_for_itself(context, receiver_position(estimand), layer)
+        return {c: same[c] - own[c] for c in criteria}
     copies, dims = context.copies(trace.batch), context.partition.dims
     same = identity(context.decoder, layer, trace, dims, criteria, targets, copies)
     return {c: same[c] - own[c] for c in criteria}

@@ -130,7 +130,7 @@ def _guard(
     """What the base does on some prompts; 0 is as far from it as the experts are on average."""
     member = members[0]
     texts = encode_texts(member.tokenizer, prompts.prompts, path)
-    texts.check_vocabulary(member.pair.partition.vocabulary)
+    texts.check_vocabulary(member.pair.vocabulary)
     resident = ResidentModel(member.pair, DTYPES[request.dtype], request.device)
     samples = with_responses(
         request,

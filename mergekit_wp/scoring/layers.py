@@ -94,6 +94,7 @@ def find_anchors(request: AnchorRequest, progress: Progress, work: Path) -> list
         )
     prompts = tuple(prompt for prompt in prompts if prompt.usable_contrast)
     opened = open_inputs(request.base, request.expert, prompts, request.prompts, progress)
+    opened.pair.partition.dims.require_map("anchor")
     texts = opened.texts
     resident = ResidentModel(opened.pair, DTYPES[request.dtype], request.device)
     with Journal(work, {"tokens": texts.sha256()}, restart=True) as journal:

@@ -93,7 +93,7 @@ def measure(
         progress,
         prefix=f"{member.name}.",
     )
-    vocabulary = pair.partition.vocabulary
+    vocabulary = pair.vocabulary
     size = size or request.batch_size or auto_batch_size(samples, vocabulary, request.device)
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
     references = measure_references(resident, samples, ([], []), ("kl",), None, size)
@@ -159,6 +159,7 @@ def _open(request: ScoreRequest, progress: Progress) -> Member:
     prompts = read_prompts(request.prompts, request.max_prompts)
     opened = open_inputs(request.base, request.expert, prompts.prompts, request.prompts, progress)
     pair = opened.pair
+    pair.partition.dims.require_map("scoring in company, or fitting gates,")
     progress.stage("hashing weights", 1, "expert")
     sha256 = pair.expert.weights_sha256()
     progress.advance(1)

@@ -27,7 +27,7 @@ class Opened:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
-        return self.pair.partition.vocabulary
+        return self.pair.vocabulary
 
 
 def open_inputs(

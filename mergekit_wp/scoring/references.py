@@ -158,6 +158,8 @@ def references_at(
 def logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
     """Log-probabilities ``[P, vocabulary]`` at the positions that predict the response."""
     trace = record(decoder, batch)
+    if trace.logits is not None:
+        return torch.log_softmax(wide(trace.logits), -1)
     final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
     return torch.log_softmax(wide(decoder.logits(final)), -1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import mergekit_wp
 from mergekit_wp.checkpoints import Pair, ResidentModel
+from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import (
     Prompt,
@@ -14,7 +15,7 @@ from mergekit_wp.prompts import (
     Sample,
     read_prompts,
 )
-from mergekit_wp.scorefile import CriterionName, ScoreFile, read, write
+from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read, write
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
 from mergekit_wp.scoring.blocks import SweepContext
@@ -47,6 +48,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         request.base, request.expert, prompt_file.prompts, request.prompts, progress
     )
     pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
+    request = _within_the_map(request, pair, progress)
     progress.stage("hashing weights", 1, "pair")
     inputs = _inputs(request, pair, prompt_file, criteria, texts)
     progress.advance(1)
@@ -124,6 +126,28 @@ def _check_request(
             raise UserError(
                 f"--out {request.out} exists and is no score file; choose another name"
             ) from error
+
+
+def _within_the_map(request: ScoreRequest, pair: Pair, progress: Progress) -> ScoreRequest:
+    """Leave heads, K/V groups and neurons out where the architecture has no map of them.
+
+    Raises:
+        UserError: nothing else was asked for.
+    """
+    dims = pair.partition.dims
+    if dims.architecture.mapped:
+        return request
+    kinds = tuple(kind for kind in request.kinds if kind not in SLICED_KINDS)
+    if not kinds:
+        dims.require_map(f"--kinds {','.join(request.kinds)}")
+    for estimand in request.estimands:
+        if of_activations(estimand):
+            dims.require_map(f"--estimand {estimand}")
+    progress.note(
+        f"'{dims.architecture.class_name}' has no component map: scoring "
+        f"{' and '.join(f'{kind}s' for kind in kinds)} only, by whole forward passes"
+    )
+    return request.model_copy(update={"kinds": kinds})
 
 
 def _inputs(

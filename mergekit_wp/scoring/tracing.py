@@ -79,6 +79,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     opened = open_inputs(base, expert, prompts.prompts, request.prompts, progress)
     check_pair(file, opened.pair, request.file)
     config = opened.pair.base.config
+    opened.pair.partition.dims.require_map("trace")
     architecture = opened.pair.partition.dims.architecture
     if not architecture.plain_residual or architecture.parallel(config):
         raise UserError(
