@@ -24,7 +24,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mergekit_wp.architectures import of_type
+from mergekit_wp.architectures import of_type, text_config
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.stored import StoredNames
@@ -171,6 +171,11 @@ class Checkpoint:
         return found
 
     @property
+    def text_config(self) -> Any:
+        """The config of the text model, which is all that is scored."""
+        return text_config(self.config)
+
+    @property
     def weights_dtype(self) -> str:
         """The most common stored dtype, as torch names it."""
         kinds = [dtype for _, dtype in self.headers.values()]
@@ -238,7 +243,7 @@ class Pair:
         architecture = self.partition.dims.architecture
         if architecture.mapped:
             return self.partition.shapes[f"{architecture.embedding}.weight"][0]
-        return int(self.base.config.vocab_size)
+        return int(self.base.text_config.vocab_size)
 
     @property
     def changed(self) -> frozenset[str]:
@@ -279,7 +284,7 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
     names = parameter_names(skeleton(base.config))
     ours_too = set(names)
     theirs_only = [n for n in parameter_names(skeleton(expert.config)) if n not in ours_too]
-    if theirs_only and base.config.num_hidden_layers != expert.config.num_hidden_layers:
+    if theirs_only and base.text_config.num_hidden_layers != expert.text_config.num_hidden_layers:
         name = theirs_only[0]
         raise UserError(
             f"shapes differ at tensor {name}: base has none, expert {list(expert.header(name)[0])}"
@@ -323,7 +328,7 @@ def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
         both = {**base.config.to_dict(), **expert.config.to_dict()}
         computing = [key for key in both if key not in (*_VOLATILE_CONFIG, *_HARMLESS)]
     for key in computing:
-        ours[key], theirs[key] = (getattr(c.config, key, None) or None for c in (base, expert))
+        ours[key], theirs[key] = (getattr(c.text_config, key, None) or None for c in (base, expert))
     for key in ours:
         if ours[key] != theirs[key]:
             raise UserError(
@@ -353,7 +358,8 @@ def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers."""
+    """The text model with parameters on the meta device and real buffers."""
+    config = text_config(config)
     architecture = of_type(config.model_type)
     implementation = None if architecture is None else architecture.attention_implementation
     with init_empty_weights(include_buffers=False):

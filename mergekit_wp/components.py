@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from mergekit_wp.architectures import LLAMA, Architecture, named, of_type, without_map
+from mergekit_wp.architectures import LLAMA, Architecture, named, of_type, text_config, without_map
 from mergekit_wp.errors import UserError
 
 Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
@@ -88,7 +88,13 @@ class Dims:
         Raises:
             UserError: not a decoder.
         """
-        architecture = of_type(config.model_type)
+        architecture, whole = of_type(config.model_type), config
+        config = text_config(config)
+        if architecture and architecture.text_type not in (None, config.model_type):
+            raise UserError(
+                f"'{whole.model_type}' with a '{config.model_type}' text model is not supported, "
+                f"only with '{architecture.text_type}'"
+            )
         if not hasattr(config, "num_hidden_layers"):
             raise UserError(
                 f"'{config.model_type}' is no text decoder: its config has no num_hidden_layers"

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import torch
 
 from mergekit_wp import gatesfile, scorefile
+from mergekit_wp.architectures import text_config
 from mergekit_wp.components import Dims, TensorLayout, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.fusion import Normalised, delta_norm, ranked, with_harm
@@ -153,7 +154,7 @@ class ExpertScores:
         }
         base = {
             "architecture": config.architectures[0] if config.architectures else None,
-            "hidden_size": config.hidden_size,
+            "hidden_size": text_config(config).hidden_size,
             **dims.numbers,
         }
         if wrong := [f"{k} {base[k]}, not {scored[k]}" for k in scored if scored[k] != base[k]]:

@@ -18,6 +18,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContract, TensorGroup
 
+from mergekit_wp.architectures import text_config
 from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import (
@@ -314,7 +315,7 @@ def check_fit(
 def is_tied(base_id: Hashable | None) -> bool | None:
     """Whether the base's output head is its embedding; None when its config is not known."""
     config = base_config(base_id)
-    return None if config is None else bool(config.tie_word_embeddings)
+    return None if config is None else bool(text_config(config).tie_word_embeddings)
 
 
 def base_config(base_id: Hashable | None) -> Any | None:

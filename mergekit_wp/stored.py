@@ -43,6 +43,8 @@ class StoredNames:
     def __init__(self, config: Any, headers: Mapping[str, Header]) -> None:
         self.model_type = str(config.model_type)
         self.config, self.headers = config, headers
+        architecture = of_type(self.model_type)
+        self._prefix = architecture.stored_prefix if architecture else ""
         self._found: dict[str, Header | None] = {}
 
     @cached_property
@@ -67,6 +69,8 @@ class StoredNames:
     def name(self, parameter: str) -> str | None:
         """The one stored tensor that is this parameter, None where there is none."""
         names: list[str] = [parameter, *self._aliases.get(parameter, ())]
+        if self._prefix:
+            names.append(self._prefix + parameter)
         return next((name for name in names if name in self.headers), None)
 
     def header(self, parameter: str) -> Header | None:

@@ -88,6 +88,8 @@ class Architecture:
         plain_residual: whether what a block returns is added to the residual stream as it is,
             without a norm or factor after it.
         stored_as: names of parameters in checkpoints, where mergekit knows no alias for them.
+        stored_prefix: what all of their names begin with there.
+        text_type: ``model_type`` of the text model within a larger one: that is what is scored.
         mixed_layers: whether layers differ in their components, so that there is no map of them,
             from the config.
     """
@@ -110,6 +112,8 @@ class Architecture:
     coupled: frozenset[FineKind] = frozenset()
     plain_residual: bool = True
     stored_as: Mapping[str, str] = field(default_factory=dict, hash=False)
+    stored_prefix: str = ""
+    text_type: str | None = None
     mixed_layers: Callable[[Any], bool] = lambda config: False
 
     def out(self, kind: FineKind) -> str:
@@ -126,6 +130,7 @@ class Architecture:
 
     def parameter(self, stored: str) -> str:
         """The parameter that a checkpoint stores under a name."""
+        stored = stored.removeprefix(self.stored_prefix)
         return next((name for name, other in self.stored_as.items() if other == stored), stored)
 
     def enters(self, name: str) -> bool:

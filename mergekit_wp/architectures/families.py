@@ -21,6 +21,12 @@ _STACKED = LLAMA_CUTS | {
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA,
     Architecture("mistral", "MistralForCausalLM"),
+    Architecture(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        stored_prefix="language_model.",
+        text_type="mistral",
+    ),
     Architecture("qwen2", "Qwen2ForCausalLM"),
     Architecture("qwen3", "Qwen3ForCausalLM"),
     Architecture("granite", "GraniteForCausalLM", plain_residual=False),

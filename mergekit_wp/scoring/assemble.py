@@ -95,7 +95,7 @@ def common_fields(
         "n_heads": dims.n_heads,
         "n_kv_groups": dims.n_kv_groups,
         "n_neurons": dims.n_neurons,
-        "hidden_size": int(pair.base.config.hidden_size),
+        "hidden_size": int(pair.base.text_config.hidden_size),
         "kinds": request.kinds,
         "scale": {
             name: Scale(base=float(r.base.mean()), expert=float(r.expert.mean()))

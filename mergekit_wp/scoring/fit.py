@@ -461,7 +461,7 @@ def _manifest(
         n_heads=dims.n_heads,
         n_kv_groups=dims.n_kv_groups,
         n_neurons=dims.n_neurons,
-        hidden_size=int(pair.base.config.hidden_size),
+        hidden_size=int(pair.base.text_config.hidden_size),
         tensor_names=pair.partition.tensor_names,
         upper=request.upper,
         start=request.start,
