@@ -22,6 +22,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -90,6 +91,7 @@ FAMILIES: dict[str, Callable[[], object]] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "starcoder2": lambda: Starcoder2Config(**_SMALL, num_key_value_heads=1, sliding_window=None),
+    "phi": lambda: PhiConfig(**_SMALL, num_key_value_heads=1),
     "phi3": lambda: Phi3Config(
         **(_SMALL | {"num_attention_heads": 4}), num_key_value_heads=2, tie_word_embeddings=True
     ),

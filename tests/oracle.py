@@ -29,6 +29,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], n: int, eos: int) -> list[
 WRITERS = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }
 

@@ -28,6 +28,7 @@ from mergekit_wp.components import KINDS, Component, Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from mergekit_wp.scoring.tracing import check_traceable
 from tests.factory import make_score_file
 from tests.merging import norms, reference
 from tests.models import (
@@ -359,6 +360,21 @@ def test_the_text_part_of_a_larger_model(tmp_path) -> None:
         inside = name.removeprefix("language_model.")
         want = expected[inside] if inside != name else before[name].double()
         torch.testing.assert_close(tensor.double(), want, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("granite", "'granite' puts a norm or factor between its blocks and the residual stream"),
+        ("cohere2", "'cohere2' runs attention and MLP side by side"),
+        ("mixtral", "'mixtral' sends positions to different experts"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(family, why) -> None:
+    model = make_model(family)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=why):
+        check_traceable(Partition(Dims.from_config(model.config), shapes), model.config)
 
 
 # --- architectures without a map ----------------------------------------------------------------

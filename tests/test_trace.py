@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp import scorefile, tracefile
 from mergekit_wp.checkpoints import open_pair
@@ -27,7 +28,7 @@ from mergekit_wp.scoring.tracing import trace
 from mergekit_wp.tracefile import TraceFile
 from tests.circuit import HEAD, LATE, NEURON, write_world
 from tests.models import EOS, LETTERS, make_model, perturbed, save, write_prompts
-from tests.oracle import swapped, values, with_activation
+from tests.oracle import WRITERS, layers_of, swapped, values, with_activation
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -141,12 +142,16 @@ def naive_supply(
     base, expert = load(root / "base"), load(root / "expert")
     patch = swapped if via == "weights" else with_activation
     changed = patch(base, expert, partition, source)
-    block = "mlp" if source.kind == "neuron" else "self_attn"
+    writers = WRITERS.get(base.config.model_type, ("self_attn.o_proj", "mlp.down_proj"))
+    attention = writers[0].partition(".")[0]
+    block = "mlp" if source.kind == "neuron" else attention
+    head_dim = getattr(base.config, "head_dim", None)
+    head_dim = head_dim or base.config.hidden_size // base.config.num_attention_heads
     total = []
 
     def output(model: PreTrainedModel, layer: int, part: str, ids: torch.Tensor) -> torch.Tensor:
         seen = []
-        module = getattr(model.model.layers[layer], part)
+        module = getattr(layers_of(model)[layer], part)
         handle = module.register_forward_hook(
             lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -164,27 +169,30 @@ def naive_supply(
         ids = torch.tensor([[*sequence[0], *sequence[1]]])
         delta = output(changed, source.layer, block, ids) - output(base, source.layer, block, ids)
         moved = copy.deepcopy(base)
-        layer = moved.model.layers[target.layer]
+        layer = layers_of(moved)[target.layer]
         layer.register_forward_pre_hook(lambda _m, args, delta=delta: (args[0] + delta,))
         if target.kind == "neuron":
-            held = output(base, target.layer, "self_attn", ids)
-            layer.self_attn.register_forward_hook(lambda _m, _a, _o, held=held: (held, None))
-            path, width = "mlp.down_proj", 1
+            held = output(base, target.layer, attention, ids)
+            layer.get_submodule(attention).register_forward_hook(
+                lambda _m, _a, _o, held=held: (held, None)
+            )
+            path, width = writers[1], 1
         else:
-            path, width = "self_attn.o_proj", base.model.layers[0].self_attn.head_dim
+            path, width = writers[0], head_dim
         reads: list[torch.Tensor] = []
         for model in (moved, base):
-            module = model.model.layers[target.layer].get_submodule(path)
+            module = layers_of(model)[target.layer].get_submodule(path)
             handle = module.register_forward_pre_hook(
                 lambda _m, args, reads=reads: reads.append(args[0])
             )
             model(ids)
             handle.remove()
         cut = slice(target.index * width, (target.index + 1) * width)
-        weight = base.model.layers[target.layer].get_submodule(path).weight[:, cut]
-        change = (reads[0] - reads[1])[..., cut] @ weight.T
+        module = layers_of(base)[target.layer].get_submodule(path)
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        change = (reads[0] - reads[1])[..., cut] @ weight[:, cut].T
         final = copy.deepcopy(base)
-        final.model.layers[target.layer].get_submodule(path).register_forward_hook(
+        layers_of(final)[target.layer].get_submodule(path).register_forward_hook(
             lambda _m, _a, out, change=change: out + change
         )
         total.append(values(final, expert, [sequence], None)["kl"])
@@ -193,7 +201,7 @@ def naive_supply(
     return float((torch.stack(total).mean() - at_base) / (at_expert - at_base))
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "phi3", "starcoder2", "gpt2"])
 def test_supplies_equal_naive_path_patching(tmp_path: Path, family: str) -> None:
     base = make_model(family)
     save(base, tmp_path / "base")

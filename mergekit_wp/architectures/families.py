@@ -56,6 +56,21 @@ FAMILIES: tuple[Architecture, ...] = (
         },
     ),
     Architecture(
+        "phi",
+        "PhiForCausalLM",
+        norm="model.final_layernorm",
+        attention_out="self_attn.dense.weight",
+        mlp_out="mlp.fc2.weight",
+        cuts=LLAMA_CUTS
+        | {
+            "self_attn.dense.weight": columns("head"),
+            "mlp.fc1.weight": rows("neuron"),
+            "mlp.fc1.bias": rows("neuron"),
+            "mlp.fc2.weight": columns("neuron"),
+        },
+        parallel=lambda config: True,
+    ),
+    Architecture(
         "phi3",
         "Phi3ForCausalLM",
         cuts=LLAMA_CUTS

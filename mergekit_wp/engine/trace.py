@@ -141,7 +141,10 @@ class Decoder:
         flat = Ended(normed.flatten(0, -2).unsqueeze(0))
         nothing = torch.zeros((1, 1), dtype=torch.long, device=normed.device)
         with _instead(self.model.base_model, lambda *_args, **_kwargs: flat):
-            found = functional_call(self.model, swapped, (nothing,), {"use_cache": False})
+            if swapped:
+                found = functional_call(self.model, swapped, (nothing,), {"use_cache": False})
+            else:  # looks up no names
+                found = self.model(nothing, use_cache=False)
         logits: torch.Tensor = found.logits
         return logits.view(*normed.shape[:-1], -1)
 

@@ -17,7 +17,7 @@ import torch
 import mergekit_wp
 from mergekit_wp import scorefile, tracefile
 from mergekit_wp.checkpoints import ResidentModel
-from mergekit_wp.components import FineKind
+from mergekit_wp.components import FineKind, Partition
 from mergekit_wp.criteria import AnchorDirection, Targets, recovery
 from mergekit_wp.engine.gradients import criterion_gradients, record_with_gradients
 from mergekit_wp.engine.local import Changes
@@ -78,19 +78,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     expert = request.expert or scored_model(file.manifest.expert)
     opened = open_inputs(base, expert, prompts.prompts, request.prompts, progress)
     check_pair(file, opened.pair, request.file)
-    config = opened.pair.base.config
-    opened.pair.partition.dims.require_map("trace")
-    architecture = opened.pair.partition.dims.architecture
-    if not architecture.plain_residual or architecture.parallel(config):
-        raise UserError(
-            f"trace does not know '{config.model_type}': it follows what blocks add to the "
-            "residual stream, and this architecture "
-            + (
-                "changes it on the way"
-                if not architecture.plain_residual
-                else "runs attention and MLP side by side"
-            )
-        )
+    check_traceable(opened.pair.partition, opened.pair.base.text_config)
     inputs = {
         **request.model_dump(mode="json", exclude={"restart", "file", "out", "rules"}),
         "scores": file.digest(),
@@ -127,6 +115,26 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
         tracefile.write(result, request.out)
         journal.discard()
     return result
+
+
+def check_traceable(partition: Partition, config: Any) -> None:
+    """Refuse architectures in which a block's change is not what later blocks read.
+
+    Raises:
+        UserError: says why.
+    """
+    partition.dims.require_map("trace")
+    architecture, why = partition.dims.architecture, None
+    if not architecture.plain_residual:
+        why = "puts a norm or factor between its blocks and the residual stream"
+    elif architecture.parallel(config):
+        why = "runs attention and MLP side by side"
+    elif any(len(partition.layouts[name].dims) > 1 for name in partition.layer_tensors(0)):
+        why = "sends positions to different experts"
+    if why:
+        raise UserError(
+            f"trace follows what blocks add to the residual stream; '{config.model_type}' {why}"
+        )
 
 
 def leading(file: ScoreFile, criterion: CriterionName, count: int) -> list[Place]:
