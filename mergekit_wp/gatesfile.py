@@ -80,9 +80,9 @@ class GatesManifest(_Strict):
     guards: tuple[Guard, ...]
     architecture: str
     n_layers: PositiveInt
-    n_heads: NonNegativeInt
-    n_kv_groups: NonNegativeInt
-    n_neurons: NonNegativeInt
+    n_heads: PositiveInt
+    n_kv_groups: PositiveInt
+    n_neurons: PositiveInt
     hidden_size: PositiveInt
     tensor_names: tuple[str, ...]
     upper: float

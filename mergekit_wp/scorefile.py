@@ -216,6 +216,9 @@ class Manifest(_Strict):
         for field in (self.estimands, self.criteria, self.kinds):
             if len(set(field)) != len(field):
                 raise ValueError(f"{', '.join(field)}: a name stands twice")
+        for kind in SLICED_KINDS:
+            if kind in self.kinds and not self.dims.count(kind):
+                raise ValueError(f"n_{kind}s is 0, but kinds has '{kind}'")
         if ("path" in self.estimands) != (self.company is not None):
             raise ValueError("'path' scores and a 'company' belong together")
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:

@@ -24,6 +24,7 @@ from mergekit_wp import scorefile
 from mergekit_wp.architectures import FAMILIES as DECLARED
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.checkpoints import Checkpoint
+from mergekit_wp.compare.merging import EvaluationModel
 from mergekit_wp.components import KINDS, Component, Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.scoring.request import ScoreRequest
@@ -265,11 +266,14 @@ def test_merge_equals_the_definition(tmp_path, family) -> None:
     options = MergeOptions(quiet=True, copy_tokenizer=False)
     run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "out"), options)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    evaluated = EvaluationModel(Checkpoint(recipe["base_model"]), torch.float32, "cpu")
+    in_memory = evaluated.load(load_file(tmp_path / "out" / "model.safetensors"))
     expected = reference(states[0], states[1:], files)
     moved = [n for n, p in merged.named_parameters() if not torch.equal(p, states[0][n])]
     assert len(moved) > len(states[0]) / 2, "or the merge has taken next to nothing"
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-6, atol=1e-6)
+        assert torch.equal(in_memory.get_parameter(name), parameter)
 
 
 def test_a_checkpoint_without_the_models_prefix_is_read(tmp_path) -> None:
@@ -353,11 +357,14 @@ def test_the_text_part_of_a_larger_model(tmp_path) -> None:
     run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "out"), options)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     before = load_file(tmp_path / "base" / "model.safetensors")
+    in_memory = EvaluationModel(Checkpoint(request.base), torch.float32, "cpu").load(merged)
     states = [{n: p.detach() for n, p in m.named_parameters()} for m in (base, expert)]
     expected = reference(states[0], [states[1]], [result])
     assert merged.keys() == before.keys()
     for name, tensor in merged.items():
         inside = name.removeprefix("language_model.")
+        if inside != name:
+            assert torch.equal(in_memory.get_parameter(inside), tensor)
         want = expected[inside] if inside != name else before[name].double()
         torch.testing.assert_close(tensor.double(), want, rtol=1e-6, atol=1e-6, msg=name)
 

@@ -36,9 +36,12 @@ def write_task(path: Path, word: str) -> Path:
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(request.param, tmp_path_factory.mktemp("company"))
+
+
+def make_world(family: str, root: Path) -> Path:
     """A base, two experts that want different answers, prompts and a recipe."""
-    root = tmp_path_factory.mktemp("company")
-    base = make_model(request.param)
+    base = make_model(family)
     save(base, root / "base")
     for name, word in zip(NAMES, ("abca", "dd"), strict=True):
         task = write_task(root / f"{name}.jsonl", word)
@@ -63,7 +66,9 @@ def request_for(world: Path, out: Path, **options: object) -> CompanyRequest:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model.set_experts_implementation("eager")  # the one that multiplies float64
+    return model
 
 
 class NaiveWalk:
@@ -139,8 +144,14 @@ class NaiveWalk:
 
 def load_like(model: PreTrainedModel) -> PreTrainedModel:
     copy = type(model)(model.config).double().eval()
+    copy.set_experts_implementation("eager")
     copy.load_state_dict(model.state_dict())
     return copy
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_fused_and_stacked_weights_walk_alike(tmp_path: Path, family: str) -> None:
+    test_the_path_equals_a_naive_walk(make_world(family, tmp_path), tmp_path)
 
 
 def test_the_path_equals_a_naive_walk(world: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_wp.checkpoints import Checkpoint, parameter_names, skeleton
 from mergekit_wp.compare.results import MERGE
+from mergekit_wp.components import Dims
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import naming_disk
 
@@ -75,6 +76,8 @@ class EvaluationModel:
     def __init__(self, base: Checkpoint, dtype: torch.dtype, device: str) -> None:
         self.dtype, self.device = dtype, device
         self.model: Any = skeleton(base.config)
+        self.architecture = Dims.from_config(base.config).architecture
+        self.stored = {self.architecture.parameter(name) for name in base.headers}
         self.names = parameter_names(self.model)
         tied = set(self.model.state_dict()) - set(self.names)
         self.allowed = set(self.names) | tied
@@ -94,9 +97,11 @@ class EvaluationModel:
         Raises:
             UserError: a weight is missing, unknown or misshapen.
         """
+        tensors = {self.architecture.parameter(name): t for name, t in tensors.items()}
         if missing := [name for name in self.names if name not in tensors]:
             raise UserError(f"the merge has no tensor {missing[0]}; mergekit did not write it")
-        if extra := [name for name in tensors if name not in self.allowed]:
+        beside = self.allowed | self.stored  # buffers, or the rest of a larger model
+        if extra := [name for name in tensors if name not in beside]:
             raise UserError(f"the merge has a tensor {extra[0]}, which the model does not have")
         for name, parameter in self.model.named_parameters():
             if parameter.shape != tensors[name].shape:
