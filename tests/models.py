@@ -151,13 +151,20 @@ OTHERS: dict[str, Callable[[], object]] = {
 }
 
 
+def with_eager_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """A mixture that multiplies its experts one by one: no other way knows float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
+
+
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random float64 model; biases and norms are random too, so that they matter."""
     torch.manual_seed(seed)
     model = (
         AutoModelForCausalLM.from_config((CONFIGS | FAMILIES | OTHERS)[family]()).double().eval()
     )
-    model.set_experts_implementation("eager")  # the one that multiplies float64
+    with_eager_experts(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -170,7 +177,7 @@ def perturbed(model: PreTrainedModel, scale: float = 0.1, seed: int = 1) -> PreT
     """A copy whose every weight differs."""
     torch.manual_seed(seed)
     other = type(model)(model.config).double().eval()
-    other.set_experts_implementation("eager")
+    with_eager_experts(other)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         for parameter in other.parameters():

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mergekit.config import MergeConfiguration
@@ -27,6 +28,7 @@ from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare.merging import EvaluationModel
 from mergekit_wp.components import KINDS, Component, Dims, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.report.panels import tensor_grid
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.scoring.tracing import check_traceable
@@ -274,6 +276,29 @@ def test_merge_equals_the_definition(tmp_path, family) -> None:
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-6, atol=1e-6)
         assert torch.equal(in_memory.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize(
+    ("family", "columns", "outside"),
+    [
+        (
+            "gpt2",
+            "qkv o up down norms other",
+            ["embedding", "positions", "final norm", "final norm"],
+        ),
+        ("phi3", "qkv o gate+up down norms", ["embedding", "final norm"]),
+        ("mixtral", "q k v o gate+up down norms other", ["embedding", "final norm", "lm_head"]),
+    ],
+)
+def test_the_page_names_tensors_by_what_they_are(family, columns, outside) -> None:
+    model = make_model(family)
+    names = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    dims = Dims.from_config(model.config)
+    manifest = make_score_file(dims=dims, delta_norm=names).manifest
+    manifest = manifest.model_copy(update={"architecture": type(model).__name__})
+    _, found, beside = tensor_grid(manifest, np.ones(len(names)))
+    assert found == columns.split()
+    assert [word for word, _ in beside] == outside
 
 
 def test_a_checkpoint_without_the_models_prefix_is_read(tmp_path) -> None:

@@ -19,7 +19,15 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import CompanyRequest
-from tests.models import EOS, LETTERS, finetuned, make_model, save, write_prompts
+from tests.models import (
+    EOS,
+    LETTERS,
+    finetuned,
+    make_model,
+    save,
+    with_eager_experts,
+    write_prompts,
+)
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -67,8 +75,7 @@ def request_for(world: Path, out: Path, **options: object) -> CompanyRequest:
 
 def load(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    model.set_experts_implementation("eager")  # the one that multiplies float64
-    return model
+    return with_eager_experts(model)
 
 
 class NaiveWalk:
@@ -144,7 +151,7 @@ class NaiveWalk:
 
 def load_like(model: PreTrainedModel) -> PreTrainedModel:
     copy = type(model)(model.config).double().eval()
-    copy.set_experts_implementation("eager")
+    with_eager_experts(copy)
     copy.load_state_dict(model.state_dict())
     return copy
 

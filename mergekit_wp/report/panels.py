@@ -17,7 +17,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from mergekit_wp.components import Kind, layout_of
+from mergekit_wp.architectures import Architecture
+from mergekit_wp.architectures.declaration import module_of
+from mergekit_wp.components import Dims, Kind, layout_of
 from mergekit_wp.scorefile import Manifest
 
 Array = npt.NDArray[np.float64]
@@ -38,7 +40,7 @@ _ROLES = {
     "up_proj": "up",
     "down_proj": "down",
 }
-_COLUMNS = (*_ROLES.values(), "norms", "other")
+_COLUMNS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate+up", "down", "norms", "other")
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,39 @@ def tensor_grid(
     for name, score in zip(manifest.tensor_names, scores.tolist(), strict=True):
         layer = layout_of(name, manifest.dims).layer
         if layer is None or layer >= manifest.n_layers:
-            outside.append((_short(name), score))
+            outside.append((_short(name, manifest.dims.architecture), score))
             continue
-        column = _COLUMNS.index(_role(name))
+        column = _COLUMNS.index(_role(name, manifest.dims))
         grid[layer, column] = np.nansum([grid[layer, column], score])
     used = ~np.isnan(grid).all(axis=0)
     return grid[:, used], [c for c, keep in zip(_COLUMNS, used, strict=True) if keep], outside
 
 
-def _role(name: str) -> str:
-    parts = name.split(".")
-    module = parts[-2] if len(parts) > 1 else name
-    return _ROLES.get(module, "norms" if "norm" in module else "other")
+def _role(name: str, dims: Dims) -> str:
+    module = module_of(name).rpartition(".")[2]
+    layout, place = layout_of(name, dims), dims.architecture.within_layer(name)
+    if module in _ROLES:
+        return _ROLES[module]
+    if layout.whole or place is None:
+        return "norms" if "norm" in module or module.startswith("ln_") else "other"
+    if place[1] == dims.architecture.out(layout.kinds[0]):
+        return "down" if "neuron" in layout.kinds else "o"
+    if "neuron" in layout.kinds:
+        return "gate+up" if len(layout.runs) > 1 else "up"
+    return "qkv"
 
 
-def _short(name: str) -> str:
+def _short(name: str, architecture: Architecture) -> str:
     """Name for a tensor outside the layers; anything unknown is plain 'other'."""
+    module = module_of(name)
+    known = {
+        architecture.embedding: "embedding",
+        architecture.positions: "positions",
+        architecture.norm: "final norm",
+        architecture.head: "lm_head",
+    }
+    if module in known:
+        return known[module]
     for part, word in (("embed", "embedding"), ("lm_head", "lm_head"), ("norm", "final norm")):
         if part in name:
             return word
