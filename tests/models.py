@@ -59,6 +59,13 @@ CONFIGS: dict[str, Callable[[], object]] = {
 
 
 _SMALL = _SIZES | {"intermediate_size": 3, "num_attention_heads": 2}
+_EXPERTS = _SMALL | {
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 2,
+}
 #: one for every other architecture: heads, groups, neurons and rotary settings as it has them
 FAMILIES: dict[str, Callable[[], object]] = {
     "granite": lambda: GraniteConfig(
@@ -112,12 +119,7 @@ FAMILIES: dict[str, Callable[[], object]] = {
         **_SMALL, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_SMALL,
-        num_key_value_heads=1,
-        head_dim=4,
-        num_experts=3,
-        num_experts_per_tok=2,
-        moe_intermediate_size=2,
+        **_EXPERTS,
         norm_topk_prob=False,
     ),
 }
@@ -140,12 +142,7 @@ OTHERS: dict[str, Callable[[], object]] = {
         pad_token_id=None,
     ),
     "qwen3_moe-mixed": lambda: Qwen3MoeConfig(
-        **_SMALL,
-        num_key_value_heads=1,
-        head_dim=4,
-        num_experts=3,
-        num_experts_per_tok=2,
-        moe_intermediate_size=2,
+        **_EXPERTS,
         mlp_only_layers=[0],
     ),
 }

@@ -117,6 +117,7 @@ def test_an_architecture_without_a_map_has_layers_and_tensors() -> None:
     dims = Dims.from_config(BertConfig(num_hidden_layers=3))
     assert (dims.n_layers, dims.n_heads, dims.n_kv_groups, dims.n_neurons) == (3, 0, 0, 0)
     assert layout_of("encoder.layer.2.attention.query.weight", dims).layer == 2
+    assert layout_of("h2o.layer.2.experts.0.up", dims).layer == 2
     assert layout_of("encoder.layer.3.attention.query.weight", dims).layer is None
     assert layout_of("model.layers.0.self_attn.q_proj.weight", dims).whole
 

@@ -144,7 +144,7 @@ class Architecture:
 
     def within_layer(self, name: str) -> tuple[int, str] | None:
         """Take a tensor's name apart: its layer and its name there; None outside the layers."""
-        prefix = re.escape(f"{self.layers}.") if self.layers else r"\D*?\."
+        prefix = re.escape(f"{self.layers}.") if self.layers else r".*?\."
         match = re.match(rf"{prefix}([0-9]{{1,6}})\.(.+)$", name)
         return (int(match[1]), match[2]) if match else None
 
