@@ -222,10 +222,12 @@ def with_buffers(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", [n for n in [*FAMILIES, *OTHERS] if "-" not in n])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen2", "qwen3", *(n for n in [*FAMILIES, *OTHERS] if "-" not in n)]
+)
 def test_merge_equals_the_definition(tmp_path, family) -> None:
     LoaderCache.loaders.clear()
-    config = (FAMILIES | OTHERS)[family]()
+    config = (CONFIGS | FAMILIES | OTHERS)[family]()
     for key, value in UNTIED.get(family, {}).items():
         setattr(config, key, value)
     base = AutoModelForCausalLM.from_config(config)
@@ -248,7 +250,7 @@ def test_merge_equals_the_definition(tmp_path, family) -> None:
             hidden_size=config.hidden_size,
             seed=e,
             delta_norm=norms(states[0], state),
-            kinds=KINDS if family in FAMILIES else ("layer", "tensor"),
+            kinds=("layer", "tensor") if family in OTHERS else KINDS,
         )
         manifest = file.manifest.model_copy(update={"architecture": type(base).__name__})
         files.append(replace(file, manifest=manifest))
