@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mergekit.architecture import get_architecture_info
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, SaveTensor
@@ -43,6 +44,7 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
     tasks = plan(recipe, options)
     if recipe.is_weight_patching:
         _refuse_shifted_layers(tasks)
+        _refuse_missing_tensors(tasks)
         _refuse_lost_tensors(recipe, tasks)
         for task in tasks:
             planned_gates(task)  # refuses score files and guards that do not fit
@@ -111,6 +113,25 @@ def _refuse_shifted_layers(tasks: list[ExecuteMergeMethodTask]) -> None:
                 raise UserError(
                     f"slices: {weight.name} of {model} would become {task.output_weight.name}, "
                     "where other scores apply; weight_patching needs layers to keep their numbers"
+                )
+
+
+def _refuse_missing_tensors(tasks: list[ExecuteMergeMethodTask]) -> None:
+    """Tensors that mergekit's definition asks for and a model does not store."""
+    for task in tasks:
+        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        for model, weight in gather.weight_info.items():
+            if weight.optional:
+                continue
+            stored = LoaderCache().get(model).index.tensor_paths
+            names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+            if any(name in stored for name in names):
+                continue
+            kind = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
+            if not can_convert_checkpoint_keys(kind, set(stored), weight.name):
+                raise UserError(
+                    f"model {model} stores no {weight.name}, which mergekit requires of every "
+                    f"'{kind}' model in any merge method; use mergekit-pytorch on the weight files"
                 )
 
 

@@ -53,6 +53,25 @@ def test_stock_mergekit_is_made_to_say_it(recipe, tmp_path, caplog) -> None:
     assert "self_attn.q_proj.bias" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("family", "missing"),
+    [("gpt_neox", "gpt_neox.layers.0.attention.bias"), ("phi3", "lm_head.weight")],
+)
+def test_what_mergekit_asks_for_in_vain_is_said_before(tmp_path, family, missing) -> None:
+    ensure_registered()
+    base = make_model(family)
+    run(tmp_path, base, perturbed(base), estimands=("share",), dtype="float32")
+    scores = {"scores": str(tmp_path / "scores.safetensors")}
+    content = {
+        "merge_method": "weight_patching",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "expert"), "parameters": scores}],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=f"stores no {missing}, which mergekit requires of every"):
+        preflight.check(recipes.read(str(tmp_path / "recipe.yml")), MergeOptions())
+
+
 def test_layers_left_out_by_the_recipe_are_no_loss() -> None:
     scored = [f"model.layers.{i}.{name}" for i in range(2) for name in ("w", "b")]
     assert unwritten([*scored, "model.norm.weight"], {"model.layers.0.w", "model.norm.weight"}) == [
