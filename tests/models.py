@@ -64,7 +64,7 @@ _EXPERTS = _SMALL | {
     "head_dim": 4,
     "num_experts": 3,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 2,
+    "moe_intermediate_size": 4,  # grouped products want rows of 16 bytes
 }
 #: one for every other architecture: heads, groups, neurons and rotary settings as it has them
 FAMILIES: dict[str, Callable[[], object]] = {

@@ -147,6 +147,20 @@ def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_preci
         assert complete == pytest.approx(whole / span, abs=1e-6)
 
 
+def test_a_mixture_in_float32_multiplies_in_groups_and_scores_alike(tmp_path) -> None:
+    base = make_model("qwen3_moe")
+    expert = perturbed(base)
+    options = {
+        "prompts": write_prompts(tmp_path / "p.jsonl", 2, response=True),
+        "estimands": ("gain", "share"),
+        "share_steps": 1,
+    }
+    exact = run(tmp_path / "64", base, expert, **options)
+    coarse = run(tmp_path / "32", base, expert, dtype="float32", **options)
+    for key in exact.manifest.score_keys():
+        torch.testing.assert_close(coarse.tensors[key], exact.tensors[key], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_activation_patches_equal_naive_ones(tmp_path, family, double_precision_file) -> None:
     base = make_model(family)
