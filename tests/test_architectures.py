@@ -27,8 +27,10 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare.merging import EvaluationModel
 from mergekit_wp.components import KINDS, Component, Dims, Partition
+from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.report.panels import tensor_grid
+from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.scoring.tracing import check_traceable
@@ -45,6 +47,7 @@ from tests.models import (
     write_prompts,
 )
 from tests.oracle import Naive, Sequences, layers_of
+from tests.test_company import make_world, request_for
 from tests.test_scoring import Quiet, double_precision_file, partition_of, run, sequences_of
 
 torch.set_num_threads(1)
@@ -483,3 +486,22 @@ def test_mixtures_with_dense_layers_have_no_map() -> None:
     assert not dims.architecture.mapped
     with pytest.raises(UserError, match="trace needs a component map, which 'qwen3_moe' does not"):
         dims.require_map("trace")
+
+
+def test_experts_of_a_model_without_a_map_are_not_scored_in_company(tmp_path) -> None:
+    world = make_world("opt", tmp_path)
+    with pytest.raises(UserError, match="in company, or fitting gates, needs a component map"):
+        score_company(request_for(world, tmp_path / "out"), Quiet())
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    model = make_model("opt")
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UserError, match="'opt' has no list of 3 decoder layers"):
+        len(Decoder(model).layers)
+
+
+def test_another_text_model_within_a_larger_one_is_refused() -> None:
+    config = Mistral3Config(text_config={"model_type": "llama"})
+    with pytest.raises(UserError, match="'mistral3' with a 'llama' text model is not supported"):
+        Dims.from_config(config)
