@@ -414,6 +414,10 @@ class ResidentModel:
         self.fill(weight_of)
         self.position = position
 
+    def release(self) -> None:
+        """Give back the memory of the weights, for good: other processes hold the model now."""
+        torch.nn.Module.to(self.model, "meta")
+
     @torch.no_grad()
     def fill(self, weight_of: Callable[[str], torch.Tensor]) -> None:
         """Overwrite every weight with the tensor of its name."""

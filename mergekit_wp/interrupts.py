@@ -70,6 +70,11 @@ def _arrived(number: int, _frame: FrameType | None) -> None:
         os.write(2, text.encode())
 
 
+def stopping() -> bool:
+    """Whether a first signal waits for the end of the block."""
+    return _State.waiting is not None
+
+
 @contextmanager
 def finishing(last: bool = False) -> Iterator[None]:
     """A block of work that a first signal lets finish.

@@ -155,6 +155,12 @@ class _OrAuto(click.ParamType[int | None]):
     show_default=True,
     help="Length of the expert's own answers, where the file gives no response.",
 )
+@click.option(
+    "--ray",
+    is_flag=True,
+    help="Compute on a Ray cluster: that of RAY_ADDRESS, a running one of this machine, or a new "
+    "one. pip install 'mergekit-wp[ray]'",
+)
 @click.option("--restart", is_flag=True, help="Throw away what a killed run left, begin anew.")
 @click.pass_context
 def score(context: click.Context, /, **options: Any) -> None:
@@ -240,6 +246,8 @@ def _together(context: click.Context, options: dict[str, Any], progress: Progres
                 f"{what} does not go with --company, which takes base and experts from the recipe "
                 "and scores every kind of component by kl along the guided path"
             )
+    if options.pop("ray"):
+        raise UserError("--ray does not go with --company: the steps of the path need each other")
     pairs = []
     for given_prompts in options["prompts"]:
         expert, equals, file = given_prompts.partition("=")

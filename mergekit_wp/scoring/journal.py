@@ -133,11 +133,15 @@ class Journal:
         """Whether an earlier run left finished blocks."""
         return any(self.folder.glob("*.safetensors"))
 
+    def has(self, key: str) -> bool:
+        """Whether a block is finished."""
+        return (self.folder / f"{key}.safetensors").exists()
+
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """A finished block, None when it still has to run."""
-        path = self.folder / f"{key}.safetensors"
-        if not path.exists():
+        if not self.has(key):
             return None
+        path = self.folder / f"{key}.safetensors"
         try:
             return load_file(path)
         except SafetensorError as error:

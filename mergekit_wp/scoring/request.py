@@ -55,6 +55,7 @@ class ScoreRequest(RunRequest):
     restart: bool = False
     share_steps: int = Field(SHARE_STEPS, ge=1)
     exact_budget: float = EXACT_BUDGET
+    ray: bool = False
 
 
 class MembersRequest(RunRequest):

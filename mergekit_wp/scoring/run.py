@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -17,7 +18,6 @@ from mergekit_wp.scorefile import (
     of_knockout,
 )
 from mergekit_wp.scoring.blocks import (
-    Block,
     Result,
     SweepContext,
     criterion_and_kind,
@@ -26,6 +26,7 @@ from mergekit_wp.scoring.blocks import (
     noise_blocks,
     share_blocks,
 )
+from mergekit_wp.scoring.cluster import Cluster, Sweep
 from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import Progress, ScoreRequest
@@ -38,10 +39,15 @@ class SweepRun:
     """
 
     def __init__(
-        self, request: ScoreRequest, context: SweepContext, journal: Journal, progress: Progress
+        self,
+        request: ScoreRequest,
+        context: SweepContext,
+        journal: Journal,
+        progress: Progress,
+        cluster: Cluster | None = None,
     ) -> None:
         self.request, self.context = request, context
-        self.journal, self.progress = journal, progress
+        self.journal, self.progress, self.cluster = journal, progress, cluster
         self.changes: dict[tuple[Estimand, CriterionName, Kind], torch.Tensor] = {}
         self.fidelity: dict[str, Fidelity] = {}
         self.noise: dict[CriterionName, float] = {}
@@ -60,15 +66,26 @@ class SweepRun:
         if not any(estimand in ("gain", "knockout") for estimand in swaps):
             self._noise("gain")
 
-    def _finished(self, name: str, blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
-        """Run blocks, or take them from the journal."""
-        listed = list(blocks)
+    def _finished(self, name: str, sweep: Sweep) -> Iterator[tuple[str, Result]]:
+        """Run a sweep's blocks, or take them from the journal; by key, in the sweep's order."""
+        listed = list(sweep(self.context))
         if listed:
             self.progress.stage(name, sum(block.cost for block in listed), "forward")
+        computed = set()
+        if self.cluster is not None:
+            costs = {b.key: b.cost for b in listed if not self.journal.has(b.key)}
+            computed = set(costs)
+
+            def keep(key: str, result: Result) -> None:
+                self.journal.save(key, result)
+                self.progress.advance(costs[key])
+
+            self.cluster.run(sweep, list(costs), keep)
         for block in listed:
             result, resumed = self.journal.block(block.key, block.run)
-            yield block, result
-            self.progress.advance(block.cost, resumed=resumed)
+            yield block.key, result
+            if block.key not in computed:
+                self.progress.advance(block.cost, resumed=resumed)
 
     def _shape(self, kind: Kind) -> tuple[int, ...]:
         dims = self.context.partition.dims
@@ -91,8 +108,8 @@ class SweepRun:
     def _share(self) -> None:
         self._zeros("share", KINDS)
         steps = self.request.share_steps
-        for block, result in self._finished("share", share_blocks(self.context, steps)):
-            members = self._members(block.key)
+        for key, result in self._finished("share", partial(share_blocks, steps=steps)):
+            members = self._members(key)
             for name, value in result.items():
                 c, kind = criterion_and_kind(name)
                 self.changes["share", c, kind][members] += value.double() / steps
@@ -116,9 +133,9 @@ class SweepRun:
                 )
 
     def _noise(self, estimand: Estimand) -> None:
-        for block, result in self._finished("noise floor", noise_blocks(self.context, estimand)):
+        sweep = partial(noise_blocks, estimand=estimand)
+        for _, result in self._finished("noise floor", sweep):
             members = self.context.references.batches[0].members
-            del block
             for c in self.context.criteria:
                 change = result[c]
                 distance = self.context.references.values[c].distance[members].double()
@@ -166,9 +183,9 @@ class SweepRun:
         kinds = self._exact_kinds(estimand)
         self._zeros(estimand, kinds)
         selected = {kind: self._all_of(estimand, kind) for kind in kinds}
-        blocks = exact_blocks(self.context, estimand, selected, "exact")
-        for block, result in self._finished(f"{estimand}, exact", blocks):
-            members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
+        sweep = partial(exact_blocks, estimand=estimand, selected=selected, label="exact")
+        for key, result in self._finished(f"{estimand}, exact", sweep):
+            members, layer = self._members(key), int(key.split(".layer")[-1])
             for name, value in result.items():
                 c, kind = criterion_and_kind(name)
                 target = self.changes[estimand, c, kind]
@@ -192,9 +209,10 @@ class SweepRun:
         if not kinds:
             return
         self._zeros(estimand, kinds)
-        blocks = first_order_blocks(self.context, estimand, kinds, self.request.seed)
-        for block, result in self._finished(f"{estimand}, first-order", blocks):
-            members = self._members(block.key)
+        seed = self.request.seed
+        sweep = partial(first_order_blocks, estimand=estimand, kinds=kinds, seed=seed)
+        for key, result in self._finished(f"{estimand}, first-order", sweep):
+            members = self._members(key)
             for name, value in result.items():
                 c, kind = criterion_and_kind(name)
                 self.changes[estimand, c, kind][members] = value.transpose(0, 1).double()
@@ -240,9 +258,9 @@ class SweepRun:
             for kind in selected
             for c in criteria
         }
-        blocks = exact_blocks(context, estimand, selected, "verify")
-        for block, result in self._finished(f"{estimand}, verifying", blocks):
-            members, layer = self._members(block.key), int(block.key.split(".layer")[-1])
+        sweep = partial(exact_blocks, estimand=estimand, selected=selected, label="verify")
+        for key, result in self._finished(f"{estimand}, verifying", sweep):
+            members, layer = self._members(key), int(key.split(".layer")[-1])
             for kind, lists in selected.items():
                 if not lists[layer]:
                     continue

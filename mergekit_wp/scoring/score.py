@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mergekit_wp
@@ -19,6 +20,7 @@ from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
 from mergekit_wp.scoring.blocks import SweepContext
+from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import (
@@ -72,8 +74,9 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         progress.advance(1)
         warn_of_wrong_sign(references, progress)
         context = SweepContext(resident, references, criteria, batch_size)
-        run = SweepRun(request, context, journal, progress)
-        run.all()
+        with cluster(context, progress) if request.ray else nullcontext() as workers:
+            run = SweepRun(request, context, journal, progress, workers)
+            run.all()
         result = ScoreFile(
             make_manifest(request, pair, prompt_file, criteria, references, run, journal.created),
             score_tensors(run, pair, references),
@@ -109,6 +112,8 @@ def _check_request(
     progress: Progress,
 ) -> None:
     """Refuse what would fail or surprise after hours of work."""
+    if request.ray:
+        installed()
     if request.anchor_layer is not None and "anchor" not in criteria:
         raise UserError(
             "--anchor-layer is set, but the anchor is not scored: add --criterion anchor"
@@ -158,7 +163,9 @@ def _inputs(
     texts: Encoded,
 ) -> dict[str, Any]:
     """All that the results depend on, by the names a user knows."""
-    options = request.model_dump(mode="json", exclude={"out", "restart", "prompts", "criteria"})
+    options = request.model_dump(
+        mode="json", exclude={"out", "restart", "prompts", "criteria", "ray"}
+    )
     return {
         **options,
         "criterion": list(criteria),

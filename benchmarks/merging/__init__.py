@@ -1,0 +1,1 @@
+"""How long a merge takes, beside mergekit's own TIES."""

@@ -1,0 +1,186 @@
+"""Three experts in the shape of SmolLM2-135M, with random weights and scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mergekit_wp import gatesfile, scorefile
+from mergekit_wp.components import Dims, Kind
+from mergekit_wp.fusion import delta_norm
+from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Moment
+from mergekit_wp.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile
+
+NAMES = ("instruction", "math", "code")
+#: SmolLM2-135M
+CONFIG = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+KINDS: tuple[Kind, ...] = ("tensor", "head", "kv_group", "neuron")
+FUSIONS = ("share", "path", "gate")
+
+
+def make(folder: Path, dtype: torch.dtype) -> dict[str, Path]:
+    """Checkpoints, score files, a gates file, and a recipe of each method.
+
+    Returns:
+        The recipes by name.
+    """
+    config = LlamaConfig(**CONFIG)
+    with torch.device("meta"):
+        shapes = {
+            n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()
+        }
+    generator = torch.Generator().manual_seed(0)
+
+    def weights(spread: float) -> dict[str, torch.Tensor]:
+        return {n: spread * torch.randn(s, generator=generator) for n, s in shapes.items()}
+
+    def saved(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        (folder / name).mkdir(parents=True)
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder / name)
+        rounded = {n: t.to(dtype) for n, t in tensors.items()}
+        save_file(rounded, folder / name / "model.safetensors", metadata={"format": "pt"})
+        return rounded
+
+    exact = weights(0.05)
+    base = saved("base", exact)
+    norms = []
+    for name in NAMES:
+        moved = {n: t + d for (n, t), d in zip(exact.items(), weights(0.005).values(), strict=True)}
+        expert = saved(name, moved)
+        norms.append({n: delta_norm(base[n], expert[n]) for n in base})
+    dims, stored = Dims.from_config(config), str(dtype).removeprefix("torch.")
+    for e, name in enumerate(NAMES):
+        for together, where in ((False, folder), (True, folder / "together")):
+            file = _scores(name, dims, norms[e], stored, generator, together)
+            scorefile.write(file, where / f"{name}.safetensors")
+    gatesfile.write(_gates(dims, norms, stored, generator), folder / "gates.safetensors")
+    return {name: _recipe(folder, name, stored) for name in ("ties", *FUSIONS, "gates file")}
+
+
+def _model(name: str, stored: str) -> ModelId:
+    return ModelId(reference=name, revision=None, config_hash="0" * 64, weights_dtype=stored)
+
+
+def _scores(
+    name: str,
+    dims: Dims,
+    norms: dict[str, float],
+    stored: str,
+    generator: torch.Generator,
+    together: bool,
+) -> ScoreFile:
+    estimand = "path" if together else "share"
+    company = [
+        CompanyMember(reference=name, weights_sha256="0" * 64, behavior=name, recovery=1.0)
+        for name in NAMES
+    ]
+    manifest = Manifest(
+        base=_model("base", stored),
+        expert=_model(name, stored),
+        behavior=name,
+        n_prompts=1,
+        prompts_sha256="0" * 64,
+        responses="given",
+        architecture="LlamaForCausalLM",
+        **dims.numbers,
+        hidden_size=CONFIG["hidden_size"],
+        criteria=("kl",),
+        estimands=(estimand,),
+        kinds=KINDS,
+        anchor=None,
+        scale={},
+        fidelity={f"{estimand}/kl/{kind}": Fidelity(method="exact") for kind in KINDS},
+        noise_floor={},
+        completeness={},
+        tensor_names=tuple(norms),
+        company=tuple(company) if together else None,
+        dtype="float32",
+        seed=0,
+        created="2026-01-01",
+        versions={},
+    )
+    tensors = {
+        key: torch.randn(manifest.shape(key.split("/")[2]), generator=generator)
+        for key in manifest.score_keys()
+    }
+    if together:
+        tensors = {key: value.clamp(0, 1) for key, value in tensors.items()}
+    tensors["delta_norm"] = torch.tensor(list(norms.values()))
+    return ScoreFile(manifest, tensors)
+
+
+def _gates(
+    dims: Dims, norms: list[dict[str, float]], stored: str, generator: torch.Generator
+) -> GatesFile:
+    experts = tuple(
+        GatedExpert(
+            model=_model(name, stored),
+            weights_sha256="0" * 64,
+            behavior=name,
+            prompts_sha256="0" * 64,
+            n_prompts=1,
+        )
+        for name in NAMES
+    )
+    manifest = GatesManifest(
+        base=_model("base", stored),
+        base_sha256="0" * 64,
+        experts=experts,
+        guards=(),
+        architecture="LlamaForCausalLM",
+        **dims.numbers,
+        hidden_size=CONFIG["hidden_size"],
+        tensor_names=tuple(norms[0]),
+        upper=1.5,
+        start="0.5",
+        rate=0.05,
+        penalty=0.0,
+        prompts_a_step=1,
+        best_step=0,
+        history=(Moment(step=0, fitted=None, held_out=None),),
+        seed=0,
+        dtype="float32",
+        created="2026-01-01",
+        versions={},
+    )
+    tensors = {}
+    for e, own in enumerate(norms):
+        for kind in KINDS:
+            shape = manifest.shape(kind)
+            tensors[f"gate/{e}/{kind}"] = torch.rand(shape, generator=generator)
+        tensors[f"delta_norm/{e}"] = torch.tensor(list(own.values()))
+    return GatesFile(manifest, tensors)
+
+
+def _recipe(folder: Path, name: str, stored: str) -> Path:
+    parameters: list[dict[str, object]] = [{"weight": 1.0, "density": 0.5} for _ in NAMES]
+    recipe: dict[str, object] = {"merge_method": "weight_patching", "parameters": {"fusion": name}}
+    if name == "ties":
+        recipe = {"merge_method": "ties"}
+    elif name == "gates file":
+        recipe["parameters"] = {"gates": str(folder / "gates.safetensors")}
+        parameters = [{} for _ in NAMES]
+    else:
+        scores = folder / "together" if name == "path" else folder
+        parameters = [{"scores": str(scores / f"{n}.safetensors")} for n in NAMES]
+    models = [
+        {"model": str(folder / n), "parameters": own}
+        for n, own in zip(NAMES, parameters, strict=True)
+    ]
+    recipe |= {"base_model": str(folder / "base"), "models": models, "dtype": stored}
+    path = folder / f"{name.replace(' ', '-')}.yml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path

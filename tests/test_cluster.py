@@ -1,0 +1,330 @@
+"""Sweeps on a Ray cluster: the same file, whoever is killed. Only what needs no Ray is quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergekit_wp.checkpoints import ResidentModel, open_pair
+from mergekit_wp.cli import main
+from mergekit_wp.errors import UserError
+from mergekit_wp.interrupts import Interrupted, listening
+from mergekit_wp.prompts import Sample
+from mergekit_wp.scoring.blocks import SweepContext, share_blocks
+from mergekit_wp.scoring.cluster import ATTEMPTS, Assignment, Cluster, Worker, moved
+from mergekit_wp.scoring.references import measure_references
+from tests.models import make_model, perturbed, save, write_prompts
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cluster")
+    base = make_model("llama-tied")
+    save(base, root / "base", torch.float32)
+    save(perturbed(base), root / "expert", torch.float32)
+    write_prompts(root / "p.jsonl", 6, contrast=True)
+    return root
+
+
+def context(world: Path) -> SweepContext:
+    pair = open_pair(str(world / "base"), str(world / "expert"), lambda *_: None)
+    resident = ResidentModel(pair, torch.float32, "cpu")
+    samples = [Sample((1, 2, 3), (4, 5)), Sample((6, 7), (8,)), Sample((9,), (1, 2))]
+    references = measure_references(resident, samples, ([], []), ("kl",), None, 2)
+    return SweepContext(resident, references, ("kl",), 2)
+
+
+def test_a_worker_computes_the_drivers_blocks_bit_by_bit(world: Path, tmp_path: Path) -> None:
+    ours, sweep = context(world), partial(share_blocks, steps=3)
+    worker = Worker(Assignment.of(ours))
+    blocks = list(sweep(ours))
+    for block in [*blocks[::2], *blocks[1::2][::-1]]:  # in another order
+        found, want = worker.run(sweep, block.key), block.run()
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_worker_refuses_other_weights_under_the_same_path(world: Path, tmp_path: Path) -> None:
+    ours = context(world)
+    assignment = Assignment.of(ours)
+    other = perturbed(make_model("llama-tied"), seed=9)
+    save(other, tmp_path / "expert", torch.float32)
+    elsewhere = Assignment(**(vars(assignment) | {"expert": str(tmp_path / "expert")}))
+    with pytest.raises(UserError, match="expert' has other weights on .* same checkpoints"):
+        Worker(elsewhere).run(partial(share_blocks, steps=1), "share.step0000.batch0000")
+
+
+def test_everything_is_moved(world: Path) -> None:
+    references = moved(context(world).references, "meta")
+    assert references.batches[0].ids.is_meta and references.values["kl"].base.is_meta
+    logprobs = references.targets[1].expert_logprobs
+    assert logprobs is not None and logprobs.is_meta
+
+
+class Lost(Exception):
+    """A worker that was killed."""
+
+
+class Wrong(Exception):
+    """A mistake within a block."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class FakeRay:
+    """Ray's calls, one after the other in this process; ``kills`` says how often a key's dies."""
+
+    def __init__(self, cpus: int, kills: dict[str, int]) -> None:
+        self.cpus, self.kills, self.at_once, self.started = cpus, kills, 0, 0
+        self.exceptions = type("E", (), {"RayTaskError": Wrong, "RayActorError": Lost})
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus}
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def remote(self, cls: type) -> Any:
+        ray = self
+
+        class Actor:
+            @staticmethod
+            def options(**needs: Any) -> Any:
+                assert needs == {"max_restarts": 0, "num_cpus": 1}
+                return Actor
+
+            @staticmethod
+            def remote(assignment: Any) -> Any:
+                ray.started += 1
+                run = type("Run", (), {"remote": staticmethod(lambda sweep, key: (sweep, key))})
+                return type("Handle", (), {"run": run})
+
+        return Actor
+
+    def wait(self, busy: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        self.at_once = max(self.at_once, len(busy))
+        return busy[-1:], busy[:-1]
+
+    def get(self, task: Any) -> Any:
+        _, key = task
+        if self.kills.get(key, 0) > 0:
+            self.kills[key] -= 1
+            raise Lost(f"{key} died")
+        if key == "wrong":
+            raise Wrong(UserError("told as it is"))
+        return {key: torch.ones(1)}
+
+
+def on(ray: FakeRay, keys: list[str], world: Path) -> tuple[dict[str, Any], list[str]]:
+    progress, found = Quiet(), {}
+    workers = Cluster(ray, context(world), progress)  # type: ignore[arg-type]
+    workers.run(lambda _: [], keys, lambda key, result: found.update({key: result}))
+    return found, progress.notes
+
+
+def test_a_killed_workers_block_is_computed_again(world: Path) -> None:
+    ray = FakeRay(2, {"b": ATTEMPTS - 1})
+    found, notes = on(ray, list("abcde"), world)
+    assert sorted(found) == list("abcde") and ray.at_once == 2
+    assert ray.started == 2 + 2, "a killed worker is replaced, the others go on"
+    assert notes == ["a worker has ended; its block b is computed again"] * 2
+
+
+def test_a_block_that_kills_its_workers_is_given_up(world: Path) -> None:
+    with pytest.raises(RuntimeError, match="block b ended 3 workers, last: b died"):
+        on(FakeRay(2, {"b": ATTEMPTS}), list("abc"), world)
+
+
+def test_a_mistake_in_a_worker_is_told_as_it_is(world: Path) -> None:
+    with pytest.raises(UserError, match="^told as it is$"):
+        on(FakeRay(1, {}), ["a", "wrong"], world)
+
+
+def test_a_cluster_that_is_too_small(world: Path) -> None:
+    with pytest.raises(UserError, match="has no worker with 1 CPUs, as this process uses"):
+        on(FakeRay(0, {}), ["a"], world)
+
+
+def test_a_signal_waits_for_the_blocks_that_are_being_computed(world: Path) -> None:
+    ray, found = FakeRay(2, {}), []
+    workers = Cluster(ray, context(world), Quiet())  # type: ignore[arg-type]
+
+    def on_result(key: str, _: Any) -> None:
+        if not found:
+            os.kill(os.getpid(), signal.SIGINT)
+        found.append(key)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(Interrupted), listening():
+            workers.run(lambda _: [], list("abcde"), on_result)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == ["b", "a"], "both that had begun are kept, and no other is begun"
+
+
+def command(world: Path, out: Path, *more: str) -> list[str]:
+    pair = [str(world / "base"), str(world / "expert"), f"--prompts={world / 'p.jsonl'}"]
+    return [
+        *("score", *pair, "--batch-size=2", "--max-new-tokens=3", "--verify=3"),
+        *("--estimand=share,gain,knockout,activation_gain", f"--out={out}", *more),
+    ]
+
+
+def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    [line] = capfd.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_without_ray_the_extra_is_named(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert refusal(command(world, tmp_path / "s.safetensors", "--ray"), capfd) == (
+        "mergekit-wp: --ray needs Ray, which is not installed: pip install 'mergekit-wp[ray]'"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_company_is_not_spread(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["score", "--company=r.yml", "--prompts=a=b", f"--out={tmp_path}", "--ray"]
+    assert "--ray does not go with --company" in refusal(arguments, capfd)
+
+
+def test_an_address_where_nobody_answers(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Unused:
+        def init(self, **_: Any) -> None:
+            raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "ray", Unused())  # type: ignore[arg-type]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as stop:
+        main(command(world, tmp_path / "s.safetensors", "--ray"))
+    assert stop.value.code == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "no Ray cluster can be reached: RAY_ADDRESS is 127.0.0.1:1: Connection refused" in last
+
+
+# --- with Ray -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ray_environment() -> dict[str, str]:
+    pytest.importorskip("ray", reason="pip install 'mergekit-wp[ray]'")
+    return os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
+
+
+def started(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mergekit_wp.cli", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def workers_of(world: Path, driver: int) -> Iterator[int]:
+    """Processes that are at a block or idle, as Ray titles them, below a driver."""
+    listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
+    for line in listed.splitlines()[1:]:
+        pid, session, name = line.split(None, 2)
+        if int(session) == driver and name.startswith("ray::Worker"):
+            yield int(pid)
+
+
+def blocks(out: Path) -> int:
+    return len(list(out.with_name(out.name + ".partial").glob("*.safetensors")))
+
+
+def await_blocks(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while blocks(out) < count and process.poll() is None:
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.slow
+def test_two_workers_one_killed_then_the_driver(
+    world: Path, tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
+    alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
+    assert started(command(world, alone), ray_environment).wait() == 0
+    process = started(command(world, spread, "--ray"), ray_environment)
+    await_blocks(spread, 8, process)
+    victims = list(workers_of(world, process.pid))
+    assert len(victims) == 2
+    os.kill(victims[0], signal.SIGKILL)
+    await_blocks(spread, 30, process)
+    process.kill()
+    _, said = process.communicate()
+    assert "a worker has ended; its block " in said
+    assert blocks(spread) >= 30 and not spread.exists()
+    again = started(command(world, spread, "--ray"), ray_environment)
+    _, said = again.communicate()
+    assert again.returncode == 0 and "continuing the run in" in said, said
+    assert spread.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_alone(
+    world: Path, tmp_path: Path, ray_environment: dict[str, str], number: signal.Signals
+) -> None:
+    alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
+    assert started(command(world, alone), ray_environment).wait() == 0
+    process = started(command(world, spread, "--ray"), ray_environment)
+    await_blocks(spread, 6, process)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == 128 + number, said
+    assert "interrupted; what is done is kept in" in said and "Traceback" not in said
+    assert started(command(world, spread), ray_environment).wait() == 0
+    assert spread.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_running_cluster_of_two_machines(
+    world: Path, tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
+    alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
+    from ray.cluster_utils import Cluster as Machines
+
+    machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        machines.add_node(num_cpus=1)
+        address = ray_environment | {"RAY_ADDRESS": machines.address}
+        process = started(command(world, spread, "--ray"), address)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    finally:
+        machines.shutdown()
+    assert started(command(world, alone), ray_environment).wait() == 0
+    assert spread.read_bytes() == alone.read_bytes()
