@@ -264,7 +264,7 @@ def _places(
 ) -> torch.Tensor:
     starts, position = {}, 0
     for kind, count in owners:
-        starts[kind] = torch.arange(position, position + count).view(chunks, -1)
+        starts[kind] = torch.arange(position, position + count, device="cpu").view(chunks, -1)
         position += count
     return torch.cat([starts[kind] for kind in runs], 1).flatten().repeat_interleave(block)
 

@@ -141,7 +141,7 @@ def component_gates(
         raised = torch.where(positive, (scores.clamp(min=0) / best) ** power, 0.0)
         share = raised / raised.sum(0).clamp(min=1.0)
     elif fusion == "winner":
-        first = torch.arange(len(scores))[:, None] == scores.argmax(0)
+        first = torch.arange(len(scores), device=scores.device)[:, None] == scores.argmax(0)
         share = (first & positive).to(torch.float64)
     elif fusion == "path":
         share = scores.clamp(min=0)
@@ -208,15 +208,16 @@ def fuse(base: torch.Tensor, experts: Sequence[torch.Tensor], gates: torch.Tenso
         return base
     wide = accumulation_dtype(base.dtype)
     merged = torch.empty_like(base)
-    parts = [(e, g.to(base.device, wide), m.to(base.device)) for e, g, m in parts]
+    # asked of the masks before they go to the weights' device, where the answer takes a wait
+    exact = [(expert, mask.to(base.device)) for expert, _, mask in parts if mask.any()]
+    gated = [(expert, gate.to(base.device, wide)) for expert, gate, _ in parts]
     for rows in _row_blocks(base):
         start = base[rows].to(wide)
         block = start
-        for expert, gate, _ in parts:
+        for expert, gate in gated:
             block = block.addcmul(expert[rows].to(wide) - start, _take(gate, rows))
-        for expert, _, mask in parts:
-            if mask.any():
-                block = torch.where(_take(mask, rows), expert[rows].to(wide), block)
+        for expert, mask in exact:
+            block = torch.where(_take(mask, rows), expert[rows].to(wide), block)
         merged[rows] = block.to(base.dtype)
     return merged
 

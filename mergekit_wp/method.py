@@ -231,6 +231,16 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         Raises:
             UserError: score files that do not fit the parameters or each other.
         """
+        with torch.device("cpu"):  # a worker of --multi-gpu has its GPU as the default device
+            return self._gates(name, experts, parameters, tied)
+
+    def _gates(
+        self,
+        name: str,
+        experts: Sequence[Hashable],
+        parameters: Mapping[str, Any],
+        tied: bool | None,
+    ) -> Gated | None:
         fusion: Fusion = "path" if parameters["gates"] else parameters["fusion"]
         choice = Choice(
             "path" if fusion == "path" else parameters["estimand"],

@@ -252,7 +252,7 @@ def started(arguments: list[str], environment: dict[str, str]) -> subprocess.Pop
     )
 
 
-def workers_of(world: Path, driver: int) -> Iterator[int]:
+def workers_of(driver: int) -> Iterator[int]:
     """Processes that are at a block or idle, as Ray titles them, below a driver."""
     listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
     for line in listed.splitlines()[1:]:
@@ -278,9 +278,10 @@ def test_two_workers_one_killed_then_the_driver(
     alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
     assert started(command(world, alone), ray_environment).wait() == 0
     process = started(command(world, spread, "--ray"), ray_environment)
+    while len(victims := list(workers_of(process.pid))) < 2:
+        assert process.poll() is None, "two workers"
+        time.sleep(0.02)
     await_blocks(spread, 8, process)
-    victims = list(workers_of(world, process.pid))
-    assert len(victims) == 2
     os.kill(victims[0], signal.SIGKILL)
     await_blocks(spread, 30, process)
     process.kill()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import torch
 import transformers
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -52,6 +53,8 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     merge_options.apply_global_options()
     if merge_options.device:
         check_device(merge_options.device)
+    if merge_options.multi_gpu and not _has_accelerator():
+        raise UserError("--multi-gpu needs a GPU, and there is none here; leave it out")
     target = Path(os.path.abspath(out))
     checked = recipes.read(recipe)
     _check_target(target, checked)
@@ -63,6 +66,13 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
         if merge_options.write_model_card:
             write_card(folder, checked, tasks)
     click.echo(f"merged model written to {out}")
+
+
+def _has_accelerator() -> bool:
+    """What mergekit's multi-GPU executor takes for granted."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available()  # torch before 2.6
 
 
 def _check_target(target: Path, checked: recipes.Recipe) -> None:
