@@ -22,7 +22,8 @@ from mergekit_wp.cli import cli
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.gates import KINDS, Climb, Layout, penalty, penalty_slope
 from mergekit_wp.engine.share import TaskVector, contributions
-from mergekit_wp.engine.trace import Decoder, record
+from mergekit_wp.engine.slopes import Term, slopes
+from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.gatesfile import GatesFile
 from mergekit_wp.prompts import Sample, batches
@@ -163,7 +164,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
-def test_a_layer_at_a_time_is_the_same(tmp_path: Path, family: str) -> None:
+def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, family: str) -> None:
     base = make_model(family)
     save(base, tmp_path / "base")
     save(perturbed(base), tmp_path / "expert")
@@ -175,19 +176,15 @@ def test_a_layer_at_a_time_is_the_same(tmp_path: Path, family: str) -> None:
     [batch] = batches(sequences(tmp_path / "task.jsonl"), 9, "cpu")
     targets = Targets(logprobs(expert, batch))
     vector = TaskVector(lambda name: pair.delta(name, torch.float64, "cpu"), pair.changed)
-
-    def found(checkpoint: bool) -> dict[str, torch.Tensor]:
-        criteria = ("kl", "logprob")
-        result = contributions(
-            decoder, batch, pair.partition, [vector], criteria, targets, checkpoint=checkpoint
-        )
-        return {f"{c}/{n}": v for c, [by] in result.items() for n, v in by.items()}
-
-    whole, by_layer = found(False), found(True)
-    assert whole.keys() == by_layer.keys() and len(whole) > 30
-    for key, value in whole.items():
-        torch.testing.assert_close(by_layer[key], value, rtol=1e-6, atol=1e-9)
-    assert record(decoder, batch).calls
+    [apart] = contributions(decoder, batch, pair.partition, [vector], ("kl",), targets)["kl"]
+    terms = [Term(batch, targets, 1.0), Term(batch, targets, 0.5)]
+    [values, _], [together] = slopes(decoder, terms, pair.partition, [vector])
+    assert together.keys() == apart.keys() and len(together) > 15
+    for name, each in apart.items():
+        torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-6, atol=1e-9)
+    assert not any(p.requires_grad for p in resident.model.parameters())
+    own = own_values(decoder, record(decoder, batch), ("kl",), targets)["kl"]
+    torch.testing.assert_close(values, own)
 
 
 def test_climbing_a_hill_whose_top_is_known() -> None:

@@ -10,7 +10,7 @@ which gives standard errors (DESIGN section 3, last line).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.gradients import cut_embedding, record_with_gradients
+from mergekit_wp.engine.gradients import record_with_gradients
 from mergekit_wp.engine.mixtures import contribution, is_mixture
 from mergekit_wp.engine.trace import (
     Criteria,
     Decoder,
     first,
     hooked,
-    last_layer,
     own_values,
-    record,
-    replay,
 )
 from mergekit_wp.engine.whole import whole_contributions
 from mergekit_wp.prompts import PromptBatch
@@ -113,8 +110,6 @@ def contributions(
     vectors: Sequence[TaskVector],
     criteria: Criteria,
     targets: Targets,
-    *,
-    checkpoint: bool = False,
 ) -> dict[CriterionName, list[Contributions]]:
     """Grad v_i . Delta_c at the decoder's present weights, for every prompt and component.
 
@@ -125,8 +120,6 @@ def contributions(
         vectors: the task vectors; one backward pass serves all of them.
         criteria: which criteria.
         targets: what they are measured against.
-        checkpoint: keep only what enters each layer, and run it again on the way back: one
-            layer's activations at a time, for one more forward pass.
 
     Returns:
         Per criterion, contributions to each task vector; a tensor no value depends on is absent.
@@ -177,12 +170,14 @@ def contributions(
     ]
     results: dict[CriterionName, list[Contributions]] = {}
     with torch.enable_grad(), hooked(handles):
-        backward = backward_by_layer if checkpoint else backward_at_once
-        for name in backward(decoder, batch, criteria, targets):
+        trace = record_with_gradients(decoder, batch)
+        for name, value in own_values(decoder, trace, criteria, targets).items():
+            value.sum().backward(retain_graph=True)
             results[name] = [dict(found) for found in collecting]
             for found in collecting:
                 found.clear()
     return results
+<<<<<<< HEAD
 
 
 def backward_at_once(
@@ -215,3 +210,5 @@ def backward_by_layer(
             embedded = decoder.entering(batch.ids)
         embedded.backward(gradient)
         yield name
+=======
+>>>>>>> e8c8d33 (Gate slopes: one layer's weight gradients serve all experts, and one reading of differences all behaviours)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from mergekit_wp import gatesfile
 from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.gates import KINDS, Climb, Layout, penalty_slope
-from mergekit_wp.engine.share import contributions
+from mergekit_wp.engine.share import TaskVector
+from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import written_whole
@@ -32,7 +34,6 @@ from mergekit_wp.interrupts import finishing
 from mergekit_wp.planned import recipe_gates
 from mergekit_wp.prompts import PromptBatch, PromptFile, batches, read_prompts
 from mergekit_wp.scoring.assemble import model_id
-from mergekit_wp.scoring.blocks import task_vector
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, inputs_of, measure, open_members
 from mergekit_wp.scoring.opening import check_norms
@@ -66,6 +67,19 @@ class Lesson:
     def span(self) -> float:
         """Mean distance over all prompts."""
         return float(self.distance.mean())
+
+    def recovery(self, values: Mapping[int, torch.Tensor]) -> float:
+        """0 at the base (of a guard: as far away as the experts are), 1 at the teacher.
+
+        Args:
+            values: of ``kl``, ``[prompts of the batch]`` by number of the batch.
+        """
+        change = distance = 0.0
+        for b, of_batch in values.items():
+            members = self.batches[b].members
+            change += float((of_batch.double().cpu() - self.zero[members]).sum())
+            distance += float(self.distance[members].sum())
+        return change / distance
 
 
 def fit(request: FitRequest, progress: Progress) -> Path:
@@ -240,7 +254,11 @@ class Fitting:
         first = members[0].pair
         self.base, self.partition = first.base, first.partition
         self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
-        self.vectors = [task_vector(member.pair, self.resident) for member in members]
+        wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
+        self.vectors = [
+            TaskVector(partial(member.pair.delta, dtype=wide, device=device), member.pair.changed)
+            for member in members
+        ]
         self.fitted = layout.fitted
         split = [self._split(lesson) for lesson in lessons]
         self.train = [train for train, _ in split]
@@ -304,25 +322,22 @@ class Fitting:
 
     def _slope(self, step: int) -> tuple[torch.Tensor, list[float]]:
         """Derivative of the mean recovery by every gate, and the recoveries, on one batch each."""
-        total = torch.zeros(self.layout.size, dtype=torch.float64)
-        decoder = Decoder(self.resident.model)
-        recoveries: list[float] = []
+        terms, chosen = [], []
         for number, (lesson, train) in enumerate(zip(self.lessons, self.train, strict=True)):
             epoch, place = divmod(step, len(train))
             seed = (self.request.seed * 1_009 + number) * 1_000_003 + epoch
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-            b = train[int(order[place])]
-            batch, targets = lesson.batches[b], lesson.targets[b]
-            per_expert = contributions(
-                decoder, batch, self.partition, self.vectors, ("kl",), targets, checkpoint=True
-            )["kl"]
-            slopes = [
-                {name: value.double().sum(0).cpu() for name, value in found.items()}
-                for found in per_expert
-            ]
-            total += self.layout.collect(slopes) / (batch.size * lesson.span)
-            recoveries.append(self._recovery(lesson, [b]))
-        return total / len(self.lessons), recoveries
+            chosen.append(b := train[int(order[place])])
+            batch = lesson.batches[b]
+            weight = 1 / (len(self.lessons) * batch.size * lesson.span)
+            terms.append(Term(batch, lesson.targets[b], weight))
+        decoder = Decoder(self.resident.model)
+        values, found = slopes(decoder, terms, self.partition, self.vectors)
+        recoveries = [
+            lesson.recovery({b: value})
+            for lesson, b, value in zip(self.lessons, chosen, values, strict=True)
+        ]
+        return self.layout.collect(found), recoveries
 
     def _look(self) -> list[float]:
         """Recovery of every behaviour on its held-out prompts."""
@@ -331,15 +346,16 @@ class Fitting:
 
     @torch.no_grad()
     def _recovery(self, lesson: Lesson, chosen: Sequence[int]) -> float:
-        """0 at the base (of a guard: as far away as the experts are), 1 at the teacher."""
-        decoder, change, distance = Decoder(self.resident.model), 0.0, 0.0
-        for b in chosen:
-            batch = lesson.batches[b]
-            trace = record(decoder, batch)
-            values = own_values(decoder, trace, ("kl",), lesson.targets[b])["kl"]
-            change += float((values.double().cpu() - lesson.zero[batch.members]).sum())
-            distance += float(lesson.distance[batch.members].sum())
-        return change / distance
+        """Of some batches, at the present weights."""
+        decoder = Decoder(self.resident.model)
+        return lesson.recovery(
+            {
+                b: own_values(
+                    decoder, record(decoder, lesson.batches[b]), ("kl",), lesson.targets[b]
+                )["kl"]
+                for b in chosen
+            }
+        )
 
     def _move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with the present gates."""

@@ -1,0 +1,153 @@
+"""Derivatives by every component's gate, summed over prompts: what fitting climbs (issue 5).
+
+    d v / d g_ec = grad_W v . Delta_ec        at W = B + sum over e, c of g_ec Delta_ec
+
+Unlike shares, a fit needs no value per prompt. So weight gradients are formed after all, but of one
+layer at a time: one product over the tokens serves every expert, where keeping prompts apart
+takes one for each; and a layer's differences are read once for all behaviours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mergekit_wp.components import Partition, TensorLayout
+from mergekit_wp.criteria import Targets, wide
+from mergekit_wp.engine.share import TaskVector
+from mergekit_wp.engine.trace import Decoder, Trace, first, record, replay
+from mergekit_wp.prompts import PromptBatch
+
+#: derivatives ``[components of the tensor]`` by tensor name, float64 on the CPU
+Slopes = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One behaviour's part of the objective: ``weight`` times the sum of its values of ``kl``."""
+
+    batch: PromptBatch
+    targets: Targets
+    weight: float
+
+
+def dotted(gradient: torch.Tensor, delta: torch.Tensor, layout: TensorLayout) -> torch.Tensor:
+    """Sum gradient * delta by component, ``[components of the tensor]``."""
+    product = gradient * delta
+    if layout.whole:
+        return layout.reduce(product.flatten())
+    others = [d for d in range(product.dim()) if d not in layout.dims]
+    return layout.reduce(product.sum(others) if others else product)
+
+
+def slopes(
+    decoder: Decoder, terms: Sequence[Term], partition: Partition, vectors: Sequence[TaskVector]
+) -> tuple[list[torch.Tensor], list[Slopes]]:
+    """Values of every term at the decoder's present weights, and the slope of their sum.
+
+    The model runs forward twice and back once; between layers only what enters each is kept.
+
+    Args:
+        decoder: the merge as it stands.
+        terms: of the objective.
+        partition: the layouts of all tensors.
+        vectors: the experts' task vectors.
+
+    Returns:
+        Values of ``kl`` by term, each ``[n]``, and for each task vector the slope by every gate; a
+        tensor no value depends on is absent.
+    """
+    backward = _Backward(decoder, partition, vectors)
+    with torch.no_grad():
+        traces = [record(decoder, term.batch) for term in terms]
+    values = []
+    last = len(decoder.layers) - 1
+    flowing: list[torch.Tensor] = []
+    with backward.through(decoder.norm, decoder.head) as stage:
+        for term, trace in zip(terms, traces, strict=True):
+            hidden = trace.residual(last).detach().requires_grad_()
+            found = replay(decoder, trace, hidden.unsqueeze(0), last, ("kl",), term.targets)["kl"]
+            flowing.append(stage.back(found, hidden, torch.full_like(found, term.weight)))
+            values.append(found[0].detach())
+    for index in range(last, -1, -1):
+        with backward.through(decoder.layers[index]) as stage:
+            flowing = [
+                stage.back(*_again(decoder, trace, index), gradient)
+                for trace, gradient in zip(traces, flowing, strict=True)
+            ]
+    if backward.moves(*decoder.entrances):
+        with backward.through(*decoder.entrances) as stage:
+            for term, gradient in zip(terms, flowing, strict=True):
+                stage.back(decoder.entering(term.batch.ids), None, gradient)
+    return values, backward.found
+
+
+def _again(decoder: Decoder, trace: Trace, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's output and input, with what lies between them."""
+    call = trace.calls[index]
+    entering = call.hidden.detach().requires_grad_()
+    return first(decoder.layers[index](entering, **call.kwargs)), entering
+
+
+class _Backward:
+    """Collects slopes from one stage of modules after the other."""
+
+    def __init__(
+        self, decoder: Decoder, partition: Partition, vectors: Sequence[TaskVector]
+    ) -> None:
+        self.partition, self.vectors = partition, vectors
+        self.found: list[Slopes] = [{} for _ in vectors]
+        changed = frozenset[str]().union(*(vector.changed for vector in vectors))
+        #: tensors that some gate moves; tied ones have one name
+        self.names = {p: n for n, p in decoder.model.named_parameters() if n in changed}
+
+    def moves(self, *modules: nn.Module) -> list[nn.Parameter]:
+        """Parameters of some modules that a gate moves."""
+        every = (p for module in modules for p in module.parameters() if p in self.names)
+        return list(dict.fromkeys(every))
+
+    @contextmanager
+    def through(self, *modules: nn.Module) -> Iterator[_Stage]:
+        """Weight gradients of some modules, dotted with the differences when the context ends."""
+        parameters = self.moves(*modules)
+        stage = _Stage(parameters)
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                yield stage
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        for parameter, gradient in stage.gradients.items():
+            name = self.names[parameter]
+            for vector, own in zip(self.vectors, self.found, strict=True):
+                if name in vector.changed:
+                    delta = vector.delta_of(name)
+                    part = dotted(gradient, delta, self.partition.layouts[name]).double().cpu()
+                    own[name] = own[name] + part if name in own else part
+
+
+class _Stage:
+    """Weight gradients of a few modules, summed over the terms."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.gradients: dict[nn.Parameter, torch.Tensor] = {}
+
+    def back(
+        self, output: torch.Tensor, entering: torch.Tensor | None, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """Run back from the gradient of an output; returns that of what entered, if asked."""
+        inputs = [*([] if entering is None else [entering]), *self.parameters]
+        passed = torch.autograd.grad(output, inputs, gradient, allow_unused=True)
+        of_parameters = passed if entering is None else passed[1:]
+        for parameter, part in zip(self.parameters, of_parameters, strict=True):
+            if part is not None:
+                before = self.gradients.get(parameter)
+                self.gradients[parameter] = wide(part) if before is None else before + part
+        return gradient if entering is None else passed[0]
