@@ -27,8 +27,10 @@ from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.gatesfile import GatesFile
 from mergekit_wp.prompts import Sample, batches
-from mergekit_wp.scoring.fit import Fitting, Lesson, fit
+from mergekit_wp.scoring.fit import fit
+from mergekit_wp.scoring.fitting import Fitting
 from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.lessons import Lesson
 from mergekit_wp.scoring.references import logprobs
 from mergekit_wp.scoring.request import FitRequest
 from tests.circuit import CONSTANT, build

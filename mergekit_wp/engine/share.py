@@ -177,38 +177,3 @@ def contributions(
             for found in collecting:
                 found.clear()
     return results
-<<<<<<< HEAD
-
-
-def backward_at_once(
-    decoder: Decoder, batch: PromptBatch, criteria: Criteria, targets: Targets
-) -> Iterator[CriterionName]:
-    """Run back from the sum of each criterion's values, with all activations in memory."""
-    trace = record_with_gradients(decoder, batch)
-    for name, value in own_values(decoder, trace, criteria, targets).items():
-        value.sum().backward(retain_graph=True)
-        yield name
-
-
-def backward_by_layer(
-    decoder: Decoder, batch: PromptBatch, criteria: Criteria, targets: Targets
-) -> Iterator[CriterionName]:
-    """The same, one layer's activations at a time."""
-    with torch.no_grad():
-        trace = record(decoder, batch)
-    for name in criteria:
-        last = last_layer(decoder, (name,), targets)
-        hidden = trace.residual(last).detach().requires_grad_()
-        values = replay(decoder, trace, hidden.unsqueeze(0), last, (name,), targets)[name]
-        (gradient,) = torch.autograd.grad(values.sum(), hidden)
-        for index in range(last, -1, -1):
-            call = trace.calls[index]
-            entering = call.hidden.detach().requires_grad_()
-            output = first(decoder.layers[index](entering, **call.kwargs))
-            (gradient,) = torch.autograd.grad(output, entering, gradient)
-        with cut_embedding(decoder):
-            embedded = decoder.entering(batch.ids)
-        embedded.backward(gradient)
-        yield name
-=======
->>>>>>> e8c8d33 (Gate slopes: one layer's weight gradients serve all experts, and one reading of differences all behaviours)

@@ -1,0 +1,222 @@
+"""The steps of a fit: uphill by Adam, looked at on held-out prompts, kept after each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from mergekit_wp.checkpoints import ResidentModel
+from mergekit_wp.engine.gates import Climb, Layout, penalty_slope
+from mergekit_wp.engine.share import TaskVector
+from mergekit_wp.engine.slopes import Term, slopes
+from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.errors import UserError
+from mergekit_wp.fusion import fuse
+from mergekit_wp.interrupts import finishing
+from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.scoring.lessons import Lesson
+from mergekit_wp.scoring.members import Member
+from mergekit_wp.scoring.request import DTYPES, FitRequest, Progress
+
+#: held-out prompts are looked at every so many steps; the fit ends after so many looks in vain
+LOOK, PATIENCE, LEAST_GAIN = 5, 3, 1e-3
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a fit stands.
+
+    Attributes:
+        climb: the present gates.
+        seen: recoveries ``[steps so far, 2, lessons]`` of the gates before each step, on the
+            prompts fitted on and on held-out ones; NaN where not looked at.
+        best: the gates with the best held-out recovery.
+        best_step: steps after which they were reached.
+        best_value: their mean held-out recovery.
+        vain: looks since then.
+    """
+
+    climb: Climb
+    seen: torch.Tensor
+    best: torch.Tensor
+    best_step: int
+    best_value: float
+    vain: int
+
+    @classmethod
+    def fresh(cls, start: torch.Tensor, lessons: int) -> State:
+        """Before anything was looked at."""
+        empty = torch.empty((0, 2, lessons), dtype=torch.float64)
+        return cls(Climb.at(start), empty, start.double(), 0, float("-inf"), 0)
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, torch.Tensor]) -> State:
+        """As `to_block` left it."""
+        steps, best_step, best_value, vain = block["numbers"].tolist()
+        climb = Climb(block["gates"], block["first"], block["second"], int(steps))
+        return cls(climb, block["seen"], block["best"], int(best_step), best_value, int(vain))
+
+    def to_block(self) -> dict[str, torch.Tensor]:
+        """As tensors, for the journal."""
+        climb = self.climb
+        numbers = [climb.steps, self.best_step, self.best_value, self.vain]
+        return {
+            "gates": climb.gates,
+            "first": climb.first,
+            "second": climb.second,
+            "seen": self.seen,
+            "best": self.best,
+            "numbers": torch.tensor(numbers, dtype=torch.float64),
+        }
+
+    def look(self, held_out: Sequence[float]) -> State:
+        """Compare the present gates with the best ones so far."""
+        value = sum(held_out) / len(held_out)
+        if value > self.best_value + LEAST_GAIN:
+            here = self.climb
+            return replace(self, best=here.gates, best_step=here.steps, best_value=value, vain=0)
+        return replace(self, vain=self.vain + 1)
+
+
+class Fitting:
+    """Steps uphill; the state is kept after each, so that a killed run goes on where it was."""
+
+    def __init__(
+        self,
+        request: FitRequest,
+        members: Sequence[Member],
+        lessons: Sequence[Lesson],
+        layout: Layout,
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        self.request, self.members, self.lessons = request, members, lessons
+        self.layout, self.journal, self.progress = layout, journal, progress
+        first = members[0].pair
+        self.base, self.partition = first.base, first.partition
+        self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
+        wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
+        self.vectors = [
+            TaskVector(partial(member.pair.delta, dtype=wide, device=device), member.pair.changed)
+            for member in members
+        ]
+        self.fitted = layout.fitted
+        split = [self._split(lesson) for lesson in lessons]
+        self.train = [train for train, _ in split]
+        self.held_out = [held_out for _, held_out in split]
+
+    def _split(self, lesson: Lesson) -> tuple[list[int], list[int]]:
+        """Batches to fit on, and batches only to look at."""
+        n = len(lesson.batches)
+        if self.request.held_out == 0:
+            return list(range(n)), []
+        if n < 2:
+            raise UserError(
+                f"'{lesson.name}' has prompts for one step only, so none can be held out; give "
+                "more prompts, a smaller --prompts-a-step, or --held-out 0 to fit without"
+            )
+        generator = torch.Generator().manual_seed(self.request.seed)
+        order = torch.randperm(n, generator=generator).tolist()
+        aside = min(n - 1, max(1, round(self.request.held_out * n)))
+        return sorted(order[aside:]), sorted(order[:aside])
+
+    def run(self, start: torch.Tensor) -> State:
+        """Take the steps; stops early where held-out prompts gain nothing more."""
+        request, looking = self.request, self.request.held_out > 0
+        block = self.journal.load("state")
+        state = State.fresh(start * self.fitted, len(self.lessons))
+        self.progress.stage("fitting gates", request.steps, "step")
+        if block is not None:
+            state = State.from_block(block)
+            self.progress.advance(state.climb.steps, resumed=True)
+        while True:
+            with finishing():
+                step = state.climb.steps
+                held_out = [float("nan")] * len(self.lessons)
+                self._move_to(state.climb.gates)
+                if looking and (step % LOOK == 0 or step == request.steps):
+                    held_out = self._look()
+                    state = state.look(held_out)
+                    told = zip(self.lessons, held_out, strict=True)
+                    self.progress.note(
+                        f"after {step} steps, held-out prompts recover "
+                        + ", ".join(f"{lesson.name} {value:.2f}" for lesson, value in told)
+                    )
+                done = step == request.steps or state.vain >= PATIENCE
+                slope, fitted = self._slope(step)
+                row = torch.tensor([[fitted, held_out]], dtype=torch.float64)
+                state = replace(state, seen=torch.cat([state.seen, row]))
+                if done:
+                    break
+                slope = (slope - request.penalty * penalty_slope(state.climb.gates)) * self.fitted
+                climb = state.climb.step(slope, request.rate, request.upper)
+                state = replace(state, climb=climb)
+                self.journal.save("state", state.to_block())
+                self.progress.advance(1)
+        if not looking:
+            state = replace(state, best=state.climb.gates, best_step=state.climb.steps)
+        elif state.vain >= PATIENCE:
+            self.progress.note(
+                f"nothing more to gain: the gates of step {state.best_step} are kept"
+            )
+        return state
+
+    def _slope(self, step: int) -> tuple[torch.Tensor, list[float]]:
+        """Derivative of the mean recovery by every gate, and the recoveries, on one batch each."""
+        terms, chosen = [], []
+        for number, (lesson, train) in enumerate(zip(self.lessons, self.train, strict=True)):
+            epoch, place = divmod(step, len(train))
+            seed = (self.request.seed * 1_009 + number) * 1_000_003 + epoch
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+            chosen.append(b := train[int(order[place])])
+            batch = lesson.batches[b]
+            weight = 1 / (len(self.lessons) * batch.size * lesson.span)
+            terms.append(Term(batch, lesson.targets[b], weight))
+        decoder = Decoder(self.resident.model)
+        values, found = slopes(decoder, terms, self.partition, self.vectors)
+        recoveries = [
+            lesson.recovery({b: value})
+            for lesson, b, value in zip(self.lessons, chosen, values, strict=True)
+        ]
+        return self.layout.collect(found), recoveries
+
+    def _look(self) -> list[float]:
+        """Recovery of every behaviour on its held-out prompts."""
+        pairs = zip(self.lessons, self.held_out, strict=True)
+        return [self._recovery(lesson, held_out) for lesson, held_out in pairs]
+
+    @torch.no_grad()
+    def _recovery(self, lesson: Lesson, chosen: Sequence[int]) -> float:
+        """Of some batches, at the present weights."""
+        decoder = Decoder(self.resident.model)
+        return lesson.recovery(
+            {
+                b: own_values(
+                    decoder, record(decoder, lesson.batches[b]), ("kl",), lesson.targets[b]
+                )["kl"]
+                for b in chosen
+            }
+        )
+
+    def _move_to(self, flat: torch.Tensor) -> None:
+        """The merge as the method would write it with the present gates."""
+        wide = torch.promote_types(self.resident.dtype, torch.float32)
+        device, gates = self.resident.device, self.layout.unflat(flat)
+
+        def weight_of(name: str) -> torch.Tensor:
+            base = self.base.tensor(name, wide, device)
+            layout = self.partition.layouts[name]
+            moving = [
+                (member.pair.expert.tensor(name, wide, device), self.partition.of_tensor(own, name))
+                for member, own in zip(self.members, gates, strict=True)
+                if name in member.pair.changed
+            ]
+            if not moving:
+                return base
+            spread = torch.stack([layout.expand(gate, base.shape) for _, gate in moving])
+            return fuse(base, [expert for expert, _ in moving], spread)
+
+        self.resident.fill(weight_of)
