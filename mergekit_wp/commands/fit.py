@@ -43,13 +43,13 @@ from mergekit_wp.commands.options import running
     metavar="NUMBER|scores|FILE",
     help="Gates to start from: one number, the recipe's own scores, or an earlier gates file.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True)
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
-    default=0.05,
+    default=0.1,
     show_default=True,
-    help="How far a gate moves in one step, about.",
+    help="How far a gate moves in the first step, about; it falls evenly to 0 at the last.",
 )
 @click.option(
     "--prompts-a-step",
@@ -64,7 +64,7 @@ from mergekit_wp.commands.options import running
     default=0.25,
     show_default=True,
     help="Part of the prompts that is only looked at, every five steps: the gates that do best "
-    "there are kept, and three looks in vain end the fit. 0 fits on all, and keeps the last.",
+    "there are kept, and six looks in vain end the fit. 0 fits on all, and keeps the last.",
 )
 @click.option(
     "--penalty",

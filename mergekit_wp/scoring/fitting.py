@@ -22,7 +22,7 @@ from mergekit_wp.scoring.members import Member
 from mergekit_wp.scoring.request import DTYPES, FitRequest, Progress
 
 #: held-out prompts are looked at every so many steps; the fit ends after so many looks in vain
-LOOK, PATIENCE, LEAST_GAIN = 5, 3, 1e-3
+LOOK, PATIENCE, LEAST_GAIN = 5, 6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class Fitting:
                 if done:
                     break
                 slope = (slope - request.penalty * penalty_slope(state.climb.gates)) * self.fitted
-                climb = state.climb.step(slope, request.rate, request.upper)
+                rate = request.rate * (1 - step / request.steps)
+                climb = state.climb.step(slope, rate, request.upper)
                 state = replace(state, climb=climb)
                 self.journal.save("state", state.to_block())
                 self.progress.advance(1)

@@ -17,7 +17,7 @@ EXACT_BUDGET = 256.0
 #: midpoints of the share integral, and steps of a company's guided path
 SHARE_STEPS, PATH_STEPS = 5, 10
 #: steps of a fit of component gates
-FIT_STEPS = 40
+FIT_STEPS, FIT_RATE = 60, 0.1
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -87,7 +87,7 @@ class FitRequest(MembersRequest):
     guards: tuple[Path, ...] = ()
     start: str = "0.5"
     steps: int = Field(default=FIT_STEPS, ge=1)
-    rate: float = Field(default=0.05, gt=0)
+    rate: float = Field(default=FIT_RATE, gt=0)
     prompts_a_step: int = Field(default=8, ge=1)
     held_out: float = Field(default=0.25, ge=0, lt=1)
     penalty: float = Field(default=0.01, ge=0)

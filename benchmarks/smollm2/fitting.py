@@ -1,0 +1,232 @@
+"""Jointly fitted gates of the real experts, beside what scores alone reach.
+
+``python -m benchmarks.smollm2.fitting`` (from the repository's root) fits the component gates of
+every combination with `mergekit-wp fit`, with guards and without, and one gate a tensor where it is
+asked for; merges, measures and prints the table of README.md. Everything is kept in
+build/smollm2/fitting and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.fitting import fit_by_tensor
+from benchmarks.smollm2.bench import COMBINATIONS, HERE, local, prepare
+from benchmarks.smollm2.ifeval import identity, request_of
+from benchmarks.smollm2.paths import (
+    BASE,
+    BUILD,
+    IFEVAL,
+    PROMPTS,
+    REPO,
+    command,
+    device,
+    read_jsonl,
+    write_jsonl,
+)
+from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
+from benchmarks.smollm2.skills import instruction
+from benchmarks.smollm2.skills.item import split_of
+from benchmarks.smollm2.tasks import COUNTS, SKILLS, base_answers, task_line, unique
+from benchmarks.zoo.bench import Silent
+from mergekit_wp.compare.checkers import Checkers
+from mergekit_wp.compare.items import JsonlTask
+from mergekit_wp.scoring.request import FitRequest
+
+FOLDER = BUILD / "fitting"
+GUARDS = (FOLDER / "requests.jsonl", FOLDER / "text.jsonl")
+LEAK = FOLDER / "unasked.jsonl"
+START, STEPS, A_STEP = 0.7, 24, 8
+#: combinations that are also fitted without guards, and with one gate a tensor
+CLOSER = (("instruction", "math"), ("instruction", "math", "code"))
+
+
+def write_data() -> None:
+    """Guards (requests with the base's answers; running text), and the test requests unasked."""
+    answers = base_answers(BUILD / "data" / "base-answers.jsonl")
+    plain = sorted(answers["score"].items())[:32]
+    write_jsonl(GUARDS[0], [{"prompt": p, "response": a} for p, a in plain if a.strip()])
+    known = set(plain_texts(read_jsonl(IFEVAL)))
+    texts = []
+    for row in read_jsonl(IFEVAL):
+        request = request_of(row["prompt"])
+        learnt = request is not None and split_of(identity(request)) in ("train", "score")
+        if learnt and row["prompt"].strip() not in known:
+            texts.append(" ".join(row["prompt"].split(" ")[:60]))
+    chosen = sorted(dict.fromkeys(texts), key=len)[-32:]
+    write_jsonl(GUARDS[1], [{"prompt": "Continue.", "response": text} for text in chosen])
+    items = unique(instruction.items("test", 0, answers["test"]), COUNTS["test"])
+    lines = [task_line(i, "test", item) for i, item in enumerate(items)]
+    asked = [line | {"prompt": item.contrast} for line, item in zip(lines, items, strict=True)]
+    write_jsonl(LEAK, asked)
+
+
+def recipe_of(experts: tuple[str, ...]) -> Path:
+    """A recipe that names the experts."""
+    path = FOLDER / f"{'-'.join(experts)}.yml"
+    models = [{"model": local(BUILD / "experts" / e)} for e in experts]
+    data = {"merge_method": "task_arithmetic", "base_model": local(BASE), "models": models}
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def fitted(experts: tuple[str, ...], guards: bool) -> Path:
+    """The recipe that merges by fitted gates."""
+    out = FOLDER / f"{'-'.join(experts)}{'' if guards else '-free'}.safetensors"
+    if not out.exists():
+        pairs = [f"{e}={local(PROMPTS / f'{e}.jsonl')}" for e in experts]
+        guarding = [part for g in GUARDS for part in ("--guard", local(g))] if guards else []
+        began = time.monotonic()
+        command(
+            *("mergekit-wp", "fit", local(recipe_of(experts)), "--out", local(out)),
+            *(part for pair in pairs for part in ("--prompts", pair)),
+            *(*guarding, "--start", str(START), "--steps", str(STEPS)),
+            *("--prompts-a-step", str(A_STEP), "--dtype", "bfloat16"),
+        )
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        cost = {"seconds": time.monotonic() - began, "peak_kib": peak}
+        out.with_suffix(".cost.json").write_text(json.dumps(cost))
+    return out.with_suffix(".yml")
+
+
+def by_tensor(experts: tuple[str, ...]) -> Any:
+    """The model of gates fitted alike, one a tensor."""
+    request = FitRequest(
+        recipe=recipe_of(experts),
+        prompts=tuple((e, PROMPTS / f"{e}.jsonl") for e in experts),
+        out=FOLDER / "by-tensor.safetensors",
+        steps=STEPS,
+        prompts_a_step=A_STEP,
+        dtype="bfloat16",
+    )
+    return fit_by_tensor(request, START, Silent())[0]
+
+
+def measure(model: Any, skills: tuple[str, ...]) -> dict[str, Any]:
+    """Test scores, rule kept though not asked for, and surprise by plain text."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = model.to(device(), torch.bfloat16).eval()
+    checkers = Checkers.load(REPO / HERE / "checkers.py")
+    found: dict[str, Any] = {
+        "surprise": surprise(model, tokenizer, plain_texts(read_jsonl(IFEVAL))).tolist()
+    }
+    for skill in skills:
+        path = LEAK if skill == "unasked" else BUILD / "tasks" / f"{skill}.jsonl"
+        task = JsonlTask.read(path, checkers)
+        found[skill] = [x.score for x in task.evaluate(model, tokenizer, "test")]
+    return found
+
+
+def kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before, or now."""
+    path = FOLDER / "measured" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = json.dumps(make())
+        path.write_text(found)
+    return dict(json.loads(path.read_text()))
+
+
+def load(folder: Path) -> Any:
+    """A checkpoint."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def merged(recipe: Path, skills: tuple[str, ...]) -> dict[str, Any]:
+    """Merge, measure, remove."""
+    with TemporaryDirectory(dir=BUILD) as scratch:
+        out = Path(scratch) / "merged"
+        command("mergekit-wp", "merge", local(recipe), str(out), "--quiet", quiet=True)
+        return measure(load(out), skills)
+
+
+def relative(
+    found: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]
+) -> tuple[float, float, float]:
+    """Mean over skills relative to their experts, with its 95% bootstrap interval over items."""
+    rng = np.random.default_rng(0)
+    value, draws = [], []
+    for skill, expert in experts.items():
+        ours, theirs = np.array(found[skill]), np.array(expert[skill])
+        chosen = rng.integers(len(ours), size=(2000, len(ours)))
+        value.append(ours.mean() / theirs.mean())
+        draws.append(ours[chosen].mean(1) / theirs[chosen].mean(1))
+    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+    return float(np.mean(value)), float(low), float(high)
+
+
+def unasked(found: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
+    """How often the rule is kept though not asked for: all six, and capitals alone."""
+    if "unasked" not in found:
+        return "|"
+    capitals = [
+        score
+        for score, line in zip(found["unasked"], lines, strict=True)
+        if line["instruction_id_list"] == ["change_case:english_capital"]
+    ]
+    return f"{np.mean(found['unasked']):.2f} | {np.mean(capitals):.2f}"
+
+
+@click.command()
+@click.option("--only", help="Only this combination, e.g. instruction-math.")
+def main(only: str | None) -> None:
+    """Fit, merge, measure, print."""
+    prepare()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if not LEAK.exists():
+        write_data()
+    lines = read_jsonl(LEAK)
+    base = kept("base", lambda: measure(load(BASE), (*SKILLS, "unasked")))
+    experts = {
+        e: kept(e, lambda e=e: measure(load(BUILD / "experts" / e), (e, "unasked"))) for e in SKILLS
+    }
+    rows = {"base": base} | {f"expert {e}": found for e, found in experts.items()}
+    means: dict[str, str] = {}
+    for combination in COMBINATIONS:
+        name = "-".join(combination)
+        if only is not None and only != name:
+            continue
+        skills = (*combination, "unasked")
+        makers: dict[str, Callable[[], dict[str, Any]]] = {
+            "fit": lambda c=combination, s=skills: merged(fitted(c, True), s)
+        }
+        if combination in CLOSER:
+            makers["fit, no guards"] = lambda c=combination, s=skills: merged(fitted(c, False), s)
+            makers["fit, one gate a tensor"] = lambda c=combination, s=skills: measure(
+                by_tensor(c), s
+            )
+        for label, make in makers.items():
+            key = f"{' + '.join(combination)}: {label}"
+            rows[key] = kept(f"{name}-{label.replace(', ', '-').replace(' ', '-')}", make)
+            value, low, high = relative(rows[key], {e: experts[e] for e in combination})
+            means[key] = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    first = np.array(base["surprise"])
+    click.echo(
+        "| model | relative to the experts | "
+        + " | ".join(SKILLS)
+        + " | perplexity, x base | unasked: any rule | capitals |"
+    )
+    click.echo("|---|---:|" + "---:|" * (len(SKILLS) + 3))
+    for name, found in rows.items():
+        cells = [f"{np.mean(found[s]):.2f}" if s in found else "" for s in SKILLS]
+        surprised = np.array(found["surprise"])
+        cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio(surprised, first)))
+        cells.append(unasked(found, lines))
+        click.echo(f"| {name} | {means.get(name, '')} | " + " | ".join(cells) + " |")
+    click.echo(f"\nthe base's perplexity: {perplexity(first):.1f}")
+
+
+if __name__ == "__main__":
+    main()
