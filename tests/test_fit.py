@@ -34,7 +34,16 @@ from mergekit_wp.scoring.lessons import Lesson
 from mergekit_wp.scoring.references import logprobs
 from mergekit_wp.scoring.request import FitRequest
 from tests.circuit import CONSTANT, build
-from tests.models import EOS, LETTERS, finetuned, make_model, perturbed, save
+from tests.models import (
+    EOS,
+    FAMILIES,
+    LETTERS,
+    finetuned,
+    make_model,
+    perturbed,
+    save,
+    with_eager_experts,
+)
 from tests.test_company import NAMES, write_task
 from tests.test_scoring import Quiet
 
@@ -75,7 +84,9 @@ def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: An
 
 
 def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    return with_eager_experts(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    )
 
 
 def sequences(path: Path) -> list[Sample]:
@@ -165,7 +176,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     assert len({kind for _, kind, _ in places}) == 4 and float(slope.abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", *FAMILIES])
 def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, family: str) -> None:
     base = make_model(family)
     save(base, tmp_path / "base")
@@ -181,9 +192,9 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     [apart] = contributions(decoder, batch, pair.partition, [vector], ("kl",), targets)["kl"]
     terms = [Term(batch, targets, 1.0), Term(batch, targets, 0.5)]
     [values, _], [together] = slopes(decoder, terms, pair.partition, [vector])
-    assert together.keys() == apart.keys() and len(together) > 15
+    assert together.keys() == apart.keys() and len(together) > 12
     for name, each in apart.items():
-        torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-5, atol=1e-7)
     assert not any(p.requires_grad for p in resident.model.parameters())
     own = own_values(decoder, record(decoder, batch), ("kl",), targets)["kl"]
     torch.testing.assert_close(values, own)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.zoo.bench import N_PROMPTS, checkpoints, prompts, task
@@ -24,7 +25,7 @@ EXPERTS = ("inst", "math", "sort")
 class Lab:
     """One seed's base, experts and behaviours, in float32."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, n_prompts: int = N_PROMPTS) -> None:
         def load(name: str) -> State:
             model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
             return {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -38,7 +39,7 @@ class Lab:
         }
         shapes = {n: tuple(t.shape) for n, t in self.base.items()}
         self.partition = Partition(Dims.from_config(self.model.config), shapes)
-        self.batches = {e: self._batch(prompts(folder, seed, e, N_PROMPTS)) for e in EXPERTS}
+        self.batches = {e: self._batch(prompts(folder, seed, e, n_prompts)) for e in EXPERTS}
         self.targets = {e: self._logprobs(self.experts[e], e).detach() for e in EXPERTS}
         self.distance = {e: float(self.divergence(self.base, e)) for e in EXPERTS}
 
@@ -126,6 +127,40 @@ class Lab:
             n: sums[n if layouts[n].layer is None else layouts[n].layer].expand(p.shape)
             for n, p in products.items()
         }
+
+    def entropies(self, start: float, steps: int, rate: float, n: int) -> State:
+        """AdaMerging (arXiv 2310.02575): one gate a tensor, fitted to the entropy of the answers.
+
+        Args:
+            start: of every gate.
+            steps: of Adam; its rate falls evenly to 0.
+            rate: of the first step.
+            n: prompts of every behaviour in a step.
+        """
+        gates = {
+            e: {m: torch.full((), start, requires_grad=True) for m in self.base} for e in EXPERTS
+        }
+        adam = torch.optim.Adam([g for by in gates.values() for g in by.values()], lr=rate)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = rate * (1 - step / steps)
+            adam.zero_grad()
+            state = self.merge(gates)
+            total = torch.zeros(())
+            for ids, weights in self.batches.values():
+                chosen = torch.randperm(len(ids), generator=generator)[:n]
+                inputs = {"input_ids": ids[chosen]}
+                logits = functional_call(self.model, state, (), inputs).logits
+                logprobs = logits.log_softmax(-1)
+                entropy = -(logprobs.exp() * logprobs).sum(-1)
+                total = total + (entropy * weights[chosen]).sum(1).mean()
+            total.backward()
+            adam.step()
+            with torch.no_grad():
+                for by in gates.values():
+                    for gate in by.values():
+                        gate.clamp_(0.0, 1.5)
+        return {m: t.detach() for m, t in self.merge(gates).items()}
 
     def straight(self, steps: int = 5) -> dict[str, State]:
         """In-company shares along the straight path B + a ΣΔ, by component."""

@@ -1,0 +1,301 @@
+"""Jointly fitted gates on the zoo: how far they reach, and what they need.
+
+``python -m benchmarks.zoo.fitting`` (from the repository's root) fits the gates of every
+combination on five training seeds, measures the merges on the test items of `benchmarks.zoo.bench`
+and prints the tables of README.md. Everything is kept in build/zoo and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from scipy.stats import spearmanr, t
+from tqdm import tqdm
+
+from benchmarks.fitting import fit_by_tensor
+from benchmarks.zoo.bench import (
+    COMBINATIONS,
+    N_PROMPTS,
+    N_TEST,
+    ROOT,
+    SKILLS,
+    Silent,
+    alone,
+    checkpoints,
+    company,
+    competent_seeds,
+    prompts,
+    weight_patching,
+    write_lines,
+)
+from benchmarks.zoo.evaluate import accuracy, load_model
+from benchmarks.zoo.lab import Lab
+from benchmarks.zoo.tasks import distinct_items
+from mergekit_wp import gatesfile, scorefile
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.scoring.fit import fit
+from mergekit_wp.scoring.request import FitRequest
+
+ALL = COMBINATIONS[-1]
+#: unlabelled prompts a skill, and how the gates climb
+N, STEPS, A_STEP = 2048, 80, 64
+OURS, COARSE, PATH = "fit", "fit, one gate a tensor", "company path"
+Measured = dict[str, Any]
+Rows = dict[tuple[str, ...], dict[str, Measured]]
+
+
+def measure(model: Any, tokenizer: Any, seed: int) -> Measured:
+    """Accuracy on the test items of every skill, and of copying, which no expert was taught."""
+    found = {}
+    for skill in (*SKILLS, "copy"):
+        items = distinct_items(skill, "test", seed, N_TEST)
+        found[skill] = accuracy(model, tokenizer, [(i.prompt, i.answer) for i in items])
+    return found
+
+
+def merged(config: MergeConfiguration, seed: int) -> Measured:
+    """Merge in float32 by stock mergekit, and measure."""
+    config.dtype = "float32"
+    with TemporaryDirectory() as folder:
+        run_merge(config, folder, MergeOptions(write_model_card=False, copy_tokenizer=True))
+        return measure(*load_model(folder), seed)
+
+
+class Seed:
+    """All rows of one training seed; what was measured before is read."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.folder = seed, checkpoints(seed)
+
+    def kept(self, experts: tuple[str, ...], name: str, make: Callable[[], Measured]) -> Measured:
+        """What was measured before, or now."""
+        stem = re.sub(r"[^a-z0-9]+", "-", name)
+        path = self.folder / "fitting" / "-".join(experts) / f"{stem}.json"
+        if not path.exists():
+            began = time.process_time()
+            found = make()
+            found["cpu"] = time.process_time() - began
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found))
+        return dict(json.loads(path.read_text()))
+
+    def recipe(self, experts: tuple[str, ...]) -> Path:
+        """A recipe that names the experts."""
+        path = self.folder / f"fitting-{'-'.join(experts)}.yml"
+        models = [{"model": str(self.folder / e)} for e in experts]
+        data = {"merge_method": "task_arithmetic", "base_model": str(self.folder / "base")}
+        path.write_text(yaml.safe_dump(data | {"models": models}))
+        return path
+
+    def unlabelled(self, skill: str, n: int) -> Path:
+        """The scoring prompts without their answers: the expert's own are taken."""
+        lines = (prompts(self.folder, self.seed, skill, n)).read_text().splitlines()
+        bare = [{"prompt": json.loads(line)["prompt"]} for line in lines]
+        return write_lines(self.folder / f"unlabelled{n}" / f"{skill}.jsonl", bare)
+
+    def request(self, experts: tuple[str, ...], n: int = N, **options: Any) -> FitRequest:
+        """The fit of one row."""
+        out = self.folder / "fitting" / "-".join(experts) / "working.safetensors"
+        settings: dict[str, Any] = {
+            "recipe": self.recipe(experts),
+            "prompts": tuple((e, self.unlabelled(e, n)) for e in experts),
+            "out": out,
+            "steps": STEPS,
+            "prompts_a_step": min(A_STEP, n // 4),
+            "max_new_tokens": 14,
+            "restart": True,
+        }
+        return FitRequest(**(settings | options))
+
+    def fitted(self, experts: tuple[str, ...], n: int = N, **options: Any) -> Measured:
+        """Fit, merge by stock mergekit, measure; with the history, and how it meets scores."""
+        request = self.request(experts, n, **options)
+        recipe = fit(request, Silent())
+        found = merged(
+            MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text())), self.seed
+        )
+        file = gatesfile.read(request.out)
+        looks = [(m.step, m.held_out) for m in file.manifest.history if m.held_out is not None]
+        found["history"] = [(step, float(np.mean(list(h.values())))) for step, h in looks]
+        if experts == ALL and n == N and not options:
+            found["rank"] = self.agreement(file)
+        return found
+
+    def coarse(self, experts: tuple[str, ...]) -> Measured:
+        """The same fit with one gate a tensor."""
+        model, _ = fit_by_tensor(self.request(experts), 0.5, Silent())
+        return measure(model.eval(), load_model(self.folder / "base")[1], self.seed)
+
+    def entropy(self) -> Measured:
+        """AdaMerging's objective."""
+        lab = Lab(self.folder, self.seed, N)
+        lab.model.load_state_dict(lab.entropies(0.5, STEPS, 0.1, A_STEP), strict=False)
+        return measure(lab.model.eval(), lab.tokenizer, self.seed)
+
+    def agreement(self, file: gatesfile.GatesFile) -> dict[str, float]:
+        """Spearman's correlation of fitted gates with scores, over all neurons and heads."""
+        found = {}
+        together = company(self.folder, self.seed, ALL, N_PROMPTS, 10)
+        for label in ("share", "path"):
+            gates, scores = [], []
+            for e, expert in enumerate(ALL):
+                path = together / f"{expert}.safetensors"
+                if label == "share":
+                    path = alone(self.folder, self.seed, expert, expert)
+                scored = scorefile.read(path)
+                for kind in ("head", "kv_group", "neuron"):
+                    gates.append(file.gates(e)[kind].flatten())
+                    scores.append(scored.scores(label, "kl", kind).flatten())
+            found[label] = float(spearmanr(torch.cat(gates), torch.cat(scores))[0])
+        return found
+
+    def plain(self, method: str, **parameters: Any) -> Measured:
+        """One of mergekit's own methods on all experts, untuned."""
+        models = [{"model": str(self.folder / e), "parameters": parameters} for e in ALL]
+        data = {
+            "merge_method": method,
+            "base_model": str(self.folder / "base"),
+            "models": models,
+            "tokenizer_source": "base",
+        }
+        return merged(MergeConfiguration.model_validate(data), self.seed)
+
+    def by_path(self, experts: tuple[str, ...]) -> tuple[Path, Measured]:
+        """The guided path of all scored together, untuned."""
+        folder = company(self.folder, self.seed, experts, N_PROMPTS, 10)
+        config = yaml.safe_load((folder / "recipe.yml").read_text())
+        return folder / "recipe.yml", merged(MergeConfiguration.model_validate(config), self.seed)
+
+    def rows(self) -> Rows:
+        """Everything measured on this seed."""
+        found: Rows = {}
+        for c in COMBINATIONS:
+            found[c] = {
+                OURS: self.kept(c, OURS, lambda c=c: self.fitted(c)),
+                COARSE: self.kept(c, COARSE, lambda c=c: self.coarse(c)),
+                PATH: self.kept(c, PATH, lambda c=c: self.by_path(c)[1]),
+            }
+        more = found[ALL]
+        by_share = self.folder / "fitting" / "by-share.yml"
+        own = {e: {"scores": str(alone(self.folder, self.seed, e, e))} for e in ALL}
+        shares = weight_patching(self.folder, ALL, own)
+        by_share.write_text(shares.to_yaml())
+        by_path = company(self.folder, self.seed, ALL, N_PROMPTS, 10) / "recipe.yml"
+        guard = (self.unlabelled("copy", 256),)
+        makers: dict[str, Callable[[], Measured]] = {
+            "fit, copying guarded": lambda: self.fitted(ALL, guards=guard),
+            "fit, 8 prompts": lambda: self.fitted(ALL, 8),
+            "fit, 32 prompts": lambda: self.fitted(ALL, 32),
+            "fit, 128 prompts": lambda: self.fitted(ALL, 128),
+            "fit from shares": lambda: self.fitted(ALL, start="scores", recipe=by_share),
+            "fit from the path": lambda: self.fitted(ALL, start="scores", recipe=by_path),
+            "entropy, one gate a tensor": self.entropy,
+            "shares": lambda: merged(shares, self.seed),
+            "plain averaging": lambda: self.plain("task_arithmetic", weight=1 / 3),
+            "ties": lambda: self.plain("ties", weight=1.0, density=0.5),
+        }
+        for name, make in makers.items():
+            more[name] = self.kept(ALL, name, make)
+        for e in (*SKILLS, "base"):
+            own_scores = self.kept(
+                (e,), "itself", lambda e=e: measure(*load_model(self.folder / e), self.seed)
+            )
+            found[(e,)] = {"itself": own_scores}
+        return found
+
+
+def interval(values: list[float]) -> str:
+    """Mean over seeds with Student's 95% interval."""
+    mean, n = float(np.mean(values)), len(values)
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
+    return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
+
+
+def tables(found: dict[int, Rows]) -> str:
+    """The tables in Markdown."""
+
+    def value(
+        rows: dict[tuple[str, ...], dict[str, Measured]], c: tuple[str, ...], name: str
+    ) -> float:
+        return float(np.mean([rows[c][name][e] / rows[(e,)]["itself"][e] for e in c]))
+
+    names = ["+".join(c) if len(c) < 3 else "all three" for c in COMBINATIONS]
+    lines = ["| method | " + " | ".join(names) + " | mean, 95% | fit minus it |"]
+    lines.append("|---|" + "---:|" * (len(names) + 2))
+    means = {
+        name: [
+            float(np.mean([value(rows, c, name) for c in COMBINATIONS])) for rows in found.values()
+        ]
+        for name in (OURS, COARSE, PATH)
+    }
+    for name, mean in means.items():
+        cells = [
+            f"{np.mean([value(r, c, name) for r in found.values()]):.2f}" for c in COMBINATIONS
+        ]
+        gap = [a - b for a, b in zip(means[OURS], mean, strict=True)]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(cells)
+            + f" | {interval(mean)} | "
+            + ("" if name == OURS else interval(gap))
+            + " |"
+        )
+    lines += [
+        "",
+        "| all three | mean of skills, 95% | copying | steps to 95% of the best | CPU, x fit |",
+    ]
+    lines.append("|---|---:|---:|---:|---:|")
+    first = next(iter(found.values()))
+    for name in first[ALL]:
+        of_seeds = [rows[ALL][name] for rows in found.values()]
+        skills = interval([value(rows, ALL, name) for rows in found.values()])
+        copying = interval([row["copy"] for row in of_seeds])
+        steps, cost = "", ""
+        if "history" in of_seeds[0]:
+            steps = f"{np.mean([_reached(rows[ALL], name) for rows in found.values()]):.0f}"
+            ratio = [rows[ALL][name]["cpu"] / rows[ALL][OURS]["cpu"] for rows in found.values()]
+            cost = f"{np.mean(ratio):.2f}"
+        lines.append(f"| {name} | {skills} | {copying} | {steps} | {cost} |")
+    base = interval([rows[("base",)]["itself"]["copy"] for rows in found.values()])
+    lines += ["", f"The base copies {base}. Spearman's correlation of fitted gates with scores:"]
+    for label in ("share", "path"):
+        ranks = [rows[ALL][OURS]["rank"][label] for rows in found.values()]
+        lines.append(f"- `{label}`: {interval(ranks)}")
+    return "\n".join(lines)
+
+
+def _reached(rows: dict[str, Measured], name: str) -> int:
+    """Steps until held-out recovery is within 95% of the best that the plain fit reaches."""
+    goal = 0.95 * max(value for _, value in rows[OURS]["history"])
+    history = rows[name]["history"]
+    return next((step for step, value in history if value >= goal), STEPS)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--seeds", help="Training seeds: 2,4,6.  [default: those of the benchmark]")
+def main(seeds: str | None) -> None:
+    """Fit, merge, measure, print."""
+    torch.set_num_threads(1)
+    ensure_registered()
+    os.chdir(ROOT)
+    chosen = [int(seed) for seed in seeds.split(",")] if seeds else competent_seeds()
+    found = {seed: Seed(seed).rows() for seed in tqdm(chosen, unit="seed")}
+    click.echo(tables(found))
+
+
+if __name__ == "__main__":
+    main()
