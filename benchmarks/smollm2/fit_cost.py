@@ -1,8 +1,8 @@
 """What a fit costs, beside one score run and full fine-tuning, and what larger models would need.
 
-``python -m benchmarks.smollm2.fit_cost`` (once `benchmarks.smollm2.bench` has made the experts) runs each
-command as a process of its own, reads its CPU time and peak memory, counts the FLOPs of one
-step, and prints the tables of README.md.
+``python -m benchmarks.smollm2.fit_cost`` runs each command as a process of its own, reads its CPU
+time and peak memory, counts the FLOPs of one step, and prints the tables of README.md. The experts
+come from `benchmarks.smollm2.bench`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.smollm2.bench import local
 from benchmarks.smollm2.experts import batch_of
@@ -81,6 +83,20 @@ def fit(out: Path, steps: int, dtype: str) -> list[str]:
     ]
 
 
+class Counted(TorchDispatchMode):
+    """FLOPs of all products; torch's own counter hooks modules, which autograd.grad refuses."""
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if (count := flop_registry.get(function._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=made)
+        return made
+
+
 def flops() -> tuple[float, float]:
     """FLOPs of one slope of one expert and eight texts, and 8 P N: parameters times tokens."""
     pair = open_pair(str(BASE), str(BUILD / "experts" / "math"), lambda *_: None)
@@ -91,23 +107,25 @@ def flops() -> tuple[float, float]:
     [batch] = batches([sample] * A_STEP, A_STEP, "cpu")
     term = Term(batch, Targets(logprobs(decoder, batch)), 1.0)
     vector = TaskVector(lambda name: pair.delta(name, torch.float32, "cpu"), pair.changed)
-    with FlopCounterMode(display=False) as counter:
+    with Counted() as counter:
         slopes(decoder, [term], pair.partition, [vector])
     in_layers = sum(
         p.numel() for name, p in resident.model.named_parameters() if ".layers." in name
     )
-    return float(counter.get_total_flops()), 8.0 * in_layers * batch.ids.numel()
+    return float(counter.total), 8.0 * in_layers * batch.ids.numel()
 
 
 def needed() -> str:
     """The table of larger models, computed."""
-    lines = ["| model | weights | layer inputs | one layer's gradients | teachers | PFLOP a step |"]
+    lines = [
+        "| model | weights | residual streams | one layer's gradients | teachers | PFLOP a step |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|")
     tokens = BEHAVIOURS * A_STEP * LENGTH
     for name, parameters, layers, hidden, vocabulary in SIZES:
         sizes = (
             2 * parameters,
-            2 * layers * tokens * hidden,
+            2 * 3 * layers * tokens * hidden,  # both blocks' outputs and the layer's
             4 * 2 * parameters / layers,
             4 * BEHAVIOURS * ALL * RESPONSE * vocabulary,
         )
@@ -143,9 +161,9 @@ def main(tuned: int | None) -> None:
     for dtype, (cpu, peak) in more.items():
         per_step = (cpu - few[dtype][0]) / 2
         click.echo(f"| fit, {dtype} | {per_step / step:.2f} | {peak / again[1]:.2f} |")
-        whole = few[dtype][0] + 23 * per_step
+        whole = few[dtype][0] + 15 * per_step
         click.echo(
-            f"| 24 steps of it, x one score run of one expert | {whole / score[0]:.1f} | "
+            f"| 16 steps of it, x one score run of one expert | {whole / score[0]:.1f} | "
             f"{peak / score[1]:.2f} |"
         )
     counted, predicted = flops()
