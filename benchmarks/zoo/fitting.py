@@ -54,6 +54,8 @@ ALL = COMBINATIONS[-1]
 #: unlabelled prompts a skill, and how the gates climb
 N, STEPS, A_STEP = 2048, 80, 64
 OURS, COARSE, PATH = "fit", "fit, one gate a tensor", "company path"
+#: seeds of the second table
+N_MORE = 3
 Measured = dict[str, Any]
 Rows = dict[tuple[str, ...], dict[str, Measured]]
 
@@ -180,8 +182,8 @@ class Seed:
         config = yaml.safe_load((folder / "recipe.yml").read_text())
         return folder / "recipe.yml", merged(MergeConfiguration.model_validate(config), self.seed)
 
-    def rows(self) -> Rows:
-        """Everything measured on this seed."""
+    def rows(self, more: bool) -> Rows:
+        """What is measured on this seed; more than the main rows if asked for."""
         found: Rows = {}
         for c in COMBINATIONS:
             found[c] = {
@@ -189,7 +191,16 @@ class Seed:
                 COARSE: self.kept(c, COARSE, lambda c=c: self.coarse(c)),
                 PATH: self.kept(c, PATH, lambda c=c: self.by_path(c)[1]),
             }
-        more = found[ALL]
+        for e in (*SKILLS, "base"):
+            model = self.folder / e
+            itself = self.kept((e,), "itself", lambda m=model: measure(*load_model(m), self.seed))
+            found[(e,)] = {"itself": itself}
+        if more:
+            found[ALL] |= self.more()
+        return found
+
+    def more(self) -> dict[str, Measured]:
+        """What a fit needs, and what else there is: all three experts."""
         by_share = self.folder / "fitting" / "by-share.yml"
         own = {e: {"scores": str(alone(self.folder, self.seed, e, e))} for e in ALL}
         shares = weight_patching(self.folder, ALL, own)
@@ -208,14 +219,7 @@ class Seed:
             "plain averaging": lambda: self.plain("task_arithmetic", weight=1 / 3),
             "ties": lambda: self.plain("ties", weight=1.0, density=0.5),
         }
-        for name, make in makers.items():
-            more[name] = self.kept(ALL, name, make)
-        for e in (*SKILLS, "base"):
-            own_scores = self.kept(
-                (e,), "itself", lambda e=e: measure(*load_model(self.folder / e), self.seed)
-            )
-            found[(e,)] = {"itself": own_scores}
-        return found
+        return {name: self.kept(ALL, name, make) for name, make in makers.items()}
 
 
 def interval(values: list[float]) -> str:
@@ -260,14 +264,15 @@ def tables(found: dict[int, Rows]) -> str:
     ]
     lines.append("|---|---:|---:|---:|---:|")
     first = next(iter(found.values()))
+    fully = [rows for rows in found.values() if rows[ALL].keys() == first[ALL].keys()]
     for name in first[ALL]:
-        of_seeds = [rows[ALL][name] for rows in found.values()]
-        skills = interval([value(rows, ALL, name) for rows in found.values()])
+        of_seeds = [rows[ALL][name] for rows in fully]
+        skills = interval([value(rows, ALL, name) for rows in fully])
         copying = interval([row["copy"] for row in of_seeds])
         steps, cost = "", ""
         if "history" in of_seeds[0]:
-            steps = f"{np.mean([_reached(rows[ALL], name) for rows in found.values()]):.0f}"
-            ratio = [rows[ALL][name]["cpu"] / rows[ALL][OURS]["cpu"] for rows in found.values()]
+            steps = f"{np.mean([_reached(rows[ALL], name) for rows in fully]):.0f}"
+            ratio = [rows[ALL][name]["cpu"] / rows[ALL][OURS]["cpu"] for rows in fully]
             cost = f"{np.mean(ratio):.2f}"
         lines.append(f"| {name} | {skills} | {copying} | {steps} | {cost} |")
     base = interval([rows[("base",)]["itself"]["copy"] for rows in found.values()])
@@ -293,7 +298,12 @@ def main(seeds: str | None) -> None:
     ensure_registered()
     os.chdir(ROOT)
     chosen = [int(seed) for seed in seeds.split(",")] if seeds else competent_seeds()
-    found = {seed: Seed(seed).rows() for seed in tqdm(chosen, unit="seed")}
+    for seed in tqdm(chosen, unit="seed"):
+        Seed(seed).rows(more=False)
+    found = {
+        seed: Seed(seed).rows(more=i < N_MORE)
+        for i, seed in enumerate(tqdm(chosen, unit="seed, more rows"))
+    }
     click.echo(tables(found))
 
 
