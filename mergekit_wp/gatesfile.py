@@ -8,13 +8,11 @@ One safetensors file: a JSON manifest under the metadata key ``mergekit_wp_gates
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-import safetensors
 import torch
 from pydantic import (
     BaseModel,
@@ -24,14 +22,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from safetensors.torch import save_file
 
+from mergekit_wp import tensorfile
 from mergekit_wp.components import Dims, Kind, layout_of
 from mergekit_wp.engine.gates import KINDS
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import written_whole
 from mergekit_wp.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile
 from mergekit_wp.scorefile import check as check_scores
+from mergekit_wp.untrusted import complaint, parse_json
 
 GATES_KEY = "mergekit_wp_gates"
 
@@ -215,6 +213,14 @@ def as_scores(file: GatesFile, expert: int) -> ScoreFile:
     return scores
 
 
+def _expected_shapes(manifest: GatesManifest) -> dict[str, tuple[int, ...]]:
+    expected: dict[str, tuple[int, ...]] = {}
+    for e in range(len(manifest.experts)):
+        expected |= {f"gate/{e}/{kind}": manifest.shape(kind) for kind in KINDS}
+        expected[f"delta_norm/{e}"] = (len(manifest.tensor_names),)
+    return expected
+
+
 def check(file: GatesFile) -> None:
     """Refuse tensors that do not fit the manifest.
 
@@ -222,27 +228,17 @@ def check(file: GatesFile) -> None:
         UserError: a missing, extra or misshapen tensor, another dtype, a NaN, or a gate out of
             bounds.
     """
-    manifest = file.manifest
-    expected: dict[str, tuple[int, ...]] = {}
-    for e in range(len(manifest.experts)):
-        expected |= {f"gate/{e}/{kind}": manifest.shape(kind) for kind in KINDS}
-        expected[f"delta_norm/{e}"] = (len(manifest.tensor_names),)
-    for key, shape in expected.items():
-        if key not in file.tensors:
-            raise UserError(f"tensor '{key}' is missing; the manifest promises it")
-        tensor = file.tensors[key]
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"tensor '{key}' has shape {tuple(tensor.shape)}, not {shape}")
-        if tensor.dtype != torch.float32:
-            raise UserError(f"tensor '{key}' is {tensor.dtype}, not torch.float32")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"tensor '{key}' holds NaN or infinity")
+    tensorfile.check(file.tensors, _expected_shapes(file.manifest))
+    _check_bounds(file)
+
+
+def _check_bounds(file: GatesFile) -> None:
+    upper = file.manifest.upper
+    for key, tensor in file.tensors.items():
         if (tensor < 0).any():
             raise UserError(f"tensor '{key}' holds a negative number")
-        if key.startswith("gate/") and (tensor > manifest.upper * (1 + 1e-6)).any():
-            raise UserError(f"tensor '{key}' holds a gate above {manifest.upper}")
-    if extra := sorted(set(file.tensors) - set(expected)):
-        raise UserError(f"tensor '{extra[0]}' is not in the manifest")
+        if key.startswith("gate/") and (tensor > upper * (1 + 1e-6)).any():
+            raise UserError(f"tensor '{key}' holds a gate above {upper}")
 
 
 def read(path: str | os.PathLike[str]) -> GatesFile:
@@ -258,39 +254,37 @@ def read(path: str | os.PathLike[str]) -> GatesFile:
             "'mergekit-wp fit RECIPE --prompts EXPERT=FILE.jsonl --out gates.safetensors'"
         )
     try:
-        with safetensors.safe_open(path, framework="pt") as handle:
-            text = (handle.metadata() or {}).get(GATES_KEY)
-            if text is None:
-                raise UserError(f"not a gates file: no '{GATES_KEY}' in its metadata")
-            manifest = GatesManifest.model_validate(json.loads(text))
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        with tensorfile.opened(path) as handle:
+            manifest = _parse_manifest((handle.metadata() or {}).get(GATES_KEY))
+            tensors = tensorfile.load(handle, _expected_shapes(manifest))
         file = GatesFile(manifest, tensors)
-        check(file)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"gates file {path} is unreadable or truncated: {error}") from error
+        _check_bounds(file)
     except UserError as error:
         raise UserError(f"gates file {path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise UserError(f"gates file {path}: bad manifest: {where}{first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"gates file {path}: its manifest is not JSON ({error})") from error
     return file
+
+
+def _parse_manifest(text: str | None) -> GatesManifest:
+    if text is None:
+        raise UserError(f"not a gates file: no '{GATES_KEY}' in its metadata")
+    try:
+        return GatesManifest.model_validate(parse_json(text))
+    except ValidationError as error:
+        raise UserError(f"bad manifest: {complaint(error)}") from error
+    except ValueError as error:
+        raise UserError(f"its manifest is not JSON ({error})") from error
 
 
 def is_gates_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file calls itself a gates file; not whether it is a sound one."""
     try:
-        with safetensors.safe_open(path, framework="pt") as handle:
+        with tensorfile.opened(path) as handle:
             return GATES_KEY in (handle.metadata() or {})
-    except (OSError, safetensors.SafetensorError):
+    except UserError:
         return False
 
 
 def write(file: GatesFile, path: Path) -> None:
     """Check a gates file and write it under its name only when complete."""
     check(file)
-    tensors = {key: file.tensors[key].contiguous() for key in sorted(file.tensors)}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={GATES_KEY: file.manifest.model_dump_json()})
+    tensorfile.write(file.tensors, {GATES_KEY: file.manifest.model_dump_json()}, path)

@@ -10,7 +10,6 @@ depend on what it is batched with.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.untrusted import complaint, parse_json
 
 
 class Message(BaseModel):
@@ -90,19 +90,13 @@ def read_prompts(path: Path, limit: int | None) -> PromptFile:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        raw = json.loads(line)
-        json.dumps(raw, ensure_ascii=False).encode()
-        prompt = Prompt.model_validate(raw)
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half a surrogate pair, which is no character") from error
+        prompt = Prompt.model_validate(parse_json(line))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "line"
         raise UserError(
-            f"{where}: {key}: {first['msg']}; expected an object with 'prompt' and optional "
+            f"{where}: {complaint(error)}; expected an object with 'prompt' and optional "
             "'contrast' and 'response'"
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers of 5000 digits are a ValueError, too
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not prompt.prompt:
         raise UserError(f"{where}: 'prompt' is empty")

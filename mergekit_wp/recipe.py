@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import (
@@ -23,7 +22,7 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import (
@@ -35,6 +34,7 @@ from mergekit_wp.expert_scores import (
     local_path,
 )
 from mergekit_wp.parameters import SPEC
+from mergekit_wp.untrusted import complaint, parse_yaml
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
@@ -127,11 +127,12 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 def _load_yaml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     try:
         source = Path(path).read_text(encoding="utf-8")
-        data = yaml.safe_load(source)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        data = parse_yaml(source)
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
     return source, data
@@ -146,9 +147,9 @@ def find_score_file(reference: str, folder: Path) -> str:
     if reference.startswith("hf://"):
         return local_path(reference)
     found = os.path.expanduser(reference)
-    beside = folder / found
-    if beside.is_file():
-        found = str(beside)
+    beside = os.path.join(folder, found)
+    if os.path.isfile(beside):
+        found = beside
     elif not os.path.isfile(found):
         raise UserError(
             f"score file {reference} not found, neither in the recipe's folder {folder} nor "
@@ -167,8 +168,9 @@ def find_gates_file(reference: str, folder: Path) -> str:
     if reference.startswith("hf://"):
         path = local_path(reference)
     else:
-        given = Path(os.path.expanduser(reference))
-        path = os.path.abspath(folder / given if (folder / given).is_file() else given)
+        given = os.path.expanduser(reference)
+        beside = os.path.join(folder, given)
+        path = os.path.abspath(beside if os.path.isfile(beside) else given)
     gates_experts(path)
     return path
 
@@ -207,10 +209,8 @@ def experts_in_order(config: MergeConfiguration) -> list[ModelReference]:
 
 def one_line(error: BaseException) -> str:
     """What an exception of pydantic, mergekit or transformers says, on one line."""
-    errors = getattr(error, "errors", None)
-    if callable(errors):  # pydantic
-        first = errors()[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    if isinstance(error, ValidationError):
+        return complaint(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -6,13 +6,12 @@ Reading refuses whatever does not fit: a score file nobody can misuse silently i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
 
-import safetensors
 import torch
 from pydantic import (
     BaseModel,
@@ -22,11 +21,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from safetensors.torch import save_file
 
+from mergekit_wp import tensorfile
 from mergekit_wp.components import SLICED_KINDS, Dims, Kind, layout_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import written_whole
+from mergekit_wp.untrusted import complaint, parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_wp"
@@ -131,7 +130,7 @@ class SetPoint(_Strict):
     direction: Direction
     set: SetName
     size: PositiveInt
-    measure: str
+    measure: CriterionName | Literal["behavior"]
     value: float
     low: float
     high: float
@@ -147,6 +146,26 @@ class Verification(_Strict):
     n_items: int
     draws: PositiveInt
     points: tuple[SetPoint, ...]
+
+    @model_validator(mode="after")
+    def _whole_curves(self) -> Self:
+        sizes: dict[tuple[str, str, str], list[int]] = {}
+        for point in self.points:
+            sizes.setdefault((point.measure, point.direction, point.set), []).append(point.size)
+        wanted = {
+            (point.measure, direction, name)
+            for point in self.points
+            for direction in get_args(Direction)
+            for name in get_args(SetName)
+        }
+        if set(sizes) != wanted:
+            raise ValueError("points: a curve is missing")
+        if any(
+            sorted(of) != sorted(set(sizes[key[0], "restoration", "top"]))
+            for key, of in sizes.items()
+        ):
+            raise ValueError("points: the curves have other sizes, or one twice")
+        return self
 
 
 class Agreement(_Strict):
@@ -219,6 +238,8 @@ class Manifest(_Strict):
         for kind in SLICED_KINDS:
             if kind in self.kinds and not self.dims.count(kind):
                 raise ValueError(f"n_{kind}s is 0, but kinds has '{kind}'")
+        if set(self.fidelity) != set(self.score_keys()):
+            raise ValueError("fidelity does not speak of just the scores in the file")
         if ("path" in self.estimands) != (self.company is not None):
             raise ValueError("'path' scores and a 'company' belong together")
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
@@ -307,7 +328,7 @@ class ScoreFile:
         return tuple(n for n in self.manifest.tensor_names if layout_of(n, dims).whole)
 
 
-def _expected_shapes(manifest: Manifest, keys: set[str]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(manifest: Manifest, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
     shapes = {key: manifest.shape(key.split("/")[2]) for key in manifest.score_keys()}  # type: ignore[arg-type]
     shapes |= {f"{key}.se": shape for key, shape in shapes.items() if f"{key}.se" in keys}
     shapes["delta_norm"] = (len(manifest.tensor_names),)
@@ -320,23 +341,16 @@ def check(score_file: ScoreFile) -> None:
     """Refuse tensors that do not fit the manifest.
 
     Raises:
-        UserError: a missing, extra or misshapen tensor, another dtype, or a NaN.
+        UserError: a missing, extra or misshapen tensor, another dtype, a NaN, or a negative norm.
     """
     tensors = score_file.tensors
-    expected = _expected_shapes(score_file.manifest, set(tensors))
-    for key, shape in expected.items():
-        if key not in tensors:
-            raise UserError(f"tensor '{key}' is missing; the manifest promises it")
-        if tuple(tensors[key].shape) != shape:
-            raise UserError(f"tensor '{key}' has shape {tuple(tensors[key].shape)}, not {shape}")
-        if tensors[key].dtype != torch.float32:
-            raise UserError(f"tensor '{key}' is {tensors[key].dtype}, not torch.float32")
-        if not torch.isfinite(tensors[key]).all():
-            raise UserError(f"tensor '{key}' holds NaN or infinity")
+    tensorfile.check(tensors, _expected_shapes(score_file.manifest, tensors))
+    _check_norms(tensors)
+
+
+def _check_norms(tensors: Mapping[str, torch.Tensor]) -> None:
     if (tensors["delta_norm"] < 0).any():
         raise UserError("tensor 'delta_norm' holds a negative norm")
-    if extra := sorted(set(tensors) - set(expected)):
-        raise UserError(f"tensor '{extra[0]}' is not in the manifest")
 
 
 def parse_manifest(text: str | None) -> Manifest:
@@ -348,18 +362,17 @@ def parse_manifest(text: str | None) -> Manifest:
     if text is None:
         raise UserError(f"not a score file: no '{METADATA_KEY}' in its metadata")
     try:
-        raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        raw = parse_json(text)
+    except ValueError as error:
         raise UserError(f"its manifest is not JSON ({error})") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"format version {version!r}; this mergekit-wp reads {FORMAT_VERSION}")
+        shown = f"{version!r:.40}"
+        raise UserError(f"format version {shown}; this mergekit-wp reads {FORMAT_VERSION}")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise UserError(f"bad manifest: {where}{first['msg']}") from error
+        raise UserError(f"bad manifest: {complaint(error)}") from error
 
 
 def read(path: str | os.PathLike[str]) -> ScoreFile:
@@ -375,25 +388,20 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
             "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors'"
         )
     try:
-        with safetensors.safe_open(path, framework="pt") as handle:
+        with tensorfile.opened(path) as handle:
             metadata = handle.metadata() or {}
             if f"{METADATA_KEY}_gates" in metadata:
                 raise UserError("it is a gates file: name it as the recipe's 'gates'")
             manifest = parse_manifest(metadata.get(METADATA_KEY))
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-        score_file = ScoreFile(manifest, tensors)
-        check(score_file)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"score file {path} is unreadable or truncated: {error}") from error
+            tensors = tensorfile.load(handle, _expected_shapes(manifest, set(handle.keys())))
+        _check_norms(tensors)
     except UserError as error:
         raise UserError(f"score file {path}: {error}") from error
-    return score_file
+    return ScoreFile(manifest, tensors)
 
 
 def write(score_file: ScoreFile, path: str | os.PathLike[str]) -> None:
     """Check a score file and write it under its name only when complete."""
     check(score_file)
-    tensors = {key: score_file.tensors[key].contiguous() for key in sorted(score_file.tensors)}
     metadata = {METADATA_KEY: score_file.manifest.model_dump_json()}
-    with written_whole(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    tensorfile.write(score_file.tensors, metadata, Path(path))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import written_whole
 from mergekit_wp.roles import Edge, Node, Rules
 from mergekit_wp.scorefile import CriterionName, ScoreFile
+from mergekit_wp.untrusted import complaint, parse_json
 
 
 class Screen(BaseModel):
@@ -45,6 +45,22 @@ class TraceFile(BaseModel):
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
 
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Self:
+        nodes = {node.name: node for node in self.nodes}
+        if len(nodes) < len(self.nodes):
+            raise ValueError("nodes: a name stands twice")
+        for node in self.nodes:
+            if not 0 <= node.layer < self.n_layers or node.index < 0:
+                raise ValueError(f"node '{node.name}' is no component of the model")
+        for edge in self.edges:
+            for end in (edge.source, edge.target):
+                if end not in nodes:
+                    raise ValueError(f"an edge names '{end}', which is no node")
+            if edge.strong and nodes[edge.target].activation.value <= 0:
+                raise ValueError(f"'{edge.target}' has no effect, so nothing is an edge to it")
+        return self
+
     @property
     def strong(self) -> tuple[Edge, ...]:
         """Supplies that count as edges, strongest first."""
@@ -65,16 +81,13 @@ def read(path: Path, scores: ScoreFile) -> TraceFile:
         UserError: unreadable, no trace file, or of other scores; names the file.
     """
     try:
-        raw = json.loads(path.read_bytes())
-        trace = TraceFile.model_validate(raw)
+        trace = TraceFile.model_validate(parse_json(path.read_bytes()))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"trace file {path}: {where}: {first['msg']}; make one with "
+            f"trace file {path}: {complaint(error)}; make one with "
             "'mergekit-wp trace FILE --prompts FILE.jsonl --out trace.json'"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"trace file {path} cannot be read: {error}") from error
     if trace.scores_sha256 != scores.digest():
         raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from mergekit_wp.components import layout_of
+from mergekit_wp.engine.gates import KINDS
+from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, Moment
 from mergekit_wp.scorefile import Anchor, Dims, Fidelity, Manifest, ModelId, Scale, ScoreFile
 
 
@@ -87,3 +89,54 @@ def make_score_file(
     if "anchor" in criteria:
         tensors["anchor/vector"] = torch.randn(hidden_size, generator=generator)
     return ScoreFile(manifest, tensors)
+
+
+def make_gates_file(dims: Dims | None = None, n_experts: int = 2) -> GatesFile:
+    """A consistent gates file with random gates."""
+    dims = dims or Dims(n_layers=2, n_heads=4, n_kv_groups=2, n_neurons=6)
+    names = llama_tensor_names(dims.n_layers)
+    model = ModelId(
+        reference="somewhere", revision=None, config_hash="0" * 64, weights_dtype="float32"
+    )
+    manifest = GatesManifest(
+        base=model,
+        base_sha256="0" * 64,
+        experts=tuple(
+            GatedExpert(
+                model=model.model_copy(update={"reference": f"models/expert{e}"}),
+                weights_sha256=f"{e}" * 64,
+                behavior=f"behavior {e}",
+                prompts_sha256="0" * 64,
+                n_prompts=4,
+            )
+            for e in range(n_experts)
+        ),
+        guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2),),
+        architecture="LlamaForCausalLM",
+        **vars(dims),
+        hidden_size=16,
+        tensor_names=names,
+        upper=1.5,
+        start="0.5",
+        rate=0.05,
+        penalty=0.01,
+        prompts_a_step=2,
+        best_step=1,
+        history=tuple(
+            Moment(
+                step=s, fitted={"behavior 0": 0.5, "behavior 1": 0.5, "plain": 1.0}, held_out=None
+            )
+            for s in range(2)
+        ),
+        seed=0,
+        dtype="float32",
+        created="2026-01-01",
+        versions={},
+    )
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for e in range(n_experts):
+        for kind in KINDS:
+            tensors[f"gate/{e}/{kind}"] = torch.rand(manifest.shape(kind), generator=generator)
+        tensors[f"delta_norm/{e}"] = torch.ones(len(names))
+    return GatesFile(manifest, tensors)

@@ -118,7 +118,7 @@ def refused(capfd, tmp_path, *arguments: str, status: int = 2) -> str:
             r"shapes differ at tensor model.layers.2.* base has none, expert \[",
         ),
         ("base", "expert", "foreign", "the tokenizer gives token 40; the models have 40 tokens"),
-        ("base", "expert", "surrogate", "line 1: holds half a surrogate pair"),
+        ("base", "expert", "surrogate", "line 1: not JSON .it holds half a surrogate pair"),
         ("base", "expert", "digits", "line 1: not JSON"),
         ("base", "expert", "empty", "holds no prompts"),
         ("base", "expert", "broken", r"broken.jsonl, line 2: not JSON"),

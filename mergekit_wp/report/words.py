@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from mergekit_wp.components import Kind
+from mergekit_wp.errors import clean as clean
 from mergekit_wp.scorefile import (
     CriterionName,
     Estimand,
@@ -53,13 +54,6 @@ METHOD_WORDS: dict[Method, str] = {
     "guided-path": "guided path",
     "fitted": "gates fitted by gradient",
 }
-
-
-def clean(text: str) -> str:
-    """Text without control characters: a file from elsewhere cannot steer the terminal."""
-    return "".join(
-        ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text
-    )
 
 
 def percent(part: float) -> str:
@@ -120,9 +114,13 @@ def criterion_facts(manifest: Manifest, criterion: CriterionName) -> str:
         parts.append(f"noise floor {manifest.noise_floor[criterion]:.2g}")
     if criterion == "anchor" and (anchor := manifest.anchor):
         pairs = f" from {count(anchor.n_contrasts, 'contrast')}" if anchor.n_contrasts else ""
+        separates = (
+            "too few prompts to hold any out"
+            if anchor.separation is None
+            else f"separation {anchor.separation:.3g} on held-out prompts"
+        )
         parts.append(
-            f"taken after layer {anchor.layer}, direction by {anchor.contrast}{pairs}, "
-            f"separation {anchor.separation:.3g} on held-out prompts"
+            f"taken after layer {anchor.layer}, direction by {anchor.contrast}{pairs}, {separates}"
         )
     return "; ".join(parts) or "nothing recorded"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from mergekit_wp.scoring.texts import auto_batch_size, with_responses
 
 RESAMPLES = 2000
 #: what behaviour is called among the measures
-BEHAVIOR = "behavior"
+BEHAVIOR: Literal["behavior"] = "behavior"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""Reading text that strangers wrote: manifests, prompts and recipes travel over the Hub.
+
+JSON and YAML are read with their ambiguities refused (a key that stands twice) and their size
+bounded before anything is built from them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+T = TypeVar("T")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+#: bytes of a YAML text, and nodes it may stand for once its aliases are followed
+YAML_BYTES, YAML_NODES = 2**20, 100_000
+# what PyYAML's constructors raise for a scalar that is not of the type it claims, beside YAMLError
+_SCALAR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON in which no object holds a key twice, and every text can be written in UTF-8.
+
+    Raises:
+        ValueError: what is wrong, on one line.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        found = json.loads(text, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which is no character") from None
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (twice := _twice(key for key, _ in pairs)) is not None:
+        raise ValueError(f"key {_shown(twice)} stands twice")
+    return dict(pairs)
+
+
+def _twice(keys: Iterable[T]) -> T | None:
+    """The first key that came before."""
+    seen: set[T] = set()
+    for key in keys:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
+
+
+def _shown(text: object) -> str:
+    return f"{text!r:.80}"
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML document in which no mapping holds a key twice; anchors and aliases may be used.
+
+    Aliases cost nothing to read but everything to walk: nine lines can stand for a billion nodes.
+    So the document is counted, aliases followed, before Python objects are built from it.
+
+    Raises:
+        ValueError: what is wrong, on one line.
+    """
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"it has {len(text)} characters, more than {YAML_BYTES}")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (count := _count(node, {})) > YAML_NODES:
+            raise ValueError(f"its aliases stand for {count:.3g} values, more than {YAML_NODES}")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except _SCALAR_ERRORS as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Nodes that a node stands for, itself among them; refuses repeated keys on the way."""
+    if not isinstance(node, yaml.CollectionNode):
+        if "\0" in node.value:  # no path has one, and the C library ends there
+            raise ValueError(f"a NUL character stands at line {node.start_mark.line + 1}")
+        return 1
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise ValueError("an alias stands within what it names")
+        return count
+    known[id(node)] = None
+    parts = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if (twice := _twice((key.tag, key.value) for key in keys)) is not None:
+            line = node.start_mark.line + 1
+            raise ValueError(f"key {_shown(twice[1])} stands twice in the mapping at line {line}")
+        parts = [part for pair in node.value for part in pair]
+    total = 1 + sum(_count(part, known) for part in parts)
+    known[id(node)] = total
+    return total
+
+
+def complaint(error: ValidationError) -> str:
+    """The first thing pydantic complains of, as ``where: what``."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where!s:.120}: {first['msg']}" if where else str(first["msg"])
