@@ -28,6 +28,7 @@ from mergekit_wp.architectures import of_type, text_config
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.stored import StoredNames
+from mergekit_wp.untrusted import parse_json
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -116,15 +117,11 @@ class Checkpoint:
             raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
 
     def _index(self) -> Any:
+        refuse_pickles(self.path, self.name)
         try:
             index = self.ref.tensor_index()
         except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"model '{self.name}': weights cannot be read: {error}") from error
-        if not index.is_safetensors:
-            raise UserError(
-                f"model '{self.name}' has pickled weights, which are never loaded; "
-                "save it again as safetensors"
-            )
         for shard in index.shards:
             if not os.path.isfile(os.path.join(index.base_path, shard.filename)):
                 raise UserError(f"model '{self.name}': weight file {shard.filename} is missing")
@@ -222,10 +219,40 @@ class Checkpoint:
         if not any(Path(self.path, name).exists() for name in _TOKENIZER_FILES):
             return None
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            # said outright: by default transformers asks on the terminal about a folder's own code
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # tokenizers raise whatever they like
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error
+
+
+def refuse_pickles(folder: str, name: str) -> None:
+    """Refuse a checkpoint whose weights are not all in safetensors files of its own folder.
+
+    Looked at before mergekit makes its index, for which it opens a pickle, and follows an index of
+    safetensors to whatever file that names.
+
+    Raises:
+        UserError: pickled weights, or an index that names other files.
+    """
+    whole = os.path.join(folder, "model.safetensors")
+    index = f"{whole}.index.json"
+    if os.path.isfile(index):
+        try:
+            files = set(parse_json(Path(index).read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model '{name}': {index} is no index of weights: {error}") from error
+        for file in files:
+            if os.path.basename(str(file)) != file or not file.endswith(".safetensors"):
+                raise UserError(
+                    f"model '{name}': its index names the weight file {file!r:.80}; only "
+                    "safetensors files beside the index are read"
+                )
+    elif not os.path.isfile(whole) and any(Path(folder).glob("*.bin*")):
+        raise UserError(
+            f"model '{name}' has pickled weights, which are never loaded; "
+            "save it again as safetensors"
+        )
 
 
 @dataclass(frozen=True)
@@ -364,7 +391,7 @@ def skeleton(config: Any) -> PreTrainedModel:
     implementation = None if architecture is None else architecture.attention_implementation
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=implementation
+            config, attn_implementation=implementation, trust_remote_code=False
         )
     model.tie_weights()
     model.eval()

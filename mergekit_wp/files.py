@@ -165,6 +165,16 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def refuse_link_out(folder: Path, target: Path) -> None:
+    """Refuse to write into a folder below the target that a link leads out of it.
+
+    Raises:
+        UserError: names the link.
+    """
+    if not folder.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{folder} leads out of {target} to {folder.resolve()}; remove that link")
+
+
 def _beside(target: Path) -> Path:
     """A folder on the target's disk, from where files can be renamed into it."""
     parent = target.parent
@@ -182,6 +192,9 @@ def _move(staged: Path, target: Path) -> None:
     if not target.exists():
         staged.rename(target)
         return
+    for path in staged.rglob("*"):
+        if path.is_dir():
+            refuse_link_out(target / path.relative_to(staged), target)
     for path in list(target.iterdir()):
         if _WEIGHTS.match(path.name):
             path.unlink()

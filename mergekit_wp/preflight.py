@@ -21,6 +21,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from safetensors import SafetensorError, safe_open
 
+from mergekit_wp.checkpoints import refuse_pickles
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores, unwritten
 from mergekit_wp.method import is_tied
@@ -75,6 +76,11 @@ def _open_models(recipe: Recipe, options: MergeOptions) -> None:
     if recipe.is_weight_patching:
         for file in score_files(recipe):
             file.require_base(configs[base])
+        for model in models:
+            bare = ModelReference(model=model.model)
+            folder = _reading(bare, lambda m: m.local_path(options.transformers_cache))
+            if os.path.isdir(folder):
+                refuse_pickles(folder, str(bare))
     for model in models:
         _reading(model, LoaderCache().get)
 

@@ -53,11 +53,11 @@ class TraceFile(BaseModel):
         for node in self.nodes:
             if not 0 <= node.layer < self.n_layers or node.index < 0:
                 raise ValueError(f"node '{node.name}' is no component of the model")
-        for edge in self.edges:
+        for edge in self.strong:
             for end in (edge.source, edge.target):
                 if end not in nodes:
                     raise ValueError(f"an edge names '{end}', which is no node")
-            if edge.strong and nodes[edge.target].activation.value <= 0:
+            if nodes[edge.target].activation.value <= 0:
                 raise ValueError(f"'{edge.target}' has no effect, so nothing is an edge to it")
         return self
 

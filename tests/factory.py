@@ -113,7 +113,7 @@ def make_gates_file(dims: Dims | None = None, n_experts: int = 2) -> GatesFile:
         ),
         guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2),),
         architecture="LlamaForCausalLM",
-        **vars(dims),
+        **dims.numbers,
         hidden_size=16,
         tensor_names=names,
         upper=1.5,

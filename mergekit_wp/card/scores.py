@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mergekit_wp import gatesfile, scorefile
-from mergekit_wp.files import written_whole
+from mergekit_wp.files import refuse_link_out, written_whole
 from mergekit_wp.recipe import Recipe, find_gates_file, find_score_file, gates_of
 from mergekit_wp.scorefile import Manifest
 
@@ -43,6 +43,7 @@ def copy_scores(recipe: Recipe, folder: Path) -> tuple[list[ScoreCopy], str]:
     Raises:
         UserError: a file cannot be found, read or written.
     """
+    refuse_link_out(folder / FOLDER, folder)
     beside = recipe.path.absolute().parent
     data = yaml.safe_load(recipe.source)
     paths = dict.fromkeys(part for text in _references(data) for part in _split(text))

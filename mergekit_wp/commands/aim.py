@@ -89,7 +89,9 @@ def aim(
     tokenizer = start.tokenizer() or end.tokenizer()
     if tokenizer is None:
         raise UserError(f"neither '{base}' nor '{merged}' has a tokenizer")
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(start.path)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        start.path, trust_remote_code=False, use_safetensors=True
+    )
     importance = activation_importance(model.to(device).eval(), tokenizer, prompts, batch_size)
     del model
     with staged_folder(target) as folder:

@@ -140,6 +140,8 @@ def merged_on_disk(
 
 def load_folder(folder: Path, dtype: torch.dtype, device: str) -> Any:
     """A checkpoint folder as a model."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
