@@ -26,6 +26,7 @@ _COMMANDS = {
     "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
     "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
+    "reproduce": ("mergekit_wp.commands.reproduce:reproduce", "Print the command behind a file."),
     "aim": ("mergekit_wp.commands.aim:aim", "Draw a merge back to its base where that is active."),
 }
 

@@ -92,6 +92,8 @@ class GatesManifest(_Strict):
     history: tuple[Moment, ...]
     seed: int
     dtype: str
+    #: arguments of `mergekit-wp` that made the file, see `scoring.command`
+    command: tuple[str, ...] = ()
     created: str
     versions: dict[str, str]
 

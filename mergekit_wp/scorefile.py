@@ -225,6 +225,8 @@ class Manifest(_Strict):
     stability: tuple[Agreement, ...] = ()
     dtype: str
     seed: int
+    #: arguments of `mergekit-wp` that made the file, see `scoring.command`
+    command: tuple[str, ...] = ()
     created: str
     versions: dict[str, str]
 

@@ -12,6 +12,7 @@ import mergekit_wp
 from mergekit_wp.checkpoints import Checkpoint, Pair
 from mergekit_wp.prompts import PromptFile
 from mergekit_wp.scorefile import Agreement, CriterionName, Manifest, ModelId, Scale
+from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.run import SweepRun
@@ -55,6 +56,7 @@ def make_manifest(
         completeness=run.completeness,
         stability=tuple(_halves(run)),
         company=None,
+        command=command_of(request),
         created=created,
     )
 

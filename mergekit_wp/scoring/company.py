@@ -31,6 +31,7 @@ from mergekit_wp.scorefile import (
 )
 from mergekit_wp.scoring.assemble import common_fields
 from mergekit_wp.scoring.blocks import Result, task_vector
+from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, inputs_of, measure, open_members
 from mergekit_wp.scoring.references import References
@@ -233,6 +234,7 @@ def _manifest(
             )
             for m, recovery in zip(members, recoveries, strict=True)
         ),
+        command=command_of(request),
         created=created,
     )
 

@@ -25,6 +25,7 @@ from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, 
 from mergekit_wp.planned import recipe_gates
 from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.scoring.assemble import model_id
+from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.fitting import Fitting, State
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import guard_of, lesson_of
@@ -180,6 +181,7 @@ def _manifest(
         history=_moments(state.seen, names),
         seed=request.seed,
         dtype=request.dtype,
+        command=command_of(request),
         created=created,
         versions={
             "mergekit-wp": mergekit_wp.__version__,

@@ -1,0 +1,140 @@
+"""The same command gives the same bytes, and a file says which command that is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from mergekit_wp import scorefile
+from mergekit_wp.cli import cli
+from tests.factory import make_score_file
+from tests.models import finetuned, make_model, save, write_prompts
+from tests.test_company import NAMES, write_task
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("reproduce")
+    base = make_model("llama-tied")
+    save(base, root / "base", torch.float32)
+    for name, word in zip(NAMES, ("abca", "dd"), strict=True):
+        save(finetuned(base, write_task(root / f"{name}.jsonl", word)), root / name, torch.float32)
+    models = [{"model": name} for name in NAMES]
+    recipe = {"merge_method": "ties", "base_model": "base", "models": models}
+    (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    write_prompts(root / "open prompts.jsonl", 4, contrast=True)
+    return root
+
+
+COMMANDS = {
+    "score": (
+        ["score", "base", NAMES[0], "--prompts", "open prompts.jsonl", "--out", "it's.safetensors",
+         "--estimand", "share,gain,knockout", "--verify", "2", "--max-new-tokens", "3",
+         "--max-prompts", "3", "--seed", "7", "--behavior", "two words", "--share-steps", "2"],
+        "it's.safetensors",
+    ),
+    "company": (
+        ["score", "--company", "recipe.yml", "--out", "together", "--share-steps", "2",
+         *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))],
+        f"together/{NAMES[0]}.safetensors",
+    ),
+    "fit": (
+        ["fit", "recipe.yml", "--out", "gates.safetensors", "--steps", "2", "--prompts-a-step", "2",
+         "--rate", "0.1", "--guard", "open prompts.jsonl", "--held-out", "0", "--start", "0.25",
+         *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))],
+        "gates.safetensors",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_the_printed_command_makes_the_same_bytes(
+    world: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, name = COMMANDS[kind]
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = CliRunner().invoke(cli, arguments)
+    assert made.exception is None, made.exception
+    first = (world / name).read_bytes()
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    shown = CliRunner().invoke(cli, ["reproduce", name])
+    assert shown.exception is None, shown.exception
+    assert shown.stderr == ""
+    (world / name).unlink()
+    # the shell's own reading of the line, in a process of its own
+    program = f"{shlex.quote(sys.executable)} -m mergekit_wp.cli"
+    line = shown.stdout.replace(" mergekit-wp ", f" {program} ", 1)
+    repeated = subprocess.run(
+        ["sh", "-c", line], cwd=world, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert repeated.returncode == 0, repeated.stderr
+    assert (world / name).read_bytes() == first
+
+
+def test_what_is_missing_here_is_said(world: Path, tmp_path: Path) -> None:
+    made = world / "said.safetensors"
+    arguments = [
+        "score", str(world / "base"), str(world / NAMES[0]), "--prompts",
+        str(tmp_path / "p.jsonl"), "--out", str(made), "--estimand", "share",
+        "--max-new-tokens", "2",
+    ]  # fmt: skip
+    write_prompts(tmp_path / "p.jsonl", 2)
+    assert CliRunner().invoke(cli, arguments).exception is None
+    (tmp_path / "p.jsonl").write_text('{"prompt": "other"}\n')
+    file = scorefile.read(made)
+    versions = file.manifest.versions | {"torch": "1.0"}
+    hub = file.manifest.base.model_copy(update={"reference": "me/base", "revision": "abc123"})
+    manifest = file.manifest.model_copy(update={"versions": versions, "base": hub})
+    scorefile.write(scorefile.ScoreFile(manifest, file.tensors), made)
+    shown = CliRunner().invoke(cli, ["reproduce", str(made)])
+    assert shown.exception is None
+    assert f"no prompt file with sha256 {manifest.prompts_sha256} is here" in shown.stderr
+    assert "me/base was read at commit abc123" in shown.stderr
+    assert "made with torch 1.0; here it is" in shown.stderr
+    assert len(shown.stdout.splitlines()) == 1
+
+
+def test_a_file_that_does_not_say_is_refused(tmp_path: Path) -> None:
+    scorefile.write(make_score_file(), tmp_path / "s.safetensors")
+    shown = CliRunner().invoke(cli, ["reproduce", str(tmp_path / "s.safetensors")])
+    assert "does not say by which command it was made" in str(shown.exception)
+
+
+@pytest.mark.parametrize("change", ["--batch-size 1", "threads"])
+def test_batches_and_threads_change_less_than_the_noise_floor(
+    world: Path, tmp_path: Path, change: str
+) -> None:
+    """In the units of the scores; the floor is what a file states for itself."""
+    common = [
+        "score", str(world / "base"), str(world / NAMES[0]), "--prompts",
+        str(world / "open prompts.jsonl"), "--estimand", "share,gain", "--criterion", "kl",
+        "--max-new-tokens", "3",
+    ]  # fmt: skip
+    more = change.split() if change.startswith("-") else []
+    for name, extra in (("one", []), ("other", more)):
+        if name == "other" and change == "threads":
+            torch.set_num_threads(2)
+        try:
+            done = CliRunner().invoke(cli, [*common, "--out", str(tmp_path / name), *extra])
+        finally:
+            torch.set_num_threads(1)
+        assert done.exception is None, done.exception
+    one, other = load_file(tmp_path / "one"), load_file(tmp_path / "other")
+    floor = scorefile.read(tmp_path / "one").manifest.noise_floor["kl"]
+    furthest = max(
+        float((one[key] - other[key]).abs().max()) for key in one if not key.endswith(".se")
+    )
+    assert furthest <= max(10 * floor, 1e-5), (furthest, floor)
