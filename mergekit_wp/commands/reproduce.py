@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ def _notes(manifest: Manifest | GatesManifest) -> list[str]:
 
 
 def _files(command: tuple[str, ...]) -> list[Path]:
-    after = [b for a, b in zip(command, command[1:], strict=False) if a in ("--prompts", "--guard")]
+    after = [b for a, b in pairwise(command) if a in ("--prompts", "--guard")]
     return [Path(part) for text in after for part in (text, text.partition("=")[2]) if part]
 
 
