@@ -240,8 +240,6 @@ class Manifest(_Strict):
         for kind in SLICED_KINDS:
             if kind in self.kinds and not self.dims.count(kind):
                 raise ValueError(f"n_{kind}s is 0, but kinds has '{kind}'")
-        if set(self.fidelity) != set(self.score_keys()):
-            raise ValueError("fidelity does not speak of just the scores in the file")
         if ("path" in self.estimands) != (self.company is not None):
             raise ValueError("'path' scores and a 'company' belong together")
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:

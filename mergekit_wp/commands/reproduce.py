@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def reproduce(file: Path) -> None:
     """Print the command that makes the score or gates FILE again, byte for byte.
 
-    Every option that the numbers depend on is in it, and the date that the file states. Run it in
-    the folder where the file was made, or change its paths. On stderr: what it needs that this
+    Every option that the numbers depend on is in it, and the date that the file states; it writes
+    to FILE. Run it in the folder where the file was made, or change its paths. On stderr: what it needs that this
     machine does not have (the prompt files by content, the versions, the commits of Hub models).
     What `verify` and `stability` added to a score file later is not made again.
 
@@ -41,7 +41,8 @@ def reproduce(file: Path) -> None:
         raise UserError(f"{file} does not say by which command it was made")
     for note in _notes(manifest):
         click.echo(f"note: {note}", err=True)
-    click.echo(command_line(manifest.created, manifest.command))
+    out = file.parent if "--company" in manifest.command else file
+    click.echo(command_line(manifest.created, (*manifest.command, "--out", str(out))))
 
 
 def command_line(created: str, command: tuple[str, ...]) -> str:

@@ -14,7 +14,9 @@ _RUN = ("max_prompts", "batch_size", "dtype", "device", "seed", "max_new_tokens"
 
 @singledispatch
 def command_of(request: RunRequest) -> tuple[str, ...]:
-    """The arguments of `mergekit-wp` that ask for this.
+    """The arguments of `mergekit-wp` that ask for this, but for ``--out``.
+
+    A file's content does not depend on where it is put.
 
     Raises:
         TypeError: no command makes a file from such a request.
@@ -25,20 +27,20 @@ def command_of(request: RunRequest) -> tuple[str, ...]:
 @command_of.register
 def _score(request: ScoreRequest) -> tuple[str, ...]:
     names = {"estimands": "estimand", "criteria": "criterion"}
-    own = ("prompts", "out", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
+    own = ("prompts", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
     options = _options(request, (*own, "share_steps", *_RUN), names)
     return ("score", request.base, request.expert, *options)
 
 
 @command_of.register
 def _company(request: CompanyRequest) -> tuple[str, ...]:
-    options = _options(request, ("prompts", "out", "steps", *_RUN), {"steps": "share-steps"})
+    options = _options(request, ("prompts", "steps", *_RUN), {"steps": "share-steps"})
     return ("score", "--company", str(request.recipe), *options)
 
 
 @command_of.register
 def _fit(request: FitRequest) -> tuple[str, ...]:
-    own = ("prompts", "guards", "out", "start", "steps", "rate", "prompts_a_step", "held_out")
+    own = ("prompts", "guards", "start", "steps", "rate", "prompts_a_step", "held_out")
     run = tuple(name for name in _RUN if name != "batch_size")
     options = _options(request, (*own, "penalty", "upper", *run), {"guards": "guard"})
     return ("fit", str(request.recipe), *options)
