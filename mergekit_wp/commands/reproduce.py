@@ -22,9 +22,9 @@ def reproduce(file: Path) -> None:
     """Print the command that makes the score or gates FILE again, byte for byte.
 
     Every option that the numbers depend on is in it, and the date that the file states; it writes
-    to FILE. Run it in the folder where the file was made, or change its paths. On stderr: what it needs that this
-    machine does not have (the prompt files by content, the versions, the commits of Hub models).
-    What `verify` and `stability` added to a score file later is not made again.
+    to FILE. Run it in the folder where the file was made, or change its paths. On stderr: what it
+    needs that this machine does not have (the prompt files by content, the versions, the commits
+    of Hub models). What `verify` and `stability` added to a score file later is not made again.
 
     \b
       mergekit-wp reproduce expert.safetensors > again.sh && sh again.sh
