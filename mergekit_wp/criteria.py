@@ -49,9 +49,9 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def per_prompt_mean(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
     """Mean over each prompt's positions: ``[..., P]`` to ``[..., n]``."""
-    counts = torch.bincount(batch.rows, minlength=batch.size).to(values.dtype)
+    counts = torch.bincount(batch.owners, minlength=batch.size).to(values.dtype)
     sums = values.new_zeros((*values.shape[:-1], batch.size))
-    return sums.index_add(-1, batch.rows, values) / counts
+    return sums.index_add(-1, batch.owners, values) / counts
 
 
 def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> torch.Tensor:
@@ -71,8 +71,8 @@ def logprob_values(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
 
 
 def anchor_values(hidden: torch.Tensor, batch: PromptBatch, anchor: torch.Tensor) -> torch.Tensor:
-    """Projection on the anchor: hidden ``[..., n, T, hidden]`` to ``[..., n]``."""
-    at_last = hidden[..., torch.arange(batch.size, device=hidden.device), batch.last, :]
+    """Projection on the anchor: hidden ``[..., rows, T, hidden]`` to ``[..., n]``."""
+    at_last = hidden[..., batch.last_rows, batch.last, :]
     return wide(at_last) @ anchor
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,26 +154,36 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Right-padded samples.
+    """Samples in rows: right-padded, one a row, or `packing.packed`, several a row.
 
     Attributes:
-        ids: ``[n, T]`` input tokens.
-        last: ``[n]`` position of the last prompt token.
-        rows, cols: ``[P]`` which sample and position predicts each response token.
+        ids: ``[rows, T]`` input tokens.
+        last_rows, last: ``[n]`` row and column of each sample's last prompt token.
+        rows, cols: ``[P]`` row and column that predict each response token.
+        owners: ``[P]`` which sample that token belongs to.
         targets: ``[P]`` the response tokens.
         members: ``[n]`` index of each sample in the prompt file.
+        arguments: what the model has to be told about rows that hold several samples.
     """
 
     ids: torch.Tensor
+    last_rows: torch.Tensor
     last: torch.Tensor
     rows: torch.Tensor
     cols: torch.Tensor
+    owners: torch.Tensor
     targets: torch.Tensor
     members: torch.Tensor
+    arguments: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Number of samples."""
+        return self.members.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
         return self.ids.shape[0]
 
     @classmethod
@@ -193,9 +203,11 @@ class PromptBatch:
 
         return cls(
             ids=long(padded),
+            last_rows=long(list(range(len(samples)))),
             last=long([len(s.prompt_ids) - 1 for s in samples]),
             rows=long(rows),
             cols=long(cols),
+            owners=long(rows),
             targets=long(targets),
             members=torch.tensor(list(members), dtype=torch.long),
         )

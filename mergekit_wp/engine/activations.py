@@ -73,7 +73,7 @@ def donor_run(
         entrance: the donor's weights that make what enters the first layer, by name.
         state_of: the donor's weights of a layer, by name within the layer.
     """
-    hidden = [decoder.entering(trace.batch.ids, entrance)]
+    hidden = [decoder.entering(trace.batch, entrance)]
     for index, layer in enumerate(decoder.layers):
         call = trace.calls[index]
         output = functional_call(layer, dict(state_of(index)), (hidden[-1],), call.kwargs)
@@ -227,7 +227,7 @@ def put_outside_layers(
         Values ``[1, n]`` per criterion.
     """
     if decoder.architecture.enters(name):
-        hidden = decoder.entering(trace.batch.ids, {name: donor_tensor(name)})
+        hidden = decoder.entering(trace.batch, {name: donor_tensor(name)})
         return replay(decoder, trace, hidden.unsqueeze(0), -1, criteria, targets)
     batch = trace.batch
     final = donor.hidden[-1][batch.rows, batch.cols]

@@ -8,7 +8,7 @@ then a low-rank product (DESIGN section 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mergekit_wp.components import SLICED_KINDS, Dims, FineKind, TensorLayout, layout_of
-from mergekit_wp.engine.trace import Decoder, Trace, first, hooked
+from mergekit_wp.engine.trace import Decoder, Trace, first, hooked, returning
 from mergekit_wp.engine.writers import Writer, read_by
 
 State = Mapping[str, torch.Tensor]
@@ -161,8 +161,17 @@ def block_inputs(
     hidden, architecture = call.hidden.detach(), decoder.architecture
     writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
 
-    def run(swapped: State) -> Callable[[], object]:
-        return lambda: functional_call(layer, dict(swapped), (hidden,), call.kwargs)
+    def run(swapped: State, kind: FineKind | None = None) -> Callable[[], object]:
+        """The layer with other weights; where only one kind is asked for, only its block runs."""
+        attention = returning(decoder.attention(index), call.attention, as_tuple=True)
+        mlp = returning(decoder.mlp(index), call.mlp, as_tuple=False)
+        skip = nullcontext() if kind is None else attention if kind == "neuron" else mlp
+
+        def layer_with_swaps() -> None:
+            with skip:
+                functional_call(layer, dict(swapped), (hidden,), call.kwargs)
+
+        return layer_with_swaps
 
     own_attention, own_mlp = read_by([writers["head"], writers["neuron"]], run({}), hidden)
 
@@ -176,7 +185,7 @@ def block_inputs(
             )
             for name in architecture.read_by(kind, donor)
         }
-        (read,) = read_by([writer], run(swapped), hidden)
+        (read,) = read_by([writer], run(swapped, kind), hidden)
         return BlockInputs(own, read, writer.weight, theirs, dims.count(kind))
 
     def coupled(kind: FineKind) -> OneByOne:
@@ -194,7 +203,7 @@ def block_inputs(
                 )
                 for name in names
             }
-            return attention_of(decoder, index, run(swapped)) - call.attention.detach()
+            return attention_of(decoder, index, run(swapped, kind)) - call.attention.detach()
 
         return OneByOne(change, dims.count(kind))
 

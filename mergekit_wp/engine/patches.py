@@ -98,7 +98,7 @@ def swap_outside_layers(
         Values ``[1, n]`` per criterion.
     """
     if decoder.architecture.enters(name):
-        hidden = decoder.entering(trace.batch.ids, {name: weight}).unsqueeze(0)
+        hidden = decoder.entering(trace.batch, {name: weight}).unsqueeze(0)
         return replay(decoder, trace, hidden, -1, criteria, targets, {name: weight})
     last = len(decoder.layers) - 1
     hidden = trace.residual(last).unsqueeze(0)

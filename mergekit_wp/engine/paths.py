@@ -74,7 +74,7 @@ def _block_input(
         if target.in_mlp:
             held = call.attention.detach().repeat(copies, 1, 1)
             stack.enter_context(returning(decoder.attention(target.layer), held, as_tuple=True))
-        layer(hidden, **repeated_kwargs(call, trace.batch.size, copies))
+        layer(hidden, **repeated_kwargs(call, trace.batch.n_rows, copies))
     return seen[0]
 
 

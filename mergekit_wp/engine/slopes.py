@@ -82,7 +82,7 @@ def slopes(
     if backward.moves(*decoder.entrances):
         with backward.through(*decoder.entrances) as stage:
             for term, gradient in zip(terms, flowing, strict=True):
-                stage.back(decoder.entering(term.batch.ids), None, gradient)
+                stage.back(decoder.entering(term.batch), None, gradient)
     return values, backward.found
 
 

@@ -26,6 +26,7 @@ from mergekit_wp.criteria import (
     anchor_values,
     kl_values,
     logprob_values,
+    wide,
 )
 from mergekit_wp.engine.inside import Ended, Entered, under
 from mergekit_wp.errors import UserError
@@ -104,19 +105,19 @@ class Decoder:
         return dtype
 
     def entering(
-        self, ids: torch.Tensor, swapped: Mapping[str, torch.Tensor] | None = None
+        self, batch: PromptBatch, swapped: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """What enters the first layer, ``[n, T, hidden]``: the model runs that far.
+        """What enters the first layer, ``[rows, T, hidden]``: the model runs that far.
 
         Args:
-            ids: ``[n, T]``.
+            batch: the prompts.
             swapped: weights to use instead of the model's, by tensor name.
         """
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise Entered(args[0] if args else kwargs["hidden_states"])
 
-        inputs = {"input_ids": ids, "use_cache": False}
+        inputs = {"input_ids": batch.ids, "use_cache": False, **batch.arguments}
         with hooked([self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)]):
             try:
                 functional_call(self.model, dict(swapped or {}), (), inputs)
@@ -149,6 +150,11 @@ class Decoder:
         return logits.view(*normed.shape[:-1], -1)
 
     @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a layer read the same input."""
+        return self.architecture.parallel(self.model.config)
+
+    @property
     def tied(self) -> bool:
         """Whether unembedding and embedding are one tensor."""
         return self.head.weight is self.embedding.weight
@@ -178,7 +184,7 @@ class Trace:
     logits: torch.Tensor | None = None
 
     def residual(self, after_layer: int) -> torch.Tensor:
-        """Residual stream ``[n, T, hidden]`` after a layer."""
+        """Residual stream ``[rows, T, hidden]`` after a layer."""
         return self.calls[after_layer].output
 
 
@@ -222,7 +228,7 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
         handles.append(decoder.attention(index).register_forward_hook(keep("attention")))
         handles.append(decoder.mlp(index).register_forward_hook(keep("mlp")))
     with hooked(handles):
-        decoder.model.base_model(input_ids=batch.ids, use_cache=False)
+        decoder.model.base_model(input_ids=batch.ids, use_cache=False, **batch.arguments)
     return Trace(batch, calls)
 
 
@@ -251,7 +257,7 @@ def _repeat(value: Any, n: int, copies: int) -> Any:
 
 
 def repeated_kwargs(call: LayerCall, n: int, copies: int) -> dict[str, Any]:
-    """A layer's keyword arguments for `copies` patches of an `n`-prompt batch."""
+    """A layer's keyword arguments for `copies` patches of a batch of `n` rows."""
     return {key: _repeat(value, n, copies) for key, value in call.kwargs.items()}
 
 
@@ -280,20 +286,20 @@ def layer_output(
     mlp: torch.Tensor | None = None,
     swapped: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Output of one layer under patches, ``[C, n, T, hidden]``.
+    """Output of one layer under patches, ``[C, rows, T, hidden]``.
 
     Args:
         decoder: the receiving model.
         index: which layer.
         trace: its recorded run.
-        attention: attention block outputs to use instead, ``[C, n, T, hidden]``.
-        mlp: MLP block outputs to use instead, ``[C, n, T, hidden]``.
+        attention: attention block outputs to use instead, ``[C, rows, T, hidden]``.
+        mlp: MLP block outputs to use instead, ``[C, rows, T, hidden]``.
         swapped: weights of this layer to use instead, by name within the layer (C is then 1).
     """
     call, layer = trace.calls[index], decoder.layers[index]
     given = attention if attention is not None else mlp
     copies = 1 if given is None else given.shape[0]
-    n = trace.batch.size
+    n = trace.batch.n_rows
     hidden = call.hidden.repeat(copies, 1, 1)
     with ExitStack() as stack:
         if attention is not None:
@@ -325,7 +331,7 @@ def replay(
     Args:
         decoder: the receiving model.
         trace: its recorded run.
-        hidden: changed residual stream after layer `after_layer`, ``[C, n, T, hidden]``;
+        hidden: changed residual stream after layer `after_layer`, ``[C, rows, T, hidden]``;
             layer -1 is the embedding.
         after_layer: where the change is.
         criteria: which criteria to read.
@@ -343,21 +349,61 @@ def replay(
         assert anchor is not None
         if after_layer > anchor.layer:  # the patch lies above the anchor
             own = anchor_values(trace.residual(anchor.layer), trace.batch, anchor.vector)
-            values["anchor"] = own.expand(copies, n)
+            values["anchor"] = own.expand(copies, -1)
         elif after_layer == anchor.layer:
             values["anchor"] = anchor_values(hidden, trace.batch, anchor.vector)
     flat = hidden.flatten(0, 1)
-    for index in range(after_layer + 1, last + 1):
-        kwargs = repeated_kwargs(trace.calls[index], n, copies)
-        flat = first(decoder.layers[index](flat, **kwargs))
-        if "anchor" in criteria and anchor is not None and index == anchor.layer:
-            at_anchor = flat.unflatten(0, (copies, n))
-            values["anchor"] = anchor_values(at_anchor, trace.batch, anchor.vector)
     outputs: Criteria = tuple(c for c in criteria if c != "anchor")
+    batch = trace.batch
+    final: torch.Tensor | None = None  # residual stream at the positions that are read
+    for index in range(after_layer + 1, last + 1):
+        call = trace.calls[index]
+        at_anchor = "anchor" in criteria and anchor is not None and index == anchor.layer
+        if index == last and not (at_anchor and outputs) and not decoder.parallel:
+            places = (batch.rows, batch.cols) if outputs else (batch.last_rows, batch.last)
+            final = _at_places(decoder, index, call, flat.unflatten(0, (copies, n)), places)
+            continue
+        flat = first(decoder.layers[index](flat, **repeated_kwargs(call, n, copies)))
+        if at_anchor:
+            assert anchor is not None
+            whole = flat.unflatten(0, (copies, n))
+            values["anchor"] = anchor_values(whole, batch, anchor.vector)
     if outputs:
-        final = flat.unflatten(0, (copies, n))[:, trace.batch.rows, trace.batch.cols]
-        values |= output_values(decoder, final, trace.batch, outputs, targets, head_weights)
+        if final is None:
+            final = flat.unflatten(0, (copies, n))[:, batch.rows, batch.cols]
+        values |= output_values(decoder, final, batch, outputs, targets, head_weights)
+    elif final is not None:
+        assert anchor is not None
+        values["anchor"] = wide(final) @ anchor.vector
     return values
+
+
+def _at_places(
+    decoder: Decoder,
+    index: int,
+    call: LayerCall,
+    hidden: torch.Tensor,
+    places: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """A layer's output at some places of a batch: its MLP runs nowhere else.
+
+    Args:
+        decoder: a model whose MLPs read what attention wrote.
+        index: the layer.
+        call: its recorded call.
+        hidden: what enters it, ``[C, rows, T, hidden]``.
+        places: rows and columns, ``[P]`` each.
+
+    Returns:
+        ``[C, P, hidden]``.
+    """
+    copies, n = hidden.shape[:2]
+    layer, nothing = decoder.layers[index], hidden.new_zeros(hidden.shape[-1])
+    with returning(decoder.mlp(index), nothing, as_tuple=False):
+        attended = first(layer(hidden.flatten(0, 1), **repeated_kwargs(call, n, copies)))
+    there = attended.unflatten(0, (copies, n))[:, *places]
+    with returning(decoder.attention(index), nothing, as_tuple=True):
+        return first(layer(there, **call.kwargs))
 
 
 def output_values(

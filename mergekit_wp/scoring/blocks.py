@@ -7,8 +7,10 @@ prompt, so that standard errors can be taken at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import cast
 
@@ -34,6 +36,7 @@ from mergekit_wp.engine.gradients import (
     record_with_gradients,
 )
 from mergekit_wp.engine.local import Changes, State, block_inputs
+from mergekit_wp.engine.packing import TokenCost, packed
 from mergekit_wp.engine.patches import (
     Values,
     identity,
@@ -83,7 +86,7 @@ class SweepContext:
     references: References
     criteria: Criteria
     batch_size: int
-    _traces: dict[tuple[float, int], Trace] = field(default_factory=dict)
+    _traces: dict[tuple[float, int, bool], Trace] = field(default_factory=dict)
     _donor_runs: dict[tuple[float, int], DonorRun] = field(default_factory=dict)
 
     @property
@@ -106,17 +109,50 @@ class SweepContext:
         return batch.size / self.n_prompts
 
     def copies(self, batch: PromptBatch) -> int:
-        """Patches per replay: as many as fill the batch size."""
-        return max(1, self.batch_size // batch.size)
+        """Patches per replay: as many as fill the batch size's tokens."""
+        width = max(padded.ids.shape[1] for padded in self.references.batches)
+        return max(1, self.batch_size * width // batch.ids.numel())
 
     def trace(self, position: float, b: int) -> Trace:
         """The recorded run of the base (0) or the expert (1) on batch b; one is kept."""
+        return self._recorded(position, b, packs=False)
+
+    def packed_trace(self, position: float, b: int) -> Trace:
+        """The same for sweeps: what prompts begin with alike is there once, see `packing`."""
+        return self._recorded(position, b, packs=True)
+
+    def _recorded(self, position: float, b: int, *, packs: bool) -> Trace:
         self.resident.move_to(position)  # a kept trace is of use with its own weights only
-        if (position, b) not in self._traces:
+        if (position, b, packs) not in self._traces:
             self._traces.clear()
+            batch = self._packed(b) if packs else self.references.batches[b]
             with torch.no_grad():
-                self._traces[position, b] = record(self.decoder, self.references.batches[b])
-        return self._traces[position, b]
+                self._traces[position, b, packs] = record(self.decoder, batch)
+        return self._traces[position, b, packs]
+
+    def _packed(self, b: int) -> PromptBatch:
+        batch, shapes = self.references.batches[b], self.partition.shapes
+        if not self._plainly_causal:
+            return batch
+        matrices = [shapes[name] for name in self.partition.layer_tensors(0)]
+        weights = 2.0 * sum(math.prod(shape) for shape in matrices)
+        hidden = int(self.resident.pair.base.config.hidden_size)
+        return packed(batch, TokenCost(weights, 4.0 * hidden))
+
+    @cached_property
+    def _plainly_causal(self) -> bool:
+        """Whether every token sees all tokens before it, so that a mask can say who they are.
+
+        A sliding window shorter than the prompts, or attention biased by distance, comes to the
+        layers as a mask of its own.
+        """
+        widest = max(self.references.batches, key=lambda batch: batch.ids.shape[1])
+        with torch.no_grad():
+            calls = record(self.decoder, widest).calls
+        return all(
+            call.kwargs.get("attention_mask") is None and "alibi" not in call.kwargs
+            for call in calls
+        )
 
     def donor(self, position: float, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors of the other checkpoint."""
@@ -253,7 +289,7 @@ def _patch(
 ) -> Result:
     """Heads, K/V groups and neurons alike for weights and activations; the rest by `coarse`."""
     position = receiver_position(estimand)
-    trace = context.trace(position, b)
+    trace = context.packed_trace(position, b)
     targets = context.references.targets[b]
     decoder, criteria = context.decoder, context.criteria
     own = own_values(decoder, trace, criteria, targets)
@@ -484,7 +520,7 @@ def noise_blocks(context: SweepContext, estimand: Estimand) -> Iterator[Block]:
 
 @torch.no_grad()
 def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
-    trace = context.trace(receiver_position(estimand), 0)
+    trace = context.packed_trace(receiver_position(estimand), 0)
     targets, criteria = context.references.targets[0], context.criteria
     own = own_values(context.decoder, trace, criteria, targets)
     if not context.mapped:

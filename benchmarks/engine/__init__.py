@@ -1,0 +1,1 @@
+"""How fast the engine is: against the field's way, against its own formula, on an accelerator."""

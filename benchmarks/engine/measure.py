@@ -1,0 +1,72 @@
+"""Wall and CPU time, counted FLOPs, and the formulas they are held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mergekit_wp.components import Component, Partition
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run: seconds on the clock and of the processor, and counted FLOPs."""
+
+    wall: float
+    cpu: float
+    flops: float
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.wall * factor, self.cpu * factor, self.flops * factor)
+
+
+def timed(run: Callable[[], T], repeats: int = 1) -> tuple[T, float, float]:
+    """What a run returns, and its best wall and CPU time."""
+    walls, cpus = [], []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return result, min(walls), min(cpus)
+
+
+def counted(run: Callable[[], object]) -> float:
+    """FLOPs of a run's matrix products and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def layer_parameters(partition: Partition) -> int:
+    """Parameters of one decoder layer that are multiplied with every token: P."""
+    shapes = [partition.shapes[name] for name in partition.layer_tensors(0)]
+    return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+
+
+def restart_formula(
+    partition: Partition, components: Sequence[Component], tokens: int, depth: int
+) -> float:
+    """Σ 2PN(L − l) over components below the depth (DESIGN section 3)."""
+    p = layer_parameters(partition)
+    levels = [c.layer for c in components if c.layer is not None and c.layer < depth]
+    return float(sum(2 * p * tokens * (depth - layer) for layer in levels))
+
+
+def floor_formula(
+    partition: Partition, components: Sequence[Component], tokens: int, depth: int
+) -> float:
+    """C·P·N·L over components below the depth: the floor of exact sweeps (DESIGN section 3)."""
+    count = sum(c.layer is not None and c.layer < depth for c in components)
+    return float(count * layer_parameters(partition) * tokens * depth)

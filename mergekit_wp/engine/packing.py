@@ -1,0 +1,131 @@
+"""Several samples in one row: what they have in common is computed once, and little is padded.
+
+Under causal attention the tokens that samples begin with alike (a chat template's system prompt)
+have the same activations in every one of them, patched or not. A packed row holds such a prefix
+once and the rests of its samples behind it; positions and an attention mask say which token
+belongs where. It serves sweeps, which only read values; sums of gradients over a sample's own
+positions need `PromptBatch.of`, for a shared position belongs to no sample alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mergekit_wp.prompts import PromptBatch
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """FLOPs of one token in a layer: ``weights``, and ``attention`` for every token in its row."""
+
+    weights: float
+    attention: float
+
+    def of(self, rows: int, width: int) -> float:
+        """Cost of a batch."""
+        return rows * width * (self.weights + width * self.attention)
+
+
+def packed(batch: PromptBatch, cost: TokenCost) -> PromptBatch:
+    """The cheapest packing of a padded batch; the batch itself where no packing is cheaper.
+
+    Rows hold equally many samples, in the batch's order. The order of the positions that are read
+    stays, so that targets of the padded batch fit.
+    """
+    samples = _samples(batch)
+    plain = cost.of(batch.n_rows, batch.ids.shape[1])
+    layouts = [_rows(samples, count) for count in range(2, batch.size + 1)]
+    costs = [cost.of(len(rows), max(row.width for row in rows)) for rows in layouts]
+    if not costs or min(costs) >= plain:
+        return batch
+    return _batch(batch, layouts[costs.index(min(costs))])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row: ``prefix`` tokens that its samples share, then the rest of each."""
+
+    samples: Sequence[list[int]]
+    prefix: int
+
+    @property
+    def starts(self) -> list[int]:
+        """Column of each sample's first own token."""
+        found, column = [], self.prefix
+        for sample in self.samples:
+            found.append(column)
+            column += len(sample) - self.prefix
+        return found
+
+    @property
+    def width(self) -> int:
+        """Tokens in the row."""
+        return self.prefix + sum(len(sample) - self.prefix for sample in self.samples)
+
+
+def _samples(batch: PromptBatch) -> list[list[int]]:
+    """Each sample's tokens without padding."""
+    ends = (batch.last + 1).tolist()
+    for row, col in zip(batch.rows.tolist(), batch.cols.tolist(), strict=True):
+        ends[row] = max(ends[row], col + 1)
+    return [ids[:end] for ids, end in zip(batch.ids.tolist(), ends, strict=True)]
+
+
+def _rows(samples: Sequence[list[int]], count: int) -> list[_Row]:
+    groups = [samples[start : start + count] for start in range(0, len(samples), count)]
+    return [_Row(group, _common(group)) for group in groups]
+
+
+def _common(samples: Sequence[list[int]]) -> int:
+    """How many tokens all samples begin with alike."""
+    first, last = min(samples), max(samples)  # whatever these two share, all do
+    pairs = zip(first, last, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+
+
+def _batch(batch: PromptBatch, rows: Sequence[_Row]) -> PromptBatch:
+    device = batch.ids.device
+    width = max(row.width for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    owner = torch.full_like(ids, -2)  # -1: the prefix; -2: padding
+    row_of, start_of, prefix_of = [], [], []
+    for r, row in enumerate(rows):
+        ids[r, : row.prefix] = torch.tensor(row.samples[0][: row.prefix], dtype=torch.long)
+        positions[r, : row.prefix] = torch.arange(row.prefix)
+        owner[r, : row.prefix] = -1
+        for i, (sample, start) in enumerate(zip(row.samples, row.starts, strict=True)):
+            own = sample[row.prefix :]
+            cut = slice(start, start + len(own))
+            ids[r, cut] = torch.tensor(own, dtype=torch.long)
+            positions[r, cut] = torch.arange(row.prefix, len(sample))
+            owner[r, cut] = i
+            row_of.append(r)
+            start_of.append(start)
+            prefix_of.append(row.prefix)
+    related = (owner.unsqueeze(2) == owner.unsqueeze(1)) | (owner.unsqueeze(1) == -1)
+    seen = related & (positions.unsqueeze(2) >= positions.unsqueeze(1))  # [rows, query, key]
+    seen |= torch.eye(width, dtype=torch.bool)  # padding sees itself: softmax of nothing is NaN
+    row_at = torch.tensor(row_of, device=device)
+    starts = torch.tensor(start_of, device=device)
+    prefixes = torch.tensor(prefix_of, device=device)
+
+    def column(sample: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        own = starts[sample] + position - prefixes[sample]
+        return torch.where(position < prefixes[sample], position, own)
+
+    return replace(
+        batch,
+        ids=ids.to(device),
+        last_rows=row_at[batch.last_rows],
+        last=column(batch.last_rows, batch.last),
+        rows=row_at[batch.owners],
+        cols=column(batch.owners, batch.cols),
+        arguments={
+            "attention_mask": seen.unsqueeze(1).to(device),
+            "position_ids": positions.to(device),
+        },
+    )
