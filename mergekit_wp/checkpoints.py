@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from mergekit_wp.architectures import of_type, text_config
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.lora import Adapter
 from mergekit_wp.stored import StoredNames
 from mergekit_wp.untrusted import parse_json
 
@@ -77,41 +78,65 @@ _HARMLESS = (
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
+def _model_path(path: str) -> ModelPath:
+    """As mergekit reads it; a folder is one whatever characters are in its name.
+
+    Raises:
+        UserError: it looks like a folder, and there is none.
+    """
+    if os.path.isdir(path):
+        return ModelPath.model_construct(path=path, revision=None)
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"model folder '{path}' not found")
+    return ModelPath.model_validate(path)
+
+
 class Checkpoint:
     """One checkpoint, read lazily.
 
     Args:
-        reference: a folder, or a Hub id as mergekit writes it (``owner/name@revision``).
+        reference: a folder, or a Hub id as mergekit writes it (``owner/name@revision``); behind a
+            ``+`` a LoRA adapter of it.
 
     Raises:
-        UserError: it cannot be found, has no safetensors weights, or is a LoRA reference.
+        UserError: it cannot be found, has no safetensors weights, or an adapter that does not fit.
     """
 
     def __init__(self, reference: str) -> None:
         self.name = reference
-        looks_local = reference.startswith(("/", ".", "~")) or reference.count("/") > 1
-        if looks_local and "+" not in reference and not os.path.isdir(reference):
-            raise UserError(f"model folder '{reference}' not found")
+        whole = os.path.isdir(reference)
+        model, plus, lora = (reference, "", "") if whole else reference.partition("+")
         try:
-            self.ref = (
-                ModelReference(model=ModelPath.model_construct(path=reference, revision=None))
-                if os.path.isdir(reference)
-                else ModelReference.parse(reference)
+            self.ref = ModelReference(
+                model=_model_path(model), lora=_model_path(lora) if plus else None
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"model '{reference}': {error}") from error
-        if self.ref.lora is not None:
-            raise UserError(
-                f"model '{reference}' is a LoRA reference; merge the adapter into its model first "
-                "and give the folder of the result"
-            )
         self.path = self._resolve()
         self.loader = LazyTensorLoader(self._index(), lazy_unpickle=False)
+        self.adapter = None
+        if self.ref.lora is not None:
+            self.adapter = Adapter.open(self.ref.lora.path, self.ref.lora.revision)
+            for name in self.adapter.shapes:
+                header = self.stored.header(name)
+                self.adapter.check_fits(name, None if header is None else header[0])
+
+    def require_whole(self, purpose: str) -> None:
+        """Refuse a model with an adapter.
+
+        Raises:
+            UserError: says for what it is refused.
+        """
+        if self.adapter is not None:
+            raise UserError(
+                f"{purpose} needs whole models, but '{self.name}' is a model with a LoRA adapter; "
+                "merge the adapter into its model and give the folder of the result"
+            )
 
     def _resolve(self) -> str:
         try:
             self.config: Any = self.ref.config()
-            return str(self.ref.local_path())
+            return str(self.ref.local_path(ignore_lora=True))
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
@@ -119,7 +144,7 @@ class Checkpoint:
     def _index(self) -> Any:
         refuse_pickles(self.path, self.name)
         try:
-            index = self.ref.tensor_index()
+            index = ModelReference(model=self.ref.model).tensor_index()
         except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"model '{self.name}': weights cannot be read: {error}") from error
         for shard in index.shards:
@@ -187,7 +212,9 @@ class Checkpoint:
 
     @property
     def revision(self) -> str | None:
-        """The Hub commit that was read, None for a folder."""
+        """The Hub commit that was read, None for a folder or a model with an adapter."""
+        if self.adapter is not None:
+            return None
         commit = getattr(self.config, "_commit_hash", None)
         revision: str | None = commit or self.ref.model.revision
         return revision
@@ -204,11 +231,16 @@ class Checkpoint:
         for file in self.weight_files:
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
+        if self.adapter is not None:
+            digest.update(self.adapter.sha256())
         return digest.hexdigest()
 
     def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         """One tensor, cast and moved; it may alias the loader's memory, so never change it."""
-        return self.stored.read(name, self.loader.get_tensor).to(device=device, dtype=dtype)
+        tensor = self.stored.read(name, self.loader.get_tensor)
+        if self.adapter is not None:
+            tensor = self.adapter.changed(name, tensor)
+        return tensor.to(device=device, dtype=dtype)
 
     def tokenizer(self) -> Any | None:
         """The checkpoint's tokenizer, None when it has none.
@@ -216,11 +248,15 @@ class Checkpoint:
         Raises:
             UserError: it has one that cannot be loaded.
         """
-        if not any(Path(self.path, name).exists() for name in _TOKENIZER_FILES):
+        places = (
+            [Path(self.path)] if self.adapter is None else [self.adapter.folder, Path(self.path)]
+        )
+        has = [p for p in places if any(Path(p, name).exists() for name in _TOKENIZER_FILES)]
+        if not has:
             return None
         try:
             # said outright: by default transformers asks on the terminal about a folder's own code
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
         except Exception as error:  # tokenizers raise whatever they like
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error

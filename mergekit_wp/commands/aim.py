@@ -76,6 +76,8 @@ def aim(
     device = choose_device(device)
     prompts = read_prompts(calibration, None).prompts
     start, end = Checkpoint(base), Checkpoint(merged)
+    for checkpoint in (start, end):
+        checkpoint.require_whole("aim")
     target = out.absolute()
     if target.exists() and not target.is_dir():
         raise UserError(f"{out} is a file; give a folder for the model")

@@ -166,9 +166,10 @@ class _OrAuto(click.ParamType[int | None]):
 def score(context: click.Context, /, **options: Any) -> None:
     """Measure how much of EXPERT's behaviour each component of its weights carries.
 
-    BASE and EXPERT are folders or Hub ids (owner/name@revision) of one architecture. Components
-    are attention heads, K/V groups, MLP neurons, whole tensors and layers. The score file is
-    small, names the checkpoints it belongs to, and is what a `weight_patching` recipe reads.
+    BASE and EXPERT are folders or Hub ids (owner/name@revision) of one architecture; EXPERT may be
+    MODEL+ADAPTER, with a LoRA adapter that is never merged on disk. Components are attention heads,
+    K/V groups, MLP neurons, whole tensors and layers. The score file is small, names the
+    checkpoints it belongs to, and is what a `weight_patching` recipe reads.
 
     \b
       mergekit-wp score base/ expert/ --prompts prompts.jsonl --out expert.safetensors

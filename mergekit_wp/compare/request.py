@@ -143,6 +143,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
     def weights(reference: str) -> str:
         checkpoint = Checkpoint(reference)
+        checkpoint.require_whole("compare")
         return f"{checkpoint.config_hash[:16]} {checkpoint.weights_sha256()[:32]}"
 
     def recipe(config: MergeConfiguration) -> str:
