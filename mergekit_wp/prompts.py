@@ -186,6 +186,24 @@ class PromptBatch:
         """Number of rows."""
         return self.ids.shape[0]
 
+    def part(self, start: int, stop: int) -> PromptBatch:
+        """Some of the samples; the batch has one a row."""
+        own = self.in_part(start, stop)
+        return PromptBatch(
+            ids=self.ids[start:stop],
+            last_rows=self.last_rows[start:stop] - start,
+            last=self.last[start:stop],
+            rows=self.rows[own] - start,
+            cols=self.cols[own],
+            owners=self.owners[own] - start,
+            targets=self.targets[own],
+            members=self.members[start:stop],
+        )
+
+    def in_part(self, start: int, stop: int) -> torch.Tensor:
+        """Which response tokens belong to those samples, ``[P]``."""
+        return (self.owners >= start) & (self.owners < stop)
+
     @classmethod
     def of(cls, samples: Sequence[Sample], members: Sequence[int], device: str) -> PromptBatch:
         """Pad samples on the right."""

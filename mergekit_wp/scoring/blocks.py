@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import cast
@@ -18,6 +18,7 @@ import torch
 
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
+from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.activations import (
     DonorRun,
     activation_inputs,
@@ -47,6 +48,8 @@ from mergekit_wp.engine.patches import (
 )
 from mergekit_wp.engine.share import Contributions, TaskVector, contributions, midpoints
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
+from mergekit_wp.errors import UserError
+from mergekit_wp.memory import is_out_of_memory
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout
 from mergekit_wp.scoring.references import References
@@ -64,11 +67,16 @@ def criterion_and_kind(key: str) -> tuple[CriterionName, Kind]:
 
 @dataclass(frozen=True)
 class Block:
-    """One resumable piece of work; cost is in forward passes over all prompts."""
+    """One resumable piece of work; cost is in forward passes over all prompts.
+
+    ``prompts`` is the dimension of its results that counts the prompts of batch ``b``.
+    """
 
     key: str
     cost: float
     run: Callable[[], Result]
+    b: int = 0
+    prompts: int = 1
 
 
 @dataclass
@@ -80,12 +88,14 @@ class SweepContext:
         references: prompts, targets and reference values.
         criteria: which criteria to read.
         batch_size: sequences per forward.
+        part: of the prompts of every batch that `batch` and `targets` are of; None for all.
     """
 
     resident: ResidentModel
     references: References
     criteria: Criteria
     batch_size: int
+    part: tuple[int, int] | None = None
     _traces: dict[tuple[float, int, bool], Trace] = field(default_factory=dict)
     _donor_runs: dict[tuple[float, int], DonorRun] = field(default_factory=dict)
 
@@ -103,6 +113,67 @@ class SweepContext:
     def n_prompts(self) -> int:
         """Number of prompts."""
         return sum(batch.size for batch in self.references.batches)
+
+    def batch(self, b: int) -> PromptBatch:
+        """Batch b, or the present part of it."""
+        whole = self.references.batches[b]
+        return whole if self.part is None else whole.part(*self.part)
+
+    def targets(self, b: int) -> Targets:
+        """What it is measured against."""
+        whole = self.references.targets[b]
+        if self.part is None or whole.expert_logprobs is None:
+            return whole
+        own = self.references.batches[b].in_part(*self.part)
+        return replace(whole, expert_logprobs=whole.expert_logprobs[own])
+
+    def fitting(self, block: Block, told: Callable[[str], None]) -> Result:
+        """A block's result, with fewer patches or prompts at once wherever memory runs out.
+
+        Args:
+            block: to run.
+            told: of every step back.
+
+        Raises:
+            UserError: there is not even memory for one sequence.
+        """
+        n = self.references.batches[block.b].size
+        while True:
+            try:
+                if n <= self.batch_size:
+                    return block.run()
+                return self._in_parts(block, n)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else "out of memory"
+            self.forget()
+            if self.batch_size == 1:
+                raise UserError(
+                    f"out of memory with one sequence at a time ({reason}); use shorter prompts, "
+                    "another --dtype or a larger --device"
+                )
+            self.batch_size = (self.batch_size + 1) // 2
+            told(f"out of memory; going on with {self.batch_size} sequences per forward pass")
+
+    def _in_parts(self, block: Block, n: int) -> Result:
+        found: list[Result] = []
+        try:
+            for start in range(0, n, self.batch_size):
+                self.part = (start, min(n, start + self.batch_size))
+                self.forget()
+                found.append({key: value.cpu() for key, value in block.run().items()})
+        finally:
+            self.part = None
+            self.forget()
+        return {key: torch.cat([one[key] for one in found], block.prompts) for key in found[0]}
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        self._traces.clear()
+        self._donor_runs.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def weight_of(self, batch: PromptBatch) -> float:
         """The batch's part of all prompts."""
@@ -125,13 +196,13 @@ class SweepContext:
         self.resident.move_to(position)  # a kept trace is of use with its own weights only
         if (position, b, packs) not in self._traces:
             self._traces.clear()
-            batch = self._packed(b) if packs else self.references.batches[b]
+            batch = self._packed(b) if packs else self.batch(b)
             with torch.no_grad():
                 self._traces[position, b, packs] = record(self.decoder, batch)
         return self._traces[position, b, packs]
 
     def _packed(self, b: int) -> PromptBatch:
-        batch, shapes = self.references.batches[b], self.partition.shapes
+        batch, shapes = self.batch(b), self.partition.shapes
         if not self._plainly_causal:
             return batch
         matrices = [shapes[name] for name in self.partition.layer_tensors(0)]
@@ -148,7 +219,7 @@ class SweepContext:
         """
         widest = max(self.references.batches, key=lambda batch: batch.ids.shape[1])
         with torch.no_grad():
-            calls = record(self.decoder, widest).calls
+            calls = record(self.decoder, widest.part(0, 1)).calls
         return all(
             call.kwargs.get("attention_mask") is None and "alibi" not in call.kwargs
             for call in calls
@@ -272,6 +343,7 @@ def exact_blocks(
                 run=lambda b=b, layer=layer, chosen=chosen: _patch(  # type: ignore[misc]
                     context, estimand, b, layer, chosen, patch
                 ),
+                b=b,
             )
 
 
@@ -290,7 +362,7 @@ def _patch(
     """Heads, K/V groups and neurons alike for weights and activations; the rest by `coarse`."""
     position = receiver_position(estimand)
     trace = context.packed_trace(position, b)
-    targets = context.references.targets[b]
+    targets = context.targets(b)
     decoder, criteria = context.decoder, context.criteria
     own = own_values(decoder, trace, criteria, targets)
     found: dict[Kind, Values] = {}
@@ -317,7 +389,7 @@ def _swap(
     context: SweepContext, position: float, b: int, trace: Trace, layer: int, chosen: Chosen
 ) -> dict[Kind, Values]:
     """Weights of a layer and of whole tensors."""
-    targets = context.references.targets[b]
+    targets = context.targets(b)
     decoder, criteria = context.decoder, context.criteria
     if layer == context.partition.dims.n_layers:
         names = [context.partition.tensor_names[i] for i in chosen["tensor"]]
@@ -344,7 +416,7 @@ def _put(
     context: SweepContext, position: float, b: int, trace: Trace, layer: int, chosen: Chosen
 ) -> dict[Kind, Values]:
     """Activations of a layer and of the modules that whole tensors belong to."""
-    targets = context.references.targets[b]
+    targets = context.targets(b)
     decoder, criteria = context.decoder, context.criteria
     donor = context.donor_run(position, b, trace)
     if layer == context.partition.dims.n_layers:
@@ -390,6 +462,7 @@ def first_order_blocks(
             key=f"first-order.{estimand}.batch{b:04d}",
             cost=passes * context.weight_of(batch),
             run=lambda b=b: _first_order(context, estimand, b, kinds, seed),  # type: ignore[misc]
+            b=b,
         )
 
 
@@ -397,7 +470,7 @@ def _first_order(
     context: SweepContext, estimand: Estimand, b: int, kinds: list[FineKind], seed: int
 ) -> Result:
     context.resident.move_to(receiver_position(estimand))
-    decoder, batch = context.decoder, context.references.batches[b]
+    decoder, batch = context.decoder, context.batch(b)
     trace = record_with_gradients(decoder, batch)
     dims = context.partition.dims
     found: Result = {
@@ -429,7 +502,7 @@ def _gradient_terms(
     second_order = of_knockout(estimand) and "kl" in context.criteria
     linear: Criteria = tuple(c for c in context.criteria if not (second_order and c == "kl"))
     if linear:
-        targets = context.references.targets[b]
+        targets = context.targets(b)
         gradients = criterion_gradients(context.decoder, trace, linear, targets)
         yield [(c, gradient, False) for c, gradient in gradients.items()]
     if second_order:
@@ -451,20 +524,22 @@ def share_blocks(context: SweepContext, steps: int) -> Iterator[Block]:
                 key=f"share.step{s:04d}.batch{b:04d}",
                 cost=(2 + 2 * len(context.criteria)) * context.weight_of(batch),
                 run=lambda position=position, b=b: _share(context, position, b),  # type: ignore[misc]
+                b=b,
+                prompts=0,
             )
 
 
 def _share(context: SweepContext, position: float, b: int) -> Result:
     resident, partition = context.resident, context.partition
     resident.move_to(position)
-    batch = context.references.batches[b]
+    batch = context.batch(b)
     per_criterion = contributions(
         context.decoder,
         batch,
         partition,
         [task_vector(resident.pair, resident)],
         context.criteria,
-        context.references.targets[b],
+        context.targets(b),
     )
     return {
         f"{c}/{kind}": value
@@ -521,11 +596,13 @@ def noise_blocks(context: SweepContext, estimand: Estimand) -> Iterator[Block]:
 @torch.no_grad()
 def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
     trace = context.packed_trace(receiver_position(estimand), 0)
-    targets, criteria = context.references.targets[0], context.criteria
+    targets, criteria = context.targets(0), context.criteria
     own = own_values(context.decoder, trace, criteria, targets)
     if not context.mapped:
         same = swap_for_itself(context, receiver_position(estimand), layer)
         return {c: same[c] - own[c] for c in criteria}
     copies, dims = context.copies(trace.batch), context.partition.dims
     same = identity(context.decoder, layer, trace, dims, criteria, targets, copies)
-    return {c: same[c] - own[c] for c in criteria}
+    changes = {c: same[c] - own[c] for c in criteria}
+    worst = {c: int(change.mean(-1).abs().argmax()) for c, change in changes.items()}
+    return {c: change[worst[c] : worst[c] + 1] for c, change in changes.items()}

@@ -82,7 +82,8 @@ class SweepRun:
 
             self.cluster.run(sweep, list(costs), keep)
         for block in listed:
-            result, resumed = self.journal.block(block.key, block.run)
+            run = partial(self.context.fitting, block, self.progress.note)
+            result, resumed = self.journal.block(block.key, run)
             yield block.key, result
             if block.key not in computed:
                 self.progress.advance(block.cost, resumed=resumed)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+
+import torch
 
 import mergekit_wp
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
+from mergekit_wp.memory import free_memory, in_gib, is_out_of_memory, peak_memory, peak_on_gpus
 from mergekit_wp.prompts import (
     Prompt,
     PromptFile,
@@ -32,9 +35,13 @@ from mergekit_wp.scoring.request import DTYPES, Progress, ScoreRequest
 from mergekit_wp.scoring.run import SweepRun
 from mergekit_wp.scoring.texts import (
     Encoded,
+    Footprint,
     auto_batch_size,
     with_responses,
 )
+
+#: the journal's entry of how many sequences a forward pass takes
+BATCH_SIZE = "batch-size"
 
 
 def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
@@ -61,16 +68,24 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         samples = [Sample(tuple(ids)) for ids in texts.prompts]
         if any(c != "anchor" for c in criteria):
             samples = with_responses(request, texts, tokenizer, resident, journal, progress)
-        batch_size = request.batch_size or auto_batch_size(
-            samples, opened.vocabulary, request.device
-        )
-        contrasts: tuple[list[int], list[Any]] = ([], [])
-        if "anchor" in criteria:
-            contrasts = contrast_batches(texts.contrasts, batch_size, request.device)
+        footprint = Footprint.of(pair, resident.dtype)
         progress.stage("base and expert on the prompts", 1, "pair")
-        references = measure_references(
-            resident, samples, contrasts, criteria, request.anchor_layer, batch_size
+        batch_size, references = _fitting(
+            _first_size(request, samples, opened.vocabulary, footprint, journal),
+            lambda size: measure_references(
+                resident,
+                samples,
+                contrast_batches(texts.contrasts, size, request.device)
+                if "anchor" in criteria
+                else ([], []),
+                criteria,
+                request.anchor_layer,
+                size,
+            ),
+            progress,
+            fixed=journal.load(BATCH_SIZE) is not None,
         )
+        journal.block(BATCH_SIZE, lambda: {"sequences": torch.tensor([batch_size])})
         progress.advance(1)
         warn_of_wrong_sign(references, progress)
         context = SweepContext(resident, references, criteria, batch_size)
@@ -83,7 +98,52 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         )
         write(result, request.out)
         journal.discard()
+    progress.note(memory_used(footprint, samples, context.batch_size))
     return result
+
+
+def _first_size(
+    request: ScoreRequest,
+    samples: Sequence[Sample],
+    vocabulary: int,
+    footprint: Footprint,
+    journal: Journal,
+) -> int:
+    """Sequences per forward: as asked, as in the run that is continued, or what seems to fit."""
+    if (earlier := journal.load(BATCH_SIZE)) is not None:
+        return int(earlier["sequences"])
+    if request.batch_size is not None:
+        return request.batch_size
+    fitting = footprint.fits(samples, free_memory(request.device))
+    return min(fitting, auto_batch_size(samples, vocabulary, request.device))
+
+
+def _fitting(
+    size: int, run: Callable[[int], References], progress: Progress, *, fixed: bool
+) -> tuple[int, References]:
+    """Halve the size until memory suffices, unless it is fixed by what is done already."""
+    while True:
+        try:
+            return size, run(size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        if fixed:
+            raise UserError(
+                f"this run was begun with {size} sequences per forward pass, for which there is "
+                "no memory now; free some, or add --restart to begin anew"
+            )
+        size = (size + 1) // 2
+        progress.note(f"out of memory; going on with {size} sequences per forward pass")
+
+
+def memory_used(footprint: Footprint, samples: Sequence[Sample], sequences: int) -> str:
+    """What a run has taken, beside what it was meant to take."""
+    found = f"peak memory {in_gib(peak_memory())}"
+    if (on_gpus := peak_on_gpus()) > 0:
+        found += f", on GPUs {in_gib(on_gpus)}"
+    budget = footprint.of_sequences(samples, sequences)
+    return f"{found} (weights {in_gib(footprint.weights)}, activation budget {in_gib(budget)})"
 
 
 def choose_criteria(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.errors import UserError
 from mergekit_wp.generation import end_tokens, greedy
+from mergekit_wp.memory import is_out_of_memory
 from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import Progress, RunRequest
@@ -111,13 +113,17 @@ def with_responses(
 
     def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
         resident.move_to(position)
-        found = greedy(
-            resident.model,
-            [prompts[i] for i in chunk],
-            request.max_new_tokens,
-            end_tokens(resident.pair.expert.path, tokenizer),
-            resident.device,
-        )
+        ends = end_tokens(resident.pair.expert.path, tokenizer)
+        at_once = len(chunk)
+        found: list[list[int]] = []
+        while len(found) < len(chunk):
+            some = [prompts[i] for i in chunk[len(found) : len(found) + at_once]]
+            try:
+                found += greedy(resident.model, some, request.max_new_tokens, ends, resident.device)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or at_once == 1:
+                    raise
+                at_once = (at_once + 1) // 2
         return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
 
     if chunks:
@@ -139,3 +145,38 @@ def auto_batch_size(samples: Sequence[Sample], vocabulary: int, device: str) -> 
     tokens = 2048 if device == "cpu" else 16384
     logits = 2**26 if device == "cpu" else 2**29
     return max(1, min(tokens // longest, logits // (response * vocabulary)))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory that sequences take in a forward pass with gradients, the hungriest of all passes.
+
+    Attributes:
+        weights: bytes of the model.
+        per_token: bytes of activations of a token.
+        per_response_token: bytes of its logits besides.
+    """
+
+    weights: int
+    per_token: int
+    per_response_token: int
+
+    @classmethod
+    def of(cls, pair: Pair, dtype: torch.dtype) -> Footprint:
+        """Of a pair's model: what autograd keeps of every layer, and four copies of the logits."""
+        shapes, config = pair.partition.shapes, pair.base.config
+        size, dims = dtype.itemsize, pair.partition.dims
+        kept = 12 * int(config.hidden_size) + 4 * dims.n_neurons
+        logits = max(shape[0] for shape in shapes.values() if len(shape) == 2)
+        weights = size * sum(math.prod(shape) for shape in shapes.values())
+        return cls(weights, size * dims.n_layers * kept, 16 * logits)
+
+    def of_sequences(self, samples: Sequence[Sample], count: int) -> int:
+        """Bytes of activations of so many of the longest sequences."""
+        longest = max(len(s.input_ids) for s in samples)
+        response = max(len(s.response_ids) for s in samples)
+        return count * (longest * self.per_token + response * self.per_response_token)
+
+    def fits(self, samples: Sequence[Sample], free: int) -> int:
+        """How many sequences fit into half of the free memory, at least one."""
+        return max(1, free // 2 // self.of_sequences(samples, 1))

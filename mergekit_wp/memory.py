@@ -1,0 +1,46 @@
+"""Memory: how much is free, how much was used, and whether an error says that there was none."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import psutil
+import torch
+
+GIB = 2**30
+#: what allocators say that raise plain RuntimeErrors
+_SAID = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on a device."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this whole process has had at once."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_on_gpus() -> int:
+    """Most bytes that tensors took on all GPUs together; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def in_gib(size: float) -> str:
+    """As a text."""
+    return f"{size / GIB:.2f} GiB"
