@@ -1,0 +1,203 @@
+"""Synthetic models on an accelerator: how much of its matrix throughput a sweep reaches.
+
+    python -m benchmarks.engine.accelerator --shape llama-3.2-1b --device cuda --dtype bfloat16
+    python -m benchmarks.engine.accelerator --table
+
+Random weights and small deltas: time and FLOPs do not depend on the numbers. Exact heads are timed
+in some layers, evenly spaced, and FLOPs are counted there too; first-order everything in full. The
+card's throughput is that of one large matrix product in the same run.
+
+`--table` computes what sweeps of 1B, 8B and 70B models cost from FLOPs alone; it runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.engine.measure import counted, timed
+from mergekit_wp.checkpoints import ResidentModel, open_pair
+from mergekit_wp.components import SLICED_KINDS, Kind
+from mergekit_wp.memory import in_gib, peak_memory, peak_on_gpus
+from mergekit_wp.prompts import Sample
+from mergekit_wp.scoring.blocks import (
+    SweepContext,
+    exact_blocks,
+    first_order_blocks,
+    share_blocks,
+)
+from mergekit_wp.scoring.references import measure_references
+from mergekit_wp.scoring.texts import auto_batch_size
+
+_LLAMA = {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None}
+#: hidden, MLP, layers, heads, groups, vocabulary, tied
+_SIZES = {
+    "tiny": (64, 176, 4, 4, 2, 512, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, False),
+}
+
+
+def config_of(shape: str) -> LlamaConfig:
+    """The configuration of a shape."""
+    hidden, mlp, layers, heads, groups, vocabulary, tied = _SIZES[shape]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=hidden // heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        **_LLAMA,
+    )
+
+
+def synthetic_pair(shape: str, dtype: torch.dtype, folder: Path) -> tuple[str, str]:
+    """A random base and an expert that differs a little everywhere, in files."""
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config_of(shape)).to(dtype)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.002)
+    model.save_pretrained(folder / "expert")
+    return str(folder / "base"), str(folder / "expert")
+
+
+def samples(count: int, length: int, response: int, vocabulary: int) -> list[Sample]:
+    """Random prompts whose first quarter is the same, as under a chat template."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
+
+    shared = tokens(length // 4)
+    return [
+        Sample(shared + tokens(length - response - length // 4), tokens(response))
+        for _ in range(count)
+    ]
+
+
+def matmul_throughput(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product, the best of ten."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    x = torch.randn((n, n), device=device).to(dtype)
+    _, seconds, _ = timed(lambda: x @ x, 10)
+    return 2 * n**3 / seconds
+
+
+def run(shape: str, device: str, dtype: torch.dtype, count: int, length: int, layers: int) -> None:
+    """Measure one shape and print it."""
+    peak = matmul_throughput(device, dtype)
+    print(f"{shape} on {device} ({dtype}): {peak / 1e12:.3g} TFLOP/s in one matrix product")
+    with tempfile.TemporaryDirectory() as folder:
+        pair = open_pair(*synthetic_pair(shape, dtype, Path(folder)), lambda *_: None)
+        resident = ResidentModel(pair, dtype, device)
+        config = config_of(shape)
+        prompts = samples(count, length, max(1, length // 8), config.vocab_size)
+        size = auto_batch_size(prompts, config.vocab_size, device)
+        references = measure_references(resident, prompts, ([], []), ("kl",), None, size)
+
+        def context() -> SweepContext:
+            return SweepContext(resident, references, ("kl",), size)
+
+        spread = max(1, config.num_hidden_layers // layers)
+        chosen = range(0, config.num_hidden_layers, spread)
+        heads: dict[Kind, list[list[int]]] = {
+            "head": [
+                list(range(config.num_attention_heads)) if layer in chosen else []
+                for layer in range(config.num_hidden_layers)
+            ]
+        }
+
+        def exact() -> None:
+            at = context()
+            for block in exact_blocks(at, "gain", heads, "bench"):
+                at.fitting(block, print)
+
+        def first_order() -> None:
+            at = context()
+            for block in first_order_blocks(at, "gain", list(SLICED_KINDS), 0):
+                at.fitting(block, print)
+
+        def share() -> None:
+            at = context()
+            for block in share_blocks(at, 1):
+                at.fitting(block, print)
+
+        for what, work in (
+            (f"exact heads of {len(chosen)} layers", exact),
+            ("first-order gains", first_order),
+            ("one share step", share),
+        ):
+            work()  # warm
+            flops = counted(work)
+            _, seconds, _ = timed(work, 2)
+            print(
+                f"  {what}: {seconds:.3g} s, {flops / 1e12:.3g} TFLOP, "
+                f"{flops / seconds / peak:.0%} of the matrix product's throughput"
+            )
+    print(f"  peak: process {in_gib(peak_memory())}, GPUs {in_gib(peak_on_gpus())}")
+
+
+def table(count: int, length: int, throughput: float) -> str:
+    """Computed cost of sweeps at a given throughput, nothing measured."""
+    lines = [
+        f"Computed, not measured: {count} prompts of {length} tokens, no shared prefix, "
+        f"{throughput / 1e12:.0f} TFLOP/s sustained.",
+        "",
+        "| shape | layer parameters | first order, one criterion | one share step "
+        "| exact heads, kl | exact heads, anchor at 60% |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b"):
+        config = config_of(shape)
+        hidden, width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        p = 2 * hidden**2 + 2 * hidden * width + 3 * hidden * config.intermediate_size
+        layers, tokens = config.num_hidden_layers, count * length
+        forward = 2 * p * tokens * layers
+        cells = [3.5 * forward, 2.5 * forward]  # counted on SmolLM2, in forward passes
+        for depth in (layers, round(0.6 * layers)):
+            per_layer = [2 * p * tokens * (depth - layer) for layer in range(depth)]
+            cells.append(config.num_attention_heads * sum(per_layer))
+        said = [f"{c / 1e15:.3g} PFLOP, {_time(c / throughput)}" for c in cells]
+        lines.append(f"| {shape} | {p * layers / 1e9:.2f}e9 | " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    units = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
+    size, unit = next((u for u in units if seconds >= u[0]), units[-1])
+    return f"{seconds / size:.3g} {unit}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=[*_SIZES], default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--n-prompts", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4, help="layers whose heads are timed")
+    parser.add_argument("--table", action="store_true", help="compute costs, run nothing")
+    parser.add_argument("--throughput", type=float, default=300e12, help="FLOP/s for --table")
+    options = parser.parse_args()
+    if options.table:
+        assert math.isfinite(options.throughput) and options.throughput > 0
+        print(table(options.n_prompts, options.length, options.throughput))
+        return
+    dtype = getattr(torch, options.dtype)
+    run(options.shape, options.device, dtype, options.n_prompts, options.length, options.layers)
+
+
+if __name__ == "__main__":
+    main()
