@@ -207,7 +207,7 @@ class SweepContext:
             return batch
         matrices = [shapes[name] for name in self.partition.layer_tensors(0)]
         weights = 2.0 * sum(math.prod(shape) for shape in matrices)
-        hidden = int(self.resident.pair.base.config.hidden_size)
+        hidden = int(self.resident.pair.base.text_config.hidden_size)
         return packed(batch, TokenCost(weights, 4.0 * hidden))
 
     @cached_property
@@ -215,8 +215,10 @@ class SweepContext:
         """Whether every token sees all tokens before it, so that a mask can say who they are.
 
         A sliding window shorter than the prompts, or attention biased by distance, comes to the
-        layers as a mask of its own.
+        layers as a mask of its own. Of a model without a map nothing is known.
         """
+        if not self.mapped:
+            return False
         widest = max(self.references.batches, key=lambda batch: batch.ids.shape[1])
         with torch.no_grad():
             calls = record(self.decoder, widest.part(0, 1)).calls

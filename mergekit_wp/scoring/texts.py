@@ -164,7 +164,7 @@ class Footprint:
     @classmethod
     def of(cls, pair: Pair, dtype: torch.dtype) -> Footprint:
         """Of a pair's model: what autograd keeps of every layer, and four copies of the logits."""
-        shapes, config = pair.partition.shapes, pair.base.config
+        shapes, config = pair.partition.shapes, pair.base.text_config
         size, dims = dtype.itemsize, pair.partition.dims
         kept = 12 * int(config.hidden_size) + 4 * dims.n_neurons
         logits = max(shape[0] for shape in shapes.values() if len(shape) == 2)

@@ -20,7 +20,7 @@ def swap_whole(
     context: SweepContext, position: float, b: int, trace: Trace, layer: int, chosen: Chosen
 ) -> dict[Kind, Values]:
     """Weights of a layer and of whole tensors."""
-    partition, targets = context.partition, context.references.targets[b]
+    partition, targets = context.partition, context.targets(b)
     sets: dict[Kind, list[list[str]]] = {}
     if "layer" in chosen:
         sets["layer"] = [list(partition.layer_tensors(layer))]
@@ -42,7 +42,6 @@ def swap_for_itself(context: SweepContext, position: float, layer: int) -> Value
     """A layer swapped for itself: what the same run, made twice, differs by."""
     names = list(context.partition.layer_tensors(layer))
     own = context.donor(1.0 - position, names)
-    references = context.references
     return swap_weights(
-        context.decoder, references.batches[0], [own], context.criteria, references.targets[0]
+        context.decoder, context.batch(0), [own], context.criteria, context.targets(0)
     )
