@@ -74,6 +74,8 @@ _HARMLESS = (
     "architectures",
     "max_position_embeddings",
 )
+# numbers that are compared in float64 at once
+_PART = 2**22
 # config entries that say how a checkpoint was saved, not what it computes
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -238,6 +240,7 @@ class Checkpoint:
     def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         """One tensor, cast and moved; it may alias the loader's memory, so never change it."""
         tensor = self.stored.read(name, self.loader.get_tensor)
+        self.loader.flush()  # a mapped file stays in memory as far as it was ever read
         if self.adapter is not None:
             tensor = self.adapter.changed(name, tensor)
         return tensor.to(device=device, dtype=dtype)
@@ -401,7 +404,7 @@ def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
 
 
 def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
-    tensors = {}
+    sides = []
     for side, checkpoint in (("base", base), ("expert", expert)):
         dtype = checkpoint.header(name)[1]
         if dtype not in _SAFETENSORS_DTYPES:
@@ -409,13 +412,16 @@ def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
                 f"{side} '{checkpoint.name}': tensor {name} is stored as {dtype} (quantised?); "
                 "give the unquantised checkpoint"
             )
-        tensors[side] = checkpoint.tensor(name, torch.float64)
-        if not torch.isfinite(tensors[side]).all():
+        wide = torch.promote_types(getattr(torch, _SAFETENSORS_DTYPES[dtype]), torch.float32)
+        tensor = checkpoint.tensor(name, wide)
+        if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PART)):
             raise UserError(
                 f"{side} '{checkpoint.name}': tensor {name} holds NaN or infinity; "
                 "its weights are broken"
             )
-    norm = float(torch.linalg.vector_norm(tensors["expert"] - tensors["base"]))
+        sides.append(tensor.flatten().split(_PART))
+    squares = [float((y.double() - x.double()).square().sum()) for x, y in zip(*sides, strict=True)]
+    norm = math.sqrt(math.fsum(squares))
     assert math.isfinite(norm)
     return norm
 
@@ -470,8 +476,8 @@ class ResidentModel:
                 return self.pair.expert.tensor(name, self.dtype, self.device)
             weight = self.pair.base.tensor(name, wide, self.device)
             if position != 0.0 and name in self.pair.changed:
-                # not in place: a read tensor may share memory with its loader's next read
-                weight = weight + position * self.pair.delta(name, wide, self.device)
+                expert = self.pair.expert.tensor(name, wide, self.device)
+                weight = torch.lerp(weight, expert, position)
             return weight
 
         self.fill(weight_of)

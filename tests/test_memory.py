@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_wp.checkpoints import ResidentModel
+from mergekit_wp.checkpoints import Checkpoint, ResidentModel
 from mergekit_wp.errors import UserError
 from mergekit_wp.memory import free_memory, is_out_of_memory, peak_memory
 from mergekit_wp.scoring.request import ScoreRequest
@@ -108,3 +108,11 @@ def test_memory_is_measured(request_of, tmp_path) -> None:
     said = Quiet()
     score(request_of(tmp_path / "a.safetensors", estimands=("share",)), said)
     assert any(note.startswith("peak memory") and "weights" in note for note in said.notes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_read_file_is_not_kept_in_memory(request_of, tmp_path) -> None:
+    checkpoint = Checkpoint(request_of(tmp_path / "a").expert)
+    for name in checkpoint.headers:
+        checkpoint.tensor(name, torch.float64)
+    assert str(checkpoint.weight_files[0]) not in Path("/proc/self/maps").read_text()

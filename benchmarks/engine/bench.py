@@ -33,8 +33,18 @@ from mergekit_wp.scorefile import CriterionName
 Row = dict[str, str | float]
 
 
-def measured(inputs: Inputs, components: list[Component]) -> list[Row]:
-    """All rows of one case."""
+def measured(inputs: Inputs, components: list[Component], naive: int) -> list[Row]:
+    """All rows of one case.
+
+    Args:
+        inputs: the case.
+        components: to be swapped.
+        naive: so many of them, evenly spaced, are swapped in ways (a) and (b), where every swap
+            costs the same; their time is multiplied up.
+    """
+    some = components[:: max(1, len(components) // naive)]
+    places = [components.index(component) for component in some]
+    times = len(components) / len(some)
     full = NaiveSweep.of(inputs, stop_at_anchor=False)
     short = NaiveSweep.of(inputs, stop_at_anchor=True)
     inputs.resident.move_to(0.0)
@@ -44,18 +54,18 @@ def measured(inputs: Inputs, components: list[Component]) -> list[Row]:
     anchor = inputs.references.targets[0].anchor
     assert anchor is not None
     depths: dict[CriterionName, int] = {"kl": n_layers, "anchor": anchor.layer + 1}
-    true, wall, cpu = timed(lambda: full.run(components))
-    a = Cost(wall, cpu, per_patch[id(full)] * len(components))
+    true, wall, cpu = timed(lambda: full.run(some))
+    a = Cost(times * wall, times * cpu, per_patch[id(full)] * len(components))
     rows = [_row(inputs, "(a) swap, whole forward", "both", components, n_layers, a, a, 0.0)]
-    at_anchor, wall, cpu = timed(lambda: short.run(components))
-    b = Cost(wall, cpu, per_patch[id(short)] * len(components))
+    at_anchor, wall, cpu = timed(lambda: short.run(some))
+    b = Cost(times * wall, times * cpu, per_patch[id(short)] * len(components))
     error = _difference(at_anchor, true, "anchor")
     depth = depths["anchor"]
     rows.append(_row(inputs, "(b) swap, stop at anchor", "anchor", components, depth, b, a, error))
     for criterion, depth in depths.items():
         found, wall, cpu = timed(lambda c=criterion: ours.exact(inputs, components, (c,)))
         flops = counted(lambda c=criterion: ours.exact(inputs, components, (c,)))
-        error = _difference(found, true, criterion)
+        error = _difference({criterion: found[criterion][places]}, true, criterion)
         cost = Cost(wall, cpu, flops)
         rows.append(_row(inputs, "(c) engine", criterion, components, depth, cost, a, error))
     return rows
@@ -151,6 +161,7 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, default=BUILD, help="folder of its checkpoints")
     parser.add_argument("--n-prompts", type=int, default=4)
     parser.add_argument("--neurons", type=int, default=32)
+    parser.add_argument("--naive", type=int, help="swap only so many the naive way; default: all")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--profile", action="store_true", help="only a profile of one sweep")
@@ -164,7 +175,9 @@ def main() -> None:
         if options.profile:
             print(profiled(inputs, components))
             continue
-        found = measured(inputs, components) + first_order_rows(inputs)
+        found = measured(inputs, components, options.naive or len(components)) + first_order_rows(
+            inputs
+        )
         print(
             f"{name}: {len(components)} components, {inputs.tokens} tokens, "
             f"{torch.get_num_threads()} threads\n\n{table(found)}",
