@@ -125,7 +125,8 @@ class _OrAuto(click.ParamType[int | None]):
     type=_OrAuto(1),
     default="auto",
     show_default=True,
-    help="Sequences per forward pass (patches times prompts).",
+    help="Sequences per forward pass (patches times prompts); auto goes by free memory. Halved "
+    "when memory runs out.",
 )
 @click.option(
     "--dtype",

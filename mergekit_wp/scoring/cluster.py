@@ -8,6 +8,7 @@ process, bit by bit, where the machines are alike: workers use as many threads a
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import signal
@@ -129,7 +130,8 @@ class Worker:
         if self._context is None:
             self._context = self.assignment.context()
         block = next(block for block in sweep(self._context) if block.key == key)
-        return {name: value.cpu() for name, value in block.run().items()}
+        result = self._context.fitting(block, logging.getLogger(__name__).warning)
+        return {name: value.cpu() for name, value in result.items()}
 
 
 class Cluster:
