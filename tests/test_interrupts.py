@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after_it(
         "make room and start the same command again"
     )
     assert sorted(p.name.split(".")[0] for p in kept.iterdir()) == (
-        ["inputs", "lock", "responses", "responses"]
+        ["batch-size", "inputs", "lock", "responses", "responses"]
     ), "the expert's answers are kept, and nothing of the block that did not fit"
     assert score(world, out) == 0 and score(world, whole) == 0
     assert out.read_bytes() == whole.read_bytes()

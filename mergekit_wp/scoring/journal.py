@@ -118,7 +118,8 @@ class Journal:
         blocks = [block.name for block in self.folder.glob("*.safetensors")]
         refused = kind is not None and issubclass(kind, UserError)
         if refused:  # a run of refused inputs will not go on; its expert's answers are no loss
-            blocks = [name for name in blocks if not name.startswith("responses.")]
+            worthless = ("responses.", "batch-size.")
+            blocks = [name for name in blocks if not name.startswith(worthless)]
         if kind is not None and not blocks:
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in self._made:
