@@ -445,7 +445,8 @@ def test_without_a_map_layers_and_tensors_are_scored(
     result = run(
         tmp_path, base, expert, estimands=estimands, anchor_layer=0, share_steps=1, **options
     )
-    (note,) = said
+    note, memory = said
+    assert memory.startswith("peak memory")
     assert "has no component map: scoring layers and tensors only" in note
     assert result.manifest.kinds == ("layer", "tensor")
     assert max(result.manifest.noise_floor.values()) < 1e-14
