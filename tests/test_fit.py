@@ -448,6 +448,18 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_recipe_is_overwritten(world: Path, tmp_path: Path) -> None:
+    before = (world / "recipe.yml").read_text()
+    for out, taken in (
+        (tmp_path / "gates.yml", "the gates file"),
+        (world / "recipe.safetensors", "the recipe"),
+    ):
+        with pytest.raises(UserError, match=f"where {taken} is; choose another name"):
+            fitted(world, out)
+        assert not out.exists()
+    assert (world / "recipe.yml").read_text() == before and not list(tmp_path.iterdir())
+
+
 def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "gates.safetensors"
     file = fitted(world, out, steps=1)

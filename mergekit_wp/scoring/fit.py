@@ -43,6 +43,7 @@ def fit(request: FitRequest, progress: Progress) -> Path:
     Raises:
         UserError: any mistake in the inputs, before anything is fitted.
     """
+    recipe_path = _recipe_path(request)
     members = open_members(request, request.out.parent, progress)
     guards = [(path, read_prompts(path, request.max_prompts)) for path in request.guards]
     first = members[0].pair
@@ -66,9 +67,9 @@ def fit(request: FitRequest, progress: Progress) -> Path:
             _tensors(members, layout, state.best),
         )
         gatesfile.write(result, request.out)
-        recipe = _write_recipe(request, members)
+        _write_recipe(recipe_path, request, members)
         journal.discard()
-    return recipe
+    return recipe_path
 
 
 def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> torch.Tensor:
@@ -99,8 +100,24 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     return flat.clamp(0.0, request.upper)
 
 
-def _write_recipe(request: FitRequest, members: Sequence[Member]) -> Path:
-    """A recipe that merges by the gates, beside them."""
+def _recipe_path(request: FitRequest) -> Path:
+    """Where the recipe that merges by the gates goes: beside them.
+
+    Raises:
+        UserError: the gates or the recipe that is read are there.
+    """
+    path = request.out.with_suffix(".yml")
+    taken = {request.out.resolve(): "the gates file", request.recipe.resolve(): "the recipe"}
+    if path.resolve() in taken:
+        raise UserError(
+            f"--out {request.out}: the recipe that merges by the gates is written to {path}, where "
+            f"{taken[path.resolve()]} is; choose another name, such as gates.safetensors"
+        )
+    return path
+
+
+def _write_recipe(path: Path, request: FitRequest, members: Sequence[Member]) -> None:
+    """Write a recipe that merges by the gates."""
     recipe = {
         "merge_method": "weight_patching",
         "base_model": members[0].request.base,
@@ -108,10 +125,8 @@ def _write_recipe(request: FitRequest, members: Sequence[Member]) -> Path:
         "parameters": {"gates": str(request.out)},
         "dtype": members[0].pair.base.weights_dtype,
     }
-    path = request.out.with_suffix(".yml")
     with written_whole(path) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
 
 
 def _tensors(
