@@ -265,11 +265,17 @@ class Checkpoint:
             raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error
 
 
-def refuse_pickles(folder: str, name: str) -> None:
+def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
     """Refuse a checkpoint whose weights are not all in safetensors files of its own folder.
 
     Looked at before mergekit makes its index, for which it opens a pickle, and follows an index of
     safetensors to whatever file that names.
+
+    Args:
+        folder: of the checkpoint.
+        name: what the error calls it.
+        lazily: pickles are let through, for mergekit's lazy reader, which builds nothing but
+            tensors; read otherwise, a pickle is executed.
 
     Raises:
         UserError: pickled weights, or an index that names other files.
@@ -287,7 +293,7 @@ def refuse_pickles(folder: str, name: str) -> None:
                     f"model '{name}': its index names the weight file {file!r:.80}; only "
                     "safetensors files beside the index are read"
                 )
-    elif not os.path.isfile(whole) and any(Path(folder).glob("*.bin*")):
+    elif not lazily and not os.path.isfile(whole) and any(Path(folder).glob("*.bin*")):
         raise UserError(
             f"model '{name}' has pickled weights, which are never loaded; "
             "save it again as safetensors"

@@ -80,7 +80,7 @@ def _open_models(recipe: Recipe, options: MergeOptions) -> None:
             bare = ModelReference(model=model.model)
             folder = _reading(bare, lambda m: m.local_path(options.transformers_cache))
             if os.path.isdir(folder):
-                refuse_pickles(folder, str(bare))
+                refuse_pickles(folder, str(bare), lazily=options.lazy_unpickle)
     for model in models:
         _reading(model, LoaderCache().get)
 

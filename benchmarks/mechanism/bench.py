@@ -24,6 +24,7 @@ from benchmarks.mechanism.paths import (
     PROMPTS,
     RANKINGS,
     SCORES,
+    SKILL,
     TASK,
     TRACE,
     WORK,
@@ -31,31 +32,47 @@ from benchmarks.mechanism.paths import (
     verified,
 )
 from benchmarks.smollm2.experts import build, train
-from benchmarks.smollm2.paths import BUILD, command
+from benchmarks.smollm2.paths import BUILD, command, read_jsonl, write_jsonl
+from mergekit_wp.progress import BarProgress
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.score import score as run_score
 
-N_PROMPTS = 12
-TOP = "0.1%,1%,5%,20%"
+#: scored on, and as many held out; items of which the answers are checked; of an anchor
+N_PROMPTS, N_ITEMS, N_ANCHOR = 8, 12, 8
+#: heads and K/V groups are scored to first order and the leaders verified: `score` itself would
+#: swap all of them, at three times the cost
+EXACT = 64.0
+TOP = "1%,5%,20%"
 
 
 SCORED = ("--prompts", str(PROMPTS), "--max-prompts", str(N_PROMPTS))
 
 
 def prompts() -> None:
-    """Prompts that are not scored on."""
+    """Prompts and items that are not scored on."""
     lines = PROMPTS.read_text().splitlines(keepends=True)
     WORK.mkdir(parents=True, exist_ok=True)
     HELD_OUT.write_text("".join(lines[N_PROMPTS : 2 * N_PROMPTS]))
+    items = [row for row in read_jsonl(SKILL) if row["split"] == "test"][:N_ITEMS]
+    write_jsonl(TASK, [row | {"max_new_tokens": 32} for row in items])
 
 
 def score() -> None:
     """Weights and activations, gain and knockout, and shares."""
     if not SCORES.exists():
-        command(
-            *("mergekit-wp", "score", str(BASE), str(EXPERT), *SCORED),
-            *("--estimand", "share,gain,activation_gain,knockout,activation_knockout"),
-            *("--criterion", "kl,anchor", "--kinds", "layer,head,kv_group,neuron"),
-            *("--verify", "16", "--out", str(SCORES)),
+        request = ScoreRequest(
+            base=str(BASE),
+            expert=str(EXPERT),
+            prompts=PROMPTS,
+            out=SCORES,
+            max_prompts=N_PROMPTS,
+            estimands=("share", "gain", "activation_gain", "knockout", "activation_knockout"),
+            criteria=("kl", "anchor"),
+            kinds=("layer", "head", "kv_group", "neuron"),
+            verify=24,
+            exact_budget=EXACT,
         )
+        run_score(request, BarProgress())
 
 
 def trace() -> None:
@@ -79,7 +96,7 @@ def verify() -> None:
         answers = ("--task", str(TASK)) if estimand == "share" else ()
         command(
             *("mergekit-wp", "verify", str(working), "--top", TOP, "--prompts", str(HELD_OUT)),
-            *("--estimand", estimand, "--criterion", "kl", "--draws", "3", *answers),
+            *("--estimand", estimand, "--criterion", "kl", "--draws", "2", *answers),
         )
         os.replace(working, out)
 
@@ -91,7 +108,7 @@ def anchors() -> None:
         if not out.exists():
             found = command(
                 *("mergekit-wp", "anchor", str(BASE), str(EXPERT), "--behavior", name),
-                *("--max-prompts", "16", "--json"),
+                *("--max-prompts", str(N_ANCHOR), "--max-new-tokens", "32", "--json"),
                 quiet=True,
             )
             out.write_text(found)
@@ -113,6 +130,7 @@ def _shares(expert: Path, file: Path, out: Path, behavior: str) -> None:
             *("mergekit-wp", "score", str(BASE), str(expert), "--prompts", str(file)),
             *("--max-prompts", str(N_PROMPTS), "--estimand", "share", "--criterion", "kl"),
             *("--kinds", "layer,head,kv_group,neuron", "--behavior", behavior, "--out", str(out)),
+            *("--max-new-tokens", "32"),
         )
 
 

@@ -11,8 +11,8 @@ from mergekit_wp.scorefile import Estimand
 WORK = REPO / "build" / "mechanism"
 BASE, EXPERT = SMOLLM2 / "base", SMOLLM2 / "experts" / "instruction"
 OTHER_SEED = WORK / "instruction-seed1"
-TASK = SMOLLM2 / "tasks" / "instruction.jsonl"
-#: the first 12 are scored on, the next 12 held out
+SKILL, TASK = SMOLLM2 / "tasks" / "instruction.jsonl", WORK / "items.jsonl"
+#: the first are scored on, the next held out
 PROMPTS = SMOLLM2 / "prompts" / "instruction.jsonl"
 HELD_OUT = WORK / "held-out.jsonl"
 SCORES, TRACE = WORK / "instruction.safetensors", WORK / "trace.json"

@@ -101,7 +101,7 @@ def sets() -> Iterator[str]:
                     if points:
                         listed = [_point(p) for p in points]
                         into.append((estimand, direction, name, *listed, f"{area(points):.2f}"))
-    head = ("ranked by", "", "set", "0.1%", "1%", "5%", "20%", "area")
+    head = ("ranked by", "", "set", "1%", "5%", "20%", "area")
     yield from markdown(head, rows)
     yield "Answers that keep to their instruction, 0 at the base and 1 at the expert:\n"
     yield from markdown(head, behavior)
