@@ -81,7 +81,9 @@ def main(
         for _ in range(repeats):
             for name, recipe in recipes.items():
                 given = ["--quiet", *options]
-                costs[name].append(measure(PROGRAMS[program], recipe, folder / "out", given))
+                cost = measure(PROGRAMS[program], recipe, folder / "out", given)
+                costs[name].append(cost)
+                click.echo(f"{name}: {cost.wall:.2f} s, {cost.cpu:.2f} s of CPU", err=True)
     found = {name: best(own) for name, own in costs.items()}
     ties = found["ties"]
     click.echo(f"{program} {' '.join(options)}, {dtype}, best of {repeats}")
