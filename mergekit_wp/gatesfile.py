@@ -101,6 +101,8 @@ class GatesManifest(_Strict):
     def _sane(self) -> Self:
         if not self.experts:
             raise ValueError("experts: none")
+        if [moment.step for moment in self.history] != list(range(len(self.history))):
+            raise ValueError("history: its steps do not count up from 0")
         if all(moment.step != self.best_step for moment in self.history):
             raise ValueError(f"history has no step {self.best_step}, whose gates these are")
         if len(set(self.tensor_names)) != len(self.tensor_names):

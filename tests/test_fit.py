@@ -492,6 +492,9 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             gatesfile.write(GatesFile(file.manifest, file.tensors | change), out)
+    with pytest.raises(ValueError, match="steps do not count up from 0"):
+        said = file.manifest.model_dump()
+        type(file.manifest).model_validate(said | {"history": said["history"][1:], "best_step": 1})
     with pytest.raises(UserError, match="it is a gates file"):
         from mergekit_wp import scorefile
 
