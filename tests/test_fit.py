@@ -448,6 +448,15 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    guard = tmp_path / "other" / f"{NAMES[0]}.jsonl"
+    guard.write_text((world / f"{NAMES[0]}.jsonl").read_text())
+    with pytest.raises(UserError, match=f"would be called '{NAMES[0]}'; rename one"):
+        fitted(world, tmp_path / "gates.safetensors", guards=(guard,))
+    assert not (tmp_path / "gates.safetensors").exists()
+
+
 def test_no_recipe_is_overwritten(world: Path, tmp_path: Path) -> None:
     before = (world / "recipe.yml").read_text()
     for out, taken in (

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.mechanism.bench`` runs every step that has not run yet and prints the tables
 of README.md; with names of steps it runs these alone. Everything resumes. The base and the expert
-come from ``python -m benchmarks.smollm2.run``.
+come from ``python -m benchmarks.smollm2.experts``.
 """
 
 from __future__ import annotations
@@ -39,12 +39,10 @@ from mergekit_wp.scoring.score import score as run_score
 
 #: scored on, and as many held out; items of which the answers are checked; of an anchor
 N_PROMPTS, N_ITEMS, N_ANCHOR = 8, 12, 8
-#: heads and K/V groups are scored to first order and the leaders verified: `score` itself would
-#: swap all of them, at three times the cost
+#: less than what `score` allows for exact swaps, so that heads are scored to first order and only
+#: the leaders and a sample verified
 EXACT = 64.0
 TOP = "1%,5%,20%"
-
-
 SCORED = ("--prompts", str(PROMPTS), "--max-prompts", str(N_PROMPTS))
 
 

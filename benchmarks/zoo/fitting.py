@@ -283,11 +283,11 @@ def tables(found: dict[int, Rows]) -> str:
     return "\n".join(lines)
 
 
-def _reached(rows: dict[str, Measured], name: str) -> int:
-    """Steps until held-out recovery is within 95% of the best that the plain fit reaches."""
+def _reached(rows: dict[str, Measured], name: str) -> float:
+    """Steps until held-out recovery is within 95% of the best of the plain fit, NaN if never."""
     goal = 0.95 * max(value for _, value in rows[OURS]["history"])
     history = rows[name]["history"]
-    return next((step for step, value in history if value >= goal), STEPS)
+    return next((step for step, value in history if value >= goal), float("nan"))
 
 
 @click.command(context_settings={"show_default": True})

@@ -2,9 +2,8 @@
 
     W(g) = B + sum over experts e and components c of g_ec Delta_ec
 
-The derivative of any value with respect to g_ec is grad_W v . Delta_ec, which `engine.share`
-gives without a weight gradient. Adam (Kingma and Ba, arXiv 1412.6980) climbs the objective; gates
-stay within bounds.
+The derivative of any value with respect to g_ec is grad_W v . Delta_ec, see `engine.slopes`.
+Adam (Kingma and Ba, arXiv 1412.6980) climbs the objective; gates stay within bounds.
 """
 
 from __future__ import annotations

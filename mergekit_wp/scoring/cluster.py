@@ -2,7 +2,8 @@
 
 Workers read the checkpoints from the same paths as the driver, and refuse other weights. A block's
 result does not depend on which worker computes it, or when, so the score file is that of a single
-process, bit by bit, where the machines are alike: workers use as many threads as the driver.
+process, bit by bit, where the machines are alike: workers use as many threads as the driver. The
+exception is a worker that runs out of memory and goes on with fewer sequences at once.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def fit(request: FitRequest, progress: Progress) -> Path:
     recipe_path = _recipe_path(request)
     members = open_members(request, request.out.parent, progress)
     guards = [(path, read_prompts(path, request.max_prompts)) for path in request.guards]
+    _check_names(members, request.guards)
     first = members[0].pair
     layout = Layout(first.partition, tuple(member.pair.changed for member in members))
     inputs = inputs_of(request, members)
@@ -98,6 +99,22 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
         for kind in KINDS:
             gates[kind].copy_(file.gates(e)[kind])
     return flat.clamp(0.0, request.upper)
+
+
+def _check_names(members: Sequence[Member], guards: Sequence[Path]) -> None:
+    """Refuse behaviours that cannot be told apart: each is called after its prompt file.
+
+    Raises:
+        UserError: two files of one name.
+    """
+    files = [*(m.request.prompts for m in members), *guards]
+    stems = [file.stem for file in files]
+    for i, stem in enumerate(stems):
+        if stem in stems[:i]:
+            raise UserError(
+                f"prompt files {files[stems.index(stem)]} and {files[i]} have the same name, after "
+                f"which both behaviours would be called '{stem}'; rename one"
+            )
 
 
 def _recipe_path(request: FitRequest) -> Path:
