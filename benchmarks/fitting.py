@@ -47,5 +47,5 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
         lessons = [lesson_of(m, journal, progress, request.prompts_a_step) for m in coarse]
         fitting = Fitting(request, coarse, lessons, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
-    fitting._move_to(state.best)
+    fitting.move_to(state.best)
     return fitting.resident.model, state

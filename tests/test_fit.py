@@ -151,7 +151,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     fitting = Fitting(request, members, lessons, layout, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
-    fitting._move_to(flat)
+    fitting.move_to(flat)
     slope, recovered = fitting._slope(0)
 
     def objective(at: torch.Tensor) -> list[float]:

@@ -75,7 +75,8 @@ def write_data() -> None:
 
 def recipe_of(experts: tuple[str, ...]) -> Path:
     """A recipe that names the experts."""
-    path = FOLDER / f"{'-'.join(experts)}.yml"
+    path = FOLDER / "experts" / f"{'-'.join(experts)}.yml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     models = [{"model": local(BUILD / "experts" / e)} for e in experts]
     data = {"merge_method": "task_arithmetic", "base_model": local(BASE), "models": models}
     path.write_text(yaml.safe_dump(data))

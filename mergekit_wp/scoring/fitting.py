@@ -136,7 +136,7 @@ class Fitting:
             with finishing():
                 step = state.climb.steps
                 held_out = [float("nan")] * len(self.lessons)
-                self._move_to(state.climb.gates)
+                self.move_to(state.climb.gates)
                 if looking and (step % LOOK == 0 or step == request.steps):
                     held_out = self._look()
                     state = state.look(held_out)
@@ -202,7 +202,7 @@ class Fitting:
             }
         )
 
-    def _move_to(self, flat: torch.Tensor) -> None:
+    def move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with the present gates."""
         wide = torch.promote_types(self.resident.dtype, torch.float32)
         device, gates = self.resident.device, self.layout.unflat(flat)

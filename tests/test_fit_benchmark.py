@@ -1,0 +1,42 @@
+"""One gate a tensor, as the benchmarks fit it, against the differences it multiplies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.fitting import fit_by_tensor
+from mergekit_wp.scoring.request import FitRequest
+from tests.test_company import NAMES, load, make_world
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
+
+
+def test_a_tensor_moves_as_a_whole(tmp_path: Path) -> None:
+    world = make_world("qwen2", tmp_path)
+    request = FitRequest(
+        recipe=world / "recipe.yml",
+        prompts=tuple((name, world / f"{name}.jsonl") for name in NAMES),
+        out=tmp_path / "gates.safetensors",
+        dtype="float64",
+        prompts_a_step=2,
+        steps=6,
+    )
+    model, state = fit_by_tensor(request, 0.5, Quiet())
+    base, *experts = [dict(load(world / n).named_parameters()) for n in ("base", *NAMES)]
+    found = []
+    for name, weight in model.named_parameters():
+        moved = (weight.detach() - base[name].detach()).flatten().numpy()
+        theirs = [(e[name] - base[name]).detach().flatten().numpy() for e in experts]
+        gates, *_ = np.linalg.lstsq(np.stack(theirs, 1), moved, rcond=None)
+        np.testing.assert_allclose(np.stack(theirs, 1) @ gates, moved, atol=1e-9)
+        found += [g for g, d in zip(gates, theirs, strict=True) if np.abs(d).max() > 0]
+    # every tensor has a gate of its own, and the best ones are in the model
+    assert len(np.unique(np.round(found, 6))) > len(found) // 2
+    kept = state.best[state.best != 0]
+    np.testing.assert_allclose(np.sort(found), np.sort(kept.numpy()), atol=1e-6)
+    first, best = state.seen[0, 1].mean(), state.seen[state.best_step, 1].mean()
+    assert best > first
