@@ -20,18 +20,19 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mergekit.common import ModelPath, ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mergekit_wp import hub
 from mergekit_wp.architectures import of_type, text_config
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.lora import Adapter
 from mergekit_wp.stored import StoredNames
 from mergekit_wp.untrusted import parse_json
+from mergekit_wp.unusable import FLOATS, headers, refuse_quantised, refuse_quantised_weights
 
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # config entries that change what the same weights compute, in any of the architectures
 _COMPUTING = (
@@ -137,8 +138,16 @@ class Checkpoint:
 
     def _resolve(self) -> str:
         try:
-            self.config: Any = self.ref.config()
-            return str(self.ref.local_path(ignore_lora=True))
+            model = self.ref.model
+            folder, self._commit = Path(model.path), None
+            if not folder.is_dir():
+                folder = hub.config_folder(model.path, model.revision)
+                self._commit = hub.commit_of(folder)
+            self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            refuse_quantised(self.config, self.name)
+            if self._commit is not None:  # weights of the same, whatever was pushed in between
+                folder = hub.checkpoint(model.path, self._commit)
+            return str(folder)
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
@@ -146,12 +155,10 @@ class Checkpoint:
     def _index(self) -> Any:
         refuse_pickles(self.path, self.name)
         try:
-            index = ModelReference(model=self.ref.model).tensor_index()
+            index = ShardedTensorIndex.from_disk(self.path)
         except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"model '{self.name}': weights cannot be read: {error}") from error
-        for shard in index.shards:
-            if not os.path.isfile(os.path.join(index.base_path, shard.filename)):
-                raise UserError(f"model '{self.name}': weight file {shard.filename} is missing")
+        refuse_quantised_weights(index, self.name)
         return index
 
     @property
@@ -165,18 +172,9 @@ class Checkpoint:
         """Shape and stored dtype of every tensor.
 
         Raises:
-            UserError: a weight file is truncated or unreadable.
+            UserError: a weight file is missing, damaged, or not as the index says.
         """
-        found: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in self.weight_files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118
-                        part = handle.get_slice(name)
-                        found[name] = (tuple(part.get_shape()), part.get_dtype())
-            except SafetensorError as error:
-                raise UserError(f"model '{self.name}': {file.name} is damaged: {error}") from error
-        return found
+        return headers(self.loader.index, self.name)
 
     @cached_property
     def stored(self) -> StoredNames:
@@ -201,10 +199,13 @@ class Checkpoint:
 
     @property
     def weights_dtype(self) -> str:
-        """The most common stored dtype, as torch names it."""
+        """The most common stored dtype, as torch names it; of what an adapter changes, ours."""
         kinds = [dtype for _, dtype in self.headers.values()]
         most = max(sorted(set(kinds)), key=kinds.count)
-        return _SAFETENSORS_DTYPES.get(most, most)
+        found = FLOATS.get(most, most)
+        if self.adapter is not None and found in ("float16", "bfloat16"):
+            return "float32"  # `Adapter.changed`: what merges it first will have rounded
+        return found
 
     @property
     def config_hash(self) -> str:
@@ -214,12 +215,10 @@ class Checkpoint:
 
     @property
     def revision(self) -> str | None:
-        """The Hub commit that was read, None for a folder or a model with an adapter."""
+        """The Hub commit that was read, of the adapter where there is one; None for a folder."""
         if self.adapter is not None:
-            return None
-        commit = getattr(self.config, "_commit_hash", None)
-        revision: str | None = commit or self.ref.model.revision
-        return revision
+            return self.adapter.commit
+        return self._commit
 
     @property
     def architecture(self) -> str:
@@ -278,7 +277,7 @@ def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
             tensors; read otherwise, a pickle is executed.
 
     Raises:
-        UserError: pickled weights, or an index that names other files.
+        UserError: pickled or no weights, an index that names other files, or two sets of weights.
     """
     whole = os.path.join(folder, "model.safetensors")
     index = f"{whole}.index.json"
@@ -293,7 +292,19 @@ def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
                     f"model '{name}': its index names the weight file {file!r:.80}; only "
                     "safetensors files beside the index are read"
                 )
-    elif not lazily and not os.path.isfile(whole) and any(Path(folder).glob("*.bin*")):
+        if os.path.isfile(whole):
+            raise UserError(
+                f"model '{name}' has model.safetensors and {os.path.basename(index)}, and programs "
+                "differ in which they read; remove the one that is left over"
+            )
+    elif os.path.isfile(whole):
+        return
+    elif not any(Path(folder).glob("*.bin*")):
+        raise UserError(
+            f"model '{name}' has no model.safetensors, nor {os.path.basename(index)}; other "
+            "formats are not read: save it with save_pretrained"
+        )
+    elif not lazily:
         raise UserError(
             f"model '{name}' has pickled weights, which are never loaded; "
             "save it again as safetensors"
@@ -352,6 +363,7 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
             f"different architectures: base '{base_name}' is {base.architecture}, "
             f"expert '{expert_name}' is {expert.architecture}"
         )
+    _check_tying(base, expert)
     dims = Dims.from_config(base.config)
     names = parameter_names(skeleton(base.config))
     ours_too = set(names)
@@ -387,6 +399,32 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
     return Pair(base, expert, partition, norms)
 
 
+def _check_tying(base: Checkpoint, expert: Checkpoint) -> None:
+    """Refuse a tied model beside an untied one, and one that is not what its config says.
+
+    transformers unties a model whose checkpoint holds another head than the embedding.
+    """
+    architecture = Dims.from_config(base.config).architecture
+    names = [f"{path}.weight" for path in (architecture.embedding, architecture.head)]
+    sides = (base, expert)
+    tied = [bool(side.text_config.tie_word_embeddings) for side in sides]
+    if tied[0] != tied[1]:
+        one, other = sides if tied[0] else sides[::-1]
+        raise UserError(
+            f"the output head of '{one.name}' is tied to its embedding, that of '{other.name}' is "
+            "not; untie the first, as docs/faq.md shows, or score another pair"
+        )
+    for side in sides if tied[0] and architecture.mapped else ():
+        if all(side.stored.name(name) for name in names):
+            embedding, head = (side.tensor(name, torch.float32) for name in names)
+            if not torch.equal(embedding, head):
+                raise UserError(
+                    f"model '{side.name}': its config says that the output head is tied to the "
+                    f"embedding, but {names[1]} and {names[0]} differ; set tie_word_embeddings to "
+                    "false in config.json, or save it anew"
+                )
+
+
 def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
     """Refuse experts whose config makes other computations of the same weights.
 
@@ -413,12 +451,12 @@ def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
     sides = []
     for side, checkpoint in (("base", base), ("expert", expert)):
         dtype = checkpoint.header(name)[1]
-        if dtype not in _SAFETENSORS_DTYPES:
+        if dtype not in FLOATS:
             raise UserError(
                 f"{side} '{checkpoint.name}': tensor {name} is stored as {dtype} (quantised?); "
                 "give the unquantised checkpoint"
             )
-        wide = torch.promote_types(getattr(torch, _SAFETENSORS_DTYPES[dtype]), torch.float32)
+        wide = torch.promote_types(getattr(torch, FLOATS[dtype]), torch.float32)
         tensor = checkpoint.tensor(name, wide)
         if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PART)):
             raise UserError(

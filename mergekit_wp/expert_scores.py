@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,6 +24,7 @@ from mergekit_wp.components import Dims, TensorLayout, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.fusion import Normalised, delta_norm, ranked, with_harm
 from mergekit_wp.gatesfile import GatesFile
+from mergekit_wp.model_names import last_name
 from mergekit_wp.scorefile import ScoreFile
 
 LOG = logging.getLogger(__name__)
@@ -95,6 +96,14 @@ class ExpertScores:
         if tied is None:
             tied = head not in self._position
         return embedding if tied else name
+
+    def stored_names(self, name: str, tied: bool | None) -> list[str]:
+        """The parameters that may be what a merge reads as a tensor, the likeliest first."""
+        architecture = self.file.manifest.dims.architecture
+        own, embedding = architecture.parameter(name), f"{architecture.embedding}.weight"
+        is_head = own == f"{architecture.head}.weight"
+        found = [own, self.scored_name(name, tied), *([embedding] if is_head else [])]
+        return list(dict.fromkeys(found))
 
     def layout(self, name: str, granularity: str) -> TensorLayout:
         """How a tensor is cut into the components whose scores are used."""
@@ -251,7 +260,13 @@ class ExpertScores:
         return {kind: part * (scale.expert - scale.base) for kind, part in scores.items()}
 
     def check_delta(
-        self, name: str, base: torch.Tensor, expert: torch.Tensor, *, shown_as: str
+        self,
+        name: str,
+        base: torch.Tensor,
+        expert: torch.Tensor,
+        *,
+        shown_as: str,
+        stored: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] = lambda: None,
     ) -> None:
         """Refuse a task vector whose norm is not the scored one.
 
@@ -260,12 +275,19 @@ class ExpertScores:
             base: the tensor of the base, as the merge reads it.
             expert: the tensor of the expert.
             shown_as: what the error calls the tensor and the expert.
+            stored: reads the two as their checkpoints store them, if it can. Asked only where
+                the norms differ: rounding or another tokenizer may have changed them since.
 
         Raises:
-            UserError: the norms differ by more than 2%, beyond what reading the weights in a
+            UserError: the norms differ by more than 2%, beyond what storing the weights in a
                 coarser dtype than they were scored in can explain.
         """
         want, got = self.norm(name), delta_norm(base, expert)
+        if abs(got - want) <= NORM_TOLERANCE * want:
+            return
+        if (pair := stored()) is not None:
+            base, expert = pair
+            got = delta_norm(base, expert)
         manifest = self.file.manifest
         allowed = (
             NORM_TOLERANCE * want
@@ -395,7 +417,7 @@ def load_gates(path: str, expert: str) -> ExpertScores:
     known = [e.model.reference for e in file.manifest.experts]
     fitting = [i for i, name in enumerate(known) if name == expert]
     if not fitting:
-        fitting = [i for i, name in enumerate(known) if _last(name) == _last(expert)]
+        fitting = [i for i, name in enumerate(known) if last_name(name) == last_name(expert)]
     if len(fitting) != 1:
         raise UserError(
             f"gates file {path} has no gates of model {expert}; it has those of {', '.join(known)}"
@@ -407,10 +429,6 @@ def gates_experts(path: str) -> list[str]:
     """The experts of a gates file, as it names them."""
     file = _read_gates(os.path.realpath(path), _stamp(path), path)
     return [expert.model.reference for expert in file.manifest.experts]
-
-
-def _last(reference: str) -> str:
-    return os.path.basename(reference.partition("@")[0].rstrip("/"))
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from mergekit_wp import hub
 from mergekit_wp.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,12 +46,14 @@ class Adapter:
     Attributes:
         folder: where it is.
         name: what errors call it.
+        commit: on the Hub, None for a folder.
         config: of peft.
         shapes: of A and of B by the name of the parameter they change.
     """
 
     folder: Path
     name: str
+    commit: str | None
     config: dict[str, Any]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -72,7 +74,8 @@ class Adapter:
                     f"{name} has {key} = {json.dumps(value)}, which is more than plain LoRA; merge "
                     "it into its model and give the folder of the result"
                 )
-        return cls(folder, name, config, _shapes(folder / WEIGHTS, name))
+        commit = None if Path(path).is_dir() else hub.commit_of(folder)
+        return cls(folder, name, commit, config, _shapes(folder / WEIGHTS, name))
 
     def check_fits(self, name: str, shape: tuple[int, ...] | None) -> None:
         """Refuse a parameter that the model does not have, or has in another shape.
@@ -120,14 +123,25 @@ class Adapter:
         return digest.digest()
 
 
+def require_safetensors(path: str, revision: str | None) -> None:
+    """Refuse an adapter of any kind whose weights peft would have to unpickle.
+
+    Raises:
+        UserError: it cannot be found, or has pickled weights only.
+    """
+    folder, name = _folder(path, revision), f"adapter '{path}'"
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name} has no {CONFIG}; give the folder that peft saved")
+    _require_weights(folder / WEIGHTS, name)
+
+
 def _folder(path: str, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"adapter folder '{path}' not found")
     try:
-        files = [CONFIG, WEIGHTS, "tokenizer*", "special_tokens_map.json", "vocab.json", "*.jinja"]
-        return Path(
-            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=files)
-        )
+        return hub.adapter(path, revision)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"adapter '{path}' cannot be read: {reason}") from error
@@ -144,10 +158,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _shapes(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    if not file.is_file():
-        raise UserError(
-            f"{name} has no {WEIGHTS}; pickled weights are never loaded, save it again with peft"
-        )
+    _require_weights(file, name)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     try:
         for key, shape in _stored(file):
@@ -166,6 +177,13 @@ def _shapes(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int
     if not found:
         raise UserError(f"{name} holds no weights")
     return {parameter: (sides["A"], sides["B"]) for parameter, sides in found.items()}
+
+
+def _require_weights(file: Path, name: str) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{name} has no {WEIGHTS}; pickled weights are never loaded, save it again with peft"
+        )
 
 
 def _stored(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

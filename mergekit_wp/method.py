@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.merge_methods.base import BasePolicy, GroupMergeMethod, InputContract, TensorGroup
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    TensorEntry,
+    TensorGroup,
+)
 
 from mergekit_wp.architectures import text_config
 from mergekit_wp.components import TensorLayout
@@ -30,7 +36,10 @@ from mergekit_wp.expert_scores import (
     unwritten,
 )
 from mergekit_wp.fusion import Fusion, component_gates, fuse
+from mergekit_wp.model_names import refuse_twice
+from mergekit_wp.originals import Given, stored_pair
 from mergekit_wp.parameters import RECORDED, SPEC, guard_paths
+from mergekit_wp.unusable import refuse_quantised, refuse_quantised_weights
 
 LOG = logging.getLogger(__name__)
 
@@ -111,10 +120,12 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
 
         Raises:
             ValueError: no base, or no expert at all.
-            UserError: a score file of another architecture, or without the scores asked for.
+            UserError: a model listed twice or quantised; a score file of another architecture,
+                or without the scores asked for.
         """
         recorded = RECORDED.take()
         if group_name is None or ".slices[" in group_name:
+            _refuse_unusable(input_ids, base_id)
             super().validate_inputs(input_ids, base_id, group_name=group_name)
             self._coverage.reset()
             self._guards = {}
@@ -203,12 +214,31 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         for entry in group.non_base:
             if entry.id in gated.experts:
                 file = source(parameters, entry.id)
-                shown = f"tensor {name} of {entry.id}"
-                scored = file.scored_name(name, tied)
-                file.check_delta(scored, tensor, entry.tensor, shown_as=shown)
+                self._check_delta(group, entry, file, tied)
                 experts.append(entry.tensor)
         spread = torch.stack([gated.layout.expand(gate, tensor.shape) for gate in gated.gates])
         return fuse(tensor, experts, spread)
+
+    def _check_delta(
+        self, group: TensorGroup, entry: TensorEntry, file: ExpertScores, tied: bool | None
+    ) -> None:
+        metadata, base = group.metadata, group.base
+        name, called = str(metadata.name), shown(str(metadata.name), entry.id)
+
+        def stored() -> tuple[torch.Tensor, torch.Tensor] | None:
+            ours, theirs = (
+                Given(side.tensor, side.id, config_of(side.id)) for side in (base, entry)
+            )
+            names = file.stored_names(name, tied)
+            return stored_pair(names, ours, theirs, metadata.vocabulary_axis, shown_as=called)
+
+        file.check_delta(
+            file.scored_name(name, tied),
+            base.tensor,
+            entry.tensor,
+            shown_as=called,
+            stored=stored,
+        )
 
     def gates(
         self,
@@ -311,7 +341,7 @@ def check_fit(
     Raises:
         UserError: another architecture, or scores that the file does not have.
     """
-    config = base_config(base_id)
+    config = config_of(base_id)
     if config is not None:
         file.require_base(config)
     fusions = recorded["fusion"]
@@ -322,21 +352,46 @@ def check_fit(
                 file.require(Choice(estimand, criterion, granularity))
 
 
+def shown(name: str, model: Hashable) -> str:
+    """What errors call a tensor; mergekit reads a model with an adapter from its cache."""
+    adapter = isinstance(model, ModelReference) and model.lora is not None
+    return f"tensor {name} of {model}" + (" (as merged in --lora-merge-cache)" if adapter else "")
+
+
+def _refuse_unusable(input_ids: Sequence[Hashable], base_id: Hashable | None) -> None:
+    """Refuse models that are listed twice, and quantised ones.
+
+    Raises:
+        UserError: names the model.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    models = [model for model in input_ids if isinstance(model, ModelReference)]
+    base = base_id if isinstance(base_id, ModelReference) else None
+    refuse_twice(models, base)
+    for model in models:
+        if (config := config_of(model)) is not None:
+            refuse_quantised(config, str(model))
+        loader = LoaderCache.loaders.get(model)  # mergekit opens them before it plans
+        if loader is not None and loader.index.is_safetensors:
+            refuse_quantised_weights(loader.index, str(model))
+
+
 def is_tied(base_id: Hashable | None) -> bool | None:
     """Whether the base's output head is its embedding; None when its config is not known."""
-    config = base_config(base_id)
+    config = config_of(base_id)
     return None if config is None else bool(text_config(config).tie_word_embeddings)
 
 
-def base_config(base_id: Hashable | None) -> Any | None:
-    """The base's transformers config, None in a direct call or for a bare weights file."""
-    if not isinstance(base_id, ModelReference) or os.path.isfile(base_id.model.path):
+def config_of(model: Hashable | None) -> Any | None:
+    """A model's transformers config, None in a direct call or for a bare weights file."""
+    if not isinstance(model, ModelReference) or os.path.isfile(model.model.path):
         return None
     try:
-        stamp = os.stat(os.path.join(base_id.model.path, "config.json")).st_mtime_ns
+        stamp = os.stat(os.path.join(model.model.path, "config.json")).st_mtime_ns
     except OSError:
         stamp = None
-    return _config(base_id, stamp)
+    return _config(model, stamp)
 
 
 @lru_cache(maxsize=16)

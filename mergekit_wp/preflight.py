@@ -8,29 +8,27 @@ compared with its score file. Nothing is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 from mergekit.architecture import get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from mergekit_wp.checkpoints import refuse_pickles
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores, unwritten
-from mergekit_wp.method import is_tied
+from mergekit_wp.merge_models import MISTAKES, open_models
+from mergekit_wp.method import is_tied, shown
 from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.recipe import Recipe, one_line, score_files
+from mergekit_wp.unusable import headers
 
 #: Tensors per expert that are read before the merge: the smallest, and evenly spaced layer tensors.
 SMALLEST, SPACED = 3, 2
-_MISTAKES = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
@@ -46,6 +44,7 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
     if recipe.is_weight_patching:
         _refuse_shifted_layers(tasks)
         _refuse_missing_tensors(tasks)
+        _refuse_other_shapes(tasks)
         _refuse_lost_tensors(recipe, tasks)
         for task in tasks:
             planned_gates(task)  # refuses score files and guards that do not fit
@@ -59,38 +58,8 @@ def plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
     Raises:
         UserError: a model cannot be read, or a parameter is wrong.
     """
-    _open_models(recipe, options)
+    open_models(recipe, options)
     return _dry_plan(recipe, options)
-
-
-def _open_models(recipe: Recipe, options: MergeOptions) -> None:
-    base, models = recipe.config.base_model, recipe.config.referenced_models()
-    for model in models:
-        if model.lora and not options.lora_merge_cache:
-            raise UserError(f"model {model} has a LoRA: give --lora-merge-cache FOLDER to merge it")
-    LoaderCache().setup(options)
-    configs = {
-        model: _reading(model, lambda m: m.config(trust_remote_code=options.trust_remote_code))
-        for model in models
-    }
-    if recipe.is_weight_patching:
-        for file in score_files(recipe):
-            file.require_base(configs[base])
-        for model in models:
-            bare = ModelReference(model=model.model)
-            folder = _reading(bare, lambda m: m.local_path(options.transformers_cache))
-            if os.path.isdir(folder):
-                refuse_pickles(folder, str(bare), lazily=options.lazy_unpickle)
-    for model in models:
-        _reading(model, LoaderCache().get)
-
-
-def _reading(model: ModelReference, read: Callable[[ModelReference], Any]) -> Any:
-    try:
-        return read(model)
-    except _MISTAKES as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {model} cannot be read: {reason}") from error
 
 
 def _dry_plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
@@ -106,7 +75,7 @@ def _dry_plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodT
         )
         # planning writes nothing: only executing a task does (and plan_in_memory raises in 0.1.5)
         planned = planner.plan_to_disk("")
-    except _MISTAKES as error:
+    except MISTAKES as error:
         raise UserError(f"recipe {recipe.path}: {one_line(error)}") from error
     return [task.tensor_task for task in planned if isinstance(task, SaveTensor)]
 
@@ -138,6 +107,36 @@ def _refuse_missing_tensors(tasks: list[ExecuteMergeMethodTask]) -> None:
                 raise UserError(
                     f"model {model} stores no {weight.name}, which mergekit requires of every "
                     f"'{kind}' model in any merge method; use mergekit-pytorch on the weight files"
+                )
+
+
+def _refuse_other_shapes(tasks: list[ExecuteMergeMethodTask]) -> None:
+    """Tensors that the base stores in another shape, among them embeddings of other tokens."""
+    stored: dict[ModelReference, dict[str, tuple[tuple[int, ...], str]]] = {}
+    for model in {model for task in tasks for model in task.model_order}:
+        index = LoaderCache().get(model).index
+        stored[model] = headers(index, str(model)) if index.is_safetensors else {}
+    for task in tasks:
+        if not isinstance(task.gather_tensors, GatherTensors):
+            continue  # mergekit aligns its tokens first
+        shapes = {}
+        for model, weight in task.gather_tensors.weight_info.items():
+            names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+            found = next((stored[model][name] for name in names if name in stored[model]), None)
+            if found is not None:
+                shapes[model] = found[0]
+        wanted = shapes.get(task.base_model)
+        for model, shape in shapes.items():
+            if wanted is not None and shape != wanted:
+                raise UserError(
+                    f"tensor {task.output_weight.name} of {model} has shape {list(shape)}, that of "
+                    f"the base {list(wanted)}"
+                    + (
+                        ": their vocabularies differ; add 'tokenizer: {source: union}' or "
+                        "'{source: base}' to the recipe"
+                        if task.output_weight.vocabulary_axis is not None
+                        else ""
+                    )
                 )
 
 
@@ -176,11 +175,8 @@ def _sample(tasks: list[ExecuteMergeMethodTask]) -> None:
             and all(name in loader.index.tensor_paths for loader in loaders)
         }
         for name in _pick(list(usable), loaders[0], file):
-            shown = f"tensor {name} of {expert}"
             pair = [loader.get_tensor(name) for loader in loaders]
-            if pair[0].shape != pair[1].shape:
-                raise UserError(f"{shown} has shape {list(pair[1].shape)}, not the base's")
-            file.check_delta(usable[name], *pair, shown_as=shown)
+            file.check_delta(usable[name], *pair, shown_as=shown(name, expert))
         for loader in loaders:
             loader.flush()
 

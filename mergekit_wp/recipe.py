@@ -33,6 +33,7 @@ from mergekit_wp.expert_scores import (
     load_gates,
     local_path,
 )
+from mergekit_wp.model_names import refuse_twice
 from mergekit_wp.parameters import SPEC
 from mergekit_wp.untrusted import complaint, parse_yaml
 
@@ -82,10 +83,14 @@ class Experts:
         """The models of a recipe that was read already.
 
         Raises:
-            UserError: not a recipe of a base and whole experts.
+            UserError: not a recipe of a base and whole experts, or a model stands twice.
         """
         if config.base_model is None or not config.models:
             raise UserError(f"recipe {path}: expected 'base_model' and a list of 'models'")
+        try:
+            refuse_twice([m.model for m in config.models], config.base_model)
+        except UserError as error:
+            raise UserError(f"recipe {path}: {error}") from error
         models = dict.fromkeys(str(m.model) for m in config.models if m.model != config.base_model)
         if not models:
             raise UserError(f"recipe {path} names no expert beside the base model")

@@ -82,9 +82,9 @@ class StoredNames:
     def _header(self, parameter: str) -> Header | None:
         if (name := self.name(parameter)) is not None:
             return self.headers[name]
-        sources = self._by_layer.get(_layer(parameter), [])
-        if not can_convert_checkpoint_keys(self.model_type, set(sources), parameter):
+        if not self._is_made(parameter):
             return None
+        sources = self._by_layer.get(_layer(parameter), [])
         kinds = {self.headers[source][1] for source in sources}
         unknown = sorted(kinds - set(_DTYPES))
         if unknown:
@@ -98,11 +98,20 @@ class StoredNames:
         )
         return tuple(made.shape), dtypes[made.dtype]
 
+    def has(self, parameter: str) -> bool:
+        """Whether the checkpoint has a parameter, as one tensor or as several."""
+        return self.name(parameter) is not None or self._is_made(parameter)
+
+    def _is_made(self, parameter: str) -> bool:
+        sources = self._by_layer.get(_layer(parameter), [])
+        made: bool = can_convert_checkpoint_keys(self.model_type, set(sources), parameter)
+        return made
+
     def read(self, parameter: str, get: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """A parameter, made of stored tensors.
 
         Args:
-            parameter: a name for which there is a `header`.
+            parameter: one that the checkpoint `has`.
             get: reads a stored tensor.
         """
         name = self.name(parameter)

@@ -110,7 +110,8 @@ def refused(capfd, tmp_path, *arguments: str, status: int = 2) -> str:
             "prompts",
             r"configs differ in rope_parameters: base .* has .*10000.* expert .* has .*50000",
         ),
-        ("base", "untied", "prompts", "configs differ in tie_word_embeddings"),
+        ("base", "untied", "prompts", "output head of '.*base' is tied .* of '.*untied' is not"),
+        ("untied", "base", "prompts", "output head of '.*base' is tied .* of '.*untied' is not"),
         (
             "base",
             "deep",

@@ -354,7 +354,7 @@ def test_hub_ids_come_with_commit_and_licence(
     cached = {"org/base": f"/cache/snapshots/{commit}/config.json"}
     monkeypatch.setattr(card_sources, "hf_hub_download", download)
     monkeypatch.setattr(
-        card_sources, "try_to_load_from_cache", lambda repo, file, revision: cached.get(repo)
+        huggingface_hub, "try_to_load_from_cache", lambda repo, file, revision: cached.get(repo)
     )
     config = MergeConfiguration.model_validate(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -310,13 +311,16 @@ def test_bad_input(world: Path, tmp_path: Path, arguments: list[str], message: s
 
 def test_bad_recipes(world: Path, tmp_path: Path) -> None:
     good = yaml.safe_load((world / "recipe.yml").read_text())
-    twice = {"models": [good["models"][0], {"model": str(tmp_path / "copy" / "west")}]}
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / "west").symlink_to(world / "east")
+    twin, link = tmp_path / "copy" / "west", tmp_path / "link" / "west"
+    shutil.copytree(world / "east", twin)
+    link.parent.mkdir()
+    link.symlink_to(world / "east")
+    copied, linked = ({"models": [good["models"][0], {"model": str(m)}]} for m in (twin, link))
     for change, message in [
         ({"base_model": None}, "expected 'base_model' and a list of 'models'"),
         ({"models": [{"model": good["base_model"]}]}, "names no expert beside the base"),
-        (twice, "have the same weights"),
+        (copied, "have the same weights"),
+        (linked, "east is listed twice, the second time as .*link/west; list it once"),
     ]:
         path = tmp_path / "recipe.yml"
         path.write_text(yaml.safe_dump(good | change))

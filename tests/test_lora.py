@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,28 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.checkpoints import Checkpoint, open_pair
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
-from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.model_names import last_name
+from mergekit_wp.scoring.company import score_company
+from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest
 from mergekit_wp.scoring.score import score
+from tests.merging import State
+from tests.merging import reference as expected_merge
 from tests.models import make_model, save, save_tokenizer, write_prompts
+from tests.test_safety import Bomb
 from tests.test_scoring import Quiet
 
+ensure_registered()
 torch.set_num_threads(1)
 
 
@@ -181,6 +194,195 @@ def test_refused(base: Path, tmp_path: Path, change, message) -> None:
 def test_a_missing_adapter_is_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model folder '.*nowhere' not found"):
         Checkpoint(f"{base}+{tmp_path}/nowhere")
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def by_stock(recipe: dict[str, Any], out: Path, cache: Path, **options: Any) -> State:
+    LoaderCache.loaders.clear()
+    config = MergeConfiguration.model_validate(recipe)
+    run_merge(config, str(out), MergeOptions(quiet=True, lora_merge_cache=str(cache), **options))
+    return load_file(out / "model.safetensors")
+
+
+def by_ours(recipe: dict[str, Any], out: Path, cache: Path, **options: Any) -> State:
+    LoaderCache.loaders.clear()
+    path = out.with_suffix(".yml")
+    path.write_text(yaml.safe_dump(recipe))
+    more = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    arguments = [str(path), str(out), "--quiet", "--lora-merge-cache", str(cache), *more]
+    done = CliRunner().invoke(merge, arguments)
+    if done.exception is not None:
+        assert not out.exists()
+        raise done.exception
+    return load_file(out / "model.safetensors")
+
+
+WAYS = pytest.mark.parametrize("merged", [by_stock, by_ours])
+
+
+def recipe_of(base: Path, expert: str, scores: Path, **top: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "weight_patching",
+        "base_model": str(base),
+        "models": [{"model": expert, "parameters": {"scores": str(scores)}}],
+        "dtype": "float32",
+    } | top
+
+
+@WAYS
+@pytest.mark.parametrize("lora_merge_dtype", [None, "float32"])
+def test_small_changes_of_a_bfloat16_base(
+    tmp_path: Path, merged: Callable[..., State], lora_merge_dtype: str | None
+) -> None:
+    """peft rounds the sum to the base's dtype before mergekit sees it; other adapters show."""
+    base = save(make_model("llama-tied"), tmp_path / "base", torch.bfloat16)
+    adapter, _ = make_adapter(base, tmp_path)
+    change_weights(lambda w: [t.mul_(0.1) for t in w.values()])(adapter)
+    reference, scores = f"{base}+{adapter}", tmp_path / "s.safetensors"
+    file = scored(base, reference, scores)
+    assert file.manifest.expert.weights_dtype == "float32"
+    options = {"lora_merge_dtype": lora_merge_dtype} if lora_merge_dtype else {}
+    found = merged(recipe_of(base, reference, scores), tmp_path / "out", tmp_path / "c", **options)
+    start, end = Checkpoint(str(base)), Checkpoint(reference)
+    names = file.manifest.tensor_names
+    ours, theirs = ({n: c.tensor(n, torch.float32) for n in names} for c in (start, end))
+    want, reached = expected_merge(ours, [theirs], [file]), 0
+    for name, tensor in found.items():
+        coarse = 0 if lora_merge_dtype else 2**-8 * float(theirs[name].abs().max())
+        torch.testing.assert_close(tensor.double(), want[name], rtol=1e-6, atol=1e-6 + coarse)
+        reached += not torch.equal(tensor, ours[name])
+    assert reached == 6
+    (tmp_path / "other").mkdir()
+    shutil.copytree(adapter, tmp_path / "other" / "adapter")
+    change_weights(lambda w: [t.mul_(1.5) for t in w.values()])(tmp_path / "other" / "adapter")
+    other = recipe_of(base, f"{base}+{tmp_path}/other/adapter", scores)
+    with pytest.raises(UserError, match=r"\(as merged in --lora-merge-cache\): its difference"):
+        merged(other, tmp_path / "no", tmp_path / "c", **options)
+
+
+@pytest.fixture
+def adapted(base: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """An adapter of the base, and its scores."""
+    adapter, _ = make_adapter(base, tmp_path)
+    scored(base, f"{base}+{adapter}", tmp_path / "s.safetensors")
+    return adapter, tmp_path / "s.safetensors"
+
+
+@pytest.mark.parametrize("method", ["weight_patching", "linear"])
+@pytest.mark.parametrize("pickled", ["adapter", "base"])
+def test_no_adapter_is_merged_from_a_pickle(
+    base: Path, adapted: tuple[Path, Path], tmp_path: Path, method: str, pickled: str
+) -> None:
+    adapter, scores = adapted
+    weights = adapter / "adapter_model.safetensors"
+    if pickled == "base":
+        weights = base / "model.safetensors"
+    target = weights.with_name("pytorch_model.bin" if pickled == "base" else "adapter_model.bin")
+    target.write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
+    weights.unlink()
+    recipe = recipe_of(base, f"{base}+{adapter}", scores, merge_method=method)
+    if method == "linear":
+        recipe["models"][0]["parameters"] = {"weight": 1.0}
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    arguments = [str(path), str(tmp_path / "out"), "--lora-merge-cache", str(tmp_path / "cache")]
+    done = CliRunner().invoke(merge, [*arguments, "--lazy-unpickle"])
+    assert isinstance(done.exception, UserError)
+    assert "pickled weights" in str(done.exception) and "never loaded" in str(done.exception)
+    assert not (tmp_path / "trace").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_merged_adapter_that_is_not_whole_is_refused(
+    base: Path, adapted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, scores = adapted
+    recipe, cache = recipe_of(base, f"{base}+{adapter}", scores), tmp_path / "cache"
+    by_ours(recipe, tmp_path / "out", cache)
+    (merged,) = cache.iterdir()
+    (merged / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{merged} holds no merged model.*remove that folder"):
+        by_ours(recipe, tmp_path / "again", cache)
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_no_folder(
+    base: Path, adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit makes the folder first, and takes it for a merged model the next time."""
+    adapter, scores = adapted
+    recipe, cache = recipe_of(base, f"{base}+{adapter}", scores), tmp_path / "cache"
+
+    def stop(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.PeftModel.from_pretrained", stop)
+        with pytest.raises(UserError, match="cannot be read: out of luck"):
+            by_ours(recipe, tmp_path / "out", cache)
+    assert not list(cache.iterdir())
+    by_ours(recipe, tmp_path / "out", cache)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda a: shutil.rmtree(a), "adapter folder '.*adapter' not found"),
+        (lambda a: (a / "adapter_config.json").unlink(), "has no adapter_config.json; give"),
+    ],
+)
+def test_a_recipe_without_its_adapter(
+    base: Path, adapted: tuple[Path, Path], tmp_path: Path, break_it: Any, message: str
+) -> None:
+    adapter, scores = adapted
+    break_it(adapter)
+    with pytest.raises(UserError, match=message):
+        by_ours(recipe_of(base, f"{base}+{adapter}", scores), tmp_path / "out", tmp_path / "cache")
+
+
+def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None:
+    """Experts are called by their adapters, whatever revision or folder the base has."""
+    references = []
+    for seed, name in enumerate(("east", "west")):
+        (tmp_path / name).mkdir()
+        adapter, _ = make_adapter(base, tmp_path / name)
+        change_weights(lambda w, seed=seed: [t.mul_(1 + seed) for t in w.values()])(adapter)
+        references.append(f"{base}+{adapter.rename(tmp_path / f'to-{name}')}")
+    recipe = recipe_of(base, references[0], tmp_path / "unused")
+    recipe["models"] = [{"model": reference} for reference in references]
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    prompts = [(f"to-{n}", write_prompts(tmp_path / f"{n}.jsonl", 2)) for n in ("east", "west")]
+    request = CompanyRequest(
+        recipe=tmp_path / "recipe.yml", prompts=tuple(prompts), out=tmp_path / "scores",
+        dtype="float64", max_new_tokens=2, steps=2,
+    )  # fmt: skip
+    files = score_company(request, Quiet())
+    assert [file.stem for file in files[:2]] == ["to-east", "to-west"]
+    made = yaml.safe_load((tmp_path / "scores" / "recipe.yml").read_text())
+    for model in made["models"]:
+        model["parameters"]["scores"] = str(
+            tmp_path / "scores" / Path(model["parameters"]["scores"]).name
+        )
+    by_stock(made, tmp_path / "out", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("owner/model", "model"),
+        ("owner/model@v1", "model"),
+        ("owner/base@v1+owner/adapter@v2", "adapter"),
+        ("owner/base@v1+/tmp/some/adapter/", "adapter"),
+        ("/tmp/some/folder/", "folder"),
+    ],
+)
+def test_last_names(reference: str, name: str) -> None:
+    assert last_name(reference) == name
+
+
+def test_a_folder_may_have_signs_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a+b@c").mkdir()
+    assert last_name(str(tmp_path / "a+b@c")) == "a+b@c"
 
 
 def test_nan_in_an_adapter_is_named(base: Path, tmp_path: Path) -> None:

@@ -455,10 +455,8 @@ def test_a_merge_coarser_than_the_checkpoints_is_not_refused(tmp_path: Path) -> 
     scorefile.write(scores_for(base, small, config), family.paths[0])
     save_file(small, family.experts[0].path / "model.safetensors", metadata={"format": "pt"})
     run(family.recipe(dtype="bfloat16"), tmp_path / "coarse")
-    file = scorefile.read(family.paths[0])
-    stored = file.manifest.base.model_copy(update={"weights_dtype": "bfloat16"})
-    manifest = file.manifest.model_copy(update={"base": stored, "expert": stored})
-    scorefile.write(replace(file, manifest=manifest), family.paths[0])
+    other = add(base, random_state(config, 5, 1.1e-4))
+    scorefile.write(scores_for(base, other, config), family.paths[0])
     with pytest.raises(UserError, match="of another expert"):
         run(family.recipe(dtype="bfloat16"), tmp_path / "strict")
 

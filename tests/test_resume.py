@@ -154,7 +154,8 @@ def test_another_tokenizer_is_another_input(request_of, monkeypatch) -> None:
     } - used
     first, second = sorted(only_contrasts)[:2]
     letters[first], letters[second] = letters[second], letters[first]
-    path.write_text(json.dumps(tokenizer))
+    for folder in (request.base, request.expert):  # which have to agree
+        Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="changed: tokens"):
         score(request, Quiet())
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from mergekit.common import ModelPath
 from mergekit.config import MergeConfiguration
+
+from mergekit_wp import hub
 
 NOT_STATED, NOT_READ = "not stated", "could not be read"
 
@@ -55,17 +57,8 @@ def _paths(config: MergeConfiguration) -> Iterator[tuple[ModelPath, str]]:
 def _source(path: ModelPath, role: str) -> Source:
     if os.path.exists(path.path):
         return Source(path.path, role, False, None, _licence(Path(path.path, "README.md")))
-    return Source(path.path, role, True, _commit(path), _hub_licence(path))
-
-
-def _commit(path: ModelPath) -> str | None:
-    """The commit in the local cache that the merge read, else the revision asked for."""
-    for file in ("config.json", "adapter_config.json"):
-        cached = try_to_load_from_cache(path.path, file, revision=path.revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-    revision: str | None = path.revision
-    return revision
+    commit = hub.cached_commit(path.path, path.revision)  # which the merge read
+    return Source(path.path, role, True, commit, _hub_licence(path))
 
 
 def _hub_licence(path: ModelPath) -> str:

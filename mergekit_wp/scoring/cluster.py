@@ -29,6 +29,7 @@ from mergekit_wp.components import Partition
 from mergekit_wp.engine.trace import Criteria
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing, stopping
+from mergekit_wp.model_names import absolute
 from mergekit_wp.scoring.blocks import Block, Result, SweepContext
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.request import Progress
@@ -65,8 +66,8 @@ class Assignment:
         resident = context.resident
         pair = resident.pair
         return cls(
-            base=_anywhere(pair.base.name),
-            expert=_anywhere(pair.expert.name),
+            base=absolute(pair.base.name),
+            expert=absolute(pair.expert.name),
             weights_sha256=(pair.base.weights_sha256(), pair.expert.weights_sha256()),
             partition=pair.partition,
             delta_norm=pair.delta_norm,
@@ -96,11 +97,6 @@ class Assignment:
         resident = ResidentModel(pair, self.dtype, self.device)
         references = moved(self.references, self.device)
         return SweepContext(resident, references, self.criteria, self.batch_size)
-
-
-def _anywhere(reference: str) -> str:
-    """A model's name for processes with another working folder."""
-    return os.path.abspath(reference) if os.path.isdir(reference) else reference
 
 
 def moved(value: T, device: str) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 import mergekit_wp
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.errors import UserError
+from mergekit_wp.model_names import last_name
 from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.recipe import Experts
 from mergekit_wp.scoring.journal import Journal
@@ -111,7 +112,7 @@ def _requests(request: MembersRequest, folder: Path) -> list[ScoreRequest]:
     experts = Experts.read(request.recipe)
     files: dict[str, Path] = {}
     for key, path in request.prompts:
-        fitting = [m for m in experts.models if key in (m, Path(m).name, m.split("@")[0])]
+        fitting = [m for m in experts.models if key in (m, last_name(m), m.split("@")[0])]
         if len(fitting) != 1:
             known = ", ".join(experts.models)
             what = "several experts" if fitting else "no expert"
@@ -121,7 +122,7 @@ def _requests(request: MembersRequest, folder: Path) -> list[ScoreRequest]:
         if fitting[0] in files:
             raise UserError(f"--prompts {key}={path}: '{key}' has prompts already")
         files[fitting[0]] = path
-    names = [Path(model.split("@")[0]).name for model in experts.models]
+    names = [last_name(model) for model in experts.models]
     found = []
     for model, name in zip(experts.models, names, strict=True):
         if model not in files:

@@ -13,7 +13,12 @@ from mergekit_wp.expert_scores import NORM_TOLERANCE
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.scorefile import CriterionName, Estimand, ModelId, ScoreFile
 from mergekit_wp.scoring.request import Progress
-from mergekit_wp.scoring.texts import Encoded, encode_texts, find_tokenizer
+from mergekit_wp.scoring.texts import (
+    Encoded,
+    encode_texts,
+    find_tokenizer,
+    refuse_other_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def open_inputs(
 
     pair = open_pair(base, expert, compared)
     tokenizer = find_tokenizer(pair, progress)
+    refuse_other_tokens(pair, tokenizer, progress)
     opened = Opened(pair, tokenizer, encode_texts(tokenizer, prompts, source))
     opened.texts.check_vocabulary(opened.vocabulary)
     return opened
@@ -60,7 +66,7 @@ def open_inputs(
 
 def scored_model(model: ModelId) -> str:
     """The checkpoint a score file was made from, at its commit where it is on the Hub."""
-    pinned = "@" in model.reference or model.revision is None
+    pinned = "@" in model.reference.rpartition("+")[2] or model.revision is None
     return model.reference if pinned else f"{model.reference}@{model.revision}"
 
 

@@ -84,6 +84,35 @@ def find_tokenizer(pair: Pair, progress: Progress) -> Any:
     return tokenizer
 
 
+def refuse_other_tokens(pair: Pair, tokenizer: Any, progress: Progress) -> None:
+    """Refuse a pair whose tokenizers number a token differently.
+
+    Both models are given the same token numbers, and row by row their embeddings are compared.
+
+    Args:
+        pair: the checkpoints.
+        tokenizer: the one that was found.
+        progress: told where the base's cannot be loaded.
+
+    Raises:
+        UserError: names the first such token.
+    """
+    try:
+        ours = pair.base.tokenizer()
+    except UserError as error:
+        progress.note(f"{error}; its tokens are taken to be the expert's")
+        return
+    theirs = tokenizer.get_vocab()
+    for token, number in [] if ours is None else sorted(ours.get_vocab().items()):
+        other = theirs.get(token, number)
+        if number != other and max(number, other) < pair.vocabulary:
+            raise UserError(
+                f"token {token!r:.40} is number {number} in the base '{pair.base.name}', but "
+                f"{other} in the expert '{pair.expert.name}': their embeddings have other rows; "
+                "give both one order of tokens first, as docs/faq.md shows"
+            )
+
+
 def with_responses(
     request: RunRequest,
     texts: Encoded,

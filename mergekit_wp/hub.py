@@ -1,0 +1,69 @@
+"""Checkpoints on the Hugging Face Hub, and their commits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+
+#: of a checkpoint; files in folders below (other formats, originals) are none of its own
+_CHECKPOINT = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+_NOT_OURS = ["*/*", "consolidated*"]
+_ADAPTER = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "*.jinja",
+]
+
+
+def config_folder(repository: str, revision: str | None) -> Path:
+    """The folder with the config of a checkpoint, by whose name its commit is known.
+
+    Raises:
+        OSError, ValueError: as huggingface_hub does.
+    """
+    file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
+    return Path(file).parent
+
+
+def checkpoint(repository: str, revision: str | None) -> Path:
+    """The folder of a checkpoint in the local cache, fetched as far as it is not there.
+
+    mergekit's own download leaves out chat templates, and takes pickles where there is nothing
+    else.
+
+    Raises:
+        OSError, ValueError: as huggingface_hub does.
+    """
+    folder = huggingface_hub.snapshot_download(
+        repository, revision=revision, allow_patterns=_CHECKPOINT, ignore_patterns=_NOT_OURS
+    )
+    return Path(folder)
+
+
+def adapter(repository: str, revision: str | None) -> Path:
+    """The folder of an adapter, likewise.
+
+    Raises:
+        OSError, ValueError: as huggingface_hub does.
+    """
+    return Path(
+        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_ADAPTER)
+    )
+
+
+def cached_commit(repository: str, revision: str | None) -> str | None:
+    """The commit in the local cache that a branch or tag points to, else the revision itself."""
+    for file in ("config.json", "adapter_config.json"):
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(cached, str):
+            return commit_of(Path(cached).parent)
+    return revision
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the local cache, None of any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None

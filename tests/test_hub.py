@@ -1,0 +1,237 @@
+"""Models, adapters and score files on the Hub: a local cache in its layout, and no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from mergekit.io.tasks import LoaderCache
+from safetensors.torch import load_file
+
+from mergekit_wp import expert_scores, hub, scorefile
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.checkpoints import Checkpoint, open_pair
+from mergekit_wp.cli import main
+from mergekit_wp.errors import UserError
+from mergekit_wp.scoring.opening import scored_model
+from tests.merging import Family, llama_config
+from tests.models import make_model, perturbed, save, write_prompts
+from tests.test_inputs import Merged, assert_close, by_ours, by_stock, expected
+from tests.test_lora import make_adapter
+
+ensure_registered()
+torch.set_num_threads(1)
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+class Cache:
+    """The Hub's cache on this machine, filled by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, repository: str, commit: str, source: Path, *names: str) -> Path:
+        """Files of a repository at a commit, to which branches and tags point."""
+        home = self.folder / f"models--{repository.replace('/', '--')}"
+        snapshot = home / "snapshots" / commit
+        shutil.copytree(source, snapshot, dirs_exist_ok=True)
+        for name in names:
+            self.point(repository, name, commit)
+        return snapshot
+
+    def point(self, repository: str, name: str, commit: str) -> None:
+        ref = self.folder / f"models--{repository.replace('/', '--')}" / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    made = Cache(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(made.folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def listed(repository: str, revision: str | None = None, **_: object) -> list[str]:
+        return os.listdir(huggingface_hub.snapshot_download(repository, revision=revision))
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)  # mergekit asks for it
+    monkeypatch.chdir(tmp_path)
+    LoaderCache.loaders.clear()
+    expert_scores._fetch.cache_clear()
+    yield made
+    expert_scores._fetch.cache_clear()
+
+
+@pytest.fixture
+def pair(cache: Cache, tmp_path: Path) -> Cache:
+    """``owner/base``, whose tag v1 is another commit than main, and ``owner/expert``."""
+    base = make_model("llama-tied")
+    cache.put("owner/base", FIRST, save(base, tmp_path / "first", torch.float32), "v1")
+    moved = perturbed(base, seed=8)
+    cache.put("owner/base", SECOND, save(moved, tmp_path / "second", torch.float32), "main")
+    expert = perturbed(base)
+    cache.put("owner/expert", SECOND, save(expert, tmp_path / "expert", torch.float32), "main")
+    return cache
+
+
+def run(*arguments: str, status: int = 0) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == status
+
+
+def scored(tmp_path: Path, base: str, expert: str, status: int = 0) -> Path:
+    out = tmp_path / "s.safetensors"
+    run(
+        "score", base, expert, "--prompts", str(write_prompts(tmp_path / "p.jsonl", 2)),
+        "--out", str(out), "--estimand", "share", "--share-steps", "1", "--max-new-tokens", "2",
+        status=status,
+    )  # fmt: skip
+    return out
+
+
+def test_revisions_are_read_and_recorded(pair: Cache, tmp_path: Path) -> None:
+    manifest = scorefile.read(scored(tmp_path, "owner/base@v1", "owner/expert")).manifest
+    assert (manifest.base.reference, manifest.base.revision) == ("owner/base@v1", FIRST)
+    assert (manifest.expert.reference, manifest.expert.revision) == ("owner/expert", SECOND)
+    assert scored_model(manifest.expert) == f"owner/expert@{SECOND}"
+    by_folder = open_pair(str(tmp_path / "first"), str(tmp_path / "expert"), lambda *_: None)
+    found = scorefile.read(tmp_path / "s.safetensors").delta_norm
+    assert found == pytest.approx(by_folder.delta_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("revision", [FIRST, "v1", "main", None])
+def test_every_way_to_write_a_revision(pair: Cache, tmp_path: Path, revision: str | None) -> None:
+    checkpoint = Checkpoint("owner/base" + (f"@{revision}" if revision else ""))
+    first = revision in (FIRST, "v1")
+    assert checkpoint.revision == (FIRST if first else SECOND)
+    stored = load_file(tmp_path / ("first" if first else "second") / "model.safetensors")
+    name = "model.norm.weight"
+    assert torch.equal(checkpoint.tensor(name, torch.float32), stored[name])
+    assert checkpoint.tokenizer() is not None
+
+
+def test_config_and_weights_are_of_one_commit(
+    pair: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody pushes after the config was read."""
+    download = huggingface_hub.snapshot_download
+
+    def late(repository: str, **options: Any) -> str:
+        pair.point("owner/base", "main", FIRST)
+        return download(repository, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", late)
+    checkpoint = Checkpoint("owner/base")
+    assert checkpoint.revision == SECOND
+    stored = load_file(tmp_path / "second" / "model.safetensors")
+    name = "model.norm.weight"
+    assert torch.equal(checkpoint.tensor(name, torch.float32), stored[name])
+
+
+@pytest.mark.parametrize(
+    ("fetch", "wanted"),
+    [
+        (
+            hub.checkpoint,
+            {
+                "config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model",
+                "merges.txt", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+            },
+        ),
+        (
+            hub.adapter,
+            {
+                "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+                "tokenizer.json", "tokenizer.model",
+            },
+        ),
+    ],
+    ids=["checkpoint", "adapter"],
+)  # fmt: skip
+def test_what_is_fetched(monkeypatch: pytest.MonkeyPatch, fetch: Any, wanted: set[str]) -> None:
+    """Chat templates and nothing pickled, no second copy of the weights, no other formats."""
+    files = [
+        *wanted, "pytorch_model.bin", "adapter_model.bin", "README.md", "model.gguf",
+        "original/params.json", "onnx/model.safetensors", "consolidated.safetensors",
+        "training_args.bin", "optimizer.pt",
+    ]  # fmt: skip
+    asked: dict[str, Any] = {}
+
+    def noted(repository: str, *, revision: str | None, **patterns: Any) -> str:
+        asked.update(patterns, repository=repository, revision=revision)
+        return "/x/snapshots/abc"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    assert hub.commit_of(fetch("owner/name", "v1")) == "abc"
+    assert (asked.pop("repository"), asked.pop("revision")) == ("owner/name", "v1")
+    assert set(filter_repo_objects(files, **asked)) == wanted
+
+
+def test_an_adapter_of_a_commit(pair: Cache, tmp_path: Path) -> None:
+    adapter, merged = make_adapter(tmp_path / "first", tmp_path)
+    pair.put("owner/adapter", FIRST, adapter, "v2", "main")
+    reference = "owner/base@v1+owner/adapter"
+    manifest = scorefile.read(scored(tmp_path, "owner/base@v1", reference)).manifest
+    assert manifest.expert.revision == FIRST
+    assert scored_model(manifest.expert) == f"{reference}@{FIRST}"
+    ours, theirs = Checkpoint(f"{reference}@v2"), Checkpoint(str(merged))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(ours.tensor(name, torch.float32), theirs.tensor(name, torch.float32))
+
+
+@pytest.mark.parametrize("merged", [by_stock, by_ours])
+def test_a_merge_of_hub_models_by_scores_on_the_hub(
+    cache: Cache, tmp_path: Path, merged: Merged
+) -> None:
+    family = Family.make(tmp_path, llama_config())
+    cache.put("owner/base", FIRST, family.base.path, "v1")
+    recipe = family.recipe(base_model="owner/base@v1")
+    for e, (expert, path) in enumerate(zip(family.experts, family.paths, strict=True)):
+        shutil.copy(path, expert.path / "scores.safetensors")
+        cache.put(f"owner/expert{e}", SECOND, expert.path, "main")
+        recipe["models"][e] = {
+            "model": f"owner/expert{e}@{SECOND}",
+            "parameters": {"scores": f"hf://owner/expert{e}/scores.safetensors"},
+        }
+    assert_close(merged(recipe, tmp_path / "out"), expected(family))
+    swapped = recipe["models"][0]["parameters"], recipe["models"][1]["parameters"]
+    recipe["models"][1]["parameters"], recipe["models"][0]["parameters"] = swapped
+    with pytest.raises(UserError, match="these are scores of another expert"):
+        merged(recipe, tmp_path / "swapped")
+
+
+@pytest.mark.parametrize("merged", [by_stock, by_ours])
+def test_one_commit_by_two_names_is_one_model(cache: Cache, tmp_path: Path, merged: Merged) -> None:
+    family = Family.make(tmp_path, llama_config(), n_experts=1)
+    cache.put("owner/expert", FIRST, family.experts[0].path, "main", "v1")
+    recipe = family.recipe()
+    scores = recipe["models"][0]["parameters"]
+    recipe["models"] = [
+        {"model": name, "parameters": scores} for name in ("owner/expert", "owner/expert@v1")
+    ]
+    with pytest.raises(UserError, match="owner/expert is listed twice, .* as owner/expert@v1"):
+        merged(recipe, tmp_path / "out")
+
+
+def test_what_is_not_there_is_said_in_one_line(pair: Cache, tmp_path: Path, capfd: Any) -> None:
+    for base, expert, message in (
+        ("owner/base@v1", "owner/nothing", "model 'owner/nothing' cannot be read: "),
+        ("owner/base@v9", "owner/expert", "model 'owner/base@v9' cannot be read: "),
+        ("owner/base@v1", "owner/base@v1+owner/none", "adapter 'owner/none' cannot be read: "),
+    ):
+        scored(tmp_path, base, expert, status=2)
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert message in line
+    snapshot = pair.folder / "models--owner--expert" / "snapshots" / SECOND
+    (snapshot / "model.safetensors").unlink()
+    scored(tmp_path, "owner/base@v1", "owner/expert", status=2)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "'owner/expert' has no model.safetensors" in line
