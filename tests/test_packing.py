@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.packing import TokenCost, packed
 from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.prompts import PromptBatch, Sample
+from mergekit_wp.scorefile import ScoreFile
 from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.references import References
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.score import score
 from tests.models import CONFIGS, VOCABULARY, make_model, perturbed, save
+from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
 CHEAP_ATTENTION = TokenCost(1000.0, 1.0)
@@ -105,3 +110,32 @@ def test_models_with_a_window_are_not_packed(tmp_path) -> None:
         assert context.trace(0.0, 0).batch is batch
     assert folders[None].n_rows < batch.n_rows
     assert folders[2] is batch
+
+
+def test_activations_of_packed_and_plain_runs_are_kept_apart(tmp_path) -> None:
+    """The donor's run serves one batch: layers are swapped in packed rows, neurons screened not."""
+    base = make_model("llama")
+    both = {"base": base, "expert": perturbed(base)}
+    sides = {name: str(save(side, tmp_path / name)) for name, side in both.items()}
+    prompts = tmp_path / "p.jsonl"
+    lines = [{"prompt": "abcdefgh" + end, "response": "ij"} for end in "klmnop"]
+    prompts.write_text("\n".join(json.dumps(line) for line in lines))
+
+    def run(size: int) -> ScoreFile:
+        return score(
+            ScoreRequest(
+                **sides,
+                prompts=prompts,
+                out=tmp_path / f"{size}.safetensors",
+                estimands=("activation_gain",),
+                kinds=("layer", "neuron"),
+                dtype="float64",
+                exact_budget=0.0,
+                batch_size=size,
+            ),
+            Quiet(),
+        )
+
+    together, alone = run(6), run(1)  # a single prompt has nothing to share
+    for key, tensor in alone.tensors.items():
+        torch.testing.assert_close(together.tensors[key], tensor, rtol=1e-5, atol=1e-7)

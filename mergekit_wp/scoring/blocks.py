@@ -97,7 +97,7 @@ class SweepContext:
     batch_size: int
     part: tuple[int, int] | None = None
     _traces: dict[tuple[float, int, bool], Trace] = field(default_factory=dict)
-    _donor_runs: dict[tuple[float, int], DonorRun] = field(default_factory=dict)
+    _donor_run: tuple[float, PromptBatch, DonorRun] | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -171,7 +171,7 @@ class SweepContext:
     def forget(self) -> None:
         """Free what was recorded."""
         self._traces.clear()
-        self._donor_runs.clear()
+        self._donor_run = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -250,26 +250,26 @@ class SweepContext:
         enters = self.partition.dims.architecture.enters
         return [name for name in self.partition.tensor_names if enters(name)]
 
-    def donor_run(self, position: float, b: int, trace: Trace) -> DonorRun:
-        """The other checkpoint's run on batch b; one is kept."""
-        if (position, b) not in self._donor_runs:
-            self._donor_runs.clear()
-            entrance = self.donor(position, self.entrance)
-            with torch.no_grad():
-                self._donor_runs[position, b] = donor_run(
-                    self.decoder, trace, entrance, lambda i: self.layer_state(position, i)
-                )
-        return self._donor_runs[position, b]
+    def donor_run(self, position: float, trace: Trace) -> DonorRun:
+        """The other checkpoint's run on a trace's batch, packed or not; one is kept."""
+        if self._donor_run is not None:
+            at, batch, run = self._donor_run
+            if at == position and batch is trace.batch:
+                return run
+        self._donor_run = None
+        entrance = self.donor(position, self.entrance)
+        with torch.no_grad():
+            run = donor_run(self.decoder, trace, entrance, lambda i: self.layer_state(position, i))
+        self._donor_run = (position, trace.batch, run)
+        return run
 
-    def inputs(
-        self, estimand: Estimand, layer: int, b: int, trace: Trace
-    ) -> dict[FineKind, Changes]:
+    def inputs(self, estimand: Estimand, layer: int, trace: Trace) -> dict[FineKind, Changes]:
         """The changes that patches of heads, K/V groups and neurons make in one layer."""
         position, dims = receiver_position(estimand), self.partition.dims
         state = self.layer_state(position, layer)
         if not of_activations(estimand):
             return block_inputs(self.decoder, layer, trace, state, dims)
-        run = self.donor_run(position, b, trace)
+        run = self.donor_run(position, trace)
         return activation_inputs(self.decoder, layer, trace, run, state, dims)
 
     def differs(self, estimand: Estimand, kind: Kind, layer: int) -> bool:
@@ -369,7 +369,7 @@ def _patch(
     own = own_values(decoder, trace, criteria, targets)
     found: dict[Kind, Values] = {}
     if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
-        inputs = context.inputs(estimand, layer, b, trace)
+        inputs = context.inputs(estimand, layer, trace)
         for kind in sliced:
             found[kind] = swap_slices(
                 decoder,
@@ -420,7 +420,7 @@ def _put(
     """Activations of a layer and of the modules that whole tensors belong to."""
     targets = context.targets(b)
     decoder, criteria = context.decoder, context.criteria
-    donor = context.donor_run(position, b, trace)
+    donor = context.donor_run(position, trace)
     if layer == context.partition.dims.n_layers:
 
         def donor_tensor(name: str) -> torch.Tensor:
@@ -486,7 +486,7 @@ def _first_order(
                 changed = [kind for kind in kinds if context.differs(estimand, kind, layer)]
                 if not changed:
                     continue
-                inputs = context.inputs(estimand, layer, b, trace)
+                inputs = context.inputs(estimand, layer, trace)
                 wanted = {kind: inputs[kind] for kind in changed}
                 for criterion, gradients, squared in terms:
                     for kind, change in project(gradients, wanted, layer, batch.size).items():
@@ -494,6 +494,7 @@ def _first_order(
                         # KL is half the probes' mean square, and v = -KL
                         term = -change.square() / (2 * PROBES) if squared else change
                         found[f"{criterion}/{kind}"][layer] += term
+                del inputs, wanted  # the donor's weights of one layer at a time
     return found
 
 

@@ -283,7 +283,7 @@ class Tracer:
         }
         with torch.no_grad():
             for layer in range(max(target.layer for target in self.targets) + 1):
-                for via, inputs in self._inputs(layer, b, trace).items():
+                for via, inputs in self._inputs(layer, trace).items():
                     for t, (target, gradient) in enumerate(zip(self.targets, along, strict=True)):
                         for kind in SUPPLIER_KINDS[via]:
                             if gradient is not None and target.reads(Place(layer, kind, 0)):
@@ -291,10 +291,10 @@ class Tracer:
                                 found[f"{t}/{via}/{kind}"][layer] = change.float().cpu()
         return found
 
-    def _inputs(self, layer: int, b: int, trace: Trace) -> Mapping[Via, Mapping[FineKind, Changes]]:
+    def _inputs(self, layer: int, trace: Trace) -> Mapping[Via, Mapping[FineKind, Changes]]:
         """Changes of a layer's components by weights and by activations, where there are any."""
         return {
-            via: self.context.inputs(estimand, layer, b, trace)
+            via: self.context.inputs(estimand, layer, trace)
             for via, estimand in _ESTIMAND.items()
             if self.context.differs(estimand, "layer", layer)
         }
@@ -353,7 +353,7 @@ class Tracer:
         trace, decoder = context.trace(0.0, b), context.decoder
         targets, criteria = context.references.targets[b], context.criteria
         own = own_values(decoder, trace, criteria, targets)[self.criterion]
-        inputs = self._inputs(layer, b, trace)
+        inputs = self._inputs(layer, trace)
         found = torch.empty((len(pairs), trace.batch.size), dtype=torch.float64)
         copies = context.copies(trace.batch)
         groups: dict[tuple[Place, Via, FineKind], list[int]] = {}
@@ -396,7 +396,7 @@ class Tracer:
         targets, criteria = context.references.targets[b], context.criteria
         own = own_values(decoder, trace, criteria, targets)[self.criterion]
         found = torch.zeros((3, trace.batch.size), dtype=torch.float64)
-        inputs = self._inputs(place.layer, b, trace)
+        inputs = self._inputs(place.layer, trace)
         patches: tuple[tuple[Via, Patch], ...] = (
             ("weights", written_anew),
             ("activations", written_anew),
