@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mergekit_wp import hub
@@ -32,6 +33,11 @@ from mergekit_wp.lora import Adapter
 from mergekit_wp.stored import StoredNames
 from mergekit_wp.untrusted import parse_json
 from mergekit_wp.unusable import FLOATS, headers, refuse_quantised, refuse_quantised_weights
+
+#: part of a tensor along its first dimension, or all of it
+Rows = slice | EllipsisType
+Pieces = Sequence[Rows]
+WHOLE: Pieces = (...,)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # config entries that change what the same weights compute, in any of the architectures
@@ -75,8 +81,8 @@ _HARMLESS = (
     "architectures",
     "max_position_embeddings",
 )
-# numbers that are compared in float64 at once
-_PART = 2**22
+# numbers that are read at once where a tensor can be read in pieces
+_PIECE = 2**21
 # config entries that say how a checkpoint was saved, not what it computes
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -236,13 +242,43 @@ class Checkpoint:
             digest.update(self.adapter.sha256())
         return digest.hexdigest()
 
+    def pieces(self, name: str) -> Pieces:
+        """Pieces in which `piece` reads one parameter: rows, or all of it at once.
+
+        Raises:
+            UserError: the checkpoint does not have it.
+        """
+        shape = self.header(name)[0]
+        if not shape or self.stored.name(name) is None:  # made of several stored tensors
+            return WHOLE
+        step = max(1, _PIECE // max(1, math.prod(shape[1:])))
+        return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+    def piece(self, name: str, rows: Rows = ...) -> torch.Tensor:
+        """Rows of one parameter as they are stored; they may be mapped, so never change them.
+
+        Mapped memory counts as this process's as far as it was ever read: let go of it soon.
+        """
+        stored = self.stored.name(name)
+        if stored is None:
+            part = self.stored.read(name, self.loader.get_tensor)[rows]
+            self.loader.flush()
+        else:
+            index = self.loader.index
+            with safe_open(Path(index.base_path, index.tensor_paths[stored]), "pt") as handle:
+                part = handle.get_slice(stored)[rows]
+        return part if self.adapter is None else self.adapter.changed(name, part, rows)
+
+    def read(self, name: str, out: torch.Tensor) -> None:
+        """Copy one parameter into a tensor of any dtype, on any device, piece by piece."""
+        for rows in self.pieces(name):
+            out[rows] = self.piece(name, rows)
+
     def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-        """One tensor, cast and moved; it may alias the loader's memory, so never change it."""
-        tensor = self.stored.read(name, self.loader.get_tensor)
-        self.loader.flush()  # a mapped file stays in memory as far as it was ever read
-        if self.adapter is not None:
-            tensor = self.adapter.changed(name, tensor)
-        return tensor.to(device=device, dtype=dtype)
+        """One parameter, cast and moved."""
+        out = torch.empty(self.header(name)[0], dtype=dtype, device=device)
+        self.read(name, out)
+        return out
 
     def tokenizer(self) -> Any | None:
         """The checkpoint's tokenizer, None when it has none.
@@ -336,8 +372,25 @@ class Pair:
     def delta(self, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
         """One tensor of the task vector, subtracted in `dtype` or fp32 if that is finer."""
         wide = torch.promote_types(dtype, torch.float32)
-        difference = self.expert.tensor(name, wide, device) - self.base.tensor(name, wide, device)
+        difference = self.expert.tensor(name, wide, device)
+        for rows in self.base.pieces(name):
+            difference[rows] -= self.base.piece(name, rows).to(device, wide)
         return difference.to(dtype)
+
+    def between(self, name: str, position: float, out: torch.Tensor) -> None:
+        """Write base + position * (expert - base) into a tensor, computed at least in fp32."""
+        wide = torch.promote_types(out.dtype, torch.float32)
+        for rows in common_pieces(name, self.base, self.expert):
+            base, expert = (
+                side.piece(name, rows).to(out.device, wide) for side in (self.base, self.expert)
+            )
+            out[rows] = torch.lerp(base, expert, position)
+
+
+def common_pieces(name: str, *sides: Checkpoint) -> Pieces:
+    """Pieces in which a parameter can be read from all of some checkpoints."""
+    found = [side.pieces(name) for side in sides]
+    return WHOLE if WHOLE in found else found[0]
 
 
 def parameter_names(model: PreTrainedModel) -> list[str]:
@@ -416,8 +469,10 @@ def _check_tying(base: Checkpoint, expert: Checkpoint) -> None:
         )
     for side in sides if tied[0] and architecture.mapped else ():
         if all(side.stored.name(name) for name in names):
-            embedding, head = (side.tensor(name, torch.float32) for name in names)
-            if not torch.equal(embedding, head):
+            for rows in side.pieces(names[0]):
+                embedding, head = (side.piece(name, rows).float() for name in names)
+                if torch.equal(embedding, head):
+                    continue
                 raise UserError(
                     f"model '{side.name}': its config says that the output head is tied to the "
                     f"embedding, but {names[1]} and {names[0]} differ; set tie_word_embeddings to "
@@ -448,26 +503,30 @@ def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
 
 
 def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
-    sides = []
-    for side, checkpoint in (("base", base), ("expert", expert)):
-        dtype = checkpoint.header(name)[1]
-        if dtype not in FLOATS:
+    sides = (("base", base), ("expert", expert))
+    for side, checkpoint in sides:
+        if (dtype := checkpoint.header(name)[1]) not in FLOATS:
             raise UserError(
                 f"{side} '{checkpoint.name}': tensor {name} is stored as {dtype} (quantised?); "
                 "give the unquantised checkpoint"
             )
-        wide = torch.promote_types(getattr(torch, FLOATS[dtype]), torch.float32)
-        tensor = checkpoint.tensor(name, wide)
-        if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_PART)):
-            raise UserError(
-                f"{side} '{checkpoint.name}': tensor {name} holds NaN or infinity; "
-                "its weights are broken"
-            )
-        sides.append(tensor.flatten().split(_PART))
-    squares = [float((y.double() - x.double()).square().sum()) for x, y in zip(*sides, strict=True)]
+    squares = []
+    for rows in common_pieces(name, base, expert):
+        x, y = (_finite(side, checkpoint, name, rows) for side, checkpoint in sides)
+        squares.append(float((y.double() - x).square_().sum()))
     norm = math.sqrt(math.fsum(squares))
     assert math.isfinite(norm)
     return norm
+
+
+def _finite(side: str, checkpoint: Checkpoint, name: str, rows: Rows) -> torch.Tensor:
+    part = checkpoint.piece(name, rows)
+    if not bool(torch.isfinite(part).all()):
+        raise UserError(
+            f"{side} '{checkpoint.name}': tensor {name} holds NaN or infinity; "
+            "its weights are broken"
+        )
+    return part
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -509,22 +568,19 @@ class ResidentModel:
         torch.nn.Module.to(self.model, device)  # buffers; weights are there already
         self.position: float | None = None
 
+    @torch.no_grad()
     def move_to(self, position: float) -> None:
         """Set the weights to base + position * (expert - base); 0 and 1 are the checkpoints."""
         if position == self.position:
             return
-        wide = torch.promote_types(self.dtype, torch.float32)
-
-        def weight_of(name: str) -> torch.Tensor:
+        pair, self.position = self.pair, None
+        for name, parameter in self.model.named_parameters():
             if position == 1.0:
-                return self.pair.expert.tensor(name, self.dtype, self.device)
-            weight = self.pair.base.tensor(name, wide, self.device)
-            if position != 0.0 and name in self.pair.changed:
-                expert = self.pair.expert.tensor(name, wide, self.device)
-                weight = torch.lerp(weight, expert, position)
-            return weight
-
-        self.fill(weight_of)
+                pair.expert.read(name, parameter)
+            elif position == 0.0 or name not in pair.changed:
+                pair.base.read(name, parameter)
+            else:
+                pair.between(name, position, parameter)
         self.position = position
 
     def release(self) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -99,8 +100,10 @@ class Adapter:
     def _transposed(self) -> bool:
         return bool(self.config.get("fan_in_fan_out"))
 
-    def changed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A parameter with the adapter's change, at least in fp32; others as they are."""
+    def changed(
+        self, name: str, weight: torch.Tensor, rows: slice | EllipsisType = ...
+    ) -> torch.Tensor:
+        """Rows of a parameter with the adapter's change, at least in fp32; others as they are."""
         if name not in self.shapes:
             return weight
         key = f"base_model.model.{name.removesuffix('.weight')}"
@@ -111,8 +114,8 @@ class Adapter:
         rank = a.shape[0]  # of this tensor: a rank pattern is honoured
         alpha = float(self.config["lora_alpha"])
         scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-        delta = b @ a
-        return torch.add(weight.to(wide), delta.T if self._transposed else delta, alpha=scale)
+        delta = a.T[rows] @ b.T if self._transposed else b[rows] @ a
+        return torch.add(weight.to(wide), delta, alpha=scale)
 
     def sha256(self) -> bytes:
         """Hash over config and weights."""

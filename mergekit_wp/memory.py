@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
 
 GIB = 2**30
+_STATUS = Path("/proc/self/status")
 #: what allocators say that raise plain RuntimeErrors
 _SAID = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
 
@@ -28,8 +31,20 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def resident_memory() -> int:
+    """Bytes of memory that this whole process has now, mapped files as far as they were read."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory() -> int:
-    """Most bytes of memory that this whole process has had at once."""
+    """Most bytes of memory that this whole process has had at once.
+
+    Linux's own mark goes first: what getrusage says begins with the peak of the process that
+    started this one.
+    """
+    if _STATUS.exists():
+        (mark,) = re.findall(r"^VmHWM:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        return int(mark) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

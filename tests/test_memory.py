@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +16,11 @@ import torch
 
 from mergekit_wp.checkpoints import Checkpoint, ResidentModel
 from mergekit_wp.errors import UserError
-from mergekit_wp.memory import free_memory, is_out_of_memory, peak_memory
+from mergekit_wp.memory import GIB, free_memory, is_out_of_memory, peak_memory
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.models import finetuned, make_model, save, write_prompts
+from tests.peak import save_pair
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -108,6 +115,28 @@ def test_memory_is_measured(request_of, tmp_path) -> None:
     said = Quiet()
     score(request_of(tmp_path / "a.safetensors", estimands=("share",)), said)
     assert any(note.startswith("peak memory") and "weights" in note for note in said.notes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_only_the_base_is_resident(tmp_path) -> None:
+    """The peak, less what Python takes, is within 1.25 times the weights plus the stated budget."""
+    save_pair(tmp_path / "small", 16, 1)
+    weights = save_pair(tmp_path / "large", 384, 16)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.peak", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    shutil.rmtree(tmp_path / "large")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    said = re.search(r"weights ([\d.]+) GiB, activation budget ([\d.]+) GiB", found["note"])
+    assert said and float(said[1]) == pytest.approx(weights / GIB, abs=0.006)
+    allowed = 1.25 * weights + (float(said[2]) + 0.005) * GIB
+    assert weights < found["peak"] - found["start"] <= allowed
+    assert found["holding"] - found["start"] > allowed  # had the expert been read as a whole
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

@@ -171,8 +171,9 @@ def contributions(
     results: dict[CriterionName, list[Contributions]] = {}
     with torch.enable_grad(), hooked(handles):
         trace = record_with_gradients(decoder, batch)
-        for name, value in own_values(decoder, trace, criteria, targets).items():
-            value.sum().backward(retain_graph=True)
+        values = own_values(decoder, trace, criteria, targets)
+        for left, (name, value) in zip(range(len(values))[::-1], values.items(), strict=True):
+            value.sum().backward(retain_graph=left > 0)  # the last one frees what it has passed
             results[name] = [dict(found) for found in collecting]
             for found in collecting:
                 found.clear()

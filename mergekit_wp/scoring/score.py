@@ -12,7 +12,14 @@ import mergekit_wp
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
-from mergekit_wp.memory import free_memory, in_gib, is_out_of_memory, peak_memory, peak_on_gpus
+from mergekit_wp.memory import (
+    free_memory,
+    in_gib,
+    is_out_of_memory,
+    peak_memory,
+    peak_on_gpus,
+    resident_memory,
+)
 from mergekit_wp.prompts import (
     Prompt,
     PromptFile,
@@ -50,6 +57,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
+    before = resident_memory()
     prompt_file = read_prompts(request.prompts, request.max_prompts)
     criteria = choose_criteria(request.criteria, prompt_file.prompts)
     _check_request(request, criteria, prompt_file.prompts, progress)
@@ -98,7 +106,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         )
         write(result, request.out)
         journal.discard()
-    progress.note(memory_used(footprint, samples, context.batch_size))
+    progress.note(memory_used(before, footprint, samples, context.batch_size))
     return result
 
 
@@ -137,13 +145,25 @@ def _fitting(
         progress.note(f"out of memory; going on with {size} sequences per forward pass")
 
 
-def memory_used(footprint: Footprint, samples: Sequence[Sample], sequences: int) -> str:
-    """What a run has taken, beside what it was meant to take."""
+def memory_used(
+    before: int, footprint: Footprint, samples: Sequence[Sample], sequences: int
+) -> str:
+    """What this process has taken at most, beside what it was meant to take.
+
+    Args:
+        before: bytes that Python and its libraries had taken when the run began.
+        footprint: of the model.
+        samples: that it ran on.
+        sequences: per forward pass.
+    """
     found = f"peak memory {in_gib(peak_memory())}"
     if (on_gpus := peak_on_gpus()) > 0:
         found += f", on GPUs {in_gib(on_gpus)}"
     budget = footprint.of_sequences(samples, sequences)
-    return f"{found} (weights {in_gib(footprint.weights)}, activation budget {in_gib(budget)})"
+    return (
+        f"{found} (weights {in_gib(footprint.weights)}, activation budget {in_gib(budget)}, "
+        f"Python and its libraries {in_gib(before)})"
+    )
 
 
 def choose_criteria(
