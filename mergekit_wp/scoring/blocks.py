@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import cast
@@ -48,10 +48,9 @@ from mergekit_wp.engine.patches import (
 )
 from mergekit_wp.engine.share import Contributions, TaskVector, contributions, midpoints
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
-from mergekit_wp.errors import UserError
-from mergekit_wp.memory import is_out_of_memory
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout
+from mergekit_wp.scoring.backoff import fitting, target_part
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.whole import Chosen, swap_for_itself, swap_whole
 
@@ -69,14 +68,15 @@ def criterion_and_kind(key: str) -> tuple[CriterionName, Kind]:
 class Block:
     """One resumable piece of work; cost is in forward passes over all prompts.
 
-    ``prompts`` is the dimension of its results that counts the prompts of batch ``b``.
+    ``prompts`` is the dimension of its results that counts the prompts of batch ``b``; None where
+    they are sums over these.
     """
 
     key: str
     cost: float
     run: Callable[[], Result]
     b: int = 0
-    prompts: int = 1
+    prompts: int | None = 1
 
 
 @dataclass
@@ -121,11 +121,8 @@ class SweepContext:
 
     def targets(self, b: int) -> Targets:
         """What it is measured against."""
-        whole = self.references.targets[b]
-        if self.part is None or whole.expert_logprobs is None:
-            return whole
-        own = self.references.batches[b].in_part(*self.part)
-        return replace(whole, expert_logprobs=whole.expert_logprobs[own])
+        batch, whole = self.references.batches[b], self.references.targets[b]
+        return whole if self.part is None else target_part(batch, whole, *self.part)
 
     def fitting(self, block: Block, told: Callable[[str], None]) -> Result:
         """A block's result, with fewer patches or prompts at once wherever memory runs out.
@@ -138,23 +135,13 @@ class SweepContext:
             UserError: there is not even memory for one sequence.
         """
         n = self.references.batches[block.b].size
-        while True:
-            try:
-                if n <= self.batch_size:
-                    return block.run()
-                return self._in_parts(block, n)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0] if str(error) else "out of memory"
-            self.forget()
-            if self.batch_size == 1:
-                raise UserError(
-                    f"out of memory with one sequence at a time ({reason}); use shorter prompts, "
-                    "another --dtype or a larger --device"
-                )
-            self.batch_size = (self.batch_size + 1) // 2
-            told(f"out of memory; going on with {self.batch_size} sequences per forward pass")
+
+        def run(size: int) -> Result:
+            self.batch_size = size
+            return block.run() if n <= size else self._in_parts(block, n)
+
+        _, found = fitting(self.batch_size, run, told, self.forget)
+        return found
 
     def _in_parts(self, block: Block, n: int) -> Result:
         found: list[Result] = []
@@ -166,14 +153,15 @@ class SweepContext:
         finally:
             self.part = None
             self.forget()
-        return {key: torch.cat([one[key] for one in found], block.prompts) for key in found[0]}
+        together = {key: [one[key] for one in found] for key in found[0]}
+        if block.prompts is None:
+            return {key: torch.stack(parts).sum(0) for key, parts in together.items()}
+        return {key: torch.cat(parts, block.prompts) for key, parts in together.items()}
 
     def forget(self) -> None:
         """Free what was recorded."""
         self._traces.clear()
         self._donor_run = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def weight_of(self, batch: PromptBatch) -> float:
         """The batch's part of all prompts."""

@@ -18,7 +18,7 @@ import yaml
 from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.engine.guided import Travelled
 from mergekit_wp.engine.share import contributions
-from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.files import written_whole
 from mergekit_wp.fusion import fuse
 from mergekit_wp.scorefile import (
@@ -30,11 +30,12 @@ from mergekit_wp.scorefile import (
     write,
 )
 from mergekit_wp.scoring.assemble import common_fields
-from mergekit_wp.scoring.blocks import Result, task_vector
+from mergekit_wp.scoring.backoff import AtOnce
+from mergekit_wp.scoring.blocks import Block, Result, SweepContext, task_vector
 from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, inputs_of, measure, open_members
-from mergekit_wp.scoring.references import References
+from mergekit_wp.scoring.references import References, values_of
 from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress
 
 
@@ -94,6 +95,10 @@ class Walk:
         self.partition, self.base = first.partition, first.base
         self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
         self.vectors = [task_vector(member.pair, self.resident) for member in members]
+        self.contexts = [
+            SweepContext(self.resident, own, ("kl",), max(batch.size for batch in own.batches))
+            for own in references
+        ]
 
     def to_the_end(self) -> list[Travelled]:
         """Take all steps; returns how far each expert's components came."""
@@ -112,13 +117,18 @@ class Walk:
         """How far each behaviour has come back where the components now are."""
         self._move_to(travelled)
         decoder, found = Decoder(self.resident.model), []
-        for references in self.references:
-            reference, total = references.values["kl"], 0.0
-            for batch, targets in zip(references.batches, references.targets, strict=True):
-                with torch.no_grad():
-                    values = own_values(decoder, record(decoder, batch), ("kl",), targets)
-                total += float(values["kl"].double().sum())
-            change = total / reference.base.numel() - float(reference.base.double().mean())
+        for references, context in zip(self.references, self.contexts, strict=True):
+            reference, at_once = (
+                references.values["kl"],
+                AtOnce(context.batch_size, self.progress.note),
+            )
+            with torch.no_grad():
+                values = at_once.run(
+                    lambda size, own=references: values_of(  # type: ignore[misc]
+                        decoder, own.batches, own.targets, ("kl",), len(own.values["kl"].base), size
+                    )
+                )["kl"]
+            change = float(values.double().mean()) - float(reference.base.double().mean())
             found.append(change / float(reference.distance.double().mean()))
         return found
 
@@ -127,19 +137,22 @@ class Walk:
         slopes: list[dict[str, torch.Tensor]] = [{} for _ in self.members]
         moved = False
 
-        def contributions_of(references: References, b: int) -> Result:
+        def contributions_of(context: SweepContext, b: int) -> Result:
             nonlocal moved
             if not moved:
                 self._move_to(travelled)
                 moved = True
-            return self._contributions(references, b)
+            work = partial(self._contributions, context, b)
+            return context.fitting(Block("path", 1.0, work, b, prompts=None), self.progress.note)
 
-        for member, references in zip(self.members, self.references, strict=True):
+        for member, references, context in zip(
+            self.members, self.references, self.contexts, strict=True
+        ):
             distance = references.values["kl"].distance.double()
             scale = 1 / float(distance.sum())
             for b, batch in enumerate(references.batches):
                 key = f"path.step{step:04d}.{member.name}.batch{b:04d}"
-                result, resumed = self.journal.block(key, partial(contributions_of, references, b))
+                result, resumed = self.journal.block(key, partial(contributions_of, context, b))
                 for entry, total in result.items():
                     expert, name = entry.split("/", 1)
                     found = slopes[int(expert)]
@@ -147,15 +160,19 @@ class Walk:
                 self.progress.advance(batch.size, resumed=resumed)
         return slopes
 
-    def _contributions(self, references: References, b: int) -> Result:
-        """Summed over the batch's prompts: ``[components of the tensor]`` by "expert/tensor"."""
+    def _contributions(self, context: SweepContext, b: int) -> Result:
+        """Summed over the batch's prompts, or those of its present part.
+
+        Returns:
+            ``[components of the tensor]`` by "expert/tensor".
+        """
         per_expert = contributions(
             Decoder(self.resident.model),
-            references.batches[b],
+            context.batch(b),
             self.partition,
             self.vectors,
             ("kl",),
-            references.targets[b],
+            context.targets(b),
         )["kl"]
         return {
             f"{e}/{name}": value.sum(0).cpu().double()

@@ -16,6 +16,7 @@ from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.fusion import fuse
 from mergekit_wp.interrupts import finishing
+from mergekit_wp.scoring.backoff import AtOnce, split
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import Lesson
 from mergekit_wp.scoring.members import Member
@@ -104,6 +105,7 @@ class Fitting:
             for member in members
         ]
         self.fitted = layout.fitted
+        self.at_once = AtOnce(request.prompts_a_step, progress.note)
         split = [self._split(lesson) for lesson in lessons]
         self.train = [train for train, _ in split]
         self.held_out = [held_out for _, held_out in split]
@@ -168,6 +170,7 @@ class Fitting:
     def _slope(self, step: int) -> tuple[torch.Tensor, list[float]]:
         """Derivative of the mean recovery by every gate, and the recoveries, on one batch each."""
         terms, chosen = [], []
+        decoder = Decoder(self.resident.model)
         for number, (lesson, train) in enumerate(zip(self.lessons, self.train, strict=True)):
             epoch, place = divmod(step, len(train))
             seed = (self.request.seed * 1_009 + number) * 1_000_003 + epoch
@@ -176,13 +179,27 @@ class Fitting:
             batch = lesson.batches[b]
             weight = 1 / (len(self.lessons) * batch.size * lesson.span)
             terms.append(Term(batch, lesson.targets[b], weight))
-        decoder = Decoder(self.resident.model)
-        values, found = slopes(decoder, terms, self.partition, self.vectors)
+
+        def in_parts(size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+            """Slopes are sums over prompts: so many of every term go through at once."""
+            pieces = [split(term.batch, term.targets, size) for term in terms]
+            values: list[list[torch.Tensor]] = [[] for _ in terms]
+            total = torch.zeros(self.layout.size, dtype=torch.float64)
+            for turn in range(max(len(piece) for piece in pieces)):
+                here = [i for i, piece in enumerate(pieces) if turn < len(piece)]
+                some = [Term(*pieces[i][turn], terms[i].weight) for i in here]
+                own, found = slopes(decoder, some, self.partition, self.vectors)
+                total += self.layout.collect(found)
+                for i, value in zip(here, own, strict=True):
+                    values[i].append(value)
+            return [torch.cat(own) for own in values], total
+
+        values, slope = self.at_once.run(in_parts)
         recoveries = [
             lesson.recovery({b: value})
             for lesson, b, value in zip(self.lessons, chosen, values, strict=True)
         ]
-        return self.layout.collect(found), recoveries
+        return slope, recoveries
 
     def _look(self) -> list[float]:
         """Recovery of every behaviour on its held-out prompts."""
@@ -193,14 +210,14 @@ class Fitting:
     def _recovery(self, lesson: Lesson, chosen: Sequence[int]) -> float:
         """Of some batches, at the present weights."""
         decoder = Decoder(self.resident.model)
-        return lesson.recovery(
-            {
-                b: own_values(
-                    decoder, record(decoder, lesson.batches[b]), ("kl",), lesson.targets[b]
-                )["kl"]
-                for b in chosen
-            }
-        )
+
+        def values(b: int, size: int) -> torch.Tensor:
+            parts = split(lesson.batches[b], lesson.targets[b], size)
+            return torch.cat(
+                [own_values(decoder, record(decoder, x), ("kl",), y)["kl"] for x, y in parts]
+            )
+
+        return lesson.recovery({b: self.at_once.run(partial(values, b)) for b in chosen})
 
     def move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with the present gates."""

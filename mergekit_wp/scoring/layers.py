@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ from pydantic import Field
 
 from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.compare.statistics import Estimate, percentiles
-from mergekit_wp.criteria import Reference, Targets
+from mergekit_wp.criteria import Reference
 from mergekit_wp.engine.trace import Decoder, record, replay
 from mergekit_wp.errors import UserError
-from mergekit_wp.prompts import PromptBatch, Sample, batches, read_prompts
+from mergekit_wp.prompts import Sample, batches, read_prompts
 from mergekit_wp.scoring.anchor import Contrast, held_out_separation
+from mergekit_wp.scoring.backoff import AtOnce, split
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import (
+    References,
     contrast_batches,
     last_token_states,
     measure_references,
@@ -101,18 +104,23 @@ def find_anchors(request: AnchorRequest, progress: Progress, work: Path) -> list
         samples = with_responses(request, texts, opened.tokenizer, resident, journal, progress)
         journal.discard()
     size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
-    references = measure_references(resident, samples, ([], []), ("kl",), None, size)
-    contrast = _states(resident, samples, texts.contrasts, size, request.device)
+    at_once = AtOnce(size, progress.note)
+    references = at_once.run(
+        lambda fewer: measure_references(resident, samples, ([], []), ("kl",), None, size, fewer)
+    )
+    contrast = at_once.run(
+        lambda fewer: _states(resident, samples, texts.contrasts, fewer, request.device)
+    )
     vectors = (contrast.towards - contrast.away).mean(0)
     separations = held_out_separation(contrast)
     assert separations is not None
     resident.move_to(0.0)
-    every, targets = references.batches, references.targets
     reference = references.values["kl"]
     found = []
     progress.stage("layers", len(vectors), "layer")
     for layer, vector in enumerate(vectors):
-        values = steered(resident, every, targets, layer, request.strength * vector, len(samples))
+        added = partial(steered, resident, references, layer, request.strength * vector)
+        values = at_once.run(added)
         found.append(
             LayerAnchor(
                 layer,
@@ -145,11 +153,10 @@ def _states(
 @torch.no_grad()
 def steered(
     resident: ResidentModel,
-    every: Sequence[PromptBatch],
-    targets: Sequence[Targets],
+    references: References,
     layer: int,
     vector: torch.Tensor,
-    n: int,
+    at_once: int,
 ) -> torch.Tensor:
     """``kl`` values ``[prompts]`` with a vector added after a layer, at the last prompt token.
 
@@ -158,14 +165,15 @@ def steered(
 
     Args:
         resident: the model, at the base.
-        every: batches of prompts with responses.
-        targets: one per batch.
+        references: prompts with responses.
         layer: where it is added.
         vector: ``[hidden]``.
-        n: prompts in all.
+        at_once: prompts per forward.
     """
-    decoder, found = Decoder(resident.model), torch.empty(n, dtype=torch.float64)
-    for batch, target in zip(every, targets, strict=True):
+    decoder = Decoder(resident.model)
+    found = torch.empty(len(references.values["kl"].base), dtype=torch.float64)
+    pairs = zip(references.batches, references.targets, strict=True)
+    for batch, target in (part for pair in pairs for part in split(*pair, at_once)):
         trace = record(decoder, batch)
         hidden = trace.residual(layer)
         positions = torch.arange(hidden.shape[1], device=hidden.device)

@@ -10,12 +10,13 @@ import torch
 
 from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch, PromptFile, batches
+from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, measure
-from mergekit_wp.scoring.references import logprobs
+from mergekit_wp.scoring.references import logprobs, values_of
 from mergekit_wp.scoring.request import DTYPES, FitRequest, Progress
 from mergekit_wp.scoring.texts import encode_texts, with_responses
 
@@ -105,7 +106,8 @@ def guard_of(
     progress.stage(f"base and experts on guard {path.stem}", len(members) + 1, "model")
     resident.move_to(0.0)
     decoder = Decoder(resident.model)
-    targets = [Targets(logprobs(decoder, batch)) for batch in every]
+    at_once = AtOnce(request.prompts_a_step, progress.note)
+    targets = at_once.run(lambda size: [Targets(logprobs(decoder, batch, size)) for batch in every])
     progress.advance(1)
     total = torch.zeros(len(samples), dtype=torch.float64)
     for other in members:
@@ -114,9 +116,10 @@ def guard_of(
                 name, resident.dtype, resident.device
             )
         )
-        for batch, target in zip(every, targets, strict=True):
-            values = own_values(decoder, record(decoder, batch), ("kl",), target)["kl"]
-            total[batch.members] += values.double().cpu()
+        values = at_once.run(
+            lambda size: values_of(decoder, every, targets, ("kl",), len(samples), size)
+        )
+        total += values["kl"].double()
         progress.advance(1)
     zero = total / len(members)
     if float(zero.mean()) > -1e-9:

@@ -13,6 +13,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.model_names import last_name
 from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.recipe import Experts
+from mergekit_wp.scoring.backoff import fitting
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import References, measure_references
@@ -97,7 +98,13 @@ def measure(
     vocabulary = pair.vocabulary
     size = size or request.batch_size or auto_batch_size(samples, vocabulary, request.device)
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
-    references = measure_references(resident, samples, ([], []), ("kl",), None, size)
+    _, references = fitting(
+        size,
+        lambda at_once: measure_references(
+            resident, samples, ([], []), ("kl",), None, size, at_once
+        ),
+        progress.note,
+    )
     progress.advance(1)
     return references
 

@@ -13,6 +13,7 @@ from mergekit_wp.engine.trace import Criteria, Decoder, own_values, record
 from mergekit_wp.prompts import PromptBatch, Sample, batches
 from mergekit_wp.scorefile import Anchor, CriterionName
 from mergekit_wp.scoring.anchor import Contrast, choose_anchor
+from mergekit_wp.scoring.backoff import split
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def measure_references(
     criteria: Criteria,
     anchor_layer: int | None,
     batch_size: int,
+    at_once: int | None = None,
 ) -> References:
     """Run expert and base over all prompts; leaves the resident model at the base.
 
@@ -75,12 +77,13 @@ def measure_references(
         contrasts: from `contrast_batches`; no members for the matched-checkpoint anchor.
         criteria: which criteria are asked for.
         anchor_layer: the anchor's layer, None to choose.
-        batch_size: samples per forward.
+        batch_size: samples per batch.
+        at_once: samples per forward, if fewer.
 
     Raises:
         UserError: a criterion that does not separate, or no anchor can be chosen.
     """
-    decoder = Decoder(resident.model)
+    decoder, at_once = Decoder(resident.model), at_once or batch_size
     device = resident.device
     every = list(batches(samples, batch_size, device))
     n = len(samples)
@@ -90,17 +93,17 @@ def measure_references(
     resident.move_to(1.0)
     expert_logprobs: list[torch.Tensor | None] = [None] * len(every)
     if "kl" in criteria:
-        expert_logprobs = [logprobs(decoder, batch) for batch in every]
+        expert_logprobs = [logprobs(decoder, batch, at_once) for batch in every]
     towards = away = None
     if "anchor" in criteria:
         towards = last_token_states(decoder, prompt_only, n)
         if contrasts[0]:
             away = last_token_states(decoder, contrasts[1], len(contrasts[0]))
     plain = [Targets(expert_logprobs=logprobs) for logprobs in expert_logprobs]
-    at_expert = _values(decoder, every, plain, outputs, n)
+    at_expert = values_of(decoder, every, plain, outputs, n, at_once)
 
     resident.move_to(0.0)
-    at_base = _values(decoder, every, plain, outputs, n)
+    at_base = values_of(decoder, every, plain, outputs, n, at_once)
     anchor: AnchorDirection | None = None
     info: Anchor | None = None
     if towards is not None:
@@ -128,6 +131,7 @@ def references_at(
     criteria: Criteria,
     anchor: AnchorDirection | None,
     batch_size: int,
+    at_once: int,
 ) -> References:
     """As `measure_references`, with an anchor that is given; leaves the model at the base.
 
@@ -136,7 +140,8 @@ def references_at(
         samples: prompts with responses.
         criteria: which criteria are asked for.
         anchor: of a score file.
-        batch_size: samples per forward.
+        batch_size: samples per batch.
+        at_once: samples per forward.
 
     Raises:
         UserError: a criterion that does not separate.
@@ -144,19 +149,31 @@ def references_at(
     decoder, n = Decoder(resident.model), len(samples)
     every = list(batches(samples, batch_size, resident.device))
     resident.move_to(1.0)
-    of_expert = [logprobs(decoder, batch) if "kl" in criteria else None for batch in every]
+    of_expert = [logprobs(decoder, batch, at_once) if "kl" in criteria else None for batch in every]
     targets = [Targets(of_batch, anchor) for of_batch in of_expert]
-    at_expert = _values(decoder, every, targets, criteria, n)
+    at_expert = values_of(decoder, every, targets, criteria, n, at_once)
     resident.move_to(0.0)
-    at_base = _values(decoder, every, targets, criteria, n)
+    at_base = values_of(decoder, every, targets, criteria, n, at_once)
     values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
     for name, reference in values.items():
         reference.check_separates(name)
     return References(every, targets, values, None)
 
 
-def logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
-    """Log-probabilities ``[P, vocabulary]`` at the positions that predict the response."""
+def logprobs(decoder: Decoder, batch: PromptBatch, at_once: int | None = None) -> torch.Tensor:
+    """Log-probabilities ``[P, vocabulary]`` at the positions that predict the response.
+
+    Args:
+        decoder: the model.
+        batch: the prompts.
+        at_once: samples per forward; all where None.
+    """
+    pieces = split(batch, Targets(), at_once or batch.size)
+    parts = [_logprobs(decoder, part) for part, _ in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows of a batch are in order
+
+
+def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
     trace = record(decoder, batch)
     if trace.logits is not None:
         return torch.log_softmax(wide(trace.logits), -1)
@@ -164,18 +181,31 @@ def logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
     return torch.log_softmax(wide(decoder.logits(final)), -1)
 
 
-def _values(
+def values_of(
     decoder: Decoder,
     every: Sequence[PromptBatch],
     targets: Sequence[Targets],
     criteria: Criteria,
     n: int,
+    at_once: int,
 ) -> dict[CriterionName, torch.Tensor]:
+    """Values ``[prompts]`` per criterion, on the CPU, at the decoder's present weights.
+
+    Args:
+        decoder: the model.
+        every: batches of all prompts.
+        targets: one per batch.
+        criteria: which criteria to read.
+        n: prompts in all.
+        at_once: samples per forward.
+    """
     found: dict[CriterionName, torch.Tensor] = {}
     if not criteria:
         return found
     for batch, target in zip(every, targets, strict=True):
-        own = own_values(decoder, record(decoder, batch), criteria, target)
-        for name, value in own.items():
-            found.setdefault(name, torch.empty(n, dtype=value.dtype))[batch.members] = value.cpu()
+        for part, its in split(batch, target, at_once):
+            own = own_values(decoder, record(decoder, part), criteria, its)
+            for name, value in own.items():
+                row = found.setdefault(name, torch.empty(n, dtype=value.dtype))
+                row[part.members] = value.cpu()
     return found

@@ -29,6 +29,7 @@ from mergekit_wp.prompts import (
 from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read, write
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
+from mergekit_wp.scoring.backoff import fitting
 from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.journal import Journal
@@ -130,19 +131,17 @@ def _fitting(
     size: int, run: Callable[[int], References], progress: Progress, *, fixed: bool
 ) -> tuple[int, References]:
     """Halve the size until memory suffices, unless it is fixed by what is done already."""
-    while True:
-        try:
-            return size, run(size)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or size == 1:
-                raise
-        if fixed:
-            raise UserError(
-                f"this run was begun with {size} sequences per forward pass, for which there is "
-                "no memory now; free some, or add --restart to begin anew"
-            )
-        size = (size + 1) // 2
-        progress.note(f"out of memory; going on with {size} sequences per forward pass")
+    if not fixed:
+        return fitting(size, run, progress.note)
+    try:
+        return size, run(size)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    raise UserError(
+        f"this run was begun with {size} sequences per forward pass, for which there is "
+        "no memory now; free some, or add --restart to begin anew"
+    )
 
 
 def memory_used(

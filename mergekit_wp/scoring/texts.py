@@ -16,8 +16,8 @@ import torch
 from mergekit_wp.checkpoints import Pair, ResidentModel
 from mergekit_wp.errors import UserError
 from mergekit_wp.generation import end_tokens, greedy
-from mergekit_wp.memory import is_out_of_memory
 from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
+from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import Progress, RunRequest
 
@@ -140,19 +140,20 @@ def with_responses(
     size = request.batch_size or 32
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
 
+    at_once = AtOnce(min(size, max(1, len(missing))), progress.note)
+
     def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
         resident.move_to(position)
         ends = end_tokens(resident.pair.expert.path, tokenizer)
-        at_once = len(chunk)
-        found: list[list[int]] = []
-        while len(found) < len(chunk):
-            some = [prompts[i] for i in chunk[len(found) : len(found) + at_once]]
-            try:
+
+        def continued(together: int) -> list[list[int]]:
+            found: list[list[int]] = []
+            for start in range(0, len(chunk), together):
+                some = [prompts[i] for i in chunk[start : start + together]]
                 found += greedy(resident.model, some, request.max_new_tokens, ends, resident.device)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or at_once == 1:
-                    raise
-                at_once = (at_once + 1) // 2
+            return found
+
+        found = at_once.run(continued)
         return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
 
     if chunks:

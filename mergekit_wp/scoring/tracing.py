@@ -34,7 +34,8 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.roles import Edge, Measured, Node, Via, is_edge, role
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
-from mergekit_wp.scoring.blocks import SweepContext
+from mergekit_wp.scoring.backoff import fitting
+from mergekit_wp.scoring.blocks import Block, SweepContext
 from mergekit_wp.scoring.fidelity import verdict
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import (
@@ -94,8 +95,13 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
             request, opened.texts, opened.tokenizer, resident, journal, progress
         )
         size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
-        references = references_at(resident, samples, (criterion,), _anchor(file, resident), size)
-        context = SweepContext(resident, references, (criterion,), size)
+        anchor = _anchor(file, resident)
+        at_once, references = fitting(
+            size,
+            lambda at_once: references_at(resident, samples, (criterion,), anchor, size, at_once),
+            progress.note,
+        )
+        context = SweepContext(resident, references, (criterion,), at_once)
         tracer = Tracer(request, context, criterion, targets, journal, progress)
         nodes, edges, screen = tracer.circuit()
         result = TraceFile(
@@ -231,10 +237,11 @@ class Tracer:
             nodes.append(node.model_copy(update={"role": found}))
         return tuple(nodes), edges, self._fidelity(pairs, supplies)
 
-    def _kept(self, key: str, cost: float, run: Callable[[], dict[str, torch.Tensor]]) -> Any:
+    def _kept(self, block: Block) -> dict[str, torch.Tensor]:
         """A block from the journal, or run and kept there."""
-        found, resumed = self.journal.block(key, run)
-        self.progress.advance(cost, resumed=resumed)
+        run = partial(self.context.fitting, block, self.progress.note)
+        found, resumed = self.journal.block(block.key, run)
+        self.progress.advance(block.cost, resumed=resumed)
         return found
 
     def _measured(self, change: torch.Tensor) -> Measured:
@@ -251,9 +258,9 @@ class Tracer:
         self.progress.stage("screening suppliers", len(every) * (last + 1), "layer")
         total: dict[str, torch.Tensor] = {}
         for b in range(len(every)):
-            for key, value in self._kept(
-                f"screen.batch{b:04d}", last + 1, partial(self._screen_batch, b)
-            ).items():
+            work = partial(self._screen_batch, b)
+            block = Block(f"screen.batch{b:04d}", last + 1, work, b, prompts=None)
+            for key, value in self._kept(block).items():
                 total[key] = total.get(key, 0.0) + value.double()
         scale = self.context.n_prompts * float(self.distance.mean())
         return {
@@ -266,8 +273,7 @@ class Tracer:
     def _screen_batch(self, b: int) -> dict[str, torch.Tensor]:
         context, dims = self.context, self.dims
         context.resident.move_to(0.0)
-        decoder, batch = context.decoder, context.references.batches[b]
-        targets = context.references.targets[b]
+        decoder, batch, targets = context.decoder, context.batch(b), context.targets(b)
         with_graph = record_with_gradients(decoder, batch)
         gradients = criterion_gradients(decoder, with_graph, (self.criterion,), targets)
         trace = context.trace(0.0, b)
@@ -338,11 +344,9 @@ class Tracer:
         self.progress.stage("measuring supplies", len(every) * len(pairs), "path")
         for b, batch in enumerate(every):
             for layer, members in sorted(by_layer.items()):
-                found = self._kept(
-                    f"supplies.batch{b:04d}.layer{layer:04d}",
-                    len(members),
-                    partial(self._supply, b, layer, [pairs[p] for p in members]),
-                )
+                work = partial(self._supply, b, layer, [pairs[p] for p in members])
+                key = f"supplies.batch{b:04d}.layer{layer:04d}"
+                found = self._kept(Block(key, len(members), work, b))
                 rows = torch.tensor(members).unsqueeze(-1)
                 changes[rows, batch.members] = found["changes"].double()
         return [self._measured(change) for change in changes]
@@ -351,7 +355,7 @@ class Tracer:
     def _supply(self, b: int, layer: int, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         context = self.context
         trace, decoder = context.trace(0.0, b), context.decoder
-        targets, criteria = context.references.targets[b], context.criteria
+        targets, criteria = context.targets(b), context.criteria
         own = own_values(decoder, trace, criteria, targets)[self.criterion]
         inputs = self._inputs(layer, trace)
         found = torch.empty((len(pairs), trace.batch.size), dtype=torch.float64)
@@ -378,11 +382,8 @@ class Tracer:
         self.progress.stage("measuring components", len(every) * len(places), "component")
         for b, batch in enumerate(every):
             for p, place in enumerate(places):
-                found = self._kept(
-                    f"effect.{place.name.replace(' ', '-')}.batch{b:04d}",
-                    1,
-                    partial(self._effect, b, place),
-                )
+                key = f"effect.{place.name.replace(' ', '-')}.batch{b:04d}"
+                found = self._kept(Block(key, 1, partial(self._effect, b, place), b))
                 changes[p][:, batch.members] = found["changes"].double()
         return {
             place: (self._measured(of[0]), self._measured(of[1]), self._measured(of[2]))
@@ -393,7 +394,7 @@ class Tracer:
     def _effect(self, b: int, place: Place) -> dict[str, torch.Tensor]:
         context = self.context
         trace, decoder = context.trace(0.0, b), context.decoder
-        targets, criteria = context.references.targets[b], context.criteria
+        targets, criteria = context.targets(b), context.criteria
         own = own_values(decoder, trace, criteria, targets)[self.criterion]
         found = torch.zeros((3, trace.batch.size), dtype=torch.float64)
         inputs = self._inputs(place.layer, trace)

@@ -22,7 +22,7 @@ from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.statistics import Array, percentiles
 from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.sets import Members, extreme, matched, swapped
-from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch, batches, read_prompts
 from mergekit_wp.scorefile import (
@@ -34,6 +34,7 @@ from mergekit_wp.scorefile import (
     SetPoint,
     Verification,
 )
+from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import (
     check_pair,
@@ -41,7 +42,7 @@ from mergekit_wp.scoring.opening import (
     open_inputs,
     scored_model,
 )
-from mergekit_wp.scoring.references import logprobs
+from mergekit_wp.scoring.references import logprobs, values_of
 from mergekit_wp.scoring.request import DTYPES, Progress, VerifyRequest
 from mergekit_wp.scoring.texts import auto_batch_size, with_responses
 
@@ -108,7 +109,8 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
         samples = with_responses(request, texts, tokenizer, resident, journal, progress)
         size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
         every = list(batches(samples, size, request.device))
-        meter = Meter(resident, every, len(samples), file, task, tokenizer)
+        at_once = AtOnce(size, progress.note)
+        meter = Meter(resident, every, len(samples), file, task, tokenizer, at_once)
         ends, found = _measure(request, sizes, fine, meter, journal, progress)
         for measure, value in ends[0].items():
             if float(value.mean()) == float(ends[1][measure].mean()):
@@ -139,6 +141,7 @@ class Meter:
         file: ScoreFile,
         task: JsonlTask | None,
         tokenizer: Any,
+        at_once: AtOnce,
     ) -> None:
         self.resident, self.every, self.n = resident, every, n
         self.task, self.tokenizer = task, tokenizer
@@ -152,18 +155,19 @@ class Meter:
             vector = vector.to(torch.promote_types(resident.dtype, torch.float32))
             anchor = AnchorDirection(vector, file.manifest.anchor.layer)
         decoder = Decoder(resident.model)
-        self.targets = [Targets(logprobs(decoder, batch), anchor) for batch in every]
+        self.at_once = at_once
+        self.targets = at_once.run(
+            lambda size: [Targets(logprobs(decoder, batch, size), anchor) for batch in every]
+        )
 
     @torch.no_grad()
     def __call__(self) -> dict[str, torch.Tensor]:
         """Values ``[prompts]`` by criterion, and ``[items]`` of the behaviour."""
         decoder = Decoder(self.resident.model)
-        found: dict[str, torch.Tensor] = {}
-        for batch, targets in zip(self.every, self.targets, strict=True):
-            values = own_values(decoder, record(decoder, batch), self.criteria, targets)
-            for name, value in values.items():
-                row = found.setdefault(name, torch.empty(self.n, dtype=torch.float64))
-                row[batch.members] = value.double().cpu()
+        values = self.at_once.run(
+            lambda size: values_of(decoder, self.every, self.targets, self.criteria, self.n, size)
+        )
+        found: dict[str, torch.Tensor] = {name: v.double() for name, v in values.items()}
         if self.task is not None:
             scores = self.task.evaluate(self.resident.model, self.tokenizer, "test")
             found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)

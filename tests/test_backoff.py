@@ -1,0 +1,216 @@
+"""Every command goes on with fewer sequences at once where memory runs out, to the same result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergekit_wp import gatesfile, scorefile
+from mergekit_wp.errors import UserError
+from mergekit_wp.scoring.backoff import fitting
+from mergekit_wp.scoring.company import score_company
+from mergekit_wp.scoring.fit import fit
+from mergekit_wp.scoring.layers import AnchorRequest, find_anchors
+from mergekit_wp.scoring.request import (
+    CompanyRequest,
+    FitRequest,
+    ScoreRequest,
+    TraceRequest,
+    VerifyRequest,
+)
+from mergekit_wp.scoring.score import score
+from mergekit_wp.scoring.tracing import trace
+from mergekit_wp.scoring.verify import verify
+from tests.models import make_model, perturbed, save
+from tests.test_company import NAMES, make_world
+from tests.test_memory import SmallMemory
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
+OOM = torch.OutOfMemoryError("CUDA out of memory")
+PROMPTS = [("abcd", "ab"), ("bcd", "cd"), ("cab", "ba"), ("dcab", "dd")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A company, a pair with a file of scores by activations, and prompts with contrasts."""
+    root = make_world("llama-tied", tmp_path_factory.mktemp("backoff"))
+    lines = [{"prompt": p, "contrast": p[:-1], "response": r} for p, r in PROMPTS]
+    (root / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    save(perturbed(make_model("llama-tied"), 0.2), root / "expert")
+    score(
+        ScoreRequest(
+            **pair(root),
+            out=root / "scores.safetensors",
+            estimands=("gain", "activation_gain"),
+            criteria=("kl",),
+            dtype="float64",
+            verify=0,
+        ),
+        Quiet(),
+    )
+    return root
+
+
+def pair(world: Path) -> dict[str, Any]:
+    sides = {name: str(world / name) for name in ("base", "expert")}
+    return sides | {"prompts": world / "prompts.jsonl"}
+
+
+def members(world: Path) -> dict[str, Any]:
+    prompts = tuple((name, world / f"{name}.jsonl") for name in NAMES)
+    return {"recipe": world / "recipe.yml", "prompts": prompts, "dtype": "float64"}
+
+
+Numbers = dict[str, torch.Tensor]
+
+
+def company(world: Path, out: Path, said: Quiet) -> Numbers:
+    request = CompanyRequest(**members(world), out=out, batch_size=4, steps=2)
+    *files, _ = score_company(request, said)
+    found = [scorefile.read(file) for file in files]
+    numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
+    reached = found[0].manifest.company
+    assert reached is not None
+    return numbers | {"recovered": torch.tensor([one.recovery for one in reached])}
+
+
+def fitted(world: Path, out: Path, said: Quiet) -> Numbers:
+    options = {"steps": 3, "prompts_a_step": 2, "held_out": 0.5}
+    guard = world / "prompts.jsonl"
+    fit(FitRequest(**members(world), out=out / "g.safetensors", guards=(guard,), **options), said)
+    file = gatesfile.read(out / "g.safetensors")
+    moments = [m.fitted for m in file.manifest.history] + [
+        m.held_out for m in file.manifest.history
+    ]
+    seen = [value for moment in moments if moment for value in moment.values()]
+    return dict(file.tensors) | {"seen": torch.tensor(seen)}
+
+
+def traced(world: Path, out: Path, said: Quiet) -> Numbers:
+    request = TraceRequest(
+        file=world / "scores.safetensors",
+        prompts=world / "prompts.jsonl",
+        out=out / "trace.json",
+        targets=3,
+        suppliers=3,
+        dtype="float64",
+        batch_size=4,
+    )
+    (out).mkdir(exist_ok=True)
+    file = trace(request, said)
+    supplies = [(edge.supply.value, edge.screened) for edge in file.edges]
+    nodes = [(n.gain.value, n.activation.value, n.direct.value) for n in file.nodes]
+    return {"supplies": torch.tensor(supplies), "nodes": torch.tensor(nodes)}
+
+
+def verified(world: Path, out: Path, said: Quiet) -> Numbers:
+    out.mkdir()
+    file = out / "scores.safetensors"
+    file.write_bytes((world / "scores.safetensors").read_bytes())
+    request = VerifyRequest(
+        file=file,
+        prompts=world / "prompts.jsonl",
+        top=("25%",),
+        draws=2,
+        dtype="float64",
+        batch_size=4,
+    )
+    points = verify(request, None, said).points
+    return {"points": torch.tensor([(p.value, p.low, p.high) for p in points])}
+
+
+def anchored(world: Path, out: Path, said: Quiet) -> Numbers:
+    out.mkdir()
+    request = AnchorRequest(**pair(world), dtype="float64", batch_size=4)
+    found = find_anchors(request, said, out / "anchor")
+    rows = [(x.separation, x.stability.value, x.steering.value) for x in found]
+    return {"layers": torch.tensor(rows)}
+
+
+@dataclass
+class Command:
+    run: Callable[[Path, Path, Quiet], Numbers]
+    stages: tuple[str, ...]  # in each of which memory is to run out for the first time
+
+
+COMMANDS = {
+    "company": Command(company, ("base and east", "guided path")),
+    "fit": Command(fitted, ("base and east", "base and experts on guard", "fitting gates")),
+    "trace": Command(traced, ("screening", "measuring supplies", "measuring c")),
+    "verify": Command(verified, ("sets",)),
+    "anchor": Command(anchored, ("layers",)),
+}
+CASES = [(name, stage) for name, command in COMMANDS.items() for stage in command.stages]
+
+
+@pytest.mark.parametrize(("name", "stage"), [*CASES, *((name, "") for name in COMMANDS)])
+def test_results_are_those_of_a_run_with_memory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str
+) -> None:
+    command = COMMANDS[name]
+    whole = command.run(world, tmp_path / "whole", Quiet())
+    memory = SmallMemory(monkeypatch, OOM, 10**6 if stage else 9)
+
+    class Tightening(Quiet):
+        def stage(self, said: str, total: float, unit: str) -> None:
+            if said.startswith(stage):
+                memory.tokens = 9  # one sequence of a prompt with its response
+            super().stage(said, total, unit)
+
+    said = Tightening()
+    small = command.run(world, tmp_path / "small", said)
+    assert memory.refused >= 1
+    assert "out of memory; going on with one sequence per forward pass" in said.notes
+    assert list(small) == list(whole)
+    for key, tensor in whole.items():
+        torch.testing.assert_close(small[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_answers_of_the_expert_tell_of_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": p}) for p, _ in PROMPTS))
+
+    def run(name: str, said: Quiet) -> Numbers:
+        request = ScoreRequest(
+            **pair(world) | {"prompts": prompts},
+            out=tmp_path / f"{name}.safetensors",
+            estimands=("share",),
+            share_steps=1,
+            dtype="float64",
+            max_new_tokens=2,
+        )
+        return score(request, said).tensors
+
+    whole, said = run("whole", Quiet()), Quiet()
+    SmallMemory(monkeypatch, OOM, 8)
+    small = run("small", said)
+    assert said.notes[0] == "out of memory; going on with 2 sequences per forward pass"
+    for key, tensor in whole.items():
+        torch.testing.assert_close(small[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_halving_ends_with_one_clear_error() -> None:
+    tried, told = [], []
+
+    def run(size: int) -> None:
+        tried.append(size)
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+
+    with pytest.raises(UserError, match="out of memory with one sequence at a time .*8 bytes"):
+        fitting(5, run, told.append)
+    assert tried == [5, 3, 2, 1] and len(told) == 3
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fitting(5, _mismatch, told.append)
+
+
+def _mismatch(_size: int) -> None:
+    raise RuntimeError("size mismatch")
