@@ -118,16 +118,11 @@ class Walk:
         self._move_to(travelled)
         decoder, found = Decoder(self.resident.model), []
         for references, context in zip(self.references, self.contexts, strict=True):
-            reference, at_once = (
-                references.values["kl"],
-                AtOnce(context.batch_size, self.progress.note),
-            )
+            reference, every = references.values["kl"], references.batches
+            n, at_once = reference.base.numel(), AtOnce(context.batch_size, self.progress.note)
+            work = partial(values_of, decoder, every, references.targets, ("kl",), n)
             with torch.no_grad():
-                values = at_once.run(
-                    lambda size, own=references: values_of(  # type: ignore[misc]
-                        decoder, own.batches, own.targets, ("kl",), len(own.values["kl"].base), size
-                    )
-                )["kl"]
+                values = at_once.run(work)["kl"]
             change = float(values.double().mean()) - float(reference.base.double().mean())
             found.append(change / float(reference.distance.double().mean()))
         return found

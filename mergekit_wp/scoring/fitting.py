@@ -106,9 +106,9 @@ class Fitting:
         ]
         self.fitted = layout.fitted
         self.at_once = AtOnce(request.prompts_a_step, progress.note)
-        split = [self._split(lesson) for lesson in lessons]
-        self.train = [train for train, _ in split]
-        self.held_out = [held_out for _, held_out in split]
+        sides = [self._split(lesson) for lesson in lessons]
+        self.train = [train for train, _ in sides]
+        self.held_out = [held_out for _, held_out in sides]
 
     def _split(self, lesson: Lesson) -> tuple[list[int], list[int]]:
         """Batches to fit on, and batches only to look at."""

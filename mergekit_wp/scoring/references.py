@@ -78,7 +78,7 @@ def measure_references(
         criteria: which criteria are asked for.
         anchor_layer: the anchor's layer, None to choose.
         batch_size: samples per batch.
-        at_once: samples per forward, if fewer.
+        at_once: samples per forward, if fewer; contrasts go by their own batches.
 
     Raises:
         UserError: a criterion that does not separate, or no anchor can be chosen.
@@ -87,7 +87,7 @@ def measure_references(
     device = resident.device
     every = list(batches(samples, batch_size, device))
     n = len(samples)
-    prompt_only = list(batches([Sample(s.prompt_ids) for s in samples], batch_size, device))
+    prompt_only = list(batches([Sample(s.prompt_ids) for s in samples], at_once, device))
     outputs: Criteria = tuple(c for c in criteria if c != "anchor")
 
     resident.move_to(1.0)
