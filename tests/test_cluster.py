@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_wp.checkpoints import ResidentModel, open_pair
+from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import Interrupted, listening
 from mergekit_wp.prompts import Sample
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.blocks import SweepContext, share_blocks
 from mergekit_wp.scoring.cluster import ATTEMPTS, Assignment, Cluster, Worker, moved
 from mergekit_wp.scoring.references import measure_references

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.smollm2.paths import BUILD, REPO
-from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.components import Component, Kind, Partition
 from mergekit_wp.engine.trace import Criteria
 from mergekit_wp.progress import BarProgress
 from mergekit_wp.prompts import Sample, read_prompts
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import References, measure_references

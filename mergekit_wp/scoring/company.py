@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.engine.guided import Travelled
 from mergekit_wp.engine.share import contributions
 from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.files import written_whole
 from mergekit_wp.fusion import fuse
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import (
     CompanyMember,
     Estimand,

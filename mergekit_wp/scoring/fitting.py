@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.engine.gates import Climb, Layout, penalty_slope
 from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
@@ -16,6 +15,7 @@ from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.fusion import fuse
 from mergekit_wp.interrupts import finishing
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.backoff import AtOnce, split
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import Lesson

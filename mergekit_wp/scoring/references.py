@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.criteria import AnchorDirection, Reference, Targets, wide
 from mergekit_wp.engine.trace import Criteria, Decoder, own_values, record
 from mergekit_wp.prompts import PromptBatch, Sample, batches
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import Anchor, CriterionName
 from mergekit_wp.scoring.anchor import Contrast, choose_anchor
 from mergekit_wp.scoring.backoff import split

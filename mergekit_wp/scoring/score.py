@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import mergekit_wp
-from mergekit_wp.checkpoints import Pair, ResidentModel
+from mergekit_wp.checkpoints import Pair
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
 from mergekit_wp.memory import (
@@ -26,6 +26,7 @@ from mergekit_wp.prompts import (
     Sample,
     read_prompts,
 )
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read, write
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors

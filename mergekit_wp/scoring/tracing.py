@@ -16,7 +16,6 @@ import torch
 
 import mergekit_wp
 from mergekit_wp import scorefile, tracefile
-from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.components import FineKind, Partition
 from mergekit_wp.criteria import AnchorDirection, Targets, recovery
 from mergekit_wp.engine.gradients import criterion_gradients, record_with_gradients
@@ -32,6 +31,7 @@ from mergekit_wp.engine.paths import (
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, own_values
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import read_prompts
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.roles import Edge, Measured, Node, Via, is_edge, role
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
 from mergekit_wp.scoring.backoff import fitting

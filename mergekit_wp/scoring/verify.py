@@ -17,7 +17,6 @@ import torch
 
 import mergekit_wp
 from mergekit_wp import scorefile
-from mergekit_wp.checkpoints import ResidentModel
 from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.statistics import Array, percentiles
 from mergekit_wp.criteria import AnchorDirection, Targets
@@ -25,6 +24,7 @@ from mergekit_wp.engine.sets import Members, extreme, matched, swapped
 from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch, batches, read_prompts
+from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import (
     CRITERIA,
     CriterionName,
