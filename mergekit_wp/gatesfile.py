@@ -76,6 +76,7 @@ class GatesManifest(_Strict):
     base_sha256: str
     experts: tuple[GatedExpert, ...]
     guards: tuple[Guard, ...]
+    guard_weight: float
     architecture: str
     n_layers: PositiveInt
     n_heads: PositiveInt

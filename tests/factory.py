@@ -119,6 +119,7 @@ def make_gates_file(dims: Dims | None = None, n_experts: int = 2) -> GatesFile:
         upper=1.5,
         start="0.5",
         rate=0.05,
+        guard_weight=0.25,
         penalty=0.01,
         prompts_a_step=2,
         best_step=1,

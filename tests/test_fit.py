@@ -20,7 +20,7 @@ from mergekit_wp import gatesfile
 from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import cli
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.gates import KINDS, Climb, Layout, penalty, penalty_slope
+from mergekit_wp.engine.gates import KINDS, Climb, Layout, penalty, penalty_slope, weights
 from mergekit_wp.engine.share import TaskVector, contributions
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder, own_values, record
@@ -349,10 +349,11 @@ def test_a_guard_keeps_what_the_base_does(world: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl").write_text("\n".join(kept) + "\n")
     options = {"steps": 20, "held_out": 0, "rate": 0.1, "max_new_tokens": 3}
     free = fitted(world, tmp_path / "free.safetensors", **options)
-    guarded = fitted(
-        world, tmp_path / "kept.safetensors", guards=(tmp_path / "plain.jsonl",), **options
-    )
+    options |= {"guards": (tmp_path / "plain.jsonl",)}
+    guarded = fitted(world, tmp_path / "kept.safetensors", guard_weight=0.5, **options)
+    harder = fitted(world, tmp_path / "harder.safetensors", guard_weight=4.0, **options)
     assert [g.behavior for g in guarded.manifest.guards] == ["plain"]
+    assert harder.manifest.guard_weight == 4.0
     base = load(world / "base")
     pairs = [open_pair(str(world / "base"), str(world / n), lambda *_: None) for n in NAMES]
     layout = Layout(pairs[0].partition, tuple(pair.changed for pair in pairs))
@@ -365,6 +366,17 @@ def test_a_guard_keeps_what_the_base_does(world: Path, tmp_path: Path) -> None:
         return divergence(merged(world, layout, flat), base, tmp_path / "answers.jsonl")
 
     assert away(guarded) < 0.7 * away(free)
+    assert away(harder) < 0.7 * away(guarded)
+
+
+def test_guards_weigh_together() -> None:
+    """Their weight beside the experts' does not depend on the number of files."""
+    for behaviors, guards, weight in ((3, 1, 0.25), (2, 4, 0.25), (1, 2, 8.0)):
+        found = weights(behaviors, guards, weight)
+        assert len(found) == behaviors + guards and sum(found) == pytest.approx(1)
+        assert len(set(found[:behaviors])) == len(set(found[behaviors:])) == 1
+        assert sum(found[behaviors:]) / sum(found[:behaviors]) == pytest.approx(weight)
+    assert weights(4, 0, 0.25) == [0.25] * 4
 
 
 def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +453,7 @@ def test_starting_points(world: Path, tmp_path: Path) -> None:
         ({"start": "scores"}, "is of 'ties' and has no scores to start from"),
         ({"prompts": ()}, "has no prompts; add --prompts east=FILE.jsonl"),
         ({"max_prompts": 2}, "has prompts for one step only"),
+        ({"guard_weight": 0.5}, "--guard-weight 0.5 weighs guards, and none is given"),
     ],
 )
 def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -30,6 +30,13 @@ from mergekit_wp.commands.options import running
     help="Prompt file on which the merge is to stay like the base; may be given several times.",
 )
 @click.option(
+    "--guard-weight",
+    type=click.FloatRange(0, min_open=True),
+    default=0.25,
+    show_default=True,
+    help="Weight of all guards together, beside 1 for all experts together.",
+)
+@click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),

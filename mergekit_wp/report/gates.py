@@ -25,6 +25,10 @@ def facts(file: GatesFile) -> list[tuple[str, str]]:
     for guard in manifest.guards:
         prompts = words.count(guard.n_prompts, "prompt")
         found.append(("guard", f"{words.clean(guard.behavior)}, {prompts}"))
+    if manifest.guards:
+        found.append(
+            ("weight", f"all experts together 1, all guards together {manifest.guard_weight:g}")
+        )
     found.append(
         (
             "fitted",

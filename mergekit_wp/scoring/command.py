@@ -40,9 +40,10 @@ def _company(request: CompanyRequest) -> tuple[str, ...]:
 
 @command_of.register
 def _fit(request: FitRequest) -> tuple[str, ...]:
-    own = ("prompts", "guards", "start", "steps", "rate", "prompts_a_step", "held_out")
+    objective = ("prompts", "guards", "guard_weight", "penalty", "upper")
+    climb = ("start", "steps", "rate", "prompts_a_step", "held_out")
     run = tuple(name for name in _RUN if name != "batch_size")
-    options = _options(request, (*own, "penalty", "upper", *run), {"guards": "guard"})
+    options = _options(request, (*objective, *climb, *run), {"guards": "guard"})
     return ("fit", str(request.recipe), *options)
 
 

@@ -31,7 +31,7 @@ from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import guard_of, lesson_of
 from mergekit_wp.scoring.members import Member, inputs_of, open_members
 from mergekit_wp.scoring.opening import check_norms
-from mergekit_wp.scoring.request import FitRequest, Progress
+from mergekit_wp.scoring.request import GUARD_WEIGHT, FitRequest, Progress
 
 
 def fit(request: FitRequest, progress: Progress) -> Path:
@@ -43,6 +43,11 @@ def fit(request: FitRequest, progress: Progress) -> Path:
     Raises:
         UserError: any mistake in the inputs, before anything is fitted.
     """
+    if request.guard_weight != GUARD_WEIGHT and not request.guards:
+        raise UserError(
+            f"--guard-weight {request.guard_weight:g} weighs guards, and none is given; add "
+            "--guard FILE.jsonl"
+        )
     recipe_path = _recipe_path(request)
     members = open_members(request, request.out.parent, progress)
     guards = [(path, read_prompts(path, request.max_prompts)) for path in request.guards]
@@ -197,6 +202,7 @@ def _manifest(
             Guard(behavior=path.stem, prompts_sha256=p.sha256, n_prompts=len(p.prompts))
             for path, p in guards
         ),
+        guard_weight=request.guard_weight,
         architecture=pair.base.architecture,
         n_layers=dims.n_layers,
         n_heads=dims.n_heads,

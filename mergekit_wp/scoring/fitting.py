@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import mul
 
 import torch
 
-from mergekit_wp.engine.gates import Climb, Layout, penalty_slope
+from mergekit_wp.engine.gates import Climb, Layout, penalty_slope, weights
 from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder, own_values, record
@@ -36,7 +37,7 @@ class State:
             prompts fitted on and on held-out ones; NaN where not looked at.
         best: the gates with the best held-out recovery.
         best_step: steps after which they were reached.
-        best_value: their mean held-out recovery.
+        best_value: their objective on held-out prompts.
         vain: looks since then.
     """
 
@@ -73,9 +74,8 @@ class State:
             "numbers": torch.tensor(numbers, dtype=torch.float64),
         }
 
-    def look(self, held_out: Sequence[float]) -> State:
-        """Compare the present gates with the best ones so far."""
-        value = sum(held_out) / len(held_out)
+    def look(self, value: float) -> State:
+        """Compare the present gates' objective on held-out prompts with the best so far."""
         if value > self.best_value + LEAST_GAIN:
             here = self.climb
             return replace(self, best=here.gates, best_step=here.steps, best_value=value, vain=0)
@@ -106,6 +106,8 @@ class Fitting:
         ]
         self.fitted = layout.fitted
         self.at_once = AtOnce(request.prompts_a_step, progress.note)
+        guards = len(request.guards)
+        self.weights = weights(len(lessons) - guards, guards, request.guard_weight)
         sides = [self._split(lesson) for lesson in lessons]
         self.train = [train for train, _ in sides]
         self.held_out = [held_out for _, held_out in sides]
@@ -141,7 +143,7 @@ class Fitting:
                 self.move_to(state.climb.gates)
                 if looking and (step % LOOK == 0 or step == request.steps):
                     held_out = self._look()
-                    state = state.look(held_out)
+                    state = state.look(sum(map(mul, self.weights, held_out)))
                     told = zip(self.lessons, held_out, strict=True)
                     self.progress.note(
                         f"after {step} steps, held-out prompts recover "
@@ -168,16 +170,17 @@ class Fitting:
         return state
 
     def _slope(self, step: int) -> tuple[torch.Tensor, list[float]]:
-        """Derivative of the mean recovery by every gate, and the recoveries, on one batch each."""
+        """Derivative of the objective by every gate, and the recoveries, on one batch each."""
         terms, chosen = [], []
         decoder = Decoder(self.resident.model)
-        for number, (lesson, train) in enumerate(zip(self.lessons, self.train, strict=True)):
+        every = zip(self.lessons, self.train, self.weights, strict=True)
+        for number, (lesson, train, share) in enumerate(every):
             epoch, place = divmod(step, len(train))
             seed = (self.request.seed * 1_009 + number) * 1_000_003 + epoch
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
             chosen.append(b := train[int(order[place])])
             batch = lesson.batches[b]
-            weight = 1 / (len(self.lessons) * batch.size * lesson.span)
+            weight = share / (batch.size * lesson.span)
             terms.append(Term(batch, lesson.targets[b], weight))
 
         def in_parts(size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
