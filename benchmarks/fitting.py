@@ -12,9 +12,10 @@ import torch
 
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.engine.gates import Layout
+from mergekit_wp.prompts import read_prompts
 from mergekit_wp.scoring.fitting import Fitting, State
 from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.lessons import lesson_of
+from mergekit_wp.scoring.lessons import guard_of, lesson_of
 from mergekit_wp.scoring.members import open_members
 from mergekit_wp.scoring.request import FitRequest, Progress
 
@@ -30,12 +31,11 @@ class WholeTensors(Partition):
 
 
 def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tuple[Any, State]:
-    """The fit of a request with one gate a tensor; guards are left out.
+    """The fit of a request with one gate a tensor.
 
     Returns:
         The model at the gates kept, and where the fit ended.
     """
-    assert not request.guards
     members = open_members(request, request.out.parent, progress)
     coarse = [
         replace(m, pair=replace(m.pair, partition=WholeTensors(p.dims, p.shapes)))
@@ -45,6 +45,9 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     layout = Layout(coarse[0].pair.partition, tuple(m.pair.changed for m in coarse))
     with TemporaryDirectory() as scratch, Journal(Path(scratch, "out"), {}, False) as journal:
         lessons = [lesson_of(m, journal, progress, request.prompts_a_step) for m in coarse]
+        for path in request.guards:
+            prompts = read_prompts(path)
+            lessons.append(guard_of(path, prompts, coarse, request, journal, progress))
         fitting = Fitting(request, coarse, lessons, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
     fitting.move_to(state.best)

@@ -29,7 +29,6 @@ from benchmarks.smollm2.paths import (
     BASE,
     BUILD,
     IFEVAL,
-    PROMPTS,
     REPO,
     command,
     device,
@@ -37,9 +36,16 @@ from benchmarks.smollm2.paths import (
     write_jsonl,
 )
 from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
-from benchmarks.smollm2.skills import instruction
+from benchmarks.smollm2.skills import code, instruction, math
 from benchmarks.smollm2.skills.item import split_of
-from benchmarks.smollm2.tasks import COUNTS, SKILLS, base_answers, task_line, unique
+from benchmarks.smollm2.tasks import (
+    COUNTS,
+    MAX_NEW_TOKENS,
+    SKILLS,
+    base_answers,
+    task_line,
+    unique,
+)
 from benchmarks.zoo.bench import Silent
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask
@@ -48,16 +54,25 @@ from mergekit_wp.scoring.request import FitRequest
 FOLDER = BUILD / "fitting"
 GUARDS = (FOLDER / "requests.jsonl", FOLDER / "text.jsonl")
 LEAK = FOLDER / "unasked.jsonl"
-START, STEPS, A_STEP = 0.7, 16, 8
+#: prompts of each behaviour and guard (code has 122), and how the gates climb
+N, START, STEPS, A_STEP = 128, 0.7, 40, 8
 #: the combination that is also fitted without guards, and with one gate a tensor
 HARD = ("instruction", "math")
 
 
 def write_data() -> None:
-    """Guards (requests with the base's answers; running text), and the test requests unasked."""
+    """Prompts; guards (requests with the base's answers, running text); test requests unasked."""
     answers = base_answers(BUILD / "data" / "base-answers.jsonl")
-    plain = sorted(answers["score"].items())[:32]
-    write_jsonl(GUARDS[0], [{"prompt": p, "response": a} for p, a in plain if a.strip()])
+    streams = {
+        "instruction": instruction.items("score", 0, answers["score"]),
+        "math": math.items("score", 0),
+        "code": code.items("score", 0),
+    }
+    for skill, stream in streams.items():
+        write_jsonl(taught(skill), [{"prompt": item.prompt} for item in unique(stream, N)])
+    plain = [pair for split in ("score", "train") for pair in sorted(answers[split].items())]
+    asked = [{"prompt": p, "response": a} for p, a in plain if a.strip()]
+    write_jsonl(GUARDS[0], asked[:N])
     known = set(plain_texts(read_jsonl(IFEVAL)))
     texts = []
     for row in read_jsonl(IFEVAL):
@@ -65,12 +80,17 @@ def write_data() -> None:
         learnt = request is not None and split_of(identity(request)) in ("train", "score")
         if learnt and row["prompt"].strip() not in known:
             texts.append(" ".join(row["prompt"].split(" ")[:60]))
-    chosen = sorted(dict.fromkeys(texts), key=len)[-32:]
+    chosen = sorted(dict.fromkeys(texts), key=len)[-N:]
     write_jsonl(GUARDS[1], [{"prompt": "Continue.", "response": text} for text in chosen])
     items = unique(instruction.items("test", 0, answers["test"]), COUNTS["test"])
     lines = [task_line(i, "test", item) for i, item in enumerate(items)]
     asked = [line | {"prompt": item.contrast} for line, item in zip(lines, items, strict=True)]
     write_jsonl(LEAK, asked)
+
+
+def taught(skill: str) -> Path:
+    """Its unlabelled prompts: the expert's own answers are taken."""
+    return FOLDER / "prompts" / f"{skill}.jsonl"
 
 
 def recipe_of(experts: tuple[str, ...]) -> Path:
@@ -87,7 +107,7 @@ def fitted(experts: tuple[str, ...], guards: bool) -> Path:
     """The recipe that merges by fitted gates."""
     out = FOLDER / f"{'-'.join(experts)}{'' if guards else '-free'}.safetensors"
     if not out.exists():
-        pairs = [f"{e}={local(PROMPTS / f'{e}.jsonl')}" for e in experts]
+        pairs = [f"{e}={local(taught(e))}" for e in experts]
         guarding = [part for g in GUARDS for part in ("--guard", local(g))] if guards else []
         began = time.monotonic()
         command(
@@ -95,6 +115,7 @@ def fitted(experts: tuple[str, ...], guards: bool) -> Path:
             *(part for pair in pairs for part in ("--prompts", pair)),
             *(*guarding, "--start", str(START), "--steps", str(STEPS)),
             *("--prompts-a-step", str(A_STEP), "--dtype", "bfloat16"),
+            *("--max-new-tokens", str(MAX_NEW_TOKENS)),
         )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         cost = {"seconds": time.monotonic() - began, "peak_kib": peak}
@@ -102,15 +123,17 @@ def fitted(experts: tuple[str, ...], guards: bool) -> Path:
     return out.with_suffix(".yml")
 
 
-def by_tensor(experts: tuple[str, ...]) -> Any:
+def by_tensor(experts: tuple[str, ...], guards: bool) -> Any:
     """The model of gates fitted alike, one a tensor."""
     request = FitRequest(
         recipe=recipe_of(experts),
-        prompts=tuple((e, PROMPTS / f"{e}.jsonl") for e in experts),
+        prompts=tuple((e, taught(e)) for e in experts),
+        guards=GUARDS if guards else (),
         out=FOLDER / "by-tensor.safetensors",
         steps=STEPS,
         prompts_a_step=A_STEP,
         dtype="bfloat16",
+        max_new_tokens=MAX_NEW_TOKENS,
     )
     return fit_by_tensor(request, START, Silent())[0]
 
@@ -205,10 +228,13 @@ def main(only: str | None) -> None:
             "fit": lambda c=combination, s=skills: merged(fitted(c, True), s)
         }
         if combination == HARD and closer:
-            makers["fit, no guards"] = lambda c=combination, s=skills: merged(fitted(c, False), s)
-            makers["fit, one gate a tensor"] = lambda c=combination, s=skills: measure(
-                by_tensor(c), s
-            )
+            for guards, word in ((True, ""), (False, ", no guards")):
+                makers[f"fit{word}"] = lambda c=combination, s=skills, g=guards: merged(
+                    fitted(c, g), s
+                )
+                makers[f"fit, one gate a tensor{word}"] = lambda c=combination, s=skills, g=guards: (
+                    measure(by_tensor(c, g), s)
+                )
         for label, make in makers.items():
             key = f"{' + '.join(combination)}: {label}"
             rows[key] = kept(f"{name}-{label.replace(', ', '-').replace(' ', '-')}", make)
