@@ -140,6 +140,7 @@ def _gates(
         base_sha256="0" * 64,
         experts=experts,
         guards=(),
+        guard_weight=0.25,
         architecture="LlamaForCausalLM",
         **dims.numbers,
         hidden_size=CONFIG["hidden_size"],
