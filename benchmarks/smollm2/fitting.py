@@ -228,11 +228,9 @@ def main(only: str | None) -> None:
             "fit": lambda c=combination, s=skills: merged(fitted(c, True), s)
         }
         if combination == HARD and closer:
-            for guards, word in ((True, ""), (False, ", no guards")):
-                makers[f"fit{word}"] = lambda c=combination, s=skills, g=guards: merged(
-                    fitted(c, g), s
-                )
-                makers[f"fit, one gate a tensor{word}"] = lambda c=combination, s=skills, g=guards: (
+            for g, word in ((True, ""), (False, ", no guards")):
+                makers[f"fit{word}"] = lambda c=combination, s=skills, g=g: merged(fitted(c, g), s)
+                makers[f"fit, one gate a tensor{word}"] = lambda c=combination, s=skills, g=g: (
                     measure(by_tensor(c, g), s)
                 )
         for label, make in makers.items():
