@@ -46,7 +46,7 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     with TemporaryDirectory() as scratch, Journal(Path(scratch, "out"), {}, False) as journal:
         lessons = [lesson_of(m, journal, progress, request.prompts_a_step) for m in coarse]
         for path in request.guards:
-            prompts = read_prompts(path)
+            prompts = read_prompts(path, request.max_prompts)
             lessons.append(guard_of(path, prompts, coarse, request, journal, progress))
         fitting = Fitting(request, coarse, lessons, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ torch.set_num_threads(1)
 
 def test_a_tensor_moves_as_a_whole(tmp_path: Path) -> None:
     world = make_world("qwen2", tmp_path)
+    guard = tmp_path / "plain.jsonl"
+    guard.write_text(
+        "".join(json.dumps({"prompt": "ab" * n, "response": "dc"}) + "\n" for n in range(1, 5))
+    )
     request = FitRequest(
         recipe=world / "recipe.yml",
         prompts=tuple((name, world / f"{name}.jsonl") for name in NAMES),
@@ -24,6 +29,7 @@ def test_a_tensor_moves_as_a_whole(tmp_path: Path) -> None:
         dtype="float64",
         prompts_a_step=2,
         steps=6,
+        guards=(guard,),
     )
     model, state = fit_by_tensor(request, 0.5, Quiet())
     base, *experts = [dict(load(world / n).named_parameters()) for n in ("base", *NAMES)]
@@ -38,5 +44,6 @@ def test_a_tensor_moves_as_a_whole(tmp_path: Path) -> None:
     assert len(np.unique(np.round(found, 6))) > len(found) // 2
     kept = state.best[state.best != 0]
     np.testing.assert_allclose(np.sort(found), np.sort(kept.numpy()), atol=1e-6)
+    assert state.seen.shape[-1] == len(NAMES) + 1
     first, best = state.seen[0, 1].mean(), state.seen[state.best_step, 1].mean()
     assert best > first

@@ -49,14 +49,14 @@ from benchmarks.smollm2.tasks import (
 from benchmarks.zoo.bench import Silent
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask
-from mergekit_wp.scoring.request import FitRequest
+from mergekit_wp.scoring.request import GUARD_WEIGHT, FitRequest
 
 FOLDER = BUILD / "fitting"
 GUARDS = (FOLDER / "requests.jsonl", FOLDER / "text.jsonl")
 LEAK = FOLDER / "unasked.jsonl"
 #: prompts of each behaviour and guard (code has 122), and how the gates climb
 N, START, STEPS, A_STEP = 128, 0.7, 40, 8
-#: the combination that is also fitted without guards, and with one gate a tensor
+#: the combination that is also fitted with heavier guards and none, and with one gate a tensor
 HARD = ("instruction", "math")
 
 
@@ -103,12 +103,13 @@ def recipe_of(experts: tuple[str, ...]) -> Path:
     return path
 
 
-def fitted(experts: tuple[str, ...], guards: bool) -> Path:
-    """The recipe that merges by fitted gates."""
-    out = FOLDER / f"{'-'.join(experts)}{'' if guards else '-free'}.safetensors"
+def fitted(experts: tuple[str, ...], guard: float) -> Path:
+    """The recipe that merges by fitted gates; guards weigh so much, 0 is none."""
+    out = FOLDER / f"{'-'.join(experts)}-{guard:g}.safetensors"
     if not out.exists():
         pairs = [f"{e}={local(taught(e))}" for e in experts]
-        guarding = [part for g in GUARDS for part in ("--guard", local(g))] if guards else []
+        guarding = [part for g in GUARDS for part in ("--guard", local(g))]
+        guarding = [*guarding, "--guard-weight", f"{guard:g}"] if guard else []
         began = time.monotonic()
         command(
             *("mergekit-wp", "fit", local(recipe_of(experts)), "--out", local(out)),
@@ -123,12 +124,13 @@ def fitted(experts: tuple[str, ...], guards: bool) -> Path:
     return out.with_suffix(".yml")
 
 
-def by_tensor(experts: tuple[str, ...], guards: bool) -> Any:
+def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
     """The model of gates fitted alike, one a tensor."""
     request = FitRequest(
         recipe=recipe_of(experts),
         prompts=tuple((e, taught(e)) for e in experts),
-        guards=GUARDS if guards else (),
+        guards=GUARDS if guard else (),
+        guard_weight=guard or GUARD_WEIGHT,
         out=FOLDER / "by-tensor.safetensors",
         steps=STEPS,
         prompts_a_step=A_STEP,
@@ -225,11 +227,14 @@ def main(only: str | None) -> None:
             continue
         skills = (*combination, "unasked")
         makers: dict[str, Callable[[], dict[str, Any]]] = {
-            "fit": lambda c=combination, s=skills: merged(fitted(c, True), s)
+            "fit": lambda c=combination, s=skills: merged(fitted(c, GUARD_WEIGHT), s)
         }
         if combination == HARD and closer:
-            for g, word in ((True, ""), (False, ", no guards")):
-                makers[f"fit{word}"] = lambda c=combination, s=skills, g=g: merged(fitted(c, g), s)
+            for g, word in ((2 * GUARD_WEIGHT, "guards twice as heavy"), (0.0, "no guards")):
+                makers[f"fit, {word}"] = lambda c=combination, s=skills, g=g: merged(
+                    fitted(c, g), s
+                )
+            for g, word in ((GUARD_WEIGHT, ""), (0.0, ", no guards")):
                 makers[f"fit, one gate a tensor{word}"] = lambda c=combination, s=skills, g=g: (
                     measure(by_tensor(c, g), s)
                 )
