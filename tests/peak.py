@@ -1,13 +1,15 @@
 """What scoring takes at most, measured in a process of its own: `python -m tests.peak FOLDER`.
 
 Prints JSON: resident bytes when everything has been imported and used once, the peak of a run, the
-peak of one that holds the whole expert besides, and what the run stated itself.
+peaks of one that offloads all weights and of one that holds the whole expert besides, and what the
+run stated itself.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -45,7 +47,7 @@ def save_pair(folder: Path, hidden: int, layers: int) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def run(folder: Path, name: str) -> str:
+def run(folder: Path, name: str, max_memory: dict[str, int] | None = None) -> str:
     """One run of `score` by everything but single swaps of tensors; returns its note on memory."""
     said = Quiet()
     prompts = write_prompts(folder / "p.jsonl", 2)
@@ -61,6 +63,7 @@ def run(folder: Path, name: str) -> str:
         verify=1,
         batch_size=2,
         max_new_tokens=2,
+        max_memory=max_memory,
     )
     score(request, said)
     return said.notes[-1]
@@ -71,8 +74,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     run(folder / "small", "small")
     found: dict[str, object] = {}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    forget = partial(Path("/proc/self/clear_refs").write_text, "5")  # the peak is from now on
+    forget()
     found["start"] = peak_memory()
+    run(folder / "large", "offloaded", {"cpu": 0})
+    found["offloaded"] = peak_memory()
+    forget()
     found |= {"note": run(folder / "large", "large"), "peak": peak_memory()}
     held = []
 

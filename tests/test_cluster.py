@@ -40,22 +40,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def context(world: Path) -> SweepContext:
+def context(world: Path, max_memory: dict[str, int] | None = None) -> SweepContext:
     pair = open_pair(str(world / "base"), str(world / "expert"), lambda *_: None)
-    resident = ResidentModel(pair, torch.float32, "cpu")
+    resident = ResidentModel(pair, torch.float32, "cpu", max_memory)
     samples = [Sample((1, 2, 3), (4, 5)), Sample((6, 7), (8,)), Sample((9,), (1, 2))]
     references = measure_references(resident, samples, ([], []), ("kl",), None, 2)
     return SweepContext(resident, references, ("kl",), 2)
 
 
-def test_a_worker_computes_the_drivers_blocks_bit_by_bit(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_memory", [None, {"cpu": 0}], ids=["held", "offloaded"])
+def test_a_worker_computes_the_drivers_blocks_bit_by_bit(
+    world: Path, max_memory: dict[str, int] | None
+) -> None:
     ours, sweep = context(world), partial(share_blocks, steps=3)
-    worker = Worker(Assignment.of(ours))
+    worker = Worker(Assignment.of(context(world, max_memory)))
     blocks = list(sweep(ours))
     for block in [*blocks[::2], *blocks[1::2][::-1]]:  # in another order
         found, want = worker.run(sweep, block.key), block.run()
         assert found.keys() == want.keys()
         assert all(torch.equal(found[name], want[name]) for name in want)
+    assert worker._context is not None
+    assert bool(worker._context.resident.fetched) is (max_memory is not None)
 
 
 def test_a_worker_refuses_other_weights_under_the_same_path(world: Path, tmp_path: Path) -> None:

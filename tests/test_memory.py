@@ -120,7 +120,10 @@ def test_memory_is_measured(request_of, tmp_path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_only_the_base_is_resident(tmp_path) -> None:
-    """The peak, less what Python takes, is within 1.25 times the weights plus the stated budget."""
+    """The peak, less what Python takes, is within 1.25 times the weights plus the stated budget.
+
+    With all weights offloaded it is within a quarter of them; a layer is a sixteenth.
+    """
     save_pair(tmp_path / "small", 16, 1)
     weights = save_pair(tmp_path / "large", 384, 16)
     done = subprocess.run(
@@ -128,7 +131,8 @@ def test_only_the_base_is_resident(tmp_path) -> None:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # blocks of this size are mapped, and given back when freed, as those of large models are
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)},
     )
     shutil.rmtree(tmp_path / "large")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -138,6 +142,7 @@ def test_only_the_base_is_resident(tmp_path) -> None:
     allowed = 1.25 * weights + (float(said[2]) + 0.005) * GIB
     assert weights < found["peak"] - found["start"] <= allowed
     assert found["holding"] - found["start"] > allowed  # had the expert been read as a whole
+    assert found["offloaded"] - found["start"] <= allowed - weights
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

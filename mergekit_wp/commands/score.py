@@ -137,6 +137,21 @@ class _OrAuto(click.ParamType[int | None]):
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
+    "--device-map",
+    type=click.Choice(["auto"]),
+    help="For models larger than the device: spread the weights over it, other GPUs, main memory "
+    "and, where they do not fit there either, leave them in the checkpoints. All computing is on "
+    "--device, where weights come for the moment that they are used.",
+)
+@click.option(
+    "--max-memory",
+    multiple=True,
+    metavar="DEVICE=SIZE",
+    help="With --device-map, most memory for weights on a GPU, by its number, or on cpu, as in "
+    "0=20GiB; once per device, others are not used.  [default: half of what is free on --device, "
+    "nine tenths on the others]",
+)
+@click.option(
     "--seed",
     type=int,
     default=0,
@@ -225,9 +240,23 @@ def _alone(context: click.Context, options: dict[str, Any], progress: Progress) 
         raise UserError("--prompts is given more than once; that is for --company RECIPE")
     options["prompts"] = Path(options["prompts"][0])
     options["share_steps"] = options["share_steps"] or SHARE_STEPS
+    options["max_memory"] = _max_memory(options)
     request = ScoreRequest(**options)
     run(request, progress)
     return f"{request.out} written; look at it with: mergekit-wp inspect {request.out}"
+
+
+def _max_memory(options: dict[str, Any]) -> dict[str, int] | None:
+    from mergekit_wp.errors import UserError
+    from mergekit_wp.placement import check_places, parse_max_memory
+
+    device_map, given, device = options.pop("device_map"), options["max_memory"], options["device"]
+    if device_map is None:
+        if given:
+            raise UserError("--max-memory says where weights go with --device-map auto: add that")
+        return None
+    check_places(device)
+    return parse_max_memory(given, device)
 
 
 #: options that say what to measure of one expert
@@ -250,6 +279,9 @@ def _together(context: click.Context, options: dict[str, Any], progress: Progres
             )
     if options.pop("ray"):
         raise UserError("--ray does not go with --company: the steps of the path need each other")
+    if options.pop("device_map") or options["max_memory"]:
+        raise UserError("--device-map does not go with --company, which holds its model whole")
+    del options["max_memory"]
     pairs = []
     for given_prompts in options["prompts"]:
         expert, equals, file = given_prompts.partition("=")

@@ -148,7 +148,8 @@ def activation_inputs(
             )
         writer = writers["kv_group"]
         (read,) = read_by([writer], run_with_their_keys, call.hidden)
-        return BlockInputs(own["head"], read, writer.weight, writer.weight, dims.n_kv_groups)
+        weight = writer.weight
+        return BlockInputs(own["head"], read, weight, weight, dims.n_kv_groups)
 
     return {"head": written("head"), "kv_group": by_groups(), "neuron": written("neuron")}
 

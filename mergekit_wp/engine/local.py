@@ -19,6 +19,7 @@ from torch.func import functional_call
 from mergekit_wp.components import SLICED_KINDS, Dims, FineKind, TensorLayout, layout_of
 from mergekit_wp.engine.trace import Decoder, Trace, first, hooked, returning
 from mergekit_wp.engine.writers import Writer, read_by
+from mergekit_wp.offloaded import here
 
 State = Mapping[str, torch.Tensor]
 
@@ -107,7 +108,7 @@ def mixed(
         layout: of the tensor.
         kind: ``head``, ``kv_group`` or ``neuron``.
         donor: the donor's tensor.
-        own: the receiver's.
+        own: the receiver's, which may be offloaded.
         component: its number within the layer; None for all of the kind.
     """
     if layout.kinds == (kind,) and component is None:
@@ -118,7 +119,7 @@ def mixed(
         mask[start : start + count] = True
     else:
         mask[start + component] = True
-    return torch.where(layout.expand(mask, donor.shape), donor, own)
+    return torch.where(layout.expand(mask, donor.shape), donor, here(own))
 
 
 def layer_layout(dims: Dims, index: int, name: str) -> TensorLayout:
@@ -134,12 +135,12 @@ def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) ->
     layer, call = decoder.layers[index], trace.calls[index]
     writer = Writer.of(decoder, index, "head")
     (own,) = read_by([writer], lambda: layer(call.hidden, **call.kwargs), call.hidden)
-    total = torch.zeros_like(call.attention)
+    total, weight, bias = torch.zeros_like(call.attention), writer.weight, writer.bias
     width = own.shape[-1] // dims.n_heads
     for head in range(dims.n_heads):
         cut = slice(head * width, (head + 1) * width)
-        total = total + own[..., cut] @ writer.weight[:, cut].T
-    return total if writer.bias is None else total + writer.bias
+        total = total + own[..., cut] @ weight[:, cut].T
+    return total if bias is None else total + bias
 
 
 def block_inputs(
@@ -177,8 +178,9 @@ def block_inputs(
 
     def plain(kind: FineKind) -> BlockInputs:
         own, writer = own_mlp if kind == "neuron" else own_attention, writers[kind]
+        ours = writer.weight
         # K/V groups own no columns; the heads of a group are neighbours there, so it is a block
-        theirs = writer.columns(donor[writer.name]) if kind != "kv_group" else writer.weight
+        theirs = writer.columns(donor[writer.name]) if kind != "kv_group" else ours
         swapped = {
             name: mixed(
                 layer_layout(dims, index, name), kind, donor[name], layer.get_parameter(name)
@@ -186,22 +188,17 @@ def block_inputs(
             for name in architecture.read_by(kind, donor)
         }
         (read,) = read_by([writer], run(swapped, kind), hidden)
-        return BlockInputs(own, read, writer.weight, theirs, dims.count(kind))
+        return BlockInputs(own, read, ours, theirs, dims.count(kind))
 
     def coupled(kind: FineKind) -> OneByOne:
         names = [*architecture.read_by(kind, donor)]
         names += [architecture.out(kind)] if kind != "kv_group" else []
+        ours = {name: here(layer.get_parameter(name)) for name in names}
 
         def change(component: int) -> torch.Tensor:
             swapped = {
-                name: mixed(
-                    layer_layout(dims, index, name),
-                    kind,
-                    donor[name],
-                    layer.get_parameter(name),
-                    component,
-                )
-                for name in names
+                name: mixed(layer_layout(dims, index, name), kind, donor[name], own, component)
+                for name, own in ours.items()
             }
             return attention_of(decoder, index, run(swapped, kind)) - call.attention.detach()
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mergekit_wp.offloaded import here
+
 
 def is_mixture(module: nn.Module) -> bool:
     """Whether a module holds the stacked weights of several experts."""
@@ -37,7 +39,7 @@ def written(
     Returns:
         ``[N, all neurons]``, already weighted; 0 where a position does not go.
     """
-    gate, up = _rows(experts.gate_up_proj, x)
+    gate, up = _rows(here(experts.gate_up_proj), x)
     found: torch.Tensor = experts.act_fn(gate) * up * _counts(gate, chosen, weights)
     return found.flatten(1)
 
@@ -62,9 +64,9 @@ def contribution(
     if parameter == "down_proj":
         return written(experts, x, chosen, weights) * (g @ columns(delta))
     with torch.enable_grad():
-        both = [part.detach().requires_grad_() for part in _rows(experts.gate_up_proj, x)]
+        both = [part.detach().requires_grad_() for part in _rows(here(experts.gate_up_proj), x)]
         handed = experts.act_fn(both[0]) * both[1] * _counts(both[0], chosen, weights)
-        along = (handed.flatten(1) * (g @ columns(experts.down_proj))).sum()
+        along = (handed.flatten(1) * (g @ columns(here(experts.down_proj)))).sum()
         gradients = torch.autograd.grad(along, both)
     changes = _rows(delta, x)
     found = sum(

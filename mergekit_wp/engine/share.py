@@ -94,7 +94,11 @@ def module_contribution(
     if parameter == "bias":
         product = g * delta
     else:
-        others = {n: torch.zeros_like(p) for n, p in module.named_parameters() if n != parameter}
+        others = {
+            n: torch.zeros_like(p, device=delta.device)  # an offloaded one is nowhere
+            for n, p in module.named_parameters()
+            if n != parameter
+        }
         change = first(functional_call(module, {parameter: delta, **others}, (x,)))
         if x.is_floating_point() and delta.dim() == 1:  # norms may scale by 1 + weight
             nothing = {parameter: torch.zeros_like(delta), **others}

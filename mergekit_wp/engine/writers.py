@@ -18,6 +18,7 @@ from mergekit_wp.architectures.declaration import module_of
 from mergekit_wp.components import FineKind
 from mergekit_wp.engine.mixtures import columns, is_mixture, written
 from mergekit_wp.engine.trace import Decoder, hooked
+from mergekit_wp.offloaded import here
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Writer:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The model's own `columns`."""
-        return self.columns(getattr(self.module, self.name.rpartition(".")[2]))
+        """The model's own `columns`; fetched anew each time where the model is offloaded."""
+        return self.columns(here(getattr(self.module, self.name.rpartition(".")[2])))
 
     @property
     def bias(self) -> torch.Tensor | None:
         """What the block adds besides, None where it adds nothing."""
         bias: torch.Tensor | None = getattr(self.module, "bias", None)
-        return bias
+        return None if bias is None else here(bias)
 
     def columns(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight of this projection as ``[hidden, width]``, columns in the order of components.

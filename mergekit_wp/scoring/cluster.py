@@ -30,6 +30,7 @@ from mergekit_wp.engine.trace import Criteria
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing, stopping
 from mergekit_wp.model_names import absolute
+from mergekit_wp.placement import MaxMemory
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.blocks import Block, Result, SweepContext
 from mergekit_wp.scoring.references import References
@@ -56,6 +57,7 @@ class Assignment:
     delta_norm: dict[str, float]
     dtype: torch.dtype
     device: str
+    max_memory: MaxMemory | None
     threads: int
     references: References
     criteria: Criteria
@@ -74,6 +76,7 @@ class Assignment:
             delta_norm=pair.delta_norm,
             dtype=resident.dtype,
             device=str(torch.device(resident.device).type),
+            max_memory=resident.max_memory,
             threads=torch.get_num_threads(),
             references=moved(context.references, "cpu"),
             criteria=context.criteria,
@@ -95,7 +98,7 @@ class Assignment:
                     "the run was started; all machines have to read the same checkpoints"
                 )
         pair = Pair(base, expert, self.partition, self.delta_norm)
-        resident = ResidentModel(pair, self.dtype, self.device)
+        resident = ResidentModel(pair, self.dtype, self.device, self.max_memory)
         references = moved(self.references, self.device)
         return SweepContext(resident, references, self.criteria, self.batch_size)
 

@@ -40,7 +40,10 @@ class RunRequest(BaseModel):
 
 
 class ScoreRequest(RunRequest):
-    """Everything `mergekit-wp score` is asked for; see its ``--help``."""
+    """Everything `mergekit-wp score` is asked for; see its ``--help``.
+
+    ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`.
+    """
 
     base: str
     expert: str
@@ -56,6 +59,7 @@ class ScoreRequest(RunRequest):
     share_steps: int = Field(SHARE_STEPS, ge=1)
     exact_budget: float = EXACT_BUDGET
     ray: bool = False
+    max_memory: dict[str, int] | None = None
 
 
 class MembersRequest(RunRequest):

@@ -74,7 +74,9 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     with Journal(request.out, inputs, request.restart) as journal:
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
-        resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
+        resident = ResidentModel(pair, DTYPES[request.dtype], request.device, request.max_memory)
+        if request.max_memory is not None:
+            progress.note(f"weights: {resident.where}")
         samples = [Sample(tuple(ids)) for ids in texts.prompts]
         if any(c != "anchor" for c in criteria):
             samples = with_responses(request, texts, tokenizer, resident, journal, progress)
@@ -108,7 +110,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         )
         write(result, request.out)
         journal.discard()
-    progress.note(memory_used(before, footprint, samples, context.batch_size))
+    progress.note(memory_used(before, resident, footprint, samples, context.batch_size))
     return result
 
 
@@ -146,12 +148,17 @@ def _fitting(
 
 
 def memory_used(
-    before: int, footprint: Footprint, samples: Sequence[Sample], sequences: int
+    before: int,
+    resident: ResidentModel,
+    footprint: Footprint,
+    samples: Sequence[Sample],
+    sequences: int,
 ) -> str:
     """What this process has taken at most, beside what it was meant to take.
 
     Args:
         before: bytes that Python and its libraries had taken when the run began.
+        resident: the model that was run.
         footprint: of the model.
         samples: that it ran on.
         sequences: per forward pass.
@@ -160,9 +167,10 @@ def memory_used(
     if (on_gpus := peak_on_gpus()) > 0:
         found += f", on GPUs {in_gib(on_gpus)}"
     budget = footprint.of_sequences(samples, sequences)
+    fetched = f"; {in_gib(resident.fetched)} of weights were fetched" if resident.fetched else ""
     return (
-        f"{found} (weights {in_gib(footprint.weights)}, activation budget {in_gib(budget)}, "
-        f"Python and its libraries {in_gib(before)})"
+        f"{found} (weights {resident.where}, activation budget {in_gib(budget)}, "
+        f"Python and its libraries {in_gib(before)}){fetched}"
     )
 
 
@@ -193,6 +201,13 @@ def _check_request(
 ) -> None:
     """Refuse what would fail or surprise after hours of work."""
     if request.ray:
+        if request.max_memory is not None and set(request.max_memory) - {"0", "cpu"}:
+            raise UserError("--max-memory: with --ray every worker has one GPU, which it calls 0")
+        if request.max_memory == {}:
+            raise UserError(
+                "--device-map with --ray needs --max-memory: the workers of one machine do not "
+                "know of each other what they take"
+            )
         installed()
     if request.anchor_layer is not None and "anchor" not in criteria:
         raise UserError(
@@ -244,7 +259,7 @@ def _inputs(
 ) -> dict[str, Any]:
     """All that the results depend on, by the names a user knows."""
     options = request.model_dump(
-        mode="json", exclude={"out", "restart", "prompts", "criteria", "ray"}
+        mode="json", exclude={"out", "restart", "prompts", "criteria", "ray", "max_memory"}
     )
     return {
         **options,

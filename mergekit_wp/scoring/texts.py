@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -183,12 +182,10 @@ class Footprint:
     """Memory that sequences take in a forward pass with gradients, the hungriest of all passes.
 
     Attributes:
-        weights: bytes of the model.
         per_token: bytes of activations of a token.
         per_response_token: bytes of its logits besides.
     """
 
-    weights: int
     per_token: int
     per_response_token: int
 
@@ -199,8 +196,7 @@ class Footprint:
         size, dims = dtype.itemsize, pair.partition.dims
         kept = 12 * int(config.hidden_size) + 4 * dims.n_neurons
         logits = max(shape[0] for shape in shapes.values() if len(shape) == 2)
-        weights = size * sum(math.prod(shape) for shape in shapes.values())
-        return cls(weights, size * dims.n_layers * kept, 16 * logits)
+        return cls(size * dims.n_layers * kept, 16 * logits)
 
     def of_sequences(self, samples: Sequence[Sample], count: int) -> int:
         """Bytes of activations of so many of the longest sequences."""
