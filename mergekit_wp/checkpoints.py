@@ -31,8 +31,13 @@ from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.lora import Adapter
 from mergekit_wp.stored import StoredNames
-from mergekit_wp.untrusted import parse_json
-from mergekit_wp.unusable import FLOATS, headers, refuse_quantised, refuse_quantised_weights
+from mergekit_wp.unusable import (
+    FLOATS,
+    headers,
+    refuse_pickles,
+    refuse_quantised,
+    refuse_quantised_weights,
+)
 
 #: part of a tensor along its first dimension, or all of it
 Rows = slice | EllipsisType
@@ -298,53 +303,6 @@ class Checkpoint:
         except Exception as error:  # tokenizers raise whatever they like
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error
-
-
-def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
-    """Refuse a checkpoint whose weights are not all in safetensors files of its own folder.
-
-    Looked at before mergekit makes its index, for which it opens a pickle, and follows an index of
-    safetensors to whatever file that names.
-
-    Args:
-        folder: of the checkpoint.
-        name: what the error calls it.
-        lazily: pickles are let through, for mergekit's lazy reader, which builds nothing but
-            tensors; read otherwise, a pickle is executed.
-
-    Raises:
-        UserError: pickled or no weights, an index that names other files, or two sets of weights.
-    """
-    whole = os.path.join(folder, "model.safetensors")
-    index = f"{whole}.index.json"
-    if os.path.isfile(index):
-        try:
-            files = set(parse_json(Path(index).read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"model '{name}': {index} is no index of weights: {error}") from error
-        for file in files:
-            if os.path.basename(str(file)) != file or not file.endswith(".safetensors"):
-                raise UserError(
-                    f"model '{name}': its index names the weight file {file!r:.80}; only "
-                    "safetensors files beside the index are read"
-                )
-        if os.path.isfile(whole):
-            raise UserError(
-                f"model '{name}' has model.safetensors and {os.path.basename(index)}, and programs "
-                "differ in which they read; remove the one that is left over"
-            )
-    elif os.path.isfile(whole):
-        return
-    elif not any(Path(folder).glob("*.bin*")):
-        raise UserError(
-            f"model '{name}' has no model.safetensors, nor {os.path.basename(index)}; other "
-            "formats are not read: save it with save_pretrained"
-        )
-    elif not lazily:
-        raise UserError(
-            f"model '{name}' has pickled weights, which are never loaded; "
-            "save it again as safetensors"
-        )
 
 
 @dataclass(frozen=True)

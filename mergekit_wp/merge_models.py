@@ -17,11 +17,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
-from mergekit_wp.checkpoints import refuse_pickles
 from mergekit_wp.errors import UserError
 from mergekit_wp.lora import require_safetensors
 from mergekit_wp.recipe import Recipe, score_files
-from mergekit_wp.unusable import headers
+from mergekit_wp.unusable import headers, refuse_pickles
 
 #: what a mistake in a model or recipe raises in mergekit and transformers
 MISTAKES = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)

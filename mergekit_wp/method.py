@@ -8,14 +8,11 @@ say. The maths is in `fusion`, score files in `expert_scores`, the recipe's name
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from mergekit.common import ModelReference
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -24,7 +21,6 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_wp.architectures import text_config
 from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import (
@@ -36,10 +32,9 @@ from mergekit_wp.expert_scores import (
     unwritten,
 )
 from mergekit_wp.fusion import Fusion, component_gates, fuse
-from mergekit_wp.model_names import refuse_twice
+from mergekit_wp.host import config_of, is_tied, refuse_unusable, shown
 from mergekit_wp.originals import Given, stored_pair
 from mergekit_wp.parameters import RECORDED, SPEC, guard_paths
-from mergekit_wp.unusable import refuse_quantised, refuse_quantised_weights
 
 LOG = logging.getLogger(__name__)
 
@@ -125,7 +120,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         """
         recorded = RECORDED.take()
         if group_name is None or ".slices[" in group_name:
-            _refuse_unusable(input_ids, base_id)
+            refuse_unusable(input_ids, base_id)
             super().validate_inputs(input_ids, base_id, group_name=group_name)
             self._coverage.reset()
             self._guards = {}
@@ -350,57 +345,6 @@ def check_fit(
         for criterion in recorded["criterion"]:
             for granularity in recorded["granularity"]:
                 file.require(Choice(estimand, criterion, granularity))
-
-
-def shown(name: str, model: Hashable) -> str:
-    """What errors call a tensor; mergekit reads a model with an adapter from its cache."""
-    adapter = isinstance(model, ModelReference) and model.lora is not None
-    return f"tensor {name} of {model}" + (" (as merged in --lora-merge-cache)" if adapter else "")
-
-
-def _refuse_unusable(input_ids: Sequence[Hashable], base_id: Hashable | None) -> None:
-    """Refuse models that are listed twice, and quantised ones.
-
-    Raises:
-        UserError: names the model.
-    """
-    from mergekit.io.tasks import LoaderCache
-
-    models = [model for model in input_ids if isinstance(model, ModelReference)]
-    base = base_id if isinstance(base_id, ModelReference) else None
-    refuse_twice(models, base)
-    for model in models:
-        if (config := config_of(model)) is not None:
-            refuse_quantised(config, str(model))
-        loader = LoaderCache.loaders.get(model)  # mergekit opens them before it plans
-        if loader is not None and loader.index.is_safetensors:
-            refuse_quantised_weights(loader.index, str(model))
-
-
-def is_tied(base_id: Hashable | None) -> bool | None:
-    """Whether the base's output head is its embedding; None when its config is not known."""
-    config = config_of(base_id)
-    return None if config is None else bool(text_config(config).tie_word_embeddings)
-
-
-def config_of(model: Hashable | None) -> Any | None:
-    """A model's transformers config, None in a direct call or for a bare weights file."""
-    if not isinstance(model, ModelReference) or os.path.isfile(model.model.path):
-        return None
-    try:
-        stamp = os.stat(os.path.join(model.model.path, "config.json")).st_mtime_ns
-    except OSError:
-        stamp = None
-    return _config(model, stamp)
-
-
-@lru_cache(maxsize=16)
-def _config(model: ModelReference, stamp: int | None) -> Any:
-    # imported here, as mergekit may import this module while it is half imported itself; filled by
-    # the planner's thread, whose loader cache knows the command's options
-    from mergekit.io.tasks import LoaderCache
-
-    return model.config(trust_remote_code=LoaderCache().trust_remote_code)
 
 
 weight_patching = WeightPatchingMerge()

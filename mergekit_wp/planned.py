@@ -13,7 +13,8 @@ from mergekit.options import MergeOptions
 from mergekit_wp import recipe as recipes
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores
-from mergekit_wp.method import Gated, is_tied, source, weight_patching
+from mergekit_wp.host import is_tied
+from mergekit_wp.method import Gated, source, weight_patching
 
 
 def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:

@@ -21,8 +21,8 @@ from safetensors import safe_open
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores, unwritten
+from mergekit_wp.host import is_tied, shown
 from mergekit_wp.merge_models import MISTAKES, open_models
-from mergekit_wp.method import is_tied, shown
 from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.recipe import Recipe, one_line, score_files
 from mergekit_wp.unusable import headers

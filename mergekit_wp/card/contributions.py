@@ -10,7 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_wp.components import SLICED_KINDS, FineKind
-from mergekit_wp.method import is_tied
+from mergekit_wp.host import is_tied
 from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.scorefile import CriterionName, Estimand
 
