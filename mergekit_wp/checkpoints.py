@@ -384,6 +384,7 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
         raise UserError(
             f"shapes differ at tensor {name}: base has none, expert {list(expert.header(name)[0])}"
         )
+    vocabulary = (dims.architecture.embedding, dims.architecture.head)
     for name in names:
         shapes = []
         for side, checkpoint in (("base", base), ("expert", expert)):
@@ -391,6 +392,13 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
                 raise UserError(f"{side} '{checkpoint.name}' has no tensor {name}")
             shapes.append(header[0])
         ours, theirs = shapes
+        by_token = name in [f"{path}.weight" for path in vocabulary if dims.architecture.mapped]
+        if by_token and ours[1:] == theirs[1:] and ours != theirs:
+            raise UserError(
+                f"base '{base.name}' has {ours[0]} rows for tokens, expert '{expert.name}' "
+                f"{theirs[0]} ({name}): their vocabularies differ; write both with one "
+                "vocabulary, as docs/faq.md shows, and score these"
+            )
         if ours != theirs:
             raise UserError(
                 f"shapes differ at tensor {name}: base {list(ours)}, expert {list(theirs)}"

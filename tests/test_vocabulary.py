@@ -232,7 +232,60 @@ def test_other_vocabularies_need_a_tokenizer_setting(
     assert len(merged[EMBEDDING]) == VOCABULARY
 
 
+@WAYS
+def test_tokens_in_the_bases_padding(
+    tmp_path: Path, expert: PreTrainedModel, merged: Merged
+) -> None:
+    """The base gets the expert's rows for them, so their change is none; it was when scored."""
+    start = make_model("llama-tied")
+    padded = with_rows(start, torch.cat([rows_of(start), noise(8, 1)]))
+    base = save(padded, tmp_path / "base", torch.float32)
+    grown = with_rows(expert, torch.cat([rows_of(expert), noise(2, 3)]))
+    chat = save(grown, tmp_path / "chat", torch.float32)
+    add_tokens(chat, "<im_start>", "<im_end>")
+    scores = scores_of(base, chat, tmp_path / "s.safetensors")
+    recipe = recipe_of(base, {chat: scores}, tokenizer={"source": "union"})
+    merged(recipe, tmp_path / "out")
+    assert_rows(tmp_path / "out", base, [chat])
+
+
 # --- scoring -------------------------------------------------------------------------------------
+
+
+def way_out(base: Path, expert: Path) -> dict[str, Any]:
+    """The recipe of docs/faq.md."""
+    page = (Path(__file__).parents[1] / "docs" / "faq.md").read_text()
+    text = page.split("is number … in the base")[1].split("```yaml\n")[1].split("```")[0]
+    recipe = yaml.safe_load(text.replace("BASE", str(base)).replace("EXPERT", str(expert)))
+    assert isinstance(recipe, dict)
+    return recipe
+
+
+def test_pairs_of_other_vocabularies(tmp_path: Path, base: Path, expert: PreTrainedModel) -> None:
+    """Refused, and scored the way that docs/faq.md shows; merged by either name."""
+    grown = with_rows(expert, torch.cat([rows_of(expert), noise(2, 3)]))
+    chat = save(grown, tmp_path / "chat", torch.float32)
+    add_tokens(chat, "<im_start>", "<im_end>")
+    with pytest.raises(UserError, match=r"has 40 rows for tokens, expert '.*chat' 42 \(model.emb"):
+        scored(base, str(chat), tmp_path / "s.safetensors")
+    recipe = way_out(base, chat) | {"tokenizer": {"source": "union"}}
+    by_stock(recipe, tmp_path / "long-chat")
+    weights = [model["parameters"] for model in recipe["models"]]
+    recipe["models"][0]["parameters"], recipe["models"][1]["parameters"] = weights[::-1]
+    by_stock(recipe, tmp_path / "long-base")
+    long_base, long_chat = (load_file(tmp_path / n / "model.safetensors")[EMBEDDING] for n in
+                            ("long-base", "long-chat"))  # fmt: skip
+    assert torch.equal(long_base[:VOCABULARY], load_file(base / "model.safetensors")[EMBEDDING])
+    assert torch.equal(long_base[VOCABULARY:], long_chat[VOCABULARY:])
+    assert torch.equal(long_chat, load_file(chat / "model.safetensors")[EMBEDDING])
+    scores = tmp_path / "s.safetensors"
+    scored(tmp_path / "long-base", str(tmp_path / "long-chat"), scores)
+    aligned = {"tokenizer": {"source": "union"}}
+    one = by_ours(
+        recipe_of(tmp_path / "long-base", {tmp_path / "long-chat": scores}), tmp_path / "1"
+    )
+    two = by_ours(recipe_of(base, {chat: scores}, **aligned), tmp_path / "2")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_tokens_of_other_numbers_are_not_scored(
@@ -245,10 +298,7 @@ def test_tokens_of_other_numbers_are_not_scored(
     message = "token 'a' is number 0 in the base '.*base', but 1 in the expert '.*moved'"
     with pytest.raises(UserError, match=message):
         scored(base, str(moved), tmp_path / "s.safetensors")
-    page = (Path(__file__).parents[1] / "docs" / "faq.md").read_text()
-    text = page.split("is number … in the base")[1].split("```yaml\n")[1].split("```")[0]
-    recipe = yaml.safe_load(text.replace("BASE", str(base)).replace("EXPERT", str(moved)))
-    by_stock(recipe, tmp_path / "aligned")
+    by_stock(way_out(base, moved), tmp_path / "aligned")
     plain = save(expert, tmp_path / "plain", torch.float32)
     one = scored(base, str(tmp_path / "aligned"), tmp_path / "one.safetensors")
     two = scored(base, str(plain), tmp_path / "two.safetensors")
