@@ -53,10 +53,11 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ExpertScores:
-    """A score file and what a merge asks of it."""
+    """A score file, or one expert's part of a gates file, and what a merge asks of it."""
 
     path: str
     file: ScoreFile
+    gates: bool = False
     _normalised: dict[Choice, Normalised] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -70,6 +71,11 @@ class ExpertScores:
     @cached_property
     def _delta_norm(self) -> dict[str, float]:
         return self.file.delta_norm
+
+    @property
+    def called(self) -> str:
+        """What errors call the file."""
+        return f"{'gates' if self.gates else 'score'} file {self.path}"
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -90,12 +96,10 @@ class ExpertScores:
         """
         architecture = self.file.manifest.dims.architecture
         name = architecture.parameter(name)
-        embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
-        if name != head or embedding not in self._position:
+        if name != f"{architecture.head}.weight" or self._tied is None:
             return name
-        if tied is None:
-            tied = head not in self._position
-        return embedding if tied else name
+        tied = self._tied if tied is None else tied
+        return f"{architecture.embedding}.weight" if tied else name
 
     def stored_names(self, name: str, tied: bool | None) -> list[str]:
         """The parameters that may be what a merge reads as a tensor, the likeliest first."""
@@ -129,19 +133,19 @@ class ExpertScores:
         if choice.estimand not in manifest.estimands or choice.criterion not in manifest.criteria:
             if choice.estimand == "path":
                 raise UserError(
-                    f"score file {self.path} has no '{choice.estimand}/{choice.criterion}' scores, "
+                    f"{self.called} has no '{choice.estimand}/{choice.criterion}' scores, "
                     "which 'fusion: path' needs: score the recipe's experts together with "
                     "'mergekit-wp score --company RECIPE'"
                 )
             have = ", ".join(f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria)
             raise UserError(
-                f"score file {self.path} has no '{choice.estimand}/{choice.criterion}' scores, "
+                f"{self.called} has no '{choice.estimand}/{choice.criterion}' scores, "
                 f"it has {have}: set the recipe's 'estimand' and 'criterion', or score again"
             )
         wanted = {"tensor"} if choice.granularity == "tensor" else set(manifest.kinds) - {"layer"}
         if not wanted & set(manifest.kinds):
             raise UserError(
-                f"score file {self.path} has only kinds {', '.join(manifest.kinds)}: "
+                f"{self.called} has only kinds {', '.join(manifest.kinds)}: "
                 f"nothing for 'granularity: {choice.granularity}'"
             )
 
@@ -152,7 +156,8 @@ class ExpertScores:
             config: the base's transformers config.
 
         Raises:
-            UserError: names every number that differs.
+            UserError: names every number that differs, or an output head that is tied on one
+                side only.
         """
         manifest = self.file.manifest
         dims = Dims.from_config(config)
@@ -168,9 +173,24 @@ class ExpertScores:
         }
         if wrong := [f"{k} {base[k]}, not {scored[k]}" for k in scored if scored[k] != base[k]]:
             raise UserError(
-                f"score file {self.path} is of another architecture than the base model, "
+                f"{self.called} is of another architecture than the base model, "
                 f"which has {'; '.join(wrong)}"
             )
+        if (tied := self._tied) not in (None, bool(text_config(config).tie_word_embeddings)):
+            raise UserError(
+                f"{self.called} is of models whose output head is {'' if tied else 'not '}tied to "
+                f"the embedding; that of the base model is{' not' if tied else ''}. Merge the "
+                "models that it was made from, or make it from these: docs/faq.md shows how to "
+                "untie one"
+            )
+
+    @property
+    def _tied(self) -> bool | None:
+        """Whether the scored model's output head was its embedding; None where nothing tells."""
+        architecture = self.file.manifest.dims.architecture
+        if f"{architecture.embedding}.weight" not in self._position:
+            return None
+        return f"{architecture.head}.weight" not in self._position
 
     def scores(self, name: str, choice: Choice, density: float) -> torch.Tensor:
         """Normalised scores of one tensor's components, zero outside the best ``density`` share.
@@ -210,8 +230,8 @@ class ExpertScores:
                 self._normalised[choice] = with_harm(scores, harms, choice.harm)
             if not any((part > 0).any() for part in scores.values()):
                 LOG.warning(
-                    "score file %s has no positive %s/%s score: its expert adds nothing",
-                    self.path,
+                    "%s has no positive %s/%s score: its expert adds nothing",
+                    self.called,
                     choice.estimand,
                     choice.criterion,
                 )
@@ -296,9 +316,10 @@ class ExpertScores:
         )
         if not abs(got - want) <= allowed:
             raise UserError(
-                f"{shown_as}: its difference from the base has norm {got:.6g}, but score file "
-                f"{self.path} was made for {want:.6g}: these are scores of another expert, "
-                "base, revision or shifted layers"
+                f"{shown_as}: its difference from the base has norm {got:.6g}, but "
+                f"{self.called} was made for {want:.6g}: these are "
+                f"{'gates' if self.gates else 'scores'} of another expert, base, revision or "
+                "shifted layers"
             )
 
 
@@ -335,11 +356,16 @@ def check_company(files: Sequence[ExpertScores]) -> None:
         scored = sorted(member.reference for member in company)
         strangers = [f.path for f in files if f.file.manifest.company != company]
         if scored != here or strangers:
+            way_out = (
+                "fit these experts together: mergekit-wp fit RECIPE"
+                if file.gates
+                else "score these experts together: mergekit-wp score --company RECIPE"
+            )
             raise UserError(
-                f"score file {file.path} was made in the company of {', '.join(scored)}, but this "
-                f"recipe merges {', '.join(here)}"
+                f"{file.called} was made in the company of {', '.join(scored)}, but this recipe "
+                f"merges {', '.join(here)}"
                 + (f", with other scores for some ({strangers[0]})" if strangers else "")
-                + "; score these experts together: mergekit-wp score --company RECIPE"
+                + f"; {way_out}"
             )
 
 
@@ -449,7 +475,7 @@ def _gates_of(
     real: str, stamp: tuple[int, int, int] | None, path: str, expert: int
 ) -> ExpertScores:
     file = _read_gates(real, stamp, path)
-    return ExpertScores(path, gatesfile.as_scores(file, expert))
+    return ExpertScores(path, gatesfile.as_scores(file, expert), gates=True)
 
 
 @lru_cache(maxsize=64)

@@ -28,15 +28,21 @@ MISTAKES = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 _SAFE_LOAD = (2, 6)
 
 
-def open_models(recipe: Recipe, options: MergeOptions) -> None:
+def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = False) -> None:
     """Fill mergekit's cache of opened models.
+
+    Args:
+        recipe: names them.
+        options: of mergekit.
+        only_to_plan: an adapter is not merged, its model stands in for both: for a plan, which
+            reads the names of tensors. `forget_adapters` before anything else is read.
 
     Raises:
         UserError: a model cannot be read, is pickled, or does not fit its score file.
     """
     base, models = recipe.config.base_model, recipe.config.referenced_models()
     for model in models:
-        if model.lora and not options.lora_merge_cache:
+        if model.lora and not options.lora_merge_cache and not only_to_plan:
             raise UserError(f"model {model} has a LoRA: give --lora-merge-cache FOLDER to merge it")
     LoaderCache().setup(options)
     configs = {
@@ -49,11 +55,21 @@ def open_models(recipe: Recipe, options: MergeOptions) -> None:
     for model in models:
         _refuse_pickles(model, options)
     for model in models:
-        if model.lora:
+        if model.lora and only_to_plan:
+            bare = ModelReference(model=model.model)
+            LoaderCache.loaders[model] = _reading(bare, LoaderCache().get)
+        elif model.lora:
             _merge_adapter(model, options)
         loader = _reading(model, LoaderCache().get)
         if loader.index.is_safetensors:
             headers(loader.index, str(model))  # refuses missing and damaged files
+
+
+def forget_adapters(recipe: Recipe) -> None:
+    """Close models with adapters, for which others stood in."""
+    for model in recipe.config.referenced_models():
+        if model.lora:
+            LoaderCache.loaders.pop(model, None)
 
 
 def _refuse_pickles(model: ModelReference, options: MergeOptions) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.options import MergeOptions
 
 from mergekit_wp import recipe as recipes
 from mergekit_wp.errors import UserError
@@ -53,7 +52,7 @@ def recipe_gates(path: Path) -> list[dict[str, torch.Tensor]]:
     Raises:
         UserError: a recipe of another method, or a mistake in it.
     """
-    from mergekit_wp.preflight import plan  # which reads this module in turn
+    from mergekit_wp.preflight import plan_only  # which reads this module in turn
 
     recipe = recipes.read(path)
     if not recipe.is_weight_patching:
@@ -63,7 +62,7 @@ def recipe_gates(path: Path) -> list[dict[str, torch.Tensor]]:
         )
     order = recipes.experts_in_order(recipe.config)
     found: list[dict[str, torch.Tensor]] = [{} for _ in order]
-    for task in plan(recipe, MergeOptions()):
+    for task in plan_only(recipe):
         gated = planned_gates(task)
         if gated is not None:
             for expert, gates in zip(gated.experts, gated.gates, strict=True):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import ExpertScores, unwritten
 from mergekit_wp.host import is_tied, shown
-from mergekit_wp.merge_models import MISTAKES, open_models
+from mergekit_wp.merge_models import MISTAKES, forget_adapters, open_models
 from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.recipe import Recipe, one_line, score_files
 from mergekit_wp.unusable import headers
@@ -60,6 +60,15 @@ def plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
     """
     open_models(recipe, options)
     return _dry_plan(recipe, options)
+
+
+def plan_only(recipe: Recipe) -> list[ExecuteMergeMethodTask]:
+    """The same of a recipe that will not be merged now: its adapters are merged into nothing."""
+    try:
+        open_models(recipe, MergeOptions(), only_to_plan=True)
+        return _dry_plan(recipe, MergeOptions())
+    finally:
+        forget_adapters(recipe)
 
 
 def _dry_plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:

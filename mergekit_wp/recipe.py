@@ -85,12 +85,13 @@ class Experts:
         Raises:
             UserError: not a recipe of a base and whole experts, or a model stands twice.
         """
+        if parts := "slices" if config.slices else "modules" if config.modules else "":
+            raise UserError(
+                f"recipe {path} has '{parts}'; here whole experts are wanted: list them as 'models'"
+            )
         if config.base_model is None or not config.models:
             raise UserError(f"recipe {path}: expected 'base_model' and a list of 'models'")
-        try:
-            refuse_twice([m.model for m in config.models], config.base_model)
-        except UserError as error:
-            raise UserError(f"recipe {path}: {error}") from error
+        _refuse_twice(config, path)
         models = dict.fromkeys(str(m.model) for m in config.models if m.model != config.base_model)
         if not models:
             raise UserError(f"recipe {path} names no expert beside the base model")
@@ -124,6 +125,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     recipe = Recipe(Path(path), source, config)
     if recipe.is_weight_patching:
         _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
+        _refuse_twice(config, path)
         _resolve_score_files(recipe)
         _check_parameters(recipe)
     return recipe
@@ -238,6 +240,16 @@ def _refuse_unknown_keys(block: Mapping[str, Any], schema: type[BaseModel], wher
         _refuse_unknown_keys(module, OutputModuleDefinition, f"{where}: modules.{name}")
 
 
+def _refuse_twice(config: MergeConfiguration, path: str | os.PathLike[str]) -> None:
+    """Refuse models that stand twice where one output is made of them."""
+    for holder in (config, *(config.modules or {}).values()):
+        for listed in (holder.models, *(output.sources for output in holder.slices or [])):
+            try:
+                refuse_twice([entry.model for entry in listed or []], config.base_model)
+            except UserError as error:
+                raise UserError(f"recipe {path}: {error}") from error
+
+
 def _scopes(config: MergeConfiguration) -> Iterator[tuple[Scope, ...]]:
     """For every input model, the parameter blocks that apply to it, its own first."""
 
@@ -263,6 +275,7 @@ def _check_parameters(recipe: Recipe) -> None:
     if config.base_model is None:
         raise UserError(f"recipe {recipe.path}: weight_patching needs a 'base_model'")
     experts, gates = 0, gates_of(config)
+    _refuse_gates_elsewhere(recipe)
     if gates:
         _check_gates(recipe, gates)
     for scopes in _scopes(config):
@@ -279,6 +292,17 @@ def _check_parameters(recipe: Recipe) -> None:
             )
     if not experts:
         raise UserError(f"recipe {recipe.path} names no expert beside the base model")
+
+
+def _refuse_gates_elsewhere(recipe: Recipe) -> None:
+    """Refuse gates of a part of the recipe: one file has those of the whole model."""
+    for scopes in _scopes(recipe.config):
+        for scope in scopes[:-1]:
+            if "gates" in scope.parameters:
+                raise UserError(
+                    f"recipe {recipe.path}: {scope.where} has 'gates', which are of the whole "
+                    "merge; move it to the recipe's own 'parameters'"
+                )
 
 
 def _check_gates(recipe: Recipe, gates: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub.utils import filter_repo_objects
 from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file
@@ -21,8 +22,11 @@ from mergekit_wp.checkpoints import Checkpoint, open_pair
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.scoring.opening import scored_model
+from tests.gating import gate, gated_merge
 from tests.merging import Family, llama_config
 from tests.models import make_model, perturbed, save, write_prompts
+from tests.test_company import NAMES, make_world
+from tests.test_fit import fitted
 from tests.test_inputs import Merged, assert_close, by_ours, by_stock, expected
 from tests.test_lora import make_adapter
 
@@ -206,6 +210,61 @@ def test_a_merge_of_hub_models_by_scores_on_the_hub(
     recipe["models"][1]["parameters"], recipe["models"][0]["parameters"] = swapped
     with pytest.raises(UserError, match="these are scores of another expert"):
         merged(recipe, tmp_path / "swapped")
+
+
+@pytest.mark.parametrize("merged", [by_stock, by_ours])
+def test_a_merge_of_hub_models_by_gates_on_the_hub(
+    cache: Cache, tmp_path: Path, merged: Merged
+) -> None:
+    family = Family.make(tmp_path, llama_config())
+    file = gate(family, tmp_path / "g.safetensors")
+    cache.put("owner/base", FIRST, family.base.path, "v1")
+    (tmp_path / "gates").mkdir()
+    shutil.move(tmp_path / "g.safetensors", tmp_path / "gates" / "g.safetensors")
+    cache.put("owner/gates", SECOND, tmp_path / "gates", "v2")
+    for e, expert in enumerate(family.experts):
+        cache.put(f"owner/expert{e}", SECOND, expert.path, "main")
+    recipe = {
+        "merge_method": "weight_patching",
+        "base_model": "owner/base@v1",
+        "models": [{"model": f"owner/expert1@{SECOND}"}, {"model": "owner/expert0"}],
+        "parameters": {"gates": "hf://owner/gates@v2/g.safetensors"},
+        "dtype": "float32",
+    }
+    experts = [expert.state for expert in family.experts]
+    assert_close(merged(recipe, tmp_path / "out"), gated_merge(family.base.state, experts, file))
+    cache.put("owner/expert0", FIRST, family.experts[1].path, "other")
+    recipe["models"][1]["model"] = "owner/expert0@other"
+    with pytest.raises(UserError, match="owner/expert0@other: .* these are gates of another"):
+        merged(recipe, tmp_path / "another-revision")
+    recipe["parameters"]["gates"] = "hf://owner/gates@v3/g.safetensors"
+    with pytest.raises(UserError, match="hf://owner/gates@v3/g.safetensors could not be fetched"):
+        merged(recipe, tmp_path / "no-gates")
+
+
+def test_revisions_are_fitted(cache: Cache, tmp_path: Path) -> None:
+    """The commits are recorded, and the gates are those of the same folders."""
+    world = make_world("llama-tied", tmp_path / "world")
+    plain = fitted(world, tmp_path / "plain.safetensors", steps=1)
+    cache.put("owner/base", FIRST, world / "base", "v1")
+    for name, commit in zip(NAMES, (FIRST, SECOND), strict=True):
+        cache.put(f"owner/{name}", commit, world / name, "main", "v2")
+    models = [{"model": "owner/east@v2"}, {"model": "owner/west"}]
+    recipe = {"merge_method": "ties", "base_model": "owner/base@v1", "models": models}
+    (world / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    file = fitted(world, tmp_path / "gates.safetensors", steps=1)
+    assert all(torch.equal(tensor, plain.tensors[key]) for key, tensor in file.tensors.items())
+    models = [file.manifest.base, *(expert.model for expert in file.manifest.experts)]
+    assert [(m.reference, m.revision) for m in models] == [
+        ("owner/base@v1", FIRST), ("owner/east@v2", FIRST), ("owner/west", SECOND)
+    ]  # fmt: skip
+    found = by_ours(yaml.safe_load((tmp_path / "gates.yml").read_text()), tmp_path / "out")
+    same = yaml.safe_load((tmp_path / "plain.yml").read_text())
+    assert all(torch.equal(found[k], t) for k, t in by_ours(same, tmp_path / "same").items())
+    recipe["models"][0]["model"] = "owner/east@v9"
+    (world / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match="model 'owner/east@v9' cannot be read: "):
+        fitted(world, tmp_path / "no.safetensors")
 
 
 @pytest.mark.parametrize("merged", [by_stock, by_ours])

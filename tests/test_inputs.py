@@ -25,6 +25,8 @@ from mergekit_wp.checkpoints import Checkpoint, open_pair
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
 from mergekit_wp.recipe import Experts
+from tests.gating import gate, gated_recipe
+from tests.merging import Checkpoint as Stored
 from tests.merging import Family, State, add, llama_config, random_state, reference, scores_for
 from tests.models import _SIZES, make_model, perturbed, save
 from tests.test_lora import scored
@@ -413,3 +415,26 @@ def test_a_head_of_its_own_is_not_merged_as_the_embedding(
     )
     with pytest.raises(UserError, match=r"lm_head.weight of .*expert0: its difference"):
         merged(family.recipe(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("by_gates", [False, True], ids=["scores", "gates"])
+@WAYS
+def test_a_base_that_is_not_tied_as_the_scored_one(
+    tmp_path: Path, tied: bool, by_gates: bool, merged: Merged
+) -> None:
+    """Its head would stay at the base beside a changed embedding, or be merged as one."""
+    family = Family.make(tmp_path, llama_config(tied=tied))
+    other = llama_config(tied=not tied)
+    recipe = family.recipe()
+    if by_gates:
+        gate(family, tmp_path / "g.safetensors")
+        recipe = gated_recipe(family, tmp_path / "g.safetensors")
+    for checkpoint in (family.base, *family.experts):
+        head = checkpoint.state["model.embed_tokens.weight"].clone()
+        stored = checkpoint.state | {"lm_head.weight": head}
+        Stored.save(checkpoint.path, other, stored, torch.float32)
+    sides = ("tied", "is not") if tied else ("not tied", "is")
+    message = f"is of models whose output head is {sides[0]} to .* base model {sides[1]}. Merge the"
+    with pytest.raises(UserError, match=message):
+        merged(recipe, tmp_path / "out")
