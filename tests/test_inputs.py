@@ -25,11 +25,14 @@ from mergekit_wp.checkpoints import Checkpoint, open_pair
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
 from mergekit_wp.recipe import Experts
+from mergekit_wp.scoring.company import score_company
+from mergekit_wp.scoring.request import CompanyRequest
 from tests.gating import gate, gated_recipe
 from tests.merging import Checkpoint as Stored
 from tests.merging import Family, State, add, llama_config, random_state, reference, scores_for
-from tests.models import _SIZES, make_model, perturbed, save
+from tests.models import _SIZES, make_model, perturbed, save, write_prompts
 from tests.test_lora import scored
+from tests.test_scoring import Quiet
 
 ensure_registered()
 torch.set_num_threads(1)
@@ -107,16 +110,60 @@ def test_shards_that_split_differently_are_merged(
     assert_close(merged(sharded.recipe(), tmp_path / "out"), expected(sharded))
 
 
-def test_sharded_checkpoints_are_scored_alike(tmp_path: Path) -> None:
+def stored_otherwise(base: Path, expert: Path, how: str) -> None:
+    """The same numbers in other files; in bfloat16 or float16 as far as they are such numbers."""
+    for folder, size in ((base, "3KB"), (expert, "4KB")):
+        file = folder / "model.safetensors"
+        state = load_file(file)
+        if how == "shards":
+            reshard(folder, size)
+        elif how == "head stored twice":
+            head = state["model.embed_tokens.weight"].clone()
+            save_file(state | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+        elif folder == expert or how == "both":
+            coarse = torch.float16 if how == "some in float16" else torch.bfloat16
+            named = {n: t for n, t in state.items() if "norm" not in n or coarse != torch.float16}
+            cast = {n: t.to(coarse) for n, t in named.items()}
+            assert all(torch.equal(t.float(), state[n]) for n, t in cast.items())
+            save_file(state | cast, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "how", ["shards", "head stored twice", "expert", "both", "some in float16"]
+)
+def test_how_checkpoints_are_stored_does_not_change_scores(tmp_path: Path, how: str) -> None:
     base = make_model("llama-tied")
-    start = save(base, tmp_path / "base", torch.float32)
-    expert = save(perturbed(base), tmp_path / "expert", torch.float32)
-    whole = scored(start, str(expert), tmp_path / "whole.safetensors")
-    reshard(start, "3KB")
-    reshard(expert, "4KB")
-    parts = scored(start, str(expert), tmp_path / "parts.safetensors")
-    for key, tensor in whole.tensors.items():
-        assert torch.equal(tensor, parts.tensors[key]), key
+    ends = [perturbed(base, seed=seed).half().bfloat16().double() for seed in (1, 2)]
+    start = save(base.half().bfloat16().double(), tmp_path / "base", torch.float32)
+    first, second = (
+        save(end, tmp_path / name, torch.float32)
+        for end, name in zip(ends, ("first", "second"), strict=True)
+    )
+    company = {name: tmp_path / name for name in ("plain", "changed")}
+    plain = scored(start, str(first), tmp_path / "plain.safetensors")
+    score_together(start, (first, second), company["plain"])
+    stored_otherwise(start, first, how)
+    changed = scored(start, str(first), tmp_path / "changed.safetensors")
+    score_together(start, (first, second), company["changed"])
+    pairs = [(plain.tensors, changed.tensors)]
+    for name in ("first", "second"):
+        files = [scorefile.read(folder / f"{name}.safetensors") for folder in company.values()]
+        pairs.append((files[0].tensors, files[1].tensors))
+    for ours, theirs in pairs:
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), key
+
+
+def score_together(base: Path, experts: tuple[Path, ...], out: Path) -> None:
+    models = [{"model": str(base)}, *({"model": str(expert)} for expert in experts)]
+    recipe = {"merge_method": "ties", "base_model": str(base), "models": models}
+    out.with_suffix(".yml").write_text(yaml.safe_dump(recipe))
+    prompts = tuple((e.name, write_prompts(out.parent / f"{e.name}.jsonl", 2)) for e in experts)
+    request = CompanyRequest(
+        recipe=out.with_suffix(".yml"), prompts=prompts, out=out,
+        dtype="float64", max_new_tokens=2, steps=2,
+    )  # fmt: skip
+    score_company(request, Quiet())
 
 
 def refused_everywhere(family: Family, tmp_path: Path, message: str) -> None:
@@ -339,6 +386,34 @@ def test_an_expert_may_come_in_several_slices(family: Family, tmp_path: Path) ->
     models = [*plain.pop("models"), {"model": str(family.base.path)}]
     cut = [{"sources": [m | {"layer_range": [i, i + 1]} for m in models]} for i in range(2)]
     assert_close(by_ours(plain | {"slices": cut}, tmp_path / "out"), expected(family))
+
+
+@WAYS
+def test_an_expert_may_be_in_some_slices_only(
+    family: Family, tmp_path: Path, merged: Merged
+) -> None:
+    """mergekit takes what stands before the layers from the first slice, the rest from the last."""
+    plain = family.recipe()
+    one, two = plain.pop("models")
+    base = {"model": str(family.base.path)}
+    cut = [
+        {"sources": [m | {"layer_range": [i, i + 1]} for m in models]}
+        for i, models in enumerate(([one, two, base], [two, base]))
+    ]
+    found = merged(plain | {"slices": cut}, tmp_path / "out")
+    both = expected(family)
+    alone = reference(family.base.state, [family.experts[1].state], family.files[1:])
+    last = ("layers.1.", "model.norm")
+    assert_close(found, {n: alone[n] if any(p in n for p in last) else both[n] for n in both})
+
+
+@WAYS
+def test_layers_may_be_left_out(family: Family, tmp_path: Path, merged: Merged) -> None:
+    plain = family.recipe()
+    models = [*plain.pop("models"), {"model": str(family.base.path)}]
+    first = [{"sources": [m | {"layer_range": [0, 1]} for m in models]}]
+    found = merged(plain | {"slices": first}, tmp_path / "out")
+    assert_close(found, {n: t for n, t in expected(family).items() if "layers.1." not in n})
 
 
 # --- tied and untied -----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.merging import State
 from tests.merging import reference as expected_merge
-from tests.models import make_model, save, save_tokenizer, write_prompts
+from tests.models import make_model, perturbed, save, save_tokenizer, write_prompts
 from tests.test_safety import Bomb
 from tests.test_scoring import Quiet
 
@@ -338,6 +338,25 @@ def test_a_recipe_without_its_adapter(
     break_it(adapter)
     with pytest.raises(UserError, match=message):
         by_ours(recipe_of(base, f"{base}+{adapter}", scores), tmp_path / "out", tmp_path / "cache")
+
+
+@WAYS
+def test_a_base_with_an_adapter(base: Path, tmp_path: Path, merged: Callable[..., State]) -> None:
+    """The same scores and the same merge as of the model that peft merges."""
+    adapter, whole = make_adapter(base, tmp_path)
+    expert = str(save(perturbed(make_model("llama-tied")), tmp_path / "expert", torch.float32))
+    reference = Path(f"{base}+{adapter}")
+    found = []
+    for i, start in enumerate((reference, whole)):
+        file = scored(start, expert, tmp_path / f"{i}.st")
+        recipe = recipe_of(start, expert, tmp_path / f"{i}.st")
+        found.append((file.tensors, merged(recipe, tmp_path / f"{i}", tmp_path / "cache")))
+    for ours, theirs in zip(*found, strict=True):
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+    wrong = recipe_of(base, expert, tmp_path / "0.st")
+    with pytest.raises(UserError, match="these are scores of another expert, base"):
+        merged(wrong, tmp_path / "no", tmp_path / "cache")
 
 
 def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None:
