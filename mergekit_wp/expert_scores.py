@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
-from urllib.parse import unquote
 
 import torch
 
@@ -22,6 +20,7 @@ from mergekit_wp import gatesfile, scorefile
 from mergekit_wp.architectures import text_config
 from mergekit_wp.components import Dims, TensorLayout, layout_of
 from mergekit_wp.errors import UserError
+from mergekit_wp.fingerprint import NORM_TOLERANCE, rounding
 from mergekit_wp.fusion import Normalised, delta_norm, ranked, with_harm
 from mergekit_wp.gatesfile import GatesFile
 from mergekit_wp.model_names import last_name
@@ -32,9 +31,6 @@ LOG = logging.getLogger(__name__)
 Granularity = Literal["component", "tensor"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
-#: Relative difference allowed between a task vector's norm and the one in the score file.
-NORM_TOLERANCE = 0.02
-_HUB_FILE = re.compile(r"^hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)$")
 _LOCK = threading.Lock()
 
 
@@ -311,8 +307,8 @@ class ExpertScores:
         manifest = self.file.manifest
         allowed = (
             NORM_TOLERANCE * want
-            + _rounding(base, manifest.base.weights_dtype)
-            + _rounding(expert, manifest.expert.weights_dtype)
+            + rounding(base, manifest.base.weights_dtype)
+            + rounding(expert, manifest.expert.weights_dtype)
         )
         if not abs(got - want) <= allowed:
             raise UserError(
@@ -321,99 +317,6 @@ class ExpertScores:
                 f"{'gates' if self.gates else 'scores'} of another expert, base, revision or "
                 "shifted layers"
             )
-
-
-def _rounding(tensor: torch.Tensor, stored: str) -> float:
-    """Largest norm that rounding to the tensor's dtype can have added to a difference.
-
-    Rounding to nearest moves an entry by at most half an ulp, u|x|, or half the smallest
-    subnormal; by nothing where the dtype is as fine as the one that was stored.
-    """
-    was = getattr(torch, stored.removeprefix("torch."), None)
-    if not isinstance(was, torch.dtype) or not was.is_floating_point:
-        was = torch.float64
-    seen, fine = torch.finfo(tensor.dtype), torch.finfo(was)
-    allowed = 0.0
-    if seen.eps > fine.eps:
-        norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
-        allowed += seen.eps / 2 * float(norm)
-    if seen.tiny > fine.tiny:
-        allowed += seen.smallest_normal * seen.eps / 2 * float(tensor.numel() ** 0.5)
-    return allowed
-
-
-def check_company(files: Sequence[ExpertScores]) -> None:
-    """Refuse scores made in the company of other experts than those that are merged.
-
-    Raises:
-        UserError: names both companies.
-    """
-    here = sorted({file.file.manifest.expert.reference for file in files})
-    for file in files:
-        company = file.file.manifest.company
-        if company is None:
-            continue
-        scored = sorted(member.reference for member in company)
-        strangers = [f.path for f in files if f.file.manifest.company != company]
-        if scored != here or strangers:
-            way_out = (
-                "fit these experts together: mergekit-wp fit RECIPE"
-                if file.gates
-                else "score these experts together: mergekit-wp score --company RECIPE"
-            )
-            raise UserError(
-                f"{file.called} was made in the company of {', '.join(scored)}, but this recipe "
-                f"merges {', '.join(here)}"
-                + (f", with other scores for some ({strangers[0]})" if strangers else "")
-                + f"; {way_out}"
-            )
-
-
-def unwritten(scored: Iterable[str], planned: Collection[str]) -> list[str]:
-    """Scored tensors that a merge would lose.
-
-    mergekit writes what its own architecture definition lists; that of Llama knows no biases, for
-    instance. Layers that a recipe leaves out altogether are the recipe's will, not a loss.
-
-    Args:
-        scored: tensor names of score files.
-        planned: names of the tensors that will be written.
-    """
-    layers = {_layer_of(name) for name in planned}
-    return [name for name in scored if name not in planned and _layer_of(name) in layers]
-
-
-def _layer_of(name: str) -> str | None:
-    match = re.search(r"\.([0-9]+)\.", name)
-    return match[1] if match else None
-
-
-def local_path(reference: str) -> str:
-    """Absolute path of a score file; ``hf://owner/repo[@revision]/path`` is fetched from the Hub.
-
-    Raises:
-        UserError: a malformed or unreachable Hub reference.
-    """
-    if reference.startswith("hf://"):
-        return _fetch(reference)
-    return os.path.abspath(os.path.expanduser(reference))
-
-
-@lru_cache(maxsize=256)
-def _fetch(reference: str) -> str:
-    match = _HUB_FILE.match(reference)
-    if match is None:
-        raise UserError(
-            f"'{reference}' is not a Hub file; write hf://owner/repo[@revision]/FILE.safetensors"
-        )
-    from huggingface_hub import hf_hub_download
-
-    repo, revision, filename = match.groups()
-    try:
-        return hf_hub_download(repo, filename, revision=unquote(revision) if revision else None)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"score file {reference} could not be fetched: {reason}") from error
 
 
 def load(path: str) -> ExpertScores:

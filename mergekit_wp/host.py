@@ -1,9 +1,10 @@
-"""What mergekit knows of the models it merges: their configs, and the files it has opened."""
+"""What mergekit knows of the models it merges: configs, opened files, the tensors it writes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +38,25 @@ def refuse_unusable(input_ids: Sequence[Hashable], base_id: Hashable | None) -> 
         loader = LoaderCache.loaders.get(model)  # mergekit opens them before it plans
         if loader is not None and loader.index.is_safetensors:
             refuse_quantised_weights(loader.index, str(model))
+
+
+def unwritten(scored: Iterable[str], planned: Collection[str]) -> list[str]:
+    """Scored tensors that a merge would lose.
+
+    mergekit writes what its own architecture definition lists; that of Llama knows no biases, for
+    instance. Layers that a recipe leaves out altogether are the recipe's will, not a loss.
+
+    Args:
+        scored: tensor names of score files.
+        planned: names of the tensors that will be written.
+    """
+    layers = {_layer_of(name) for name in planned}
+    return [name for name in scored if name not in planned and _layer_of(name) in layers]
+
+
+def _layer_of(name: str) -> str | None:
+    match = re.search(r"\.([0-9]+)\.", name)
+    return match[1] if match else None
 
 
 def is_tied(base_id: Hashable | None) -> bool | None:

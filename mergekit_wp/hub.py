@@ -1,10 +1,18 @@
-"""Checkpoints on the Hugging Face Hub, and their commits."""
+"""Checkpoints, score files and gates files on the Hugging Face Hub, and their commits."""
 
 from __future__ import annotations
 
+import os
+import re
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import huggingface_hub
+
+from mergekit_wp.errors import UserError
+
+_HUB_FILE = re.compile(r"^hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)$")
 
 #: of a checkpoint; files in folders below (other formats, originals) are none of its own
 _CHECKPOINT = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
@@ -67,3 +75,31 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
 def commit_of(folder: Path) -> str | None:
     """The commit of a folder in the local cache, None of any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+def local_path(reference: str) -> str:
+    """Absolute path of a score or gates file; ``hf://owner/repo[@revision]/path`` is fetched.
+
+    Raises:
+        UserError: a malformed or unreachable Hub reference.
+    """
+    if reference.startswith("hf://"):
+        return _fetch(reference)
+    return os.path.abspath(os.path.expanduser(reference))
+
+
+@lru_cache(maxsize=256)
+def _fetch(reference: str) -> str:
+    match = _HUB_FILE.match(reference)
+    if match is None:
+        raise UserError(
+            f"'{reference}' is not a Hub file; write hf://owner/repo[@revision]/FILE.safetensors"
+        )
+    repo, revision, filename = match.groups()
+    try:
+        return huggingface_hub.hf_hub_download(
+            repo, filename, revision=unquote(revision) if revision else None
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{reference} could not be fetched: {reason}") from error

@@ -21,18 +21,17 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_wp.company import check_company
 from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import (
     Choice,
     ExpertScores,
-    check_company,
     load,
     load_gates,
-    unwritten,
 )
 from mergekit_wp.fusion import Fusion, component_gates, fuse
-from mergekit_wp.host import config_of, is_tied, refuse_unusable, shown
+from mergekit_wp.host import config_of, is_tied, refuse_unusable, shown, unwritten
 from mergekit_wp.originals import Given, stored_pair
 from mergekit_wp.parameters import RECORDED, SPEC, guard_paths
 

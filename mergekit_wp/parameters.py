@@ -20,8 +20,9 @@ from mergekit.merge_methods.base import (
 from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import GRANULARITIES, gates_experts, load, local_path
+from mergekit_wp.expert_scores import GRANULARITIES, gates_experts, load
 from mergekit_wp.fusion import FUSIONS
+from mergekit_wp.hub import local_path
 from mergekit_wp.scorefile import CRITERIA, WEIGHT_ESTIMANDS
 
 

@@ -20,8 +20,8 @@ from mergekit.plan import MergePlanner
 from safetensors import safe_open
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import ExpertScores, unwritten
-from mergekit_wp.host import is_tied, shown
+from mergekit_wp.expert_scores import ExpertScores
+from mergekit_wp.host import is_tied, shown, unwritten
 from mergekit_wp.merge_models import MISTAKES, forget_adapters, open_models
 from mergekit_wp.planned import planned_gates, planned_source
 from mergekit_wp.recipe import Recipe, one_line, score_files

@@ -24,15 +24,15 @@ from mergekit.config import (
 )
 from pydantic import BaseModel, ValidationError
 
+from mergekit_wp.company import check_company
 from mergekit_wp.errors import UserError
 from mergekit_wp.expert_scores import (
     ExpertScores,
-    check_company,
     gates_experts,
     load,
     load_gates,
-    local_path,
 )
+from mergekit_wp.hub import local_path
 from mergekit_wp.model_names import refuse_twice
 from mergekit_wp.parameters import SPEC
 from mergekit_wp.untrusted import complaint, parse_yaml

@@ -16,7 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file
 
-from mergekit_wp import expert_scores, hub, scorefile
+from mergekit_wp import hub, scorefile
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.checkpoints import Checkpoint, open_pair
 from mergekit_wp.cli import main
@@ -68,9 +68,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)  # mergekit asks for it
     monkeypatch.chdir(tmp_path)
     LoaderCache.loaders.clear()
-    expert_scores._fetch.cache_clear()
+    hub._fetch.cache_clear()
     yield made
-    expert_scores._fetch.cache_clear()
+    hub._fetch.cache_clear()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mergekit_wp import preflight
 from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import unwritten
+from mergekit_wp.host import unwritten
 from tests.models import make_model, perturbed
 from tests.test_scoring import run
 

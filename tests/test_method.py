@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch, multimerge
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp import expert_scores, scorefile
+from mergekit_wp import hub, scorefile
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
 from mergekit_wp.method import weight_patching
@@ -288,29 +288,27 @@ def test_hub_files(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(family.paths[0])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    expert_scores._fetch.cache_clear()
+    hub._fetch.cache_clear()
     for _ in range(2):
-        assert expert_scores.local_path("hf://me/exp@refs%2Fpr%2F1/wp/s.safetensors") == str(
-            family.paths[0]
-        )
-    assert expert_scores.local_path("hf://me/exp/s.safetensors") == str(family.paths[0])
+        assert hub.local_path("hf://me/exp@refs%2Fpr%2F1/wp/s.safetensors") == str(family.paths[0])
+    assert hub.local_path("hf://me/exp/s.safetensors") == str(family.paths[0])
     assert asked == [
         ("me/exp", "wp/s.safetensors", "refs/pr/1"),
         ("me/exp", "s.safetensors", None),
     ]
-    expert_scores._fetch.cache_clear()
+    hub._fetch.cache_clear()
 
 
 def test_bad_hub_references(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is not a Hub file; write hf://owner/repo"):
-        expert_scores.local_path("hf://nobody")
+        hub.local_path("hf://nobody")
 
     def refuse(*_: object, **__: object) -> str:
         raise OSError("no such repository\nlong help")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(UserError, match="hf://a/b/c could not be fetched: no such repository$"):
-        expert_scores.local_path("hf://a/b/c")
+        hub.local_path("hf://a/b/c")
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def compared(own: ScoreFile, other: ScoreFile, path: Path, seed: int) -> list[Ag
 
 def _alike(own: ScoreFile, other: ScoreFile) -> bool:
     """Whether two files are of the same expert: every tensor of the task vector has one norm."""
-    from mergekit_wp.expert_scores import NORM_TOLERANCE
+    from mergekit_wp.fingerprint import NORM_TOLERANCE
 
     theirs = other.delta_norm
     return all(

@@ -21,7 +21,7 @@ from mergekit_wp.compare.methods import DEFAULT_METHODS, OURS, Method, methods_o
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.rows import Task
 from mergekit_wp.errors import UserError
-from mergekit_wp.expert_scores import local_path
+from mergekit_wp.hub import local_path
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.recipe import Experts
 
