@@ -23,6 +23,7 @@ from tests import test_lora
 from tests.gating import gated_merge
 from tests.merging import State
 from tests.models import finetuned, make_model, save, save_tokenizer
+from tests.test_architectures import save_mistral3
 from tests.test_company import NAMES, write_task
 from tests.test_fit import fitted, write_recipe
 from tests.test_inputs import (
@@ -244,6 +245,28 @@ def test_experts_with_more_tokens(
     recipe["models"][0]["model"] = str(world / "east")
     two = by_stock(recipe | {"tokenizer": {"source": "base"}}, tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@WAYS
+def test_modules_of_a_larger_model(tmp_path: Path, merged: Merged) -> None:
+    """Its text part is fitted; a recipe may name the modules that mergekit knows, or none."""
+    base, world = make_model("mistral"), tmp_path / "world"
+    world.mkdir()
+    save_mistral3(base, world / "base")
+    for i, (name, word) in enumerate(WORDS.items(), start=1):
+        task = write_task(world / f"{name}.jsonl", word)
+        save_mistral3(finetuned(base, task), world / name, vision=i)
+    file = quick(write_recipe(world), tmp_path / "gates.safetensors")
+    text = reference(world, file)
+    whole = load_file(world / "base" / "model.safetensors")
+    want = {name: text.get(name.removeprefix("language_model."), whole[name]) for name in whole}
+    assert len(text) < len(want)
+    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text()) | {"dtype": "float32"}
+    models = {"models": recipe.pop("models")}
+    names = ("text_decoder", "multi_modal_projector", "vision_tower")
+    for i, which in enumerate((models, {"modules": dict.fromkeys(names, models)})):
+        found = merged(recipe | which, tmp_path / f"{i}")
+        assert_close(found, {name: tensor.double() for name, tensor in want.items()})
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -124,6 +124,7 @@ DTYPES = pytest.mark.parametrize(
     [
         ({"dtype": "float32"}, torch.float32),
         ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
         ({"dtype": "float32", "out_dtype": "bfloat16"}, torch.bfloat16),
     ],
     ids=str,

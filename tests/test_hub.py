@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.checkpoints import Checkpoint, open_pair
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
+from mergekit_wp.scoring.fit import fit
 from mergekit_wp.scoring.opening import scored_model
-from tests.gating import gate, gated_merge
+from mergekit_wp.scoring.request import FitRequest
+from tests.gating import gate, gated_merge, gated_recipe
 from tests.merging import Family, llama_config
 from tests.models import make_model, perturbed, save, write_prompts
 from tests.test_company import NAMES, make_world
 from tests.test_fit import fitted
 from tests.test_inputs import Merged, assert_close, by_ours, by_stock, expected
 from tests.test_lora import make_adapter
+from tests.test_scoring import Quiet
 
 ensure_registered()
 torch.set_num_threads(1)
@@ -265,6 +269,30 @@ def test_revisions_are_fitted(cache: Cache, tmp_path: Path) -> None:
     (world / "recipe.yml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="model 'owner/east@v9' cannot be read: "):
         fitted(world, tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("merged", [by_stock, by_ours])
+def test_two_revisions_are_two_experts(cache: Cache, tmp_path: Path, merged: Merged) -> None:
+    """Merged by scores and by gates; a fit would write both under one name."""
+    family = Family.make(tmp_path, llama_config())
+    recipe = family.recipe()
+    for e, (expert, commit) in enumerate(zip(family.experts, (FIRST, SECOND), strict=True)):
+        cache.put("owner/expert", commit, expert.path, f"v{e}")
+        recipe["models"][e]["model"] = f"owner/expert@v{e}"
+    assert_close(merged(recipe, tmp_path / "out"), expected(family))
+    named = [
+        replace(e, path=Path(m["model"]))
+        for e, m in zip(family.experts, recipe["models"], strict=True)
+    ]
+    file = gate(replace(family, experts=named), tmp_path / "g.safetensors")
+    by_gates = gated_recipe(replace(family, experts=named[::-1]), tmp_path / "g.safetensors")
+    want = gated_merge(family.base.state, [expert.state for expert in family.experts], file)
+    assert_close(merged(by_gates, tmp_path / "gated"), want)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    prompts = tuple((model["model"], tmp_path / "p.jsonl") for model in recipe["models"])
+    request = FitRequest(recipe=tmp_path / "recipe.yml", prompts=prompts, out=tmp_path / "no")
+    with pytest.raises(UserError, match="two experts are called 'expert', .* of another name"):
+        fit(request, Quiet())
 
 
 @pytest.mark.parametrize("merged", [by_stock, by_ours])

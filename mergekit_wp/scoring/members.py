@@ -141,7 +141,7 @@ def _requests(request: MembersRequest, folder: Path) -> list[ScoreRequest]:
         if names.count(name) > 1:
             raise UserError(
                 f"recipe {request.recipe}: two experts are called '{name}', so their score files "
-                "would be too; rename a folder"
+                "would be too; give one as a folder of another name"
             )
         found.append(
             ScoreRequest(
