@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from mergekit_wp.checkpoints import Pair, skeleton
 from mergekit_wp.components import Dims
 from mergekit_wp.memory import in_gib
 from mergekit_wp.offloaded import Offloaded, fetch_when_called
+from mergekit_wp.pair import Pair, skeleton
 from mergekit_wp.placement import DISK, MaxMemory, placement
 
 

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_wp.checkpoints import Pair, open_pair
 from mergekit_wp.memory import peak_memory
+from mergekit_wp.pair import Pair, open_pair
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.models import EOS, VOCABULARY, save_tokenizer, write_prompts

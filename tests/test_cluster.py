@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import Interrupted, listening
+from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import Sample
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.blocks import SweepContext, share_blocks

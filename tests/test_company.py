@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_wp import scorefile
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import cli
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.pair import open_pair
 from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import CompanyRequest

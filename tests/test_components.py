@@ -15,9 +15,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from mergekit_wp.checkpoints import parameter_names, skeleton
 from mergekit_wp.components import KINDS, Dims, Partition, layout_of
 from mergekit_wp.errors import UserError
+from mergekit_wp.pair import parameter_names, skeleton
 
 
 @st.composite

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_wp import gatesfile
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import cli
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.gates import KINDS, Climb, Layout, penalty, penalty_slope, weights
@@ -26,6 +25,7 @@ from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.gatesfile import GatesFile
+from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import Sample, batches
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.fit import fit

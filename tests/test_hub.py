@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from mergekit_wp import hub, scorefile
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint, open_pair
+from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
+from mergekit_wp.pair import open_pair
 from mergekit_wp.scoring.fit import fit
 from mergekit_wp.scoring.opening import scored_model
 from mergekit_wp.scoring.request import FitRequest

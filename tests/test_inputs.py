@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mergekit_wp import scorefile
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint, open_pair
+from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
+from mergekit_wp.pair import open_pair
 from mergekit_wp.recipe import Experts
 from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.request import CompanyRequest

@@ -21,10 +21,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint, open_pair
+from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
 from mergekit_wp.model_names import last_name
+from mergekit_wp.pair import open_pair
 from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest
 from mergekit_wp.scoring.score import score

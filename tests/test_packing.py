@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.packing import TokenCost, packed
 from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import PromptBatch, Sample
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import ScoreFile

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp import scorefile, tracefile
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import cli
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.pair import open_pair
 from mergekit_wp.roles import Edge, Measured, Node, Rules, is_edge, role
 from mergekit_wp.scorefile import ScoreFile
 from mergekit_wp.scoring.journal import Journal

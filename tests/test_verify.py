@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_wp import scorefile
 from mergekit_wp.behaviors import behavior
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.engine.sets import extreme, matched
 from mergekit_wp.errors import UserError
+from mergekit_wp.pair import open_pair
 from mergekit_wp.report.verification import area
 from mergekit_wp.scorefile import ScoreFile, SetPoint, Verification
 from mergekit_wp.scoring.journal import Journal

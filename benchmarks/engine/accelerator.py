@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.engine.measure import counted, timed
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.components import SLICED_KINDS, Kind
 from mergekit_wp.memory import in_gib, peak_memory, peak_on_gpus
+from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import Sample
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.blocks import (

@@ -25,11 +25,11 @@ from benchmarks.smollm2.experts import batch_of
 from benchmarks.smollm2.fitting import recipe_of
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, REPO, read_jsonl
 from benchmarks.smollm2.tasks import SKILLS
-from mergekit_wp.checkpoints import open_pair
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder
+from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import Sample, batches
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.references import logprobs

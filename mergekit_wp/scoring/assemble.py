@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import mergekit_wp
-from mergekit_wp.checkpoints import Checkpoint, Pair
+from mergekit_wp.checkpoints import Checkpoint
+from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import PromptFile
 from mergekit_wp.scorefile import Agreement, CriterionName, Manifest, ModelId, Scale
 from mergekit_wp.scoring.command import command_of

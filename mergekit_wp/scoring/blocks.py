@@ -16,7 +16,6 @@ from typing import cast
 
 import torch
 
-from mergekit_wp.checkpoints import Pair
 from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.activations import (
@@ -48,6 +47,7 @@ from mergekit_wp.engine.patches import (
 )
 from mergekit_wp.engine.share import Contributions, TaskVector, contributions, midpoints
 from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
+from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout

@@ -24,12 +24,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from mergekit_wp.checkpoints import Checkpoint, Pair
+from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.components import Partition
 from mergekit_wp.engine.trace import Criteria
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing, stopping
 from mergekit_wp.model_names import absolute
+from mergekit_wp.pair import Pair
 from mergekit_wp.placement import MaxMemory
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.blocks import Block, Result, SweepContext

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_wp
-from mergekit_wp.checkpoints import Pair
 from mergekit_wp.errors import UserError
 from mergekit_wp.model_names import last_name
+from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.recipe import Experts
 from mergekit_wp.resident import ResidentModel

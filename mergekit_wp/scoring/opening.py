@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.checkpoints import Pair, open_pair
 from mergekit_wp.errors import UserError
 from mergekit_wp.fingerprint import NORM_TOLERANCE
+from mergekit_wp.pair import Pair, open_pair
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.scorefile import CriterionName, Estimand, ModelId, ScoreFile
 from mergekit_wp.scoring.request import Progress

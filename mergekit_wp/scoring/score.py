@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import mergekit_wp
-from mergekit_wp.checkpoints import Pair
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
 from mergekit_wp.memory import (
@@ -20,6 +19,7 @@ from mergekit_wp.memory import (
     peak_on_gpus,
     resident_memory,
 )
+from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import (
     Prompt,
     PromptFile,

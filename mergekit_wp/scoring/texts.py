@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.checkpoints import Pair
 from mergekit_wp.errors import UserError
 from mergekit_wp.generation import end_tokens, greedy
+from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.backoff import AtOnce
