@@ -18,6 +18,8 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.untrusted import parse_json
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# what GPTQ, AWQ, compressed-tensors, bitsandbytes and fp8 store beside or instead of a weight
+_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB")
 _WAY_OUT = (
     "differences of quantised weights are mostly rounding: give the checkpoint it was quantised "
     "from, and quantise the merge"
@@ -81,8 +83,9 @@ def refuse_quantised(config: Any, name: str) -> None:
     Raises:
         UserError: says how it is quantised.
     """
-    for part in (config, getattr(config, "text_config", None)):
-        stated = getattr(part, "quantization_config", None)
+    parts = (config, getattr(config, "text_config", None))
+    keys = ("quantization_config", "compression_config")  # the second of compressed-tensors once
+    for stated in (getattr(part, key, None) for part in parts for key in keys):
         if stated:
             given = stated if isinstance(stated, Mapping) else vars(stated)
             method = given.get("quant_method") or given.get("quant_algo") or "an unnamed method"
@@ -93,10 +96,14 @@ def refuse_quantised(config: Any, name: str) -> None:
 def refuse_quantised_weights(index: ShardedTensorIndex, name: str) -> None:
     """Refuse weights stored as integers or in eight bits, which a merge would take for numbers.
 
+    Not every quantised checkpoint says so in its config.
+
     Raises:
         UserError: names the first; or a weight file is missing or damaged.
     """
     for tensor, (_, dtype) in headers(index, name).items():
+        if tensor.endswith(_PACKED):
+            raise UserError(f"model '{name}' is quantised: it stores {tensor}; {_WAY_OUT}")
         if tensor.endswith(".weight") and dtype not in FLOATS:
             raise UserError(
                 f"model '{name}': tensor {tensor} is stored as {dtype} (quantised?); {_WAY_OUT}"

@@ -309,9 +309,9 @@ def test_the_dtype_a_file_states_is_the_commonest(family: Family) -> None:
 # --- quantised -----------------------------------------------------------------------------------
 
 
-def state_quantised(folder: Path, **settings: Any) -> None:
+def state_quantised(folder: Path, key: str = "quantization_config", **settings: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (folder / "config.json").write_text(json.dumps(config | {key: settings}))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +323,11 @@ def state_quantised(folder: Path, **settings: Any) -> None:
         ({"quant_method": "fp8", "weight_block_size": [2, 2]}, "fp8"),
     ],
 )
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_quantised_experts_are_refused(
-    family: Family, tmp_path: Path, settings: dict[str, Any], method: str
+    family: Family, tmp_path: Path, settings: dict[str, Any], method: str, key: str
 ) -> None:
-    state_quantised(family.experts[0].path, **settings)
+    state_quantised(family.experts[0].path, key, **settings)
     message = rf"expert0' is quantised \({method}\).*give the checkpoint it was quantised from"
     refused_everywhere(family, tmp_path, message)
 
@@ -344,6 +345,23 @@ def test_weights_in_eight_bits_are_refused(
     coarse = {n: t.to(dtype) if "proj" in n else t for n, t in expert.state.items()}
     save_file(coarse, expert.path / "model.safetensors", metadata={"format": "pt"})
     refused_everywhere(family, tmp_path, r"proj.weight is stored as \w+ \(quantised\?\)")
+
+
+@pytest.mark.parametrize(
+    "packed", ["qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB"]
+)
+def test_packed_weights_whose_config_says_nothing(
+    family: Family, tmp_path: Path, packed: str
+) -> None:
+    """Old GPTQ checkpoints have a file of their own beside the config."""
+    expert = family.experts[0]
+    weight = "model.layers.1.mlp.up_proj.weight"
+    name = weight.replace("weight", packed)
+    state = expert.state | {name: torch.ones(2, 3, dtype=torch.int32)}
+    if packed in ("qweight", "weight_packed"):
+        del state[weight]
+    save_file(state, expert.path / "model.safetensors", metadata={"format": "pt"})
+    refused_everywhere(family, tmp_path, f"expert0' is quantised: it stores {name}; .* quantised")
 
 
 # --- models listed twice -------------------------------------------------------------------------
