@@ -77,19 +77,23 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def local_path(reference: str) -> str:
+def local_path(reference: str, kind: str = "score") -> str:
     """Absolute path of a score or gates file; ``hf://owner/repo[@revision]/path`` is fetched.
+
+    Args:
+        reference: as a recipe writes it.
+        kind: ``score`` or ``gates``, for errors.
 
     Raises:
         UserError: a malformed or unreachable Hub reference.
     """
     if reference.startswith("hf://"):
-        return _fetch(reference)
+        return _fetch(reference, kind)
     return os.path.abspath(os.path.expanduser(reference))
 
 
 @lru_cache(maxsize=256)
-def _fetch(reference: str) -> str:
+def _fetch(reference: str, kind: str) -> str:
     match = _HUB_FILE.match(reference)
     if match is None:
         raise UserError(
@@ -102,4 +106,4 @@ def _fetch(reference: str) -> str:
         )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{reference} could not be fetched: {reason}") from error
+        raise UserError(f"{kind} file {reference} could not be fetched: {reason}") from error

@@ -83,7 +83,7 @@ def _one_of(name: str, options: Sequence[str]) -> Any:
 def _gates_file(value: str) -> str:
     if not value:
         return value
-    path = local_path(value)
+    path = local_path(value, "gates")
     gates_experts(path)
     RECORDED.values.setdefault("gates", {})[path] = None
     return path

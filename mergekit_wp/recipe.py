@@ -173,7 +173,7 @@ def find_gates_file(reference: str, folder: Path) -> str:
         UserError: as `find_score_file`, or no gates file.
     """
     if reference.startswith("hf://"):
-        path = local_path(reference)
+        path = local_path(reference, "gates")
     else:
         given = os.path.expanduser(reference)
         beside = os.path.join(folder, given)

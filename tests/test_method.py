@@ -307,7 +307,7 @@ def test_bad_hub_references(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no such repository\nlong help")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    with pytest.raises(UserError, match="hf://a/b/c could not be fetched: no such repository$"):
+    with pytest.raises(UserError, match="score file hf://a/b/c could not .*: no such repository$"):
         hub.local_path("hf://a/b/c")
 
 
