@@ -27,6 +27,10 @@ class UserError(Exception):
         super().__init__(clean(" ".join(message.split()))[:_LONGEST])
 
 
+class OutOfMemory(UserError):
+    """Not even one sequence fits into memory, whatever it is run through."""
+
+
 class DiskError(Exception):
     """A disk is full or failing, through no fault of the request: one line, exit status 1.
 

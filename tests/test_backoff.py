@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_wp import gatesfile, scorefile
-from mergekit_wp.errors import UserError
-from mergekit_wp.scoring.backoff import fitting
+from mergekit_wp.backoff import fitting
+from mergekit_wp.compare.checkers import Checkers
+from mergekit_wp.compare.items import JsonlTask, answers
+from mergekit_wp.compare.merging import EvaluationModel
+from mergekit_wp.compare.methods import methods_of
+from mergekit_wp.compare.plan import Plan
+from mergekit_wp.compare.results import Results
+from mergekit_wp.compare.run import Runner
+from mergekit_wp.errors import OutOfMemory, UserError
+from mergekit_wp.prompts import Prompt
 from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.fit import fit
 from mergekit_wp.scoring.layers import AnchorRequest, find_anchors
@@ -26,7 +35,7 @@ from mergekit_wp.scoring.request import (
 )
 from mergekit_wp.scoring.score import score
 from mergekit_wp.scoring.tracing import trace
-from mergekit_wp.scoring.verify import verify
+from mergekit_wp.scoring.verify import BEHAVIOR, verify
 from tests.models import make_model, perturbed, save
 from tests.test_company import NAMES, make_world
 from tests.test_memory import SmallMemory
@@ -66,6 +75,24 @@ def pair(world: Path) -> dict[str, Any]:
 def members(world: Path) -> dict[str, Any]:
     prompts = tuple((name, world / f"{name}.jsonl") for name in NAMES)
     return {"recipe": world / "recipe.yml", "prompts": prompts, "dtype": "float64"}
+
+
+def task(world: Path, *budgets: int) -> JsonlTask:
+    """What the expert answers, and the base does not: the same prompts once a budget."""
+    found = []
+    for name in ("base", "expert"):
+        model = AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float64)
+        tokenizer = AutoTokenizer.from_pretrained(world / name)
+        found.append(answers(model, tokenizer, [p for p, _ in PROMPTS], [3] * len(PROMPTS)))
+    assert [text for text, _ in found[0]] != [text for text, _ in found[1]]
+    lines = [
+        {"prompt": p, "answer": text, "checker": "contains", "split": "test", "max_new_tokens": n}
+        for n in budgets or (3,)
+        for (p, _), (text, _) in zip(PROMPTS, found[1], strict=True)
+    ]
+    path = world / "task.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return JsonlTask.read(path, Checkers.load(None))
 
 
 Numbers = dict[str, torch.Tensor]
@@ -122,8 +149,9 @@ def verified(world: Path, out: Path, said: Quiet) -> Numbers:
         dtype="float64",
         batch_size=4,
     )
-    points = verify(request, None, said).points
-    return {"points": torch.tensor([(p.value, p.low, p.high) for p in points])}
+    found = verify(request, task(world), said)
+    assert {p.measure for p in found.points} == {"kl", BEHAVIOR}
+    return {"points": torch.tensor([(p.value, p.low, p.high) for p in found.points])}
 
 
 def anchored(world: Path, out: Path, said: Quiet) -> Numbers:
@@ -196,6 +224,42 @@ def test_answers_of_the_expert_tell_of_it(
     assert said.notes[0] == "out of memory; going on with 2 sequences per forward pass"
     for key, tensor in whole.items():
         torch.testing.assert_close(small[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+def compared(world: Path, out: Path, told: Callable[[str], None]) -> list[str]:
+    """Rows and items of a comparison, with what was answered."""
+    plan = Plan(
+        base=str(world / "base"),
+        experts=(str(world / "expert"),),
+        names=("expert",),
+        recipe=None,
+        extra={},
+        methods=methods_of(("linear", "task_arithmetic+aim"), 1, None),
+        tasks=(task(world, 3, 2),),
+        tuned=False,
+        calibration=tuple(Prompt(prompt=p) for p, _ in PROMPTS),
+        eval_dtype=torch.float64,
+    )
+    with Results(out, {}) as results:
+        Runner(plan, results, lambda *_: None, told).run()
+    return (out / "results.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("error", [OOM, MemoryError()], ids=["cuda", "python"])
+def test_a_comparison_is_that_of_a_run_with_memory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    whole, said = compared(world, tmp_path / "whole", print), Quiet()
+    memory = SmallMemory(monkeypatch, error, 9, EvaluationModel)
+    small = compared(world, tmp_path / "small", said.note)
+    assert small == whole
+    # once for the answers, whose next chunks and models begin with what fitted; once for AIM
+    assert said.notes == ["out of memory; going on with 2 sequences per forward pass"] * 2
+    assert memory.refused == 2
+    memory.tokens = 2
+    with pytest.raises(OutOfMemory, match="with one sequence at a time"):
+        compared(world, tmp_path / "none", said.note)
+    assert not (tmp_path / "none" / "results.jsonl").exists(), "no merge is blamed for it"
 
 
 def test_halving_ends_with_one_clear_error() -> None:

@@ -16,6 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.merging import load_folder, merge_in_memory
 from mergekit_wp.compare.methods import methods_of
@@ -48,7 +49,9 @@ class Distance:
     def count(self, split: Split) -> int:
         return self.counts[split]
 
-    def evaluate(self, model: Any, tokenizer: Any, split: Split) -> list[ItemScore]:
+    def evaluate(
+        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+    ) -> list[ItemScore]:
         weight = model.model.norm.weight
         self.asked.append(split)
         if self.fail_when is not None and self.fail_when(weight):
@@ -82,7 +85,7 @@ def make_plan(family: Family, task: Distance, names: tuple[str, ...], **options:
 
 def run(plan: Plan, folder: Path, inputs: dict[str, Any] | None = None) -> Comparison:
     with Results(folder, inputs or {"a": 1}) as results:
-        return Runner(plan, results, lambda *_: None).run()
+        return Runner(plan, results, lambda *_: None, lambda _: None).run()
 
 
 def planted(family: Family, weight: float) -> torch.Tensor:

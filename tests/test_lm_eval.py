@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from mergekit_wp.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask, answers
 from mergekit_wp.compare.lm_eval_task import LmEvalTask
@@ -91,9 +93,25 @@ def test_splits_and_scores_are_the_harness_own(world) -> None:
 
 @needs_lm_eval
 @pytest.mark.slow
-def test_multiple_choice_takes_the_likelier(world) -> None:
-    import torch
+def test_little_memory_changes_no_score(world) -> None:
+    folder, model, tokenizer = world
+    task = LmEvalTask.load(str(folder / "toy_generate.yaml"))
 
+    def refuse(_module: object, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    whole, notes = task.evaluate(model, tokenizer, "test"), []
+    model.model.layers[0].register_forward_pre_hook(refuse)
+    at_once = AtOnce(UNBOUNDED, notes.append)
+    assert task.evaluate(model, tokenizer, "test", at_once) == whole
+    assert task.evaluate(model, tokenizer, "test", at_once) == whole
+    assert at_once.size == 2 and len(notes) == 2, "8, 4, 2; then 2"
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_multiple_choice_takes_the_likelier(world) -> None:
     folder, model, tokenizer = world
     task = LmEvalTask.load(str(folder / "toy_choose.yaml"))
     found = [x.score for x in task.evaluate(model, tokenizer, "test")]

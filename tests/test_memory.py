@@ -29,23 +29,29 @@ ON_CPU = "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't alloc
 
 
 class SmallMemory:
-    """Layers that refuse more than some tokens at once."""
+    """Layers that refuse more than some tokens at once, in whatever holds a ``model``."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException, tokens: int) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        tokens: int,
+        holder: type = ResidentModel,
+    ) -> None:
         self.tokens, self.refused = tokens, 0
-        make = ResidentModel.__init__
+        make = holder.__init__
 
         def hook(_module: Any, args: tuple[Any, ...], _kwargs: Any) -> None:
             if args[0].shape[0] * args[0].shape[1] > self.tokens:
                 self.refused += 1
                 raise error
 
-        def patched(resident: ResidentModel, *args: Any, **kwargs: Any) -> None:
-            make(resident, *args, **kwargs)
-            for layer in resident.model.model.layers:
+        def patched(held: Any, *args: Any, **kwargs: Any) -> None:
+            make(held, *args, **kwargs)
+            for layer in held.model.model.layers:
                 layer.register_forward_pre_hook(hook, with_kwargs=True)
 
-        monkeypatch.setattr(ResidentModel, "__init__", patched)
+        monkeypatch.setattr(holder, "__init__", patched)
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,7 @@ def compare(
         bar.set_postfix_str(f"seed {seed}, {'+'.join(experts)}: {name} ({done}/{total})")
 
     with Results(folder / label / "-".join(experts), inputs) as results:
-        return Runner(plan, results, said).run()
+        return Runner(plan, results, said, print).run()
 
 
 @click.command(context_settings={"show_default": True})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +137,12 @@ def compare(context: click.Context, /, **options: Any) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.refresh()
 
+        def told(note: str) -> None:
+            bar.write(f"mergekit-wp: {note}", file=sys.stderr)
+
         if request.restart:
             shutil.rmtree(request.out / KEPT, ignore_errors=True)
-        runner = Runner(plan, results, said)
+        runner = Runner(plan, results, said, told)
         comparison = runner.run()
     resampled = Resampled(comparison)
     click.echo(terminal_table(resampled))

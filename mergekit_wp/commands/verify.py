@@ -95,7 +95,10 @@ def verify(
         items = None
         if task is not None:
             items = JsonlTask.read(
-                task, Checkers.load(checkers), max_new_tokens=options["max_new_tokens"]
+                task,
+                Checkers.load(checkers),
+                max_new_tokens=options["max_new_tokens"],
+                batch_size=options["batch_size"],
             )
         found = run(VerifyRequest(top=sizes, prompts=path, **options), items, progress)
     click.echo(table(found))

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.compare.checkers import NEEDS, Checkers
 from mergekit_wp.compare.rows import ItemScore, Split
 from mergekit_wp.errors import UserError
@@ -95,13 +96,16 @@ class JsonlTask:
         """Items of a split."""
         return len(self.of(split))
 
-    def evaluate(self, model: Any, tokenizer: Any, split: Split) -> list[ItemScore]:
+    def evaluate(
+        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+    ) -> list[ItemScore]:
         """Greedy answers, checked.
 
         An answer that was cut at its last token never ended, so it is no ``exact`` answer.
 
         Raises:
             UserError: a checker fails.
+            OutOfMemory: there is not even memory for one sequence.
         """
         items = self.of(split)
         outputs = answers(
@@ -110,6 +114,7 @@ class JsonlTask:
             [item["prompt"] for item in items],
             [item.get("max_new_tokens", self.max_new_tokens) for item in items],
             self.batch_size,
+            at_once,
         )
         scores = []
         for item, (text, ended) in zip(items, outputs, strict=True):
@@ -125,6 +130,7 @@ def answers(
     prompts: Sequence[Text],
     max_new_tokens: Sequence[int],
     batch_size: int | None = None,
+    at_once: AtOnce | None = None,
 ) -> list[tuple[str, bool]]:
     """Each prompt's greedy answer, and whether the model ended it itself.
 
@@ -134,6 +140,10 @@ def answers(
         prompts: texts or chat messages.
         max_new_tokens: longest answer of each.
         batch_size: sequences at once; None for a size that fits the device.
+        at_once: bounds them further, and goes on with fewer where memory runs out; None does not.
+
+    Raises:
+        OutOfMemory: there is not even memory for one sequence.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(getattr(model, "name_or_path", ""), tokenizer)
@@ -147,11 +157,20 @@ def answers(
         size = 0
         while start + size < len(order) and max_new_tokens[order[start + size]] == budget:
             longest = len(encoded[order[start + size]]) + budget
-            if size and size >= (batch_size or min(rows, max(1, tokens // longest))):
+            most = batch_size or min(rows, max(1, tokens // longest))
+            if size and size >= (min(most, at_once.size) if at_once else most):
                 break
             size += 1
         members = order[start : start + size]
-        rows_out = greedy(model, [encoded[i] for i in members], budget, ends, model.device)
+
+        def continued(together: int, some: Sequence[int] = members, new: int = budget) -> Any:
+            found: list[list[int]] = []
+            for begun in range(0, len(some), together):
+                ids = [encoded[i] for i in some[begun : begun + together]]
+                found += greedy(model, ids, new, ends, model.device)
+            return found
+
+        rows_out = at_once.run(continued, size) if at_once else continued(size)
         for i, ids in zip(members, rows_out, strict=True):
             ended = bool(ids) and ids[-1] in ends
             found[i] = (tokenizer.decode(ids, skip_special_tokens=True), ended)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.compare.rows import ItemScore, Split
 from mergekit_wp.errors import UserError
 
@@ -81,10 +82,15 @@ class LmEvalTask:
         """Documents of a split."""
         return len(self._docs(split))
 
-    def evaluate(self, model: Any, tokenizer: Any, split: Split) -> list[ItemScore]:
+    def evaluate(
+        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+    ) -> list[ItemScore]:
         """Every document's first metric, by the harness's own evaluation.
 
         The chat template is applied where the tokenizer has one.
+
+        Raises:
+            OutOfMemory: there is not even memory for one sequence.
         """
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -94,14 +100,18 @@ class LmEvalTask:
         if split == "valid":
             # the harness evaluates test documents where there are any
             task._config.test_split = None
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size or 8)
-        results = evaluate(
-            lm=lm,
-            task_dict={"tasks": {self.name: task}, "groups": {}, "group_map": {}},
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=bool(tokenizer.chat_template),
-        )
+
+        def run(together: int) -> Any:
+            return evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=together),
+                task_dict={"tasks": {self.name: task}, "groups": {}, "group_map": {}},
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=bool(tokenizer.chat_template),
+            )
+
+        size = self.batch_size or 8
+        results = at_once.run(run, size) if at_once else run(size)
         assert results is not None
         samples = results["samples"][self.name]
         first = samples[0]["filter"]

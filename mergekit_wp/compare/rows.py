@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from mergekit_wp.backoff import AtOnce
+
 Split = Literal["valid", "test"]
 Role = Literal["base", "expert", "peer", "ours"]
 #: a method's parameters, e.g. ``{"density": 0.5, "lambda": 1.0}``
@@ -45,13 +47,17 @@ class Task(Protocol):
     def count(self, split: Split) -> int:
         """Items of a split; 0 where the task has none."""
 
-    def evaluate(self, model: Any, tokenizer: Any, split: Split) -> list[ItemScore]:
+    def evaluate(
+        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+    ) -> list[ItemScore]:
         """Every item's score, in a fixed order with fixed names.
 
         Args:
             model: a transformers causal LM in eval mode.
             tokenizer: its tokenizer.
             split: which items.
+            at_once: no more sequences go through the model together, and fewer where memory runs
+                out; with None running out is an error.
         """
 
 

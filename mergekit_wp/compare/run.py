@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_wp.aim import activation_importance, apply_aim
+from mergekit_wp.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare import select
 from mergekit_wp.compare.merging import (
@@ -42,21 +43,31 @@ from mergekit_wp.compare.rows import (
     Split,
     recipe_name,
 )
-from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.files import staged_folder
 from mergekit_wp.interrupts import finishing
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
+#: a full disk or a small memory is no property of a merge: these stop the comparison
+NOT_THE_MERGES_FAULT = (OSError, MemoryError, DiskError, OutOfMemory)
 
 
 @dataclass
 class Runner:
-    """One comparison under way."""
+    """One comparison under way.
+
+    Attributes:
+        plan: what is compared.
+        results: finished jobs.
+        on_job: told of every job.
+        told: of every step back where memory runs out.
+    """
 
     plan: Plan
     results: Results
     on_job: OnJob
+    told: Callable[[str], None]
     _total: int = 0
     _count: int = 0
     _tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -65,6 +76,8 @@ class Runner:
     def run(self) -> Comparison:
         """Everything, in the order of the table."""
         plan = self.plan
+        # what fitted one model fits the next, but another task may have longer prompts
+        self.at_once = {task.name: AtOnce(UNBOUNDED, self.told) for task in plan.tasks}
         self.base = Checkpoint(plan.base)
         self.evaluation = EvaluationModel(self.base, plan.eval_dtype, plan.device)
         self.tokenizer = self._tokenizer()
@@ -231,14 +244,19 @@ class Runner:
                 for task, job in todo:
                     try:
                         with finishing():
-                            found = task.evaluate(ready, tokenizer or self.tokenizer, split)
+                            found = task.evaluate(
+                                ready,
+                                tokenizer or self.tokenizer,
+                                split,
+                                self.at_once[task.name],
+                            )
                             self.results.add(job, found)
-                    except (OSError, MemoryError, DiskError):
+                    except NOT_THE_MERGES_FAULT:
                         raise
                     except Exception as error:
                         self.results.add_failure(job, _sentence(error))
                     self._said(model, 1)
-        except (OSError, MemoryError, DiskError):  # a full disk is no property of the merge
+        except NOT_THE_MERGES_FAULT:
             raise
         except Exception as error:
             for _, job in todo:
@@ -269,8 +287,9 @@ class Runner:
             return tensors
         if "base" not in self._tensors:
             model = self.evaluation.load_checkpoint(self.base)
-            self._tensors["importance"] = activation_importance(
-                model, self.tokenizer, self.plan.calibration, 16
+            texts = self.plan.calibration
+            self._tensors["importance"] = AtOnce(16, self.told).run(
+                lambda size: activation_importance(model, self.tokenizer, texts, size), len(texts)
             )
             self._tensors["base"] = {
                 n: self.base.tensor(n, torch.float32) for n in self.evaluation.names

@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 
+from mergekit_wp.backoff import fitting
 from mergekit_wp.components import SLICED_KINDS, FineKind, Kind, Partition
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.activations import (
@@ -51,7 +52,7 @@ from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout
-from mergekit_wp.scoring.backoff import fitting, target_part
+from mergekit_wp.scoring.parts import target_part
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.whole import Chosen, swap_for_itself, swap_whole
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.engine.guided import Travelled
 from mergekit_wp.engine.share import contributions
 from mergekit_wp.engine.trace import Decoder
@@ -30,7 +31,6 @@ from mergekit_wp.scorefile import (
     write,
 )
 from mergekit_wp.scoring.assemble import common_fields
-from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.blocks import Block, Result, SweepContext, task_vector
 from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.journal import Journal

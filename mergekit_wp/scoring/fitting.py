@@ -9,6 +9,7 @@ from operator import mul
 
 import torch
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.engine.gates import Climb, Layout, penalty_slope, weights
 from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
@@ -17,10 +18,10 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.fusion import fuse
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.backoff import AtOnce, split
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import Lesson
 from mergekit_wp.scoring.members import Member
+from mergekit_wp.scoring.parts import split
 from mergekit_wp.scoring.request import DTYPES, FitRequest, Progress
 
 #: held-out prompts are looked at every so many steps; the fit ends after so many looks in vain

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.compare.statistics import Estimate, percentiles
 from mergekit_wp.criteria import Reference
 from mergekit_wp.engine.trace import Decoder, record, replay
@@ -22,9 +23,9 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Sample, batches, read_prompts
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.anchor import Contrast, held_out_separation
-from mergekit_wp.scoring.backoff import AtOnce, split
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import open_inputs
+from mergekit_wp.scoring.parts import split
 from mergekit_wp.scoring.references import (
     References,
     contrast_batches,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch, PromptFile, batches
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, measure
 from mergekit_wp.scoring.references import logprobs, values_of

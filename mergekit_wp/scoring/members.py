@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_wp
+from mergekit_wp.backoff import fitting
 from mergekit_wp.errors import UserError
 from mergekit_wp.model_names import last_name
 from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.recipe import Experts
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.backoff import fitting
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import References, measure_references

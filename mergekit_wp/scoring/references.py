@@ -13,7 +13,7 @@ from mergekit_wp.prompts import PromptBatch, Sample, batches
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import Anchor, CriterionName
 from mergekit_wp.scoring.anchor import Contrast, choose_anchor
-from mergekit_wp.scoring.backoff import split
+from mergekit_wp.scoring.parts import split
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import mergekit_wp
+from mergekit_wp.backoff import fitting
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
 from mergekit_wp.memory import (
@@ -30,7 +31,6 @@ from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read, write
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
-from mergekit_wp.scoring.backoff import fitting
 from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.journal import Journal

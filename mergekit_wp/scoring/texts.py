@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from mergekit_wp.backoff import AtOnce
 from mergekit_wp.errors import UserError
 from mergekit_wp.generation import end_tokens, greedy
 from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import Progress, RunRequest
 

@@ -16,6 +16,7 @@ import torch
 
 import mergekit_wp
 from mergekit_wp import scorefile, tracefile
+from mergekit_wp.backoff import fitting
 from mergekit_wp.components import FineKind, Partition
 from mergekit_wp.criteria import AnchorDirection, Targets, recovery
 from mergekit_wp.engine.gradients import criterion_gradients, record_with_gradients
@@ -34,7 +35,6 @@ from mergekit_wp.prompts import read_prompts
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.roles import Edge, Measured, Node, Via, is_edge, role
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
-from mergekit_wp.scoring.backoff import fitting
 from mergekit_wp.scoring.blocks import Block, SweepContext
 from mergekit_wp.scoring.fidelity import verdict
 from mergekit_wp.scoring.journal import Journal

@@ -17,6 +17,7 @@ import torch
 
 import mergekit_wp
 from mergekit_wp import scorefile
+from mergekit_wp.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.statistics import Array, percentiles
 from mergekit_wp.criteria import AnchorDirection, Targets
@@ -34,7 +35,6 @@ from mergekit_wp.scorefile import (
     SetPoint,
     Verification,
 )
-from mergekit_wp.scoring.backoff import AtOnce
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import (
     check_pair,
@@ -156,6 +156,8 @@ class Meter:
             anchor = AnchorDirection(vector, file.manifest.anchor.layer)
         decoder = Decoder(resident.model)
         self.at_once = at_once
+        # answers take other memory than one pass does
+        self.answered_at_once = AtOnce(UNBOUNDED, at_once.told)
         self.targets = at_once.run(
             lambda size: [Targets(logprobs(decoder, batch, size), anchor) for batch in every]
         )
@@ -169,7 +171,9 @@ class Meter:
         )
         found: dict[str, torch.Tensor] = {name: v.double() for name, v in values.items()}
         if self.task is not None:
-            scores = self.task.evaluate(self.resident.model, self.tokenizer, "test")
+            scores = self.task.evaluate(
+                self.resident.model, self.tokenizer, "test", self.answered_at_once
+            )
             found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)
         return found
 

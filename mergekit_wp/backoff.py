@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from mergekit_wp.criteria import Targets
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import OutOfMemory
 from mergekit_wp.memory import is_out_of_memory
-from mergekit_wp.prompts import PromptBatch
 
 T = TypeVar("T")
+#: more sequences than anything runs together
+UNBOUNDED = sys.maxsize
 
 
 def fitting(
@@ -34,7 +35,7 @@ def fitting(
         The size that fitted, and the result.
 
     Raises:
-        UserError: there is not even memory for one sequence.
+        OutOfMemory: there is not even memory for one sequence.
     """
     while True:
         try:
@@ -47,9 +48,9 @@ def fitting(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if size == 1:
-            raise UserError(
+            raise OutOfMemory(
                 f"out of memory with one sequence at a time ({reason}); use shorter prompts, "
-                "another --dtype or a larger --device"
+                "a dtype of fewer bytes or a larger device"
             )
         size = (size + 1) // 2
         count = f"{size} sequences" if size > 1 else "one sequence"
@@ -68,23 +69,15 @@ class AtOnce:
     size: int
     told: Callable[[str], None]
 
-    def run(self, work: Callable[[int], T]) -> T:
-        """`fitting`, beginning with what fitted last."""
-        self.size, found = fitting(self.size, work, self.told)
+    def run(self, work: Callable[[int], T], count: int | None = None) -> T:
+        """`fitting`, beginning with what fitted last.
+
+        Args:
+            work: from its start, with so many at once.
+            count: there are no more than so many this time.
+        """
+        begun = self.size if count is None else min(self.size, count)
+        fitted, found = fitting(begun, work, self.told)
+        if fitted < begun:
+            self.size = fitted
         return found
-
-
-def target_part(batch: PromptBatch, targets: Targets, start: int, stop: int) -> Targets:
-    """What some of a batch's samples are measured against."""
-    if targets.expert_logprobs is None:
-        return targets
-    own = batch.in_part(start, stop)
-    return replace(targets, expert_logprobs=targets.expert_logprobs[own])
-
-
-def split(batch: PromptBatch, targets: Targets, size: int) -> list[tuple[PromptBatch, Targets]]:
-    """A batch in parts of at most `size` samples, with what each is measured against."""
-    if batch.size <= size:
-        return [(batch, targets)]
-    cuts = [(start, min(batch.size, start + size)) for start in range(0, batch.size, size)]
-    return [(batch.part(*cut), target_part(batch, targets, *cut)) for cut in cuts]
