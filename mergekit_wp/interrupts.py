@@ -38,6 +38,7 @@ class Interrupted(BaseException):
 class _State:
     depth = 0
     waiting: int | None = None
+    raised: int | None = None
 
 
 @contextmanager
@@ -48,26 +49,43 @@ def listening() -> Iterator[None]:
     """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     after = dict(before)
+    back_to_default = {n: signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _arrived)
     try:
         yield
-    except Interrupted:
-        after |= {n: signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
+    except BaseException as error:
+        found = unmasked(error)
+        if isinstance(found, Interrupted):
+            after |= back_to_default
+        if found is not error:
+            raise found from error
         raise
     finally:
+        _State.raised = None
         for number, handler in after.items():
             signal.signal(number, handler)
 
 
 def _arrived(number: int, _frame: FrameType | None) -> None:
     if _State.depth == 0 or _State.waiting is not None:
+        _State.raised = number
         raise Interrupted(number)
     _State.waiting = number
     text = "\nmergekit-wp: finishing the current block; once more leaves at once\n"
     with suppress(OSError):  # not print: the signal may have come in the middle of one
         os.write(2, text.encode())
+
+
+def unmasked(error: BaseException) -> BaseException:
+    """What ended the work: an interruption, where a library's C code made another error of it.
+
+    torch, for one, answers whatever is raised while it looks at an object with a ValueError.
+    """
+    if isinstance(error, Exception) and _State.raised is not None:
+        return Interrupted(_State.raised)
+    return error
 
 
 def stopping() -> bool:

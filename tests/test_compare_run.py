@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_wp import interrupts
 from mergekit_wp.backoff import AtOnce
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.merging import load_folder, merge_in_memory
@@ -27,6 +29,7 @@ from mergekit_wp.compare.run import Runner
 from mergekit_wp.compare.statistics import Resampled
 from mergekit_wp.compare.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError
+from mergekit_wp.interrupts import Interrupted
 from mergekit_wp.prompts import Prompt
 from tests.merging import Family, llama_config
 from tests.models import save_tokenizer, write_prompts
@@ -221,6 +224,25 @@ def test_a_merge_that_fails_is_recorded_and_tried_again(family: Family, tmp_path
     assert rows["task_arithmetic (untuned)"].failed is None
     assert len(task.asked) == 1
     assert "failed" not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_an_interrupted_merge_is_no_failed_one(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Distance("near", planted(family, 0.5))
+    plan = replace(make_plan(family, task, ("ties",)), tuned=False)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+
+        def struck(*_: Any) -> None:
+            patch.setattr(interrupts._State, "raised", signal.SIGINT)
+            raise ValueError("no shape")  # torch makes such errors of whatever is raised in it
+
+        patch.setattr("mergekit_wp.compare.run.merge_in_memory", struck)
+        run(plan, tmp_path)
+    assert stop.value.kept == tmp_path
+    kept = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(kept) == 3 * 4 and not any("failed" in line for line in kept)
+    assert all(row.failed is None for row in run(plan, tmp_path).rows)
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(family: Family, tmp_path: Path) -> None:

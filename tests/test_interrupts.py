@@ -68,6 +68,30 @@ def test_a_failure_is_told_rather_than_the_signal() -> None:
         pass
 
 
+def strike_in_c_code() -> None:
+    """As torch does it: whatever is raised meanwhile becomes an error of its own."""
+    try:
+        strike()
+    except Interrupted:
+        raise ValueError("could not determine the shape of object type") from None
+
+
+def test_an_interruption_is_one_under_another_name_too(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as stop, listening():
+        strike_in_c_code()
+    assert stop.value.status == 130 and stop.value.kept is None
+    with (
+        pytest.raises(Interrupted) as stop,
+        listening(),
+        Journal(tmp_path / "j", {}, False) as kept,
+    ):
+        kept.block("one", lambda: {"x": torch.ones(1)})
+        strike_in_c_code()
+    assert stop.value.kept == tmp_path / "j.partial"
+    with pytest.raises(ZeroDivisionError), listening():  # the interruptions before are forgotten
+        raise ZeroDivisionError
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with listening():

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from mergekit_wp.compare.rows import ItemScore, ResultLine, Setting, Split
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.files import locked, naming_disk, written_whole
-from mergekit_wp.interrupts import Interrupted
+from mergekit_wp.interrupts import Interrupted, unmasked
 
 #: inputs by name that a later run may add to: results of one do not depend on another
 GROWING = ("tasks", "other recipes")
@@ -87,9 +87,12 @@ class Results:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, DiskError | Interrupted) and self.path.exists():
-            error.kept = self.folder
+        found = None if error is None else unmasked(error)
+        if isinstance(found, DiskError | Interrupted) and self.path.exists():
+            found.kept = self.folder
         self._lock.close()
+        if found is not None and found is not error:
+            raise found from error
 
     def _check_inputs(self) -> None:
         stated = self.folder / "comparison.json"

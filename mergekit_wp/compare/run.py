@@ -45,7 +45,7 @@ from mergekit_wp.compare.rows import (
 )
 from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.files import staged_folder
-from mergekit_wp.interrupts import finishing
+from mergekit_wp.interrupts import Interrupted, finishing, unmasked
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
@@ -254,11 +254,15 @@ class Runner:
                     except NOT_THE_MERGES_FAULT:
                         raise
                     except Exception as error:
+                        if isinstance(unmasked(error), Interrupted):
+                            raise
                         self.results.add_failure(job, _sentence(error))
                     self._said(model, 1)
         except NOT_THE_MERGES_FAULT:
             raise
         except Exception as error:
+            if isinstance(unmasked(error), Interrupted):
+                raise
             for _, job in todo:
                 if job not in self.results.done and job not in self.results.failed:
                     self.results.add_failure(job, _sentence(error))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.files import locked, naming_disk, synced
-from mergekit_wp.interrupts import Interrupted, finishing
+from mergekit_wp.interrupts import Interrupted, finishing, unmasked
 
 
 def _today() -> str:
@@ -116,8 +116,9 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         blocks = [block.name for block in self.folder.glob("*.safetensors")]
-        refused = kind is not None and issubclass(kind, UserError)
-        if refused:  # a run of refused inputs will not go on; its expert's answers are no loss
+        found = None if error is None else unmasked(error)
+        if isinstance(found, UserError):
+            # a run of refused inputs will not go on; its expert's answers are no loss
             worthless = ("responses.", "batch-size.")
             blocks = [name for name in blocks if not name.startswith(worthless)]
         if kind is not None and not blocks:
@@ -125,9 +126,11 @@ class Journal:
             for folder in self._made:
                 with suppress(OSError):  # somebody else has put something there
                     folder.rmdir()
-        elif isinstance(error, DiskError | Interrupted):
-            error.kept = self.folder
+        elif isinstance(found, DiskError | Interrupted):
+            found.kept = self.folder
         self._lock.close()
+        if found is not None and found is not error:
+            raise found from error
 
     @property
     def resumed(self) -> bool:
