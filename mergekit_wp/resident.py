@@ -111,12 +111,12 @@ class ResidentModel:
         self.position = None
 
     @torch.no_grad()
-    def fill(self, weight_of: Callable[[str], torch.Tensor]) -> None:
-        """Overwrite every weight with the tensor of its name; all of them are on the device."""
+    def fill(self, write: Callable[[str, torch.Tensor], object]) -> None:
+        """Have every weight overwritten, by its name; all of them are on the device."""
         assert not self._elsewhere
         self.position = None
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(weight_of(name))
+            write(name, parameter)
 
     @property
     def where(self) -> str:

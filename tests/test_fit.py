@@ -453,7 +453,7 @@ def test_starting_points(world: Path, tmp_path: Path) -> None:
         ({"start": "scores"}, "is of 'ties' and has no scores to start from"),
         ({"prompts": ()}, "has no prompts; add --prompts east=FILE.jsonl"),
         ({"max_prompts": 2}, "has prompts for one step only"),
-        ({"guard_weight": 0.5}, "--guard-weight 0.5 weighs guards, and none is given"),
+        ({"guard_weight": 2.0}, "--guard-weight 2 weighs guards, and none is given"),
     ],
 )
 def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

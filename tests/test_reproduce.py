@@ -51,7 +51,7 @@ COMMANDS = {
     ),
     "fit": (
         ["fit", "recipe.yml", "--out", "gates.safetensors", "--steps", "2", "--prompts-a-step", "2",
-         "--rate", "0.1", "--guard", "open prompts.jsonl", "--guard-weight", "0.5",
+         "--rate", "0.1", "--guard", "open prompts.jsonl", "--guard-weight", "0.25",
          "--held-out", "0", "--start", "0.25",
          *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))],
         "gates.safetensors",

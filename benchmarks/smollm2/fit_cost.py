@@ -1,8 +1,8 @@
 """What a fit costs, beside one score run and full fine-tuning, and what larger models would need.
 
 ``python -m benchmarks.smollm2.fit_cost`` runs each command as a process of its own, reads its CPU
-time and peak memory, counts the FLOPs of one step, and prints the tables of README.md. The experts
-come from `benchmarks.smollm2.bench`.
+time and peak memory (beside what the memory model below says), counts the FLOPs of one step, and
+prints the tables of README.md and docs/fit.md. The experts come from `benchmarks.smollm2.bench`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.smollm2.bench import local
 from benchmarks.smollm2.experts import batch_of
-from benchmarks.smollm2.fitting import recipe_of
+from benchmarks.smollm2.fitting import STEPS, recipe_of
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, REPO, read_jsonl
 from benchmarks.smollm2.tasks import SKILLS
 from mergekit_wp.criteria import Targets
@@ -30,34 +34,109 @@ from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.pair import open_pair
-from mergekit_wp.prompts import Sample, batches
+from mergekit_wp.prompts import Sample, batches, read_prompts
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.references import logprobs
+from mergekit_wp.scoring.texts import encode_texts
 
 A_STEP = 8
-#: name, parameters, layers, hidden size, vocabulary
-SIZES = (
-    ("1B", 1.24e9, 16, 2048, 128_256),
-    ("8B", 8.03e9, 32, 4096, 128_256),
-    ("70B", 70.6e9, 80, 8192, 128_256),
-)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama-shaped model."""
+
+    layers: int
+    hidden: int
+    inner: int
+    kv: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        return self.hidden * (2 * self.hidden + 2 * self.kv + 3 * self.inner)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, or of the unembedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All of them, without norms."""
+        return self.layers * self.layer + self.embedding * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one step over all behaviours, and response positions of all."""
+
+    tokens: int
+    longest: int
+    responses: int
+    all_responses: int
+
+
+SMOLLM2 = Size(30, 576, 1536, 192, 49_152, tied=True)
+#: Llama-3.2-1B, Llama-3-8B and Llama-3-70B
+SIZES = {
+    "1B": Size(16, 2048, 8192, 512, 128_256, tied=True),
+    "8B": Size(32, 4096, 14_336, 1024, 128_256, tied=False),
+    "70B": Size(80, 8192, 28_672, 1024, 128_256, tied=False),
+}
 #: three behaviours, 8 prompts a step of 256 tokens, 64 of them the response; 32 prompts in all
-BEHAVIOURS, LENGTH, RESPONSE, ALL = 3, 256, 64, 32
+STATED = Prompts(3 * A_STEP * 256, A_STEP * 256, A_STEP * 64, 3 * 32 * 64)
 
 
-def process(arguments: Sequence[str]) -> tuple[float, float]:
-    """CPU seconds and peak GiB of one process."""
+def memory(size: Size, prompts: Prompts, width: int) -> tuple[float, float, float, float]:
+    """Bytes a fit needs, by what for; `width` bytes a weight, float32 for the rest.
+
+    Returns:
+        Of the weights; of the residual streams (both blocks' outputs and the layer's); of the stage
+        at work (the layers', or the unembedding's, whichever is larger: weight gradients summed and
+        of one behaviour, then sum, task vector and their product; logits and their gradients); and
+        of the teachers' log-probabilities.
+    """
+    inside = 12 * size.hidden + 4 * size.inner
+    layer = (4 + width) * size.layer + width * prompts.longest * inside
+    head = 3 * 4 * size.embedding + 5 * 4 * prompts.responses * size.vocabulary
+    return (
+        width * size.parameters,
+        width * 3 * size.layers * prompts.tokens * size.hidden,
+        max(layer, head),
+        4 * prompts.all_responses * size.vocabulary,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU seconds of a process, its peak GiB, and those without mapped files."""
+
+    cpu: float
+    peak: float
+    own: float
+
+
+def process(arguments: Sequence[str]) -> Cost:
+    """Run one to its end."""
     child = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    watched, own = psutil.Process(child.pid), 0
+    while True:
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if ended:
+            break
+        held = watched.memory_info()
+        own = max(own, held.rss - held.shared)
+        time.sleep(0.005)
     if status:
         raise SystemExit(f"{' '.join(arguments)} failed")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, own / 2**30)
 
 
 def fine_tune(steps: int) -> None:
     """Full fine-tuning in float32 on the same prompts; run as a process of its own."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -72,15 +151,14 @@ def fine_tune(steps: int) -> None:
         optimizer.zero_grad()
 
 
-def fit(out: Path, steps: int, dtype: str) -> list[str]:
+def fit(out: Path, steps: int) -> list[str]:
     """A fit of all three experts."""
     pairs = [f"{e}={local(PROMPTS / f'{e}.jsonl')}" for e in SKILLS]
     program = str(Path(sys.executable).with_name("mergekit-wp"))
     return [
-        *(program, "fit", local(recipe_of(SKILLS)), "--out", str(out / f"{steps}-{dtype}.st")),
+        *(program, "fit", local(recipe_of(SKILLS)), "--out", str(out / f"{steps}.safetensors")),
         *(part for pair in pairs for part in ("--prompts", pair)),
-        *("--steps", str(steps), "--held-out", "0", "--dtype", dtype),
-        *("--prompts-a-step", str(A_STEP)),
+        *("--steps", str(steps), "--held-out", "0", "--prompts-a-step", str(A_STEP)),
     ]
 
 
@@ -116,22 +194,31 @@ def flops() -> tuple[float, float]:
     return float(counter.total), 8.0 * in_layers * batch.ids.numel()
 
 
+def fitted_on() -> Prompts:
+    """What the fits here are given: the longest step over all behaviours."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    steps, every = [], 0
+    for skill in SKILLS:
+        path = PROMPTS / f"{skill}.jsonl"
+        texts = encode_texts(tokenizer, read_prompts(path, None).prompts, path)
+        pairs = zip(texts.prompts, texts.responses.values(), strict=True)
+        samples = [Sample(tuple(prompt), tuple(response)) for prompt, response in pairs]
+        found = list(batches(samples, A_STEP, "cpu"))
+        steps.append([(b.ids.numel(), len(b.rows)) for b in found])
+        every += sum(len(b.rows) for b in found)
+    tokens = [max(n for n, _ in of_skill) for of_skill in steps]
+    responses = max(r for of_skill in steps for _, r in of_skill)
+    return Prompts(sum(tokens), max(tokens), responses, every)
+
+
 def needed() -> str:
     """The table of larger models, computed."""
-    lines = [
-        "| model | weights | residual streams | one layer's gradients | teachers | PFLOP a step |"
-    ]
+    lines = ["| model | weights | residual streams | stage at work | teachers | PFLOP a step |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
-    tokens = BEHAVIOURS * A_STEP * LENGTH
-    for name, parameters, layers, hidden, vocabulary in SIZES:
-        sizes = (
-            2 * parameters,
-            2 * 3 * layers * tokens * hidden,  # both blocks' outputs and the layer's
-            4 * 2 * parameters / layers,
-            4 * BEHAVIOURS * ALL * RESPONSE * vocabulary,
-        )
-        cells = [f"{size / 2**30:.1f} GiB" for size in sizes]
-        lines.append(f"| {name} | {' | '.join(cells)} | {8 * parameters * tokens / 1e15:.2f} |")
+    for name, size in SIZES.items():
+        cells = [f"{part / 2**30:.1f} GiB" for part in memory(size, STATED, 2)]
+        work = 8 * size.parameters * STATED.tokens / 1e15
+        lines.append(f"| {name} | {' | '.join(cells)} | {work:.2f} |")
     return "\n".join(lines)
 
 
@@ -146,8 +233,7 @@ def main(tuned: int | None) -> None:
     program = str(Path(sys.executable).with_name("mergekit-wp"))
     with TemporaryDirectory(dir=BUILD) as folder:
         out = Path(folder)
-        few = {dtype: process(fit(out, 1, dtype)) for dtype in ("bfloat16", "float32")}
-        more = {dtype: process(fit(out, 3, dtype)) for dtype in ("bfloat16", "float32")}
+        few, more = process(fit(out, 1)), process(fit(out, 3))
         score = process(
             [
                 *(program, "score", local(BASE), local(BUILD / "experts" / "math")),
@@ -155,18 +241,25 @@ def main(tuned: int | None) -> None:
                 *("--estimand", "share", "--criterion", "kl", "--out", str(out / "s.safetensors")),
             ]
         )
-    tuning, again = process([*python, "1"]), process([*python, "3"])
-    step = (again[0] - tuning[0]) / 2
-    click.echo("| | CPU time of a step, x full fine-tuning (float32) | peak memory, x |")
+    tuning, again, idle = process([*python, "1"]), process([*python, "3"]), process([*python, "0"])
+    step, ours = (again.cpu - tuning.cpu) / 2, (more.cpu - few.cpu) / 2
+    click.echo("| a fit of three experts, float32 | CPU time | peak memory |")
     click.echo("|---|---:|---:|")
-    for dtype, (cpu, peak) in more.items():
-        per_step = (cpu - few[dtype][0]) / 2
-        click.echo(f"| fit, {dtype} | {per_step / step:.2f} | {peak / again[1]:.2f} |")
-        whole = few[dtype][0] + 15 * per_step
-        click.echo(
-            f"| 16 steps of it, x one score run of one expert | {whole / score[0]:.1f} | "
-            f"{peak / score[1]:.2f} |"
-        )
+    click.echo(
+        f"| one step, x one of full fine-tuning (AdamW) | {ours / step:.2f} | "
+        f"{more.peak / again.peak:.2f} |"
+    )
+    click.echo(
+        f"| {STEPS} steps, x one score run of one expert (share, 12 prompts) | "
+        f"{(few.cpu + (STEPS - 1) * ours) / score.cpu:.1f} | {more.peak / score.peak:.2f} |"
+    )
+    parts = memory(SMOLLM2, fitted_on(), 4)
+    own, computed = more.own - idle.own, sum(parts) / 2**30
+    told = ", ".join(f"{part / 2**30:.2f}" for part in parts)
+    click.echo(
+        f"\nmemory without imports and mapped files: {own:.2f} GiB, {own / computed:.2f} "
+        f"times the {computed:.2f} GiB computed ({told})"
+    )
     counted, predicted = flops()
     click.echo(f"\nFLOPs of a slope: {counted / predicted:.2f} times 8 P N of the layers\n")
     click.echo(needed())

@@ -32,7 +32,7 @@ from mergekit_wp.commands.options import running
 @click.option(
     "--guard-weight",
     type=click.FloatRange(0, min_open=True),
-    default=0.25,
+    default=0.5,
     show_default=True,
     help="Weight of all guards together, beside 1 for all experts together.",
 )

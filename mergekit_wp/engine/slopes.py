@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mergekit_wp.components import Partition, TensorLayout
-from mergekit_wp.criteria import Targets, wide
+from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.trace import Decoder, Trace, first, record, replay
 from mergekit_wp.prompts import PromptBatch
@@ -148,6 +148,10 @@ class _Stage:
         of_parameters = passed if entering is None else passed[1:]
         for parameter, part in zip(self.parameters, of_parameters, strict=True):
             if part is not None:
-                before = self.gradients.get(parameter)
-                self.gradients[parameter] = wide(part) if before is None else before + part
+                total = self.gradients.get(parameter)
+                if total is None:  # autograd may have handed the same tensor out twice
+                    dtype = torch.promote_types(part.dtype, torch.float32)
+                    self.gradients[parameter] = part.to(dtype, copy=True)
+                else:
+                    total += part
         return gradient if entering is None else passed[0]

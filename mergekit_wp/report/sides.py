@@ -207,7 +207,7 @@ def draw(score_file: ScoreFile, found: Sides, kind: FineKind, ax: Axes) -> None:
 def _few_ticks(axis: Any, scale: float, values: Array) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # slow to import
 
-    ends = [float(values.min()), float(values.max())]
+    ends = [float(np.min(values)), float(np.max(values))]
     ticks = sorted({t for t in (ends[0], -scale, 0.0, scale, ends[1]) if ends[0] <= t <= ends[1]})
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())

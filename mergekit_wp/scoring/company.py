@@ -20,7 +20,6 @@ from mergekit_wp.engine.guided import Travelled
 from mergekit_wp.engine.share import contributions
 from mergekit_wp.engine.trace import Decoder
 from mergekit_wp.files import written_whole
-from mergekit_wp.fusion import fuse
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import (
     CompanyMember,
@@ -35,6 +34,7 @@ from mergekit_wp.scoring.blocks import Block, Result, SweepContext, task_vector
 from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, inputs_of, measure, open_members
+from mergekit_wp.scoring.mixture import mix
 from mergekit_wp.scoring.references import References, values_of
 from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress
 
@@ -92,7 +92,7 @@ class Walk:
         self.request, self.members, self.references = request, members, references
         self.journal, self.progress = journal, progress
         first = members[0].pair
-        self.partition, self.base = first.partition, first.base
+        self.partition = first.partition
         self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
         self.vectors = [task_vector(member.pair, self.resident) for member in members]
         self.contexts = [
@@ -177,23 +177,7 @@ class Walk:
 
     def _move_to(self, travelled: Sequence[Travelled]) -> None:
         """The merge as the method would write it with the present gates."""
-        wide = torch.promote_types(self.resident.dtype, torch.float32)
-        device = self.resident.device
-
-        def weight_of(name: str) -> torch.Tensor:
-            base = self.base.tensor(name, wide, device)
-            layout = self.partition.layouts[name]
-            moving = [
-                (member.pair.expert.tensor(name, wide, device), here.gate(name))
-                for member, here in zip(self.members, travelled, strict=True)
-                if name in member.pair.changed and bool(here.gate(name).any())
-            ]
-            if not moving:
-                return base
-            gates = torch.stack([layout.expand(gate, base.shape) for _, gate in moving])
-            return fuse(base, [expert for expert, _ in moving], gates)
-
-        self.resident.fill(weight_of)
+        mix(self.resident, self.members, lambda e, name: travelled[e].gate(name))
 
 
 def _tensors(

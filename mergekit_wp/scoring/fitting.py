@@ -15,12 +15,12 @@ from mergekit_wp.engine.share import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.trace import Decoder, own_values, record
 from mergekit_wp.errors import UserError
-from mergekit_wp.fusion import fuse
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import Lesson
 from mergekit_wp.scoring.members import Member
+from mergekit_wp.scoring.mixture import mix
 from mergekit_wp.scoring.parts import split
 from mergekit_wp.scoring.request import DTYPES, FitRequest, Progress
 
@@ -98,7 +98,7 @@ class Fitting:
         self.request, self.members, self.lessons = request, members, lessons
         self.layout, self.journal, self.progress = layout, journal, progress
         first = members[0].pair
-        self.base, self.partition = first.base, first.partition
+        self.partition = first.partition
         self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
         wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
         self.vectors = [
@@ -225,20 +225,9 @@ class Fitting:
 
     def move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with the present gates."""
-        wide = torch.promote_types(self.resident.dtype, torch.float32)
-        device, gates = self.resident.device, self.layout.unflat(flat)
-
-        def weight_of(name: str) -> torch.Tensor:
-            base = self.base.tensor(name, wide, device)
-            layout = self.partition.layouts[name]
-            moving = [
-                (member.pair.expert.tensor(name, wide, device), self.partition.of_tensor(own, name))
-                for member, own in zip(self.members, gates, strict=True)
-                if name in member.pair.changed
-            ]
-            if not moving:
-                return base
-            spread = torch.stack([layout.expand(gate, base.shape) for _, gate in moving])
-            return fuse(base, [expert for expert, _ in moving], spread)
-
-        self.resident.fill(weight_of)
+        gates = self.layout.unflat(flat)
+        mix(
+            self.resident,
+            self.members,
+            lambda e, name: self.partition.of_tensor(gates[e], name),
+        )

@@ -111,11 +111,7 @@ def guard_of(
     progress.advance(1)
     total = torch.zeros(len(samples), dtype=torch.float64)
     for other in members:
-        resident.fill(
-            lambda name, other=other: other.pair.expert.tensor(  # type: ignore[misc]
-                name, resident.dtype, resident.device
-            )
-        )
+        resident.fill(other.pair.expert.read)
         values = at_once.run(
             lambda size: values_of(decoder, every, targets, ("kl",), len(samples), size)
         )

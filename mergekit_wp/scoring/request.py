@@ -17,7 +17,7 @@ EXACT_BUDGET = 256.0
 #: midpoints of the share integral, and steps of a company's guided path
 SHARE_STEPS, PATH_STEPS = 5, 10
 #: steps of a fit of component gates
-FIT_STEPS, FIT_RATE, GUARD_WEIGHT = 60, 0.1, 0.25
+FIT_STEPS, FIT_RATE, GUARD_WEIGHT = 60, 0.1, 0.5
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,

@@ -197,7 +197,7 @@ def _measure(
 
     def kept(key: str, weight_of: Any) -> Values:
         def run() -> Values:
-            resident.fill(weight_of)
+            resident.fill(lambda name, out: out.copy_(weight_of(name)))
             return meter()
 
         values, resumed = journal.block(key, run)
