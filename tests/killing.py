@@ -34,6 +34,7 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
     import torch
 
     from mergekit_wp import cli, interrupts
+    from mergekit_wp.compare import run as comparing
     from mergekit_wp.scoring import fit, journal
 
     torch.set_num_threads(1)
@@ -54,7 +55,8 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
             yield
 
     cli.listening = listening  # type: ignore[attr-defined]
-    journal.finishing = fit.finishing = finishing  # type: ignore[attr-defined]
+    for module in (journal, fit, comparing):
+        module.finishing = finishing  # type: ignore[attr-defined]
     with small_files(resource.RLIM_INFINITY if limit is None else limit):
         cli.main(arguments)
 

@@ -8,6 +8,8 @@ import mergekit_wp.commands.score
 import mergekit_wp.commands.trace
 import mergekit_wp.commands.verify
 import mergekit_wp.compare.items
+import mergekit_wp.compare.request
+import mergekit_wp.compare.run
 import mergekit_wp.scoring.company
 import mergekit_wp.scoring.fit
 import mergekit_wp.scoring.score

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from tests.models import make_model, perturbed, save, write_prompts
 
 torch.set_num_threads(1)
 NAMES = ("east", "west")
-COMMANDS = ("score", "company", "fit", "verify", "trace", "merge", "merge over")
-#: what happens to every command in turn: 9 x 7 = 63
+COMMANDS = ("score", "company", "fit", "verify", "trace", "compare", "merge", "merge over")
+#: what happens to every command in turn: 9 x 8 = 72
 BLOWS = ("kill", "kill", "full", "kill", "int", "kill", "term", "twice", "kill")
 
 
@@ -43,6 +44,13 @@ class World:
             items = [json.loads(line) | {"response": "ab"} for line in prompts.open()]
             text = "".join(json.dumps(item) + "\n" for item in items)
             (root / f"{name}-answered.jsonl").write_text(text)
+            items = [
+                {"prompt": item["prompt"], "answer": "a", "checker": "contains", "split": split}
+                for item in items
+                for split in ("valid", "test")
+            ]
+            text = "".join(json.dumps(item) + "\n" for item in items)
+            (root / f"{name}-items.jsonl").write_text(text)
         models = [{"model": str(root / name)} for name in NAMES]
         recipe = {"merge_method": "ties", "base_model": str(root / "base"), "models": models}
         (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
@@ -71,13 +79,18 @@ class World:
                 *("trace", str(root / "kept" / "score" / "scores.safetensors"), *answered),
                 f"--out={out / 'trace.json'}",
             ],
+            "compare": [
+                *("compare", str(root / "kept" / "recipe.yml"), "--methods=weight_patching,ties"),
+                *(f"--task={root / n}-items.jsonl" for n in NAMES),
+                *("--max-new-tokens=3", f"--out={out / 'comparison'}"),
+            ],
             "merge": ["merge", str(root / "kept" / "recipe.yml"), str(out / "merged"), "--quiet"],
         }[name.removesuffix(" over")]
 
     def begin(self, name: str) -> None:
         """Empty the folder of outputs, but for what a command works on."""
         scored = self.made("score") if name in ("verify", "trace") else None
-        if name.startswith("merge"):
+        if name.startswith(("merge", "compare")):
             recipe = yaml.safe_load((self.root / "recipe.yml").read_text())
             recipe |= {"merge_method": "weight_patching", "parameters": {"fusion": "path"}}
             for model, expert in zip(recipe["models"], NAMES, strict=True):
@@ -114,7 +127,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def in_view(folder: Path) -> dict[str, bytes]:
-    """Finished outputs: neither hidden nor in a folder of what is partial."""
+    """Outputs that look finished: neither hidden nor in a folder of what is partial."""
     return {
         name: content
         for name, content in contents(folder).items()
@@ -123,10 +136,14 @@ def in_view(folder: Path) -> dict[str, bytes]:
 
 
 def whole_or_absent(name: str, world: World, before: dict[str, bytes]) -> None:
-    """Every output in view is as before the run, or as an unbroken run leaves it."""
+    """Every output in view is as before the run, or as an unbroken run leaves it.
+
+    A comparison's results come line by line, so of them it has the beginning.
+    """
     whole, seen = contents(world.made(name)), in_view(world.out)
     for file, content in seen.items():
-        assert content == whole[file] or content == before.get(file), file
+        begun = file == "comparison/results.jsonl" and whole[file].startswith(content)
+        assert begun or content == whole[file] or content == before.get(file), file
     if name.startswith("merge") and "merged/model.safetensors" in seen:
         assert seen in (before, whole), "neither a half nor a mixture looks like a model"
 
@@ -135,7 +152,7 @@ def whole_or_absent(name: str, world: World, before: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_fifty_kills(name: str, world: World) -> None:
     generator = random.Random(name)
-    whole = contents(world.made(name))
+    whole, done = contents(world.made(name)), in_view(world.made(name))
     world.begin(name)
     before = contents(world.out)
     begun = time.monotonic()
@@ -159,7 +176,7 @@ def test_fifty_kills(name: str, world: World) -> None:
                 run.send(signal.SIGINT)
         status, said = run.ended(), run.said()
         blocks += run.blocks()
-        complete = in_view(world.out) == whole and not list(world.out.rglob("*.partial"))
+        complete = in_view(world.out) == done and not list(world.out.rglob("*.partial"))
         assert complete or status != 0
         if complete:  # it was faster
             assert blocks <= n_blocks + kills
@@ -180,6 +197,23 @@ def test_fifty_kills(name: str, world: World) -> None:
     blocks += finished(Run(world.command(name))).blocks()
     assert contents(world.out) == whole, "an interrupted run ends in the same bytes"
     assert blocks <= n_blocks + kills, "a kill costs no more than the block it hits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("merge")])
+def test_a_second_run_on_one_path_is_refused(name: str, world: World) -> None:
+    whole = contents(world.made(name))
+    world.begin(name)
+    first = Run(world.command(name))
+    first.await_blocks(1)
+    first.send(signal.SIGSTOP)
+    second = Run(world.command(name))
+    assert second.ended() == 2
+    last = second.said().strip().splitlines()[-1]
+    assert re.match("mergekit-wp: another (run|comparison) is writing .*; wait for it", last)
+    first.send(signal.SIGCONT)
+    finished(first)
+    assert contents(world.out) == whole, "the second has not touched what the first writes"
 
 
 @contextmanager
