@@ -1,4 +1,4 @@
-"""The fine partition: which component owns which slice of which tensor (DESIGN section 2).
+"""The fine partition: which component owns which slice of which tensor.
 
 Every weight of a model belongs to exactly one *fine* component:
 

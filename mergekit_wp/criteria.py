@@ -1,4 +1,4 @@
-"""Criteria: how far a model stands between base (0) and expert (1) (DESIGN section 2).
+"""Criteria: how far a model stands between base (0) and expert (1).
 
 Every criterion is a value per prompt, v_i(theta), averaged over prompts before the division:
 

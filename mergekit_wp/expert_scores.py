@@ -1,7 +1,6 @@
 """One expert's score file, made ready for merging: found, loaded once, checked, looked up.
 
-Everything that can be wrong with the pair (score file, checkpoints) is refused here by name
-(DESIGN sections 4 and 5).
+Everything that can be wrong with the pair (score file, checkpoints) is refused here by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From component scores to gates, and from gates to merged weights (DESIGN section 5).
+"""From component scores to gates, and from gates to merged weights.
 
 Source: the share rule and the cut to an expert's best components are ours; "Weight Patching"
 (arXiv 2604.13694) says only that component scores guide the merge. Pure maths: no I/O, no mergekit.
@@ -67,7 +67,7 @@ def normalise(scores: Mapping[str, torch.Tensor]) -> Normalised:
 def with_harm(
     scores: Mapping[str, torch.Tensor], harms: Sequence[Mapping[str, torch.Tensor]], harm: float
 ) -> Normalised:
-    """Normalised scores less what each component does to other behaviours (issue 3).
+    """Normalised scores less what each component does to other behaviours.
 
     From the normalised scores, ``harm`` times the negative part of each guard's effects is
     subtracted, that part divided by its own sum as the scores are by theirs: one expert's harm to

@@ -1,4 +1,4 @@
-"""The six IFEval constraints that have stable anchors (DESIGN section 1), as plain functions.
+"""The six IFEval constraints that have stable anchors, as plain functions.
 
 They follow google-research/instruction_following_eval (Zhou et al., arXiv 2311.07911,
 Apache-2.0) character by character, with one thing left out: for ``english_capital`` IFEval also

@@ -1,4 +1,4 @@
-"""The merge method ``weight_patching`` for mergekit (DESIGN section 5).
+"""The merge method ``weight_patching`` for mergekit.
 
 Scores of "Weight Patching" (Sun et al., arXiv 2604.13694) say how much each component of an
 expert carries its behaviour; every component of the merge takes from each expert as its scores

@@ -1,4 +1,4 @@
-"""The parameters of ``weight_patching``, each checked by name (DESIGN section 5).
+"""The parameters of ``weight_patching``, each checked by name.
 
 Filters and gradients are mergekit's: it validates every number they can produce.
 """

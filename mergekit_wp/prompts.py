@@ -2,7 +2,7 @@
 
 A prompt file is JSONL: ``prompt`` (text or chat messages), optional ``contrast`` (the same request
 without the instruction), optional ``response``. The text is the prompt, then the response, then
-the end-of-sequence token (DESIGN section 6). Sequences are padded on the right and no mask is
+the end-of-sequence token. Sequences are padded on the right and no mask is
 needed: under causal attention nothing looks at a later position, so a prompt's numbers do not
 depend on what it is batched with.
 """

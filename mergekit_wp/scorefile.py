@@ -1,4 +1,4 @@
-"""The score file: one safetensors file with a JSON manifest (DESIGN section 4, names FIXED).
+"""The score file: one safetensors file with a JSON manifest (docs/file-format.md).
 
 Reading refuses whatever does not fit: a score file nobody can misuse silently is the point.
 """

@@ -80,7 +80,7 @@ class Inputs:
 
 
 def open_case(case: Case, n_prompts: int, dtype: torch.dtype, device: str) -> Inputs:
-    """Open a case, with the anchor at 60% of the depth (DESIGN section 3)."""
+    """Open a case, with the anchor at 60% of the depth."""
     progress = BarProgress()
     prompts = read_prompts(case.prompts, n_prompts).prompts
     opened = open_inputs(str(case.base), str(case.expert), prompts, case.prompts, progress)

@@ -58,7 +58,7 @@ def layer_parameters(partition: Partition) -> int:
 def restart_formula(
     partition: Partition, components: Sequence[Component], tokens: int, depth: int
 ) -> float:
-    """Σ 2PN(L − l) over components below the depth (DESIGN section 3)."""
+    """Σ 2PN(L − l) over components below the depth."""
     p = layer_parameters(partition)
     levels = [c.layer for c in components if c.layer is not None and c.layer < depth]
     return float(sum(2 * p * tokens * (depth - layer) for layer in levels))
@@ -67,6 +67,6 @@ def restart_formula(
 def floor_formula(
     partition: Partition, components: Sequence[Component], tokens: int, depth: int
 ) -> float:
-    """C·P·N·L over components below the depth: the floor of exact sweeps (DESIGN section 3)."""
+    """C·P·N·L over components below the depth: the floor of exact sweeps."""
     count = sum(c.layer is not None and c.layer < depth for c in components)
     return float(count * layer_parameters(partition) * tokens * depth)

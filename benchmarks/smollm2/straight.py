@@ -1,6 +1,6 @@
 """Shares along the straight joint path B + a ΣΔ, by plain autograd: a rival of the guided path.
 
-The prototype's best answer to the hard case (DESIGN section 7). It is left out of the package, so
+The prototype's best answer to the hard case. It is left out of the package, so
 its scores are written as copies of the company's files whose ``path`` is 1 where the share along
 the straight path is positive and 0 elsewhere: `fusion: path` then merges exactly those components.
 """

@@ -1,4 +1,4 @@
-"""Component gates and the steps that fit them: pure maths, no models (issue 5).
+"""Component gates and the steps that fit them: pure maths, no models.
 
     W(g) = B + sum over experts e and components c of g_ec Delta_ec
 

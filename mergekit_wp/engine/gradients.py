@@ -1,4 +1,4 @@
-"""First-order scores: exact-local change times linear downstream (DESIGN section 3).
+"""First-order scores: exact-local change times linear downstream.
 
 The block's own output change is exact (`engine.local`); what the rest of the model makes of it is
 linearised at the receiving model. Where the first order vanishes — ``kl`` at the expert, its own

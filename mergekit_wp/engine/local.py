@@ -2,7 +2,7 @@
 
 One attention pass with the donor's queries serves all heads of a layer, one with its keys and
 values all K/V groups, one MLP pass all neurons: each component's change of the block output is
-then a low-rank product (DESIGN section 3).
+then a low-rank product.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 No weight gradient is ever formed. Every module of the family is linear in its weights, so for a
 module y = f(x; W) with output gradient g, grad_W . Delta = g . f(x; Delta); kept per output row
 (sum of g * x Delta^T) or per input column (sum of x * g Delta), it also stays apart per prompt,
-which gives standard errors (DESIGN section 3, last line).
+which gives standard errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Derivatives by every component's gate, summed over prompts: what fitting climbs (issue 5).
+"""Derivatives by every component's gate, summed over prompts: what fitting climbs.
 
     d v / d g_ec = grad_W v . Delta_ec        at W = B + sum over e, c of g_ec Delta_ec
 

@@ -1,4 +1,4 @@
-"""Record one forward pass, then replay only the layers that follow a patch (DESIGN section 3).
+"""Record one forward pass, then replay only the layers that follow a patch.
 
 The frameworks of this field run one full forward per patch. Here every decoder layer's input and
 keyword arguments are recorded once; a patch in layer l changes that layer's output, and only

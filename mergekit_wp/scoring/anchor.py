@@ -2,7 +2,7 @@
 
 With contrasts (the same request without the instruction) the direction is the difference of
 means, expert with instruction minus expert without; without contrasts it is expert minus base,
-the matched-checkpoint anchor (DESIGN section 2). The layer is chosen by how well the projection
+the matched-checkpoint anchor. The layer is chosen by how well the projection
 separates on held-out prompts (each is projected on the direction of the others): both with from
 without the instruction, else the direction does not stand for it, and expert from base, else
 recovery along it means nothing. The weaker of the two counts.

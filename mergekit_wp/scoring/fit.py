@@ -1,4 +1,4 @@
-"""Fit the component gates of several experts jointly (issue 5).
+"""Fit the component gates of several experts jointly.
 
 Every expert is the teacher of its own behaviour: the objective is the mean over behaviours of the
 normalised ``kl`` recovery of the merge, on prompts without labels. A guard's teacher is the base.

@@ -1,4 +1,4 @@
-"""Whether a behaviour has a usable anchor, and at which layer (issue 4).
+"""Whether a behaviour has a usable anchor, and at which layer.
 
 For every layer: how well the difference of means separates held-out prompts, how stable it is
 between halves of the prompts, and whether adding it to the base brings the expert's behaviour.

@@ -1,4 +1,4 @@
-"""Who supplies the components that matter: path patches between components (issue 4).
+"""Who supplies the components that matter: path patches between components.
 
 For the components with the largest effect by activations, every earlier component's supply to
 their input is estimated to first order, and measured exactly for the leading ones: once with the

@@ -2,7 +2,7 @@
 
 Base plus the top K components (restoration) and expert minus them (knockout), beside the bottom K
 and random sets of the same size and kinds. The curve over K is the file's report card; it is
-written into its manifest (issue 4; "Weight Patching", Sun et al., arXiv 2604.13694).
+written into its manifest ("Weight Patching", Sun et al., arXiv 2604.13694).
 """
 
 from __future__ import annotations
