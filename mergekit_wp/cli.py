@@ -20,14 +20,17 @@ _COMMANDS = {
     "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
     "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),
     "verify": ("mergekit_wp.commands.verify:verify", "Swap the leading components together."),
-    "stability": ("mergekit_wp.commands.stability:stability", "Do rankings of files agree?"),
+    "stability": (
+        "mergekit_wp.commands.stability:stability",
+        "Compare the rankings of score files.",
+    ),
     "trace": ("mergekit_wp.commands.trace:trace", "Find who supplies the leading components."),
     "fit": ("mergekit_wp.commands.fit:fit", "Fit the gates of all components, by gradient."),
     "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
     "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
     "reproduce": ("mergekit_wp.commands.reproduce:reproduce", "Print the command behind a file."),
-    "aim": ("mergekit_wp.commands.aim:aim", "Draw a merge back to its base where that is active."),
+    "aim": ("mergekit_wp.commands.aim:aim", "Apply Activation-Informed Merging to a merge."),
 }
 
 

@@ -24,7 +24,7 @@ Afterwards the weights of input channels that the base uses most were drawn back
 """
 
 
-@click.command(short_help="Draw a merge back to its base where the base is active (AIM).")
+@click.command(short_help="Apply Activation-Informed Merging to a merge.")
 @click.argument("merged")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The merge's base: a folder or Hub id.")
@@ -42,7 +42,13 @@ Afterwards the weights of input channels that the base uses most were drawn back
     show_default=True,
     help="How much of the change stays in the base's most active channel; 1 changes nothing.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Texts per forward pass.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 def aim(
     merged: str,

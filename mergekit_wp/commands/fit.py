@@ -50,7 +50,13 @@ from mergekit_wp.commands.options import running
     metavar="NUMBER|scores|FILE",
     help="Gates to start from: one number, the recipe's own scores, or an earlier gates file.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="Most steps of the fit.",
+)
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),

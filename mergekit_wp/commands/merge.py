@@ -39,11 +39,11 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
 
     \b
     merge_method: weight_patching
-    base_model: path-or-hub-id
+    base_model: owner/base
     models:
-      - model: expert-inst
+      - model: owner/inst
         parameters: {scores: scores/inst.safetensors, weight: 1.0}
-      - model: expert-math
+      - model: owner/math
         parameters: {scores: scores/math.safetensors, weight: 1.0}
     parameters: {fusion: share, power: 0.5, lambda: 1.0}
     dtype: bfloat16

@@ -15,7 +15,11 @@ from mergekit_wp.scorefile import CRITERIA
 
 _RUNNING = (
     click.option("--max-prompts", type=click.IntRange(min=1), metavar="N", help="Use the first N."),
-    click.option("--batch-size", type=click.IntRange(min=1), help="[default: auto]"),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Sequences per forward pass.  [default: auto]",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
@@ -45,7 +49,11 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
 _RESCORED = (
     click.option("--base", help="The base model.  [default: the file's]"),
     click.option("--expert", help="The expert.  [default: the file's]"),
-    click.option("--criterion", type=click.Choice(CRITERIA), help="[default: the file's first]"),
+    click.option(
+        "--criterion",
+        type=click.Choice(CRITERIA),
+        help="What to measure by.  [default: the file's first]",
+    ),
 )
 _PROMPTS = (
     click.option(

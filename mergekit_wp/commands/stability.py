@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mergekit_wp.scorefile import Agreement, ScoreFile
 
 
-@click.command(short_help="Do rankings agree across runs, seeds and behaviours?")
+@click.command(short_help="Compare the rankings of score files.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("others", nargs=-1, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the resampling.")
