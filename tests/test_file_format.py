@@ -1,0 +1,173 @@
+"""docs/file-format.md is enough to read, check and merge by what our commands write."""
+
+from __future__ import annotations
+
+import hashlib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+from safetensors.numpy import load_file, save_file
+
+from mergekit_wp import gatesfile, scorefile
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.cli import main
+from tests.format_reader import (
+    belongs,
+    fine,
+    merged,
+    read,
+    scores,
+    share_gates,
+    weights_sha256,
+)
+from tests.models import make_model, perturbed, save, write_prompts
+
+ensure_registered()
+PAGE = Path(__file__).parents[1] / "docs" / "file-format.md"
+NAMES = ("inst", "math")
+
+
+def run(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Score files and a gates file of two experts, written by our commands, and their merges."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("format")
+    base = make_model("llama-tied")
+    save(base, root / "base", torch.float32)
+    prompts: list[object] = []
+    for seed, name in enumerate(NAMES, start=1):
+        save(perturbed(base, seed=seed), root / name, torch.float32)
+        prompts += ["--prompts", f"{name}={write_prompts(root / f'{name}.jsonl', 4)}"]
+    recipe = {"merge_method": "linear", "base_model": str(root / "base"), "dtype": "float32"}
+    models = [{"model": str(root / name), "parameters": {"weight": 1}} for name in NAMES]
+    recipe_file = root / "recipe.yml"
+    recipe_file.write_text(yaml.safe_dump(recipe | {"models": models}))
+    few, all_fitted = ("--max-new-tokens", 2), ("--held-out", 0)
+    run("score", "--company", recipe_file, *prompts, "--out", root / "scores", *few)
+    run(
+        "fit",
+        recipe_file,
+        *prompts,
+        "--out",
+        root / "gates.safetensors",
+        "--steps",
+        4,
+        *few,
+        *all_fitted,
+    )
+    by_path = yaml.safe_load((root / "scores" / "recipe.yml").read_text())
+    shares = by_path | {"parameters": {"fusion": "share", "power": 0.5, "lambda": 0.75}}
+    (root / "shares.yml").write_text(yaml.safe_dump(shares))
+    run("merge", root / "scores" / "recipe.yml", root / "by-path", "--quiet")
+    run("merge", root / "shares.yml", root / "by-share", "--quiet")
+    run("merge", root / "gates.yml", root / "by-gates", "--quiet")
+    prompts = ["--prompts", write_prompts(root / "contrasts.jsonl", 4, contrast=True)]
+    out = ("--out", root / "alone.safetensors", "--estimand", "share,gain", *few)
+    run("score", root / "base", root / "inst", *prompts, *out)
+    return root
+
+
+def test_a_score_file_is_read_and_adds_up(world: Path) -> None:
+    manifest, tensors = read(world / "alone.safetensors", "mergekit_wp")
+    assert manifest["anchor"] is not None and "gain/anchor/neuron" in tensors
+    content = (world / "contrasts.jsonl").read_bytes()
+    assert manifest["prompts_sha256"] == hashlib.sha256(content).hexdigest()
+    for criterion in manifest["criteria"]:
+        parts = fine(manifest, scores(tensors, f"share/{criterion}"))
+        total = sum(part.sum() for part in parts.values())
+        assert total == pytest.approx(manifest["completeness"][f"share/{criterion}"], abs=1e-5)
+
+
+def test_a_file_knows_its_models(world: Path) -> None:
+    manifest, tensors = read(world / "alone.safetensors", "mergekit_wp")
+    norms = tensors["delta_norm"]
+    assert belongs(manifest, norms, world / "base", world / "inst")
+    assert not belongs(manifest, norms, world / "base", world / "math")
+    assert not belongs(manifest, norms, world / "math", world / "inst")
+    weights = load_file(world / "inst" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(1.1)
+    (world / "changed").mkdir()
+    save_file(weights, world / "changed" / "model.safetensors")
+    assert not belongs(manifest, norms, world / "base", world / "changed")
+
+
+def test_a_company_and_gates_name_their_weights(world: Path) -> None:
+    manifest, _ = read(world / "scores" / "inst.safetensors", "mergekit_wp")
+    other, _ = read(world / "scores" / "math.safetensors", "mergekit_wp")
+    assert manifest["company"] == other["company"]
+    gates, tensors = read(world / "gates.safetensors", "mergekit_wp_gates")
+    assert gates["base_sha256"] == weights_sha256(world / "base")
+    for e, name in enumerate(NAMES):
+        expected = weights_sha256(world / name)
+        assert manifest["company"][e]["weights_sha256"] == expected
+        assert manifest["company"][e]["reference"] == str(world / name)
+        assert gates["experts"][e]["weights_sha256"] == expected
+        assert belongs(gates, tensors[f"delta_norm/{e}"], world / "base", world / name)
+
+
+@pytest.mark.parametrize("by", ["path", "share", "gates"])
+def test_merges_by_the_specification_are_ours(world: Path, by: str) -> None:
+    experts = [world / name for name in NAMES]
+    if by == "gates":
+        manifest, tensors = read(world / "gates.safetensors", "mergekit_wp_gates")
+        gates = [scores(tensors, f"gate/{e}") for e in range(2)]
+    else:
+        files = [read(world / "scores" / f"{n}.safetensors", "mergekit_wp") for n in NAMES]
+        manifest = files[0][0]
+        gates = [fine(m, scores(t, f"{by}/kl")) for m, t in files]
+        if by == "share":
+            gates = [{k: 0.75 * g for k, g in own.items()} for own in share_gates(gates, 0.5)]
+        else:
+            gates = [{k: np.maximum(g, 0) for k, g in own.items()} for own in gates]
+    ours = load_file(world / f"by-{by}" / "model.safetensors")
+    found = merged(manifest, gates, world / "base", experts)
+    base = load_file(world / "base" / "model.safetensors")
+    assert ours.keys() == found.keys()
+    assert any(np.abs(found[name] - base[name]).max() > 0.01 for name in found)
+    for name, weight in found.items():
+        np.testing.assert_allclose(weight, ours[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def keys_of(model: type[BaseModel]) -> set[str]:
+    """Every key of a manifest and of the objects in it."""
+    found: set[str] = set()
+    for key, field in model.model_fields.items():
+        found.add(key)
+        pending: list[Any] = [field.annotation]
+        while pending:
+            part = pending.pop()
+            if isinstance(part, type) and not isinstance(part, types.GenericAlias):
+                if issubclass(part, BaseModel):
+                    found |= keys_of(part)
+            else:
+                pending += typing.get_args(part)
+    return found
+
+
+@pytest.mark.parametrize("model", [scorefile.Manifest, gatesfile.GatesManifest])
+def test_the_specification_names_every_key(model: type[BaseModel]) -> None:
+    assert {"weights_sha256", "experts", "recovery"} & keys_of(model)
+    page = PAGE.read_text()
+    for key in sorted(keys_of(model)):
+        assert f"`{key}`" in page, key
+
+
+def test_the_specification_names_every_value() -> None:
+    page = PAGE.read_text()
+    named = (scorefile.Estimand, scorefile.CriterionName, scorefile.Method, scorefile.SetName)
+    for choice in (*named, scorefile.Direction, scorefile.Kind):
+        for value in typing.get_args(choice):
+            assert f"`{value}`" in page, value
