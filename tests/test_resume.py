@@ -124,7 +124,9 @@ def test_a_finished_block_is_not_computed_again(request_of, monkeypatch) -> None
 def test_resuming_with_other_inputs_is_refused_by_name(request_of, monkeypatch) -> None:
     request = request_of("out.safetensors")
     kill_after_one_block(request, monkeypatch)
-    with pytest.raises(UserError, match=r"changed: seed \(0 -> 1\); add --restart"):
+    with pytest.raises(
+        UserError, match=r"holds a run with other inputs; changed: seed \(0 -> 1\); add"
+    ):
         score(request_of("out.safetensors", seed=1), Quiet())
     save(perturbed(make_model("llama-tied"), seed=5), Path(request.expert))
     with pytest.raises(UserError, match="changed: expert weights"):
