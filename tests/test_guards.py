@@ -143,7 +143,10 @@ def test_guards_and_the_guided_path_exclude_each_other(family: Family, tmp_path:
     recipe = family.recipe(
         {"guards": str(tmp_path / "g.safetensors")}, {}, parameters={"fusion": "path"}
     )
-    with pytest.raises(UserError, match="has no 'path/kl' scores, which 'fusion: path' needs"):
+    words = (
+        "has no 'path/kl' scores, which 'fusion: path' needs: score the recipe's experts together"
+    )
+    with pytest.raises(UserError, match=words):
         run(recipe, tmp_path / "out")
     MergeConfiguration.model_validate(recipe)  # the text itself is a recipe
 

@@ -240,7 +240,8 @@ def test_missing_recipe(tmp_path: Path) -> None:
 def test_missing_score_file_names_both_places(family: Family, tmp_path: Path) -> None:
     recipe = write(change(family, parameters={"scores": "gone.safetensors"}), tmp_path / "r.yml")
     message = refused(recipe, tmp_path / "out")
-    assert message.startswith("score file gone.safetensors not found, neither in the recipe's")
+    words = "score file gone.safetensors not found, neither in the recipe's folder"
+    assert message.startswith(words)
     assert "make one with 'mergekit-wp score BASE EXPERT" in message
 
 
