@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 FOREIGN = {"Unimplemented merge method weight_patching"}
 QUOTED = [
     quote
-    for quote in re.findall(r"\*\*`([^`\n]+)`\*\*", (ROOT / "docs" / "faq.md").read_text())
-    if quote not in FOREIGN
+    for text in re.findall(r"\*\*`([^`]+)`\*\*", (ROOT / "docs" / "faq.md").read_text())
+    if (quote := " ".join(text.split())) not in FOREIGN
 ]
 
 
