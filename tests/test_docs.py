@@ -1,182 +1,187 @@
-"""The documentation runs: commands, recipes, the file format and the quoted messages."""
+"""The documentation runs: every fenced block of README, docs/ and the benchmarks' pages.
+
+`README.md` and `docs/` run as they stand, page by page, in a folder in which tiny random models
+(`WORLD`) have the names that the page uses. The tutorial has only what it makes itself. Benchmarks
+take hours, so of their pages commands are checked, not run.
+"""
 
 from __future__ import annotations
 
-import ast
 import json
-import os
 import re
-import struct
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
+from safetensors.torch import load_file
 
-from mergekit_wp import gatesfile, scorefile
+from mergekit_wp import scorefile
 from mergekit_wp.autoload import ensure_registered
-from tests.factory import make_gates_file, make_score_file
-from tests.models import make_model, perturbed, save
+from mergekit_wp.cli import cli
+from mergekit_wp.prompts import read_prompts
+from tests.doc_blocks import ROOT, Block, Shell, agrees, blocks, commands
+from tests.factory import make_score_file
+from tests.models import FAMILIES, make_model, perturbed, save, write_prompts
 
 ensure_registered()
-ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*/README.md"))
+SLOW = {"mechanism.md"}  # its built-in behaviour has long prompts
+KINDS = {"bash", "text", "yaml", "json", "python"}
+#: blocks of output that are compared elsewhere or cannot be here, by how they begin
+NOT_COMPARED = {"accuracy on 200 unseen questions": "test_the_demo_prints_what_the_readme_shows"}
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    return [(match[1], match[2]) for match in _BLOCK.finditer(page.read_text(encoding="utf-8"))]
+def make_world(folder: Path) -> None:
+    """What the pages take for granted: models, prompts, items and files of earlier commands."""
+    base = make_model("llama-tied")
+    for name in ("BASE", "owner/base", "TIED"):
+        save(base, folder / name, torch.float32)
+    for seed, name in enumerate(("EXPERT", "owner/inst", "owner/math"), start=1):
+        save(perturbed(base, seed=seed), folder / name, torch.float32)
+    for name in ("prompts", "p", "held-out"):
+        write_prompts(folder / f"{name}.jsonl", 4, contrast=True, response=True)
+    for name in ("inst", "math", "plain"):
+        write_prompts(folder / f"{name}.jsonl", 11, response=True)  # `fit` holds some out
+    for name in ("items", "inst-items", "math-items"):
+        lines = [
+            {"prompt": "abc", "answer": "d", "split": "valid", "max_new_tokens": 1},
+            {"prompt": "xyz", "answer": "d", "split": "test", "max_new_tokens": 1},
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = {"merge_method": "linear", "base_model": "owner/base", "dtype": "float32"}
+    models = [{"model": f"owner/{name}", "parameters": {"weight": 1}} for name in ("inst", "math")]
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe | {"models": models}))
+    for seed, name in enumerate(("capitals", "title", "seed1")):
+        scorefile.write(make_score_file(seed=seed), folder / f"{name}.safetensors")
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> dict[str, str]:
-    """An environment with our command as this checkout has it, and programs that only take note."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    ours = f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m mergekit_wp.cli "$@"\n'
-    noted = f'#!/bin/sh\necho "$0 $@" >> {tmp_path}/noted\n'
-    for name, text in (("mergekit-wp", ours), ("hf", noted), ("pip", noted)):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    (tmp_path / "world").mkdir()
+    return Shell(tmp_path / "world", monkeypatch)
 
 
-@pytest.mark.slow  # a dozen processes
-def test_the_tutorial_runs_as_it_stands(tmp_path: Path, stand_ins: dict[str, str]) -> None:
-    """Folders stand in for Hub ids of the same name; `pip` and `hf` only note their arguments."""
-    world = tmp_path / "world"
-    base = make_model("llama-tied")
-    save(base, world / "owner" / "base", torch.float32)
-    for seed, name in enumerate(("writer", "counter"), start=1):
-        save(perturbed(base, seed=seed), world / "owner" / name, torch.float32)
-    for language, code in blocks(ROOT / "docs" / "tutorial.md"):
-        assert language == ""
-        done = subprocess.run(
-            ["sh", "-e", "-c", code], cwd=world, env=stand_ins, capture_output=True, text=True
-        )
-        assert done.returncode == 0, (code, done.stdout[-2000:], done.stderr[-2000:])
-    noted = (tmp_path / "noted").read_text()
-    assert "hf upload owner/merged merged/" in noted and "pip install mergekit-wp" in noted
-    assert (world / "merged" / "scores" / "writer.safetensors").is_file()
-    assert done.stdout.startswith("SOURCE_DATE_EPOCH=")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_recipes_and_json_are_what_they_say(page: Path) -> None:
-    for language, code in blocks(page):
-        if language == "yaml":
-            config = MergeConfiguration.model_validate(yaml.safe_load(code))
-            assert config.base_model is not None
-        if language == "json":
-            for line in code.splitlines():
-                json.loads(line)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist_with_their_options(page: Path) -> None:
-    """Every `mergekit-wp` line of every page parses; only files and models are missing here."""
-    from mergekit_wp.cli import cli
-
-    for language, code in blocks(page):
-        if language:
-            continue
-        for line in code.replace("\\\n", " ").splitlines():
-            words = line.split("#")[0].split(" > ")[0].split()
-            if words[:1] != ["mergekit-wp"]:
-                continue
-            command = cli.get_command(
-                cli.make_context("x", ["--help"], resilient_parsing=True), words[1]
+def follow(page: Path, shell: Shell) -> None:
+    """Do what the page says, from top to bottom."""
+    printed, names = "", {}
+    for block in blocks(page):
+        assert block.kind in KINDS, f"{block}: '{block.kind}' is none of {', '.join(KINDS)}"
+        if block.kind == "bash":
+            printed = shell.run(block)
+        elif block.kind == "text":
+            if not any(block.code.startswith(begin) for begin in NOT_COMPARED):
+                assert agrees(block.code, printed), f"{block}: printed was\n{printed}"
+        elif block.kind == "yaml":
+            config = MergeConfiguration.model_validate(yaml.safe_load(block.code))
+            assert config.base_model is not None, block
+            Path("recipe.yml").write_text(block.code)
+            merge_recipe(shell, "scores:" in block.code and not Path("scores").exists())
+        elif block.kind == "json":
+            Path("read.jsonl").write_text(block.code)
+            assert len(read_prompts(Path("read.jsonl"), None).prompts) == len(
+                block.code.splitlines()
             )
-            assert command is not None, line
-            known = {name for option in command.params for name in option.opts}
-            assert {word for word in words if word.startswith("--")} <= known, line
+        else:
+            exec(compile(block.code, str(block), "exec"), names)
 
 
-# --- the file format, by a reader that knows only docs/file-format.md ----------------------------
+def merge_recipe(shell: Shell, scored: bool) -> None:
+    """Merge the recipe that the page has just shown, by scores made here if it made none."""
+    score = (
+        "mergekit-wp score --company recipe.yml --prompts inst=inst.jsonl "
+        "--prompts math=math.jsonl --out scores/\n"
+    )
+    merge = "mergekit-wp merge recipe.yml of-the-recipe/\n"
+    shell.run(Block(Path(__file__), 0, "bash", (score if scored else "") + merge))
+    assert load_file("of-the-recipe/model.safetensors")
+    shutil.rmtree("of-the-recipe")
 
 
-def independent_reader(path: Path, key: str) -> tuple[dict, dict[str, np.ndarray]]:
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    manifest = json.loads(header.pop("__metadata__")[key])
-    assert manifest["format_version"] == 1
-    tensors = {}
-    for name, entry in header.items():
-        assert entry["dtype"] == "F32"
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = np.frombuffer(content[begin:end], "<f4").reshape(entry["shape"])
-        assert np.isfinite(tensors[name]).all()
-    return manifest, tensors
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else [])
+        for page in PAGES
+    ],
+)
+def test_a_page_runs_as_it_stands(page: Path, shell: Shell) -> None:
+    if page.name == "tutorial.md":
+        Path("benchmarks").symlink_to(ROOT / "benchmarks")
+    else:
+        make_world(shell.folder)
+    follow(page, shell)
+    for line in shell.noted.read_text().splitlines():
+        program, *arguments = line.split()
+        if program == "make":
+            assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text(), line
+        elif program == "python":
+            known_module(line)
 
 
-def test_a_score_file_by_the_specification(tmp_path: Path) -> None:
-    file = make_score_file(criteria=("kl", "anchor"))
-    scorefile.write(file, tmp_path / "s.safetensors")
-    manifest, tensors = independent_reader(tmp_path / "s.safetensors", "mergekit_wp")
-    layers, names = manifest["n_layers"], manifest["tensor_names"]
-    shapes = {
-        "layer": [layers],
-        "tensor": [len(names)],
-        "head": [layers, manifest["n_heads"]],
-        "kv_group": [layers, manifest["n_kv_groups"]],
-        "neuron": [layers, manifest["n_neurons"]],
-    }
-    promised = {
-        f"{e}/{c}/{k}": shapes[k]
-        for e in manifest["estimands"]
-        for c in manifest["criteria"]
-        for k in manifest["kinds"]
-    }
-    promised |= {"delta_norm": [len(names)], "anchor/vector": [manifest["hidden_size"]]}
-    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == promised
-    assert all((tensors[name] == file.tensors[name].numpy()).all() for name in tensors)
+@pytest.mark.slow  # scores, merges and measures for some minutes
+def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    for name in ("benchmarks/zoo", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    demo = [sys.executable, str(tmp_path / "benchmarks" / "zoo" / "demo.py")]
+    done = subprocess.run(demo, check=True, stdout=subprocess.PIPE, text=True)
+    (shown,) = (b for b in blocks(ROOT / "README.md") if b.code.startswith(tuple(NOT_COMPARED)))
+    assert agrees(f"…{shown.code}…", done.stdout), done.stdout
 
 
-def test_a_gates_file_by_the_specification(tmp_path: Path) -> None:
-    file = make_gates_file()
-    gatesfile.write(file, tmp_path / "g.safetensors")
-    manifest, tensors = independent_reader(tmp_path / "g.safetensors", "mergekit_wp_gates")
-    for e in range(len(manifest["experts"])):
-        for kind, gates in file.gates(e).items():
-            found = tensors.pop(f"gate/{e}/{kind}")
-            assert (found == gates.numpy()).all() and (found <= manifest["upper"]).all()
-        assert len(tensors.pop(f"delta_norm/{e}")) == len(manifest["tensor_names"])
-    assert not tensors
+def test_summaries_say_what_the_benchmarks_say() -> None:
+    """Every row of the README with an interval stands on a benchmark's page, too."""
+    lines = [line for page in BENCHMARKS for line in page.read_text().splitlines()]
+    rows = re.findall(r"^\| .*\[[-+\d].*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 9
+    for row in rows:
+        cells = [cell.strip() for cell in row.split("|")[2:] if cell.strip()]
+        assert any(all(cell in line for cell in cells) for line in lines), row
 
 
-@pytest.mark.parametrize("model", [scorefile.Manifest, gatesfile.GatesManifest])
-def test_the_specification_names_every_key(model: type) -> None:
-    page = (ROOT / "docs" / "file-format.md").read_text()
-    for key in model.model_fields:
-        assert f"`{key}`" in page, key
+# --- the benchmarks' pages -----------------------------------------------------------------------
 
 
-# --- messages ------------------------------------------------------------------------------------
+def known_module(line: str) -> None:
+    """A `python` line names a module or script of ours, which has the options given."""
+    words = line.split()
+    if words[1:3] == ["-m", "pytest"]:
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".py")), line
+        assert "-k" not in words or words[-1] in FAMILIES, line
+        return
+    path = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+    source = (ROOT / path.replace("../", "benchmarks/zoo/")).read_text()
+    options = [word.split("=")[0] for word in words if word.startswith("--")]
+    assert all(f'"{option}"' in source for option in options), line
 
 
-def messages() -> list[str]:
-    """Every text in the code, with … for what is filled in."""
-    found = []
-    for file in (ROOT / "mergekit_wp").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+def known_options(line: str) -> None:
+    """A `mergekit-wp` line names a subcommand, which has the options given."""
+    words = line.split("#")[0].split()
+    context = cli.make_context("x", ["--help"], resilient_parsing=True)
+    command = cli.get_command(context, words[1])
+    assert command is not None, line
+    known = {name for option in command.params for name in option.opts}
+    assert {word for word in words if word.startswith("--")} <= known, line
 
 
-def test_quoted_messages_are_raised_word_for_word() -> None:
-    page = (ROOT / "docs" / "faq.md").read_text()
-    quoted = re.findall(r"^\*\*`(.+)`\*\*$", page, re.MULTILINE)
-    assert len(quoted) >= 15
-    raised = messages()
-    for message in quoted:
-        assert any(message in text for text in raised), message
+@pytest.mark.parametrize("page", BENCHMARKS, ids=lambda page: page.parent.name)
+def test_a_benchmark_s_commands_exist(page: Path) -> None:
+    for block in blocks(page):
+        assert block.kind in {"", "bash", "text"}, f"{block}: {block.kind}"
+        for line in commands(block.code):
+            line = re.sub(r"^\$ |^(\w+=\S+ )+|^cd \S+ && ", "", line.split("   #")[0])
+            line = re.sub(r"(^|&& )\.venv/bin/python", r"\1python", line)
+            for part in line.split(" && "):
+                if part.startswith("python "):
+                    known_module(part)
+                elif part.startswith("mergekit-wp ") and block.kind != "text":
+                    known_options(part)
+                elif part.startswith("make "):
+                    assert f"\n{part.split()[1]}:" in (ROOT / "Makefile").read_text(), part

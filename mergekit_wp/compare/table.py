@@ -76,8 +76,8 @@ def terminal_table(resampled: Resampled) -> str:
     widths = {task: max(5, min(10, len(task))) for task in comparison.tasks}
     head = f"{'method':<{name}}"
     head += "".join(f" {task[: widths[task]]:>{widths[task]}}" for task in comparison.tasks)
-    head += f"  {'mean':<17}  {f'against {comparison.reference}'[:28]:<22}"
-    output = [what(comparison, resampled), "", f"{head}  won/lost".rstrip()]
+    head += f"  {'mean':<17}  {'difference':<22}  won/lost"
+    output = [f"{what(comparison, resampled)}; differences from {comparison.reference}", "", head]
     for line in found:
         text = f"{line.row.name:<{name}}"
         if line.mean is None:
