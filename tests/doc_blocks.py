@@ -34,7 +34,7 @@ class Block:
     code: str
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}, line {self.line}"
+        return f"{self.page}, line {self.line}"
 
 
 def blocks(page: Path) -> list[Block]:

@@ -125,6 +125,44 @@ def test_a_page_runs_as_it_stands(page: Path, shell: Shell) -> None:
             known_module(line)
 
 
+def test_a_block_that_is_not_run_fails(tmp_path: Path, shell: Shell) -> None:
+    page = tmp_path / "page.md"
+    for fence, kind in (("```", ""), ("~~~", "console"), ("  ````", "sh")):
+        page.write_text(f"# Page\n\n{fence}{kind}\ntrue\n{fence}\n")
+        with pytest.raises(AssertionError, match=f"page.md, line 4: '{kind}' is none of"):
+            follow(page, shell)
+    page.write_text("# Page\n\n    true\n")
+    with pytest.raises(AssertionError, match="line 3: code needs a fence"):
+        follow(page, shell)
+    for code in ("false", "mergekit-wp inspect nothing.safetensors", "mergekit-wp nothing"):
+        page.write_text(f"```bash\n{code}\n```\n")
+        with pytest.raises(AssertionError, match="page.md, line 2: "):
+            follow(page, shell)
+
+
+def test_output_is_compared(tmp_path: Path, shell: Shell) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```bash\necho one 0.51\n```\n\n```text\none  0.5\n```\n")
+    follow(page, shell)
+    page.write_text("```bash\necho one 0.51\n```\n\n```text\none 0.6\n```\n")
+    with pytest.raises(AssertionError, match=r"page.md, line 6: printed was\s+one 0.51"):
+        follow(page, shell)
+    assert agrees("a … c 3", "a b c 3") and not agrees("a b", "a b c")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BENCHMARKS], ids=lambda page: str(page.parent.name))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = page.parent / path if path else page
+            assert target.exists(), link
+        if anchor and "://" not in link:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            made = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in made, link
+
+
 @pytest.mark.slow  # scores, merges and measures for some minutes
 def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
     for name in ("benchmarks/zoo", "recipes"):
