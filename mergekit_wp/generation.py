@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+# what a model calls the keys and values it keeps, where it takes and gives them: since
+# transformers 5.24, and before
+_CACHES = ("cache", "past_key_values")
+
 
 def end_tokens(folder: str | Path, tokenizer: Any) -> list[int]:
     """Tokens that end a model's answers: its tokenizer's and its generation config's."""
@@ -58,18 +62,20 @@ def greedy(
     stop = torch.tensor(list(ends), device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     rows: list[list[int]] = [[] for _ in prompts]
-    cache, step = None, ids
+    cache: dict[str, Any] = {}
+    step = ids
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     for _ in range(max_new_tokens):
         output = model(
             input_ids=step,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache,
         )
-        cache, chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
+        cache = {name: value for name, value in output.items() if name in _CACHES}
+        chosen = output.logits[:, -1].argmax(-1)
         over = done.tolist()
         for row, token in enumerate(chosen.tolist()):
             if not over[row]:

@@ -146,6 +146,10 @@ class Verification(_Strict):
     n_items: int
     draws: PositiveInt
     points: tuple[SetPoint, ...]
+    seed: int
+    #: arguments of `mergekit-wp` but for the file, and versions, see `scoring.command`
+    command: tuple[str, ...]
+    versions: dict[str, str]
 
     @model_validator(mode="after")
     def _whole_curves(self) -> Self:

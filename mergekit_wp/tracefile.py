@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -44,6 +45,10 @@ class TraceFile(BaseModel):
     screen: Screen
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
+    seed: int
+    #: arguments of `mergekit-wp` but for ``--out``, and versions, see `scoring.command`
+    command: tuple[str, ...]
+    versions: dict[str, str]
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -74,8 +79,18 @@ def write(trace: TraceFile, path: Path) -> None:
         temporary.write_text(trace.model_dump_json(indent=1) + "\n")
 
 
-def read(path: Path, scores: ScoreFile) -> TraceFile:
-    """Read a trace file that belongs to a score file.
+def is_trace_file(path: str | os.PathLike[str]) -> bool:
+    """Whether this looks like JSON, unlike a safetensors file (whose JSON stands at byte 8)."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start[:1] == b"{" != start[8:]
+
+
+def read(path: Path, scores: ScoreFile | None = None) -> TraceFile:
+    """Read a trace file; one that belongs to `scores` where they are given.
 
     Raises:
         UserError: unreadable, no trace file, or of other scores; names the file.
@@ -89,7 +104,8 @@ def read(path: Path, scores: ScoreFile) -> TraceFile:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"trace file {path} cannot be read: {error}") from error
-    if trace.scores_sha256 != scores.digest():
+
+    if scores is not None and trace.scores_sha256 != scores.digest():
         raise UserError(
             f"trace file {path} was made from other scores "
             f"('{trace.behavior}' of {trace.expert}); trace this score file anew"

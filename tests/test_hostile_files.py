@@ -86,6 +86,9 @@ def full_score_file() -> ScoreFile:
             for name in ("top", "bottom", "random")
             for size in (1, 5)
         ),
+        seed=0,
+        command=("verify", "--top", "1,5"),
+        versions={"torch": "1"},
     )
     halves = Agreement(
         against="halves", name="", estimand="share", criterion="kl", kind="head", spearman=0.5,
@@ -124,6 +127,9 @@ def trace_of(file: ScoreFile) -> TraceFile:
                 supply=Measured(value=0.2, se=0.01), screened=0.2, strong=True,
             ),
         ),
+        seed=0,
+        command=("trace", "scores.safetensors"),
+        versions={"torch": "1"},
     )  # fmt: skip
 
 

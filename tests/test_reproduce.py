@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -34,27 +35,54 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {"merge_method": "ties", "base_model": "base", "models": models}
     (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
     write_prompts(root / "open prompts.jsonl", 4, contrast=True)
+    item = {"prompt": "abc", "answer": "a", "split": "test", "checker": "contains"}
+    (root / "items.jsonl").write_text(json.dumps(item) + "\n")
     return root
 
 
+def scoring(out: str, *estimands: str) -> list[str]:
+    return [
+        "score", "base", NAMES[0], "--prompts", "open prompts.jsonl", "--out", out,
+        "--estimand", ",".join(estimands), "--verify", "2", "--max-new-tokens", "3",
+        "--max-prompts", "3", "--seed", "7", "--behavior", "two words", "--share-steps", "2",
+    ]  # fmt: skip
+
+
+#: what is called to make a file, the file, and how many of the commands made it
 COMMANDS = {
     "score": (
-        ["score", "base", NAMES[0], "--prompts", "open prompts.jsonl", "--out", "it's.safetensors",
-         "--estimand", "share,gain,knockout", "--verify", "2", "--max-new-tokens", "3",
-         "--max-prompts", "3", "--seed", "7", "--behavior", "two words", "--share-steps", "2"],
-        "it's.safetensors",
+        [scoring("it's.safetensors", "share", "gain", "knockout")], "it's.safetensors", 1,
     ),
     "company": (
-        ["score", "--company", "recipe.yml", "--out", "together", "--share-steps", "2",
-         *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))],
-        f"together/{NAMES[0]}.safetensors",
+        [["score", "--company", "recipe.yml", "--out", "together", "--share-steps", "2",
+          *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))]],
+        f"together/{NAMES[0]}.safetensors", 1,
+    ),
+    "verify": (
+        [scoring("verified.safetensors", "share"),
+         ["verify", "verified.safetensors", "--top", "3,50%", "--prompts", f"{NAMES[0]}.jsonl",
+          "--task", "items.jsonl", "--draws", "3", "--seed", "5", "--max-new-tokens", "2"]],
+        "verified.safetensors", 2,
+    ),
+    "verify, built-in": (
+        [scoring("built-in.safetensors", "gain"),
+         ["verify", "built-in.safetensors", "--top", "3", "--behavior", "capitals", "--draws", "2",
+          "--max-prompts", "2", "--max-new-tokens", "2", "--expert", NAMES[0]]],
+        "built-in.safetensors", 2,
+    ),
+    "trace": (
+        [scoring("traced.safetensors", "gain", "activation_gain"),
+         ["trace", "traced.safetensors", "--prompts", f"{NAMES[0]}.jsonl", "--out", "t.json",
+          "--targets", "2", "--suppliers", "2", "--seed", "3", "--edge", "0.01", "--least", "0.02",
+          "--min-suppliers", "2"]],
+        "t.json", 1,
     ),
     "fit": (
-        ["fit", "recipe.yml", "--out", "gates.safetensors", "--steps", "2", "--prompts-a-step", "2",
-         "--rate", "0.1", "--guard", "open prompts.jsonl", "--guard-weight", "0.25",
-         "--held-out", "0", "--start", "0.25",
-         *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))],
-        "gates.safetensors",
+        [["fit", "recipe.yml", "--out", "gates.safetensors", "--steps", "2", "--held-out", "0",
+          "--rate", "0.1", "--guard", "open prompts.jsonl", "--guard-weight", "0.25",
+          "--prompts-a-step", "2", "--start", "0.25",
+          *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))]],
+        "gates.safetensors", 1,
     ),
 }  # fmt: skip
 
@@ -63,24 +91,32 @@ COMMANDS = {
 def test_the_printed_command_makes_the_same_bytes(
     world: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, name = COMMANDS[kind]
+    calls, name, count = COMMANDS[kind]
     monkeypatch.chdir(world)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    made = CliRunner().invoke(cli, arguments)
-    assert made.exception is None, made.exception
+    for arguments in calls:
+        made = CliRunner().invoke(cli, arguments)
+        assert made.exception is None, made.exception
     first = (world / name).read_bytes()
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     shown = CliRunner().invoke(cli, ["reproduce", name])
     assert shown.exception is None, shown.exception
     assert shown.stderr == ""
     (world / name).unlink()
-    # the shell's own reading of the line, in a process of its own
-    program = f"{shlex.quote(sys.executable)} -m mergekit_wp.cli"
-    line = shown.stdout.replace(" mergekit-wp ", f" {program} ", 1)
+    assert shown.stdout.count("mergekit-wp ") == count
+    # the shell's own reading of the lines, in processes of their own
+    program = world / "bin" / "mergekit-wp"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mergekit_wp.cli "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     repeated = subprocess.run(
-        ["sh", "-c", line], cwd=world, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
+        ["sh", "-c", shown.stdout], cwd=world, env=environment, capture_output=True, text=True
+    )
     assert repeated.returncode == 0, repeated.stderr
     assert (world / name).read_bytes() == first
 

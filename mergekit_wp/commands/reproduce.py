@@ -5,95 +5,160 @@ from __future__ import annotations
 import datetime
 import hashlib
 import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_wp.errors import UserError
+
 if TYPE_CHECKING:
     from mergekit_wp.gatesfile import GatesManifest
-    from mergekit_wp.scorefile import Manifest
+    from mergekit_wp.scorefile import Manifest, ModelId
+    from mergekit_wp.tracefile import TraceFile
 
 
-@click.command(short_help="Print the command that made a score file or gates file.")
+@dataclass(frozen=True)
+class Step:
+    """A command with its output, and what the file says was there when it ran."""
+
+    command: tuple[str, ...]
+    prompts: frozenset[str]  # by sha256
+    versions: dict[str, str]
+    created: str | None = None
+    models: tuple[ModelId, ...] = ()
+
+
+@click.command(short_help="Print the command that made a score, gates or trace file.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def reproduce(file: Path) -> None:
-    """Print the command that makes the score or gates FILE again, byte for byte.
+    """Print the command that makes the score, gates or trace FILE again, byte for byte.
 
     Every option that the numbers depend on is in it, and the date that the file states; it writes
-    to FILE. Run it in the folder where the file was made, or change its paths. On stderr: what it
-    needs that this machine does not have (the prompt files by content, the versions, the commits
-    of Hub models). What `verify` and `stability` added to a score file later is not made again.
+    to FILE. Where `verify` wrote into a score file, its command follows. Run it in the folder
+    where the file was made, or change its paths. On stderr: what it needs that this machine does
+    not have (the prompt files by content, the versions, the commits of Hub models, the scores that
+    were traced), and that what `stability` added to a score file is not made again.
 
     \b
       mergekit-wp reproduce expert.safetensors > again.sh && sh again.sh
     """
-    from mergekit_wp import gatesfile, scorefile
-    from mergekit_wp.errors import UserError
+    from mergekit_wp import gatesfile, scorefile, tracefile
 
-    manifest: Manifest | GatesManifest
-    if gatesfile.is_gates_file(file):
-        manifest = gatesfile.read(file).manifest
+    if tracefile.is_trace_file(file):
+        trace = tracefile.read(file)
+        steps, notes = [_traced(trace, file)], list(_other_scores(trace))
+    elif gatesfile.is_gates_file(file):
+        steps, notes = [_fitted(gatesfile.read(file).manifest, file)], []
     else:
         manifest = scorefile.read(file).manifest
-    if not manifest.command:
-        raise UserError(f"{file} does not say by which command it was made")
-    for note in _notes(manifest):
+        steps, notes = list(_scored(manifest, file)), []
+        if any(found.against != "halves" for found in manifest.stability):
+            notes.append("what 'stability' added is not made again")
+    for note in dict.fromkeys([*notes, *(note for step in steps for note in _notes(step))]):
         click.echo(f"note: {note}", err=True)
-    out = file.parent if "--company" in manifest.command else file
-    click.echo(command_line(manifest.created, (*manifest.command, "--out", str(out))))
+    click.echo(" &&\n".join(command_line(step) for step in steps))
 
 
-def command_line(created: str, command: tuple[str, ...]) -> str:
-    """For a shell, with the date of the file.
+def _stated(command: tuple[str, ...], file: Path) -> tuple[str, ...]:
+    if not command:
+        raise UserError(f"{file} does not say by which command it was made")
+    return command
+
+
+def _scored(manifest: Manifest, file: Path) -> Iterator[Step]:
+    command = _stated(manifest.command, file)
+    out = file.parent if "--company" in command else file
+    yield Step(
+        command=(*command, "--out", str(out)),
+        # a company's file knows only its own prompts
+        prompts=frozenset({manifest.prompts_sha256}),
+        versions=manifest.versions,
+        created=manifest.created,
+        models=(manifest.base, manifest.expert),
+    )
+    found = manifest.verification
+    if found is not None:
+        verb, *options = _stated(found.command, file)
+        prompts = frozenset({found.prompts_sha256})
+        yield Step((verb, str(file), *options), prompts, found.versions)
+
+
+def _fitted(manifest: GatesManifest, file: Path) -> Step:
+    return Step(
+        command=(*_stated(manifest.command, file), "--out", str(file)),
+        prompts=frozenset(
+            [e.prompts_sha256 for e in manifest.experts]
+            + [g.prompts_sha256 for g in manifest.guards]
+        ),
+        versions=manifest.versions,
+        created=manifest.created,
+        models=(manifest.base, *(expert.model for expert in manifest.experts)),
+    )
+
+
+def _traced(trace: TraceFile, file: Path) -> Step:
+    command = (*_stated(trace.command, file), "--out", str(file))
+    return Step(command, frozenset({trace.prompts_sha256}), trace.versions)
+
+
+def _other_scores(trace: TraceFile) -> Iterator[str]:
+    from mergekit_wp import scorefile
+
+    try:
+        there = scorefile.read(trace.command[1]).digest() == trace.scores_sha256
+    except (IndexError, UserError):
+        there = False
+    if not there:
+        yield f"no score file whose scores have sha256 {trace.scores_sha256} is here"
+
+
+def command_line(step: Step) -> str:
+    """For a shell, with the date of the file where it has one.
 
     Raises:
         UserError: the date is none.
     """
-    from mergekit_wp.errors import UserError
-
+    line = f"mergekit-wp {shlex.join(step.command)}"
+    if step.created is None:
+        return line
     try:
-        day = datetime.datetime.fromisoformat(created).replace(tzinfo=datetime.UTC)
+        day = datetime.datetime.fromisoformat(step.created).replace(tzinfo=datetime.UTC)
     except ValueError as error:
-        raise UserError(f"created: '{created}' is no date") from error
-    return f"SOURCE_DATE_EPOCH={int(day.timestamp())} mergekit-wp {shlex.join(command)}"
+        raise UserError(f"created: '{step.created}' is no date") from error
+    return f"SOURCE_DATE_EPOCH={int(day.timestamp())} {line}"
 
 
-def _notes(manifest: Manifest | GatesManifest) -> list[str]:
+def _notes(step: Step) -> Iterator[str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    from mergekit_wp.gatesfile import GatesManifest
-
-    notes = []
-    if isinstance(manifest, GatesManifest):
-        wanted = {expert.prompts_sha256 for expert in manifest.experts}
-        wanted |= {guard.prompts_sha256 for guard in manifest.guards}
-        models = [manifest.base, *(expert.model for expert in manifest.experts)]
-    else:
-        # a company's file knows only its own prompts
-        wanted = {manifest.prompts_sha256}
-        models = [manifest.base, manifest.expert]
-    given = {_sha256(path) for path in _files(manifest.command)}
-    notes += [f"no prompt file with sha256 {sha256} is here" for sha256 in wanted - given]
-    notes += [
-        f"{model.reference} was read at commit {model.revision}"
-        for model in models
-        if model.revision and "@" not in model.reference
-    ]
-    for package, used in manifest.versions.items():
+    for sha256 in step.prompts - set(_prompts_here(step.command)):
+        yield f"no prompt file with sha256 {sha256} is here"
+    for model in step.models:
+        if model.revision and "@" not in model.reference:
+            yield f"{model.reference} was read at commit {model.revision}"
+    for package, used in step.versions.items():
         try:
             here = version(package)
         except PackageNotFoundError:
             here = "not installed"
         if here != used:
-            notes.append(f"made with {package} {used}; here it is {here}")
-    return notes
+            yield f"made with {package} {used}; here it is {here}"
 
 
-def _files(command: tuple[str, ...]) -> list[Path]:
-    after = [b for a, b in pairwise(command) if a in ("--prompts", "--guard")]
-    return [Path(part) for text in after for part in (text, text.partition("=")[2]) if part]
+def _prompts_here(command: tuple[str, ...]) -> Iterator[str | None]:
+    """Hashes of the prompts that a command names: files, or a built-in behaviour's."""
+    from mergekit_wp import behaviors
+
+    for option, value in pairwise(command):
+        if option in ("--prompts", "--guard"):
+            yield from (_sha256(Path(part)) for part in (value, value.partition("=")[2]) if part)
+        elif option == "--behavior" and command[0] != "score":  # there it is only a name
+            text = behaviors.jsonl(behaviors.behavior(value).prompts())
+            yield hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str | None:

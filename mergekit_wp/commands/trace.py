@@ -132,7 +132,9 @@ def trace(
     progress = BarProgress()
     try:
         with prompt_file(prompts, behavior) as path:
-            found = run(TraceRequest(prompts=path, rules=rules, **options), progress)
+            found = run(
+                TraceRequest(prompts=path, behavior=behavior, rules=rules, **options), progress
+            )
     finally:
         progress.close()
     click.echo(table(found))

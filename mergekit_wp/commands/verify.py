@@ -89,6 +89,9 @@ def verify(
     progress = BarProgress()
     with prompt_file(prompts, behavior) as path, ExitStack() as stack:
         stack.callback(progress.close)
+        request = VerifyRequest(
+            top=sizes, prompts=path, behavior=behavior, task=task, checkers=checkers, **options
+        )
         if behavior is not None and task is None:
             task = path.with_suffix(".items.jsonl")  # beside its prompts, and gone with them
             task.write_text(behaviors.jsonl(behaviors.behavior(behavior).items()))
@@ -100,6 +103,6 @@ def verify(
                 max_new_tokens=options["max_new_tokens"],
                 batch_size=options["batch_size"],
             )
-        found = run(VerifyRequest(top=sizes, prompts=path, **options), items, progress)
+        found = run(request, items, progress)
     click.echo(table(found))
     click.echo(f"\nwritten into {options['file']}")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-import mergekit_wp
 from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.pair import Pair
 from mergekit_wp.prompts import PromptFile
 from mergekit_wp.scorefile import Agreement, CriterionName, Manifest, ModelId, Scale
-from mergekit_wp.scoring.command import command_of
+from mergekit_wp.scoring.command import command_of, versions
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.run import SweepRun
@@ -85,7 +83,6 @@ def common_fields(
 ) -> dict[str, Any]:
     """What every manifest says: the models, the prompts, the reference values."""
     dims = pair.partition.dims
-    packages = ("torch", "transformers", "mergekit", "safetensors")
     return {
         "base": model_id(pair.base),
         "expert": model_id(pair.expert),
@@ -107,10 +104,7 @@ def common_fields(
         "tensor_names": pair.partition.tensor_names,
         "dtype": request.dtype,
         "seed": request.seed,
-        "versions": {
-            "mergekit-wp": mergekit_wp.__version__,
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        "versions": versions(),
     }
 
 

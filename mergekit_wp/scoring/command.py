@@ -1,20 +1,33 @@
-"""The command that makes a file again, kept in the file: all that its numbers depend on."""
+"""The command that makes a file again, kept in the file with the versions that ran it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.scoring.request import CompanyRequest, FitRequest, RunRequest, ScoreRequest
+from pydantic import BaseModel
+
+import mergekit_wp
+from mergekit_wp.roles import Rules
+from mergekit_wp.scoring.request import (
+    CompanyRequest,
+    FitRequest,
+    RescoreRequest,
+    RunRequest,
+    ScoreRequest,
+    TraceRequest,
+    VerifyRequest,
+)
 
 _RUN = ("max_prompts", "batch_size", "dtype", "device", "seed", "max_new_tokens")
 
 
 @singledispatch
 def command_of(request: RunRequest) -> tuple[str, ...]:
-    """The arguments of `mergekit-wp` that ask for this, but for ``--out``.
+    """The arguments of `mergekit-wp` that ask for this, but for the file that it writes.
 
     A file's content does not depend on where it is put.
 
@@ -47,7 +60,25 @@ def _fit(request: FitRequest) -> tuple[str, ...]:
     return ("fit", str(request.recipe), *options)
 
 
-def _options(request: RunRequest, fields: tuple[str, ...], names: dict[str, str]) -> Iterator[str]:
+@command_of.register
+def _verify(request: VerifyRequest) -> tuple[str, ...]:
+    own = ("top", "task", "checkers", "estimand", "draws")
+    return ("verify", *_rescored(request, own))
+
+
+@command_of.register
+def _trace(request: TraceRequest) -> tuple[str, ...]:
+    rules = _options(request.rules, tuple(Rules.model_fields), {"suppliers": "min_suppliers"})
+    own = _rescored(request, ("targets", "suppliers"))
+    return ("trace", str(request.file), *own, *rules)
+
+
+def _rescored(request: RescoreRequest, own: tuple[str, ...]) -> Iterator[str]:
+    prompts = "prompts" if request.behavior is None else "behavior"
+    return _options(request, (prompts, *own, "base", "expert", "criterion", *_RUN), {})
+
+
+def _options(request: BaseModel, fields: tuple[str, ...], names: dict[str, str]) -> Iterator[str]:
     for field in fields:
         for value in _values(getattr(request, field)):
             yield f"--{names.get(field, field).replace('_', '-')}"
@@ -64,3 +95,10 @@ def _values(value: Any) -> Iterator[str]:
             yield ",".join(value)
     elif value is not None:
         yield repr(value) if isinstance(value, float) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of those that the numbers depend on."""
+    packages = ("torch", "transformers", "mergekit", "safetensors")
+    others = {name: importlib.metadata.version(name) for name in packages}
+    return {"mergekit-wp": mergekit_wp.__version__, **others}

@@ -9,14 +9,12 @@ layer or task to the entropy of the answers.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
 
-import mergekit_wp
 from mergekit_wp import gatesfile
 from mergekit_wp.engine.gates import KINDS, Layout
 from mergekit_wp.errors import UserError
@@ -25,7 +23,7 @@ from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, 
 from mergekit_wp.planned import recipe_gates
 from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.scoring.assemble import model_id
-from mergekit_wp.scoring.command import command_of
+from mergekit_wp.scoring.command import command_of, versions
 from mergekit_wp.scoring.fitting import Fitting, State
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.lessons import guard_of, lesson_of
@@ -184,7 +182,6 @@ def _manifest(
 ) -> GatesManifest:
     pair = members[0].pair
     dims = pair.partition.dims
-    packages = ("torch", "transformers", "mergekit", "safetensors")
     return GatesManifest(
         base=model_id(pair.base),
         base_sha256=pair.base.weights_sha256(),
@@ -221,8 +218,5 @@ def _manifest(
         dtype=request.dtype,
         command=command_of(request),
         created=created,
-        versions={
-            "mergekit-wp": mergekit_wp.__version__,
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        versions=versions(),
     )

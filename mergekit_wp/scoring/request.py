@@ -100,37 +100,45 @@ class FitRequest(MembersRequest):
     restart: bool = False
 
 
-class VerifyRequest(RunRequest):
-    """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets."""
+class RescoreRequest(RunRequest):
+    """What commands that take a score file, and measure its models again, are asked for.
+
+    ``behavior`` names the built-in one that ``prompts`` hold, if it is one.
+    """
 
     file: Path
     prompts: Path
-    top: tuple[str, ...]
+    behavior: str | None = None
     base: str | None = None
     expert: str | None = None
-    estimand: Estimand | None = None
     criterion: CriterionName | None = None
-    draws: int = Field(5, ge=2)
     restart: bool = False
 
 
-class TraceRequest(RunRequest):
+class VerifyRequest(RescoreRequest):
+    """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets.
+
+    ``task`` and ``checkers`` are where its items and their checkers lie, if the user named them.
+    """
+
+    top: tuple[str, ...]
+    estimand: Estimand | None = None
+    draws: int = Field(5, ge=2)
+    task: Path | None = None
+    checkers: Path | None = None
+
+
+class TraceRequest(RescoreRequest):
     """Everything `mergekit-wp trace` is asked for.
 
     ``targets``: components whose suppliers are looked for; ``suppliers``: of each, how many are
     measured exactly by weights and by activations, and as many random ones.
     """
 
-    file: Path
-    prompts: Path
     out: Path
-    base: str | None = None
-    expert: str | None = None
-    criterion: CriterionName | None = None
     targets: int = Field(12, ge=1)
     suppliers: int = Field(8, ge=1)
     rules: Rules = Rules()
-    restart: bool = False
 
 
 class Progress(Protocol):

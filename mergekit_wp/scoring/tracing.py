@@ -36,6 +36,7 @@ from mergekit_wp.resident import ResidentModel
 from mergekit_wp.roles import Edge, Measured, Node, Via, is_edge, role
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
 from mergekit_wp.scoring.blocks import Block, SweepContext
+from mergekit_wp.scoring.command import command_of, versions
 from mergekit_wp.scoring.fidelity import verdict
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import (
@@ -81,7 +82,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     check_pair(file, opened.pair, request.file)
     check_traceable(opened.pair.partition, opened.pair.base.text_config)
     inputs = {
-        **request.model_dump(mode="json", exclude={"restart", "file", "out", "rules"}),
+        **request.model_dump(mode="json", exclude={"restart", "file", "out", "behavior", "rules"}),
         "scores": file.digest(),
         "prompts": prompts.sha256,
         "tokens": opened.texts.sha256(),
@@ -117,6 +118,9 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
             screen=screen,
             nodes=nodes,
             edges=edges,
+            seed=request.seed,
+            command=command_of(request),
+            versions=versions(),
         )
         tracefile.write(result, request.out)
         journal.discard()

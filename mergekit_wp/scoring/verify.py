@@ -35,6 +35,7 @@ from mergekit_wp.scorefile import (
     SetPoint,
     Verification,
 )
+from mergekit_wp.scoring.command import command_of, versions
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import (
     check_pair,
@@ -94,7 +95,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
     check_pair(file, pair, request.file)
     inputs = {
-        **request.model_dump(mode="json", exclude={"restart", "file"}),
+        **request.model_dump(mode="json", exclude={"restart", "file", "behavior", "checkers"}),
         "scores": file.digest(),
         "prompts": prompts.sha256,
         "tokens": texts.sha256(),
@@ -123,6 +124,9 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
             n_items=task.count("test") if task else 0,
             draws=request.draws,
             points=tuple(_points(sizes, request, ends, found)),
+            seed=request.seed,
+            command=command_of(request),
+            versions=versions(),
         )
         manifest = file.manifest.model_copy(update={"verification": verification})
         scorefile.write(replace(file, manifest=manifest), request.file)
