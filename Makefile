@@ -14,19 +14,20 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS)
 
-# torch is installed on its own and first, with its exact version. Asked for `torch>=2.2` along with
+# torch is installed on its own and first, with its exact version. Asked for `torch>=2.4` along with
 # everything else, pip may take the newest CUDA build, some gigabytes of it. With the version given,
 # the CPU wheel `2.13.0+cpu` wins wherever pip can see one (a wheel folder, or PyTorch's CPU index),
 # because a local version sorts above the plain one.
 TORCH ?= torch==2.13.0
 
-.PHONY: help venv bench test test-slow lint format demo scores wheel clean
+.PHONY: help venv bench test test-slow matrix oldest newest lint format demo scores wheel clean
 
 help:
 	@echo "venv       create the environment $(VENV) and install this package into it, editable"
 	@echo "bench      also install what the SmolLM2 benchmark needs"
 	@echo "test       run the quick tests"
 	@echo "test-slow  run all tests"
+	@echo "matrix     run the quick tests with the oldest and the newest packages allowed"
 	@echo "lint       check format, lint and types"
 	@echo "format     apply what lint would ask for, where that can be automatic"
 	@echo "demo       score, merge and compare the toy models (recipes/, benchmarks/zoo/)"
@@ -53,6 +54,20 @@ test: venv
 
 test-slow: venv
 	$(PYTEST) -m "slow or not slow"
+
+# The oldest and the newest packages that pyproject.toml allows, in environments of their own. torch
+# comes as a CUDA build, some gigabytes, unless pip can see a CPU wheel of that version.
+matrix: oldest newest
+
+oldest:
+	PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt \
+		$(MAKE) test VENV=.matrix/oldest TORCH=torch
+
+# whatever is the newest today, so the environment is brought up to date each time
+newest:
+	rm -f .matrix/newest/.installed
+	PIP_CONSTRAINT=/dev/null PIP_UPGRADE=1 PIP_UPGRADE_STRATEGY=eager \
+		$(MAKE) test VENV=.matrix/newest TORCH=torch
 
 lint: venv
 	$(PY) -m ruff check .
