@@ -55,8 +55,8 @@ FOLDER = BUILD / "fitting"
 GUARDS = (FOLDER / "requests.jsonl", FOLDER / "text.jsonl")
 LEAK = FOLDER / "unasked.jsonl"
 #: prompts of each behaviour and guard (code has 122), and how the gates climb
-N, START, STEPS, A_STEP = 128, 0.7, 40, 8
-#: the combination that is also fitted with heavier guards and none, and with one gate a tensor
+N, START, STEPS, A_STEP = 64, 0.7, 20, 8
+#: the combination that is also fitted with lighter guards and none, and with one gate a tensor
 HARD = ("instruction", "math")
 
 
@@ -115,8 +115,7 @@ def fitted(experts: tuple[str, ...], guard: float) -> Path:
             *("mergekit-wp", "fit", local(recipe_of(experts)), "--out", local(out)),
             *(part for pair in pairs for part in ("--prompts", pair)),
             *(*guarding, "--start", str(START), "--steps", str(STEPS)),
-            *("--prompts-a-step", str(A_STEP), "--dtype", "bfloat16"),
-            *("--max-new-tokens", str(MAX_NEW_TOKENS)),
+            *("--prompts-a-step", str(A_STEP), "--max-new-tokens", str(MAX_NEW_TOKENS)),
         )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         cost = {"seconds": time.monotonic() - began, "peak_kib": peak}
@@ -134,7 +133,6 @@ def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
         out=FOLDER / "by-tensor.safetensors",
         steps=STEPS,
         prompts_a_step=A_STEP,
-        dtype="bfloat16",
         max_new_tokens=MAX_NEW_TOKENS,
     )
     return fit_by_tensor(request, START, Silent())[0]
@@ -143,7 +141,7 @@ def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
 def measure(model: Any, skills: tuple[str, ...]) -> dict[str, Any]:
     """Test scores, rule kept though not asked for, and surprise by plain text."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = model.to(device(), torch.bfloat16).eval()
+    model = model.to(device(), torch.float32).eval()
     checkers = Checkers.load(REPO / HERE / "checkers.py")
     found: dict[str, Any] = {
         "surprise": surprise(model, tokenizer, plain_texts(read_jsonl(IFEVAL))).tolist()
@@ -167,7 +165,7 @@ def kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def load(folder: Path) -> Any:
     """A checkpoint."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def merged(recipe: Path, skills: tuple[str, ...]) -> dict[str, Any]:
@@ -230,7 +228,7 @@ def main(only: str | None) -> None:
             "fit": lambda c=combination, s=skills: merged(fitted(c, GUARD_WEIGHT), s)
         }
         if combination == HARD and closer:
-            for g, word in ((2 * GUARD_WEIGHT, "guards twice as heavy"), (0.0, "no guards")):
+            for g, word in ((GUARD_WEIGHT / 2, "guards half as heavy"), (0.0, "no guards")):
                 makers[f"fit, {word}"] = lambda c=combination, s=skills, g=g: merged(
                     fitted(c, g), s
                 )
