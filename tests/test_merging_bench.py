@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from benchmarks.merging import material
-from benchmarks.merging.bench import Cost, best, measure
+from benchmarks.merging.bench import Cost, best, measure, ratio
 from mergekit_wp.autoload import ensure_registered
 
 TINY = {
@@ -51,3 +51,9 @@ def test_a_merge_is_measured_by_itself(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="failed"):
         measure([sys.executable, "-c", "1 / 0"], tmp_path / "recipe", tmp_path / "out", [])
     assert best([Cost(2, 1, 5), Cost(1, 3, 4)]) == Cost(1, 1, 4)
+
+
+def test_ratios_are_of_the_best_and_of_every_repetition() -> None:
+    ours, ties = [Cost(2, 1, 5), Cost(1, 3, 4)], [Cost(4, 1, 5), Cost(5, 4, 4)]
+    assert ratio(ours, ties, "wall") == "0.25 (0.20 to 0.50)"
+    assert ratio(ours, ties, "cpu") == "1.00 (0.75 to 1.00)"

@@ -37,6 +37,9 @@ class Cost:
     peak: float
 
 
+PARTS = ("wall", "cpu", "peak")
+
+
 def measure(program: list[str], recipe: Path, out: Path, options: list[str]) -> Cost:
     """One merge in a fresh process.
 
@@ -59,7 +62,16 @@ def measure(program: list[str], recipe: Path, out: Path, options: list[str]) -> 
 
 def best(costs: list[Cost]) -> Cost:
     """The least of each: whatever else ran on the machine only adds."""
-    return Cost(*(min(getattr(c, part) for c in costs) for part in ("wall", "cpu", "peak")))
+    return Cost(*(min(getattr(c, part) for c in costs) for part in PARTS))
+
+
+def ratio(own: list[Cost], ties: list[Cost], part: str) -> str:
+    """Ratio of the least costs, and between which it lay in the single repetitions."""
+    pairs = [
+        getattr(one, part) / getattr(other, part) for one, other in zip(own, ties, strict=True)
+    ]
+    of_best = getattr(best(own), part) / getattr(best(ties), part)
+    return f"{of_best:.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
 @click.command()
@@ -71,7 +83,10 @@ def best(costs: list[Cost]) -> Cost:
 def main(
     repeats: int, dtype: str, program: str, options: tuple[str, ...], only: tuple[str, ...]
 ) -> None:
-    """Merge in turn, and print the least of every cost and its ratio to that of ties."""
+    """Merge in turn, and print the least of every cost and its ratio to that of ties.
+
+    In brackets: the least and the largest ratio of all repetitions.
+    """
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as scratch:
         folder = Path(scratch)
         recipes = make(folder, getattr(torch, dtype))
@@ -84,14 +99,14 @@ def main(
                 cost = measure(PROGRAMS[program], recipe, folder / "out", given)
                 costs[name].append(cost)
                 click.echo(f"{name}: {cost.wall:.2f} s, {cost.cpu:.2f} s of CPU", err=True)
-    found = {name: best(own) for name, own in costs.items()}
-    ties = found["ties"]
-    click.echo(f"{program} {' '.join(options)}, {dtype}, best of {repeats}")
-    click.echo(f"{'':12}{'wall':>9}{'CPU':>9}{'peak':>10}   ratio to ties: wall, CPU, peak")
-    for name, cost in found.items():
+    click.echo(f"{program} {' '.join(options)}, {dtype}, best of {repeats}\n")
+    click.echo("| | wall | CPU | peak | ratio to ties: wall | CPU | peak |")
+    click.echo("|---|---:|---:|---:|---:|---:|---:|")
+    for name, own in costs.items():
+        cost = best(own)
+        ratios = " | ".join(ratio(own, costs["ties"], part) for part in PARTS)
         click.echo(
-            f"{name:12}{cost.wall:8.2f}s{cost.cpu:8.2f}s{cost.peak:7.0f}MiB   "
-            f"{cost.wall / ties.wall:.2f}  {cost.cpu / ties.cpu:.2f}  {cost.peak / ties.peak:.2f}"
+            f"| {name} | {cost.wall:.1f} s | {cost.cpu:.1f} s | {cost.peak:.0f} MiB | {ratios} |"
         )
 
 
