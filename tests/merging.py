@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from mergekit_wp import scorefile
@@ -132,6 +137,13 @@ class Family:
             "models": models,
             "dtype": "float32",
         } | top
+
+
+def by_mergekit(recipe: dict[str, Any], out: Path, **options: Any) -> State:
+    """What mergekit makes of a recipe."""
+    config = MergeConfiguration.model_validate(recipe)
+    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
+    return load_file(out / "model.safetensors")
 
 
 def reference(

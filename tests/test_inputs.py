@@ -12,10 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +27,16 @@ from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.request import CompanyRequest
 from tests.gating import gate, gated_recipe
 from tests.merging import Checkpoint as Stored
-from tests.merging import Family, State, add, llama_config, random_state, reference, scores_for
+from tests.merging import (
+    Family,
+    State,
+    add,
+    by_mergekit,
+    llama_config,
+    random_state,
+    reference,
+    scores_for,
+)
 from tests.models import _SIZES, make_model, perturbed, save, write_prompts
 from tests.test_lora import scored
 from tests.test_scoring import Quiet
@@ -53,9 +59,7 @@ def family(tmp_path: Path) -> Family:
 
 def by_stock(recipe: dict[str, Any], out: Path, **options: Any) -> State:
     LoaderCache.loaders.clear()
-    config = MergeConfiguration.model_validate(recipe)
-    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
-    return load_file(out / "model.safetensors")
+    return by_mergekit(recipe, out, **options)
 
 
 def by_ours(recipe: dict[str, Any], out: Path, *options: str) -> State:

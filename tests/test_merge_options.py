@@ -11,16 +11,13 @@ from typing import Any
 import mergekit.multigpu_executor as multigpu
 import pytest
 import torch
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.fusion import FUSIONS, Fusion, component_gates, fuse
 from mergekit_wp.method import WeightPatchingMerge
-from tests.merging import Family, State, llama_config
+from tests.merging import Family, State, by_mergekit, llama_config
 from tests.test_merge_command import done, refused, write
 
 ensure_registered()
@@ -35,12 +32,6 @@ def family(tmp_path: Path) -> Family:
 def fresh_loaders() -> Iterator[None]:
     LoaderCache.loaders.clear()
     yield
-
-
-def merged(recipe: dict[str, Any], out: Path, **options: Any) -> State:
-    config = MergeConfiguration.model_validate(recipe)
-    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
-    return load_file(out / "model.safetensors")
 
 
 def same(ours: State, theirs: State) -> bool:
@@ -91,9 +82,9 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_threads_of_multi_gpu(
     family: Family, tmp_path: Path, two_devices: None, low_cpu_memory: bool
 ) -> None:
-    plain = merged(family.recipe(), tmp_path / "plain")
+    plain = by_mergekit(family.recipe(), tmp_path / "plain")
     options = {"multi_gpu": True, "low_cpu_memory": low_cpu_memory}
-    assert same(merged(family.recipe(), tmp_path / "out", **options), plain)
+    assert same(by_mergekit(family.recipe(), tmp_path / "out", **options), plain)
 
 
 @pytest.mark.parametrize("fusion", ["share", "winner", "gate", "topk"])
@@ -103,7 +94,7 @@ def test_nothing_is_made_on_a_workers_default_device(
     """Multi-GPU workers make what names no device on theirs; here meta."""
     family = Family.make(tmp_path, llama_config())
     recipe = family.recipe({"density": 0.7}, {"weight": 0.5}, parameters={"fusion": fusion})
-    plain = merged(recipe, tmp_path / "plain")
+    plain = by_mergekit(recipe, tmp_path / "plain")
     fuse_group = WeightPatchingMerge.merge_group
 
     def on_meta(self: WeightPatchingMerge, group: Any, /, **parameters: Any) -> torch.Tensor:
@@ -113,7 +104,7 @@ def test_nothing_is_made_on_a_workers_default_device(
     monkeypatch.setattr(WeightPatchingMerge, "merge_group", on_meta)
     for path in family.paths:  # as if read for the first time
         path.touch()
-    assert same(merged(recipe, tmp_path / "out"), plain)
+    assert same(by_mergekit(recipe, tmp_path / "out"), plain)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -13,9 +13,7 @@ from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
-from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch, multimerge
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +25,7 @@ from tests.merging import (
     Family,
     State,
     add,
+    by_mergekit,
     llama_config,
     norms,
     qwen_config,
@@ -47,12 +46,6 @@ def family(tmp_path: Path) -> Family:
 def fresh_loaders() -> Iterator[None]:
     LoaderCache.loaders.clear()
     yield
-
-
-def run(recipe: dict[str, Any], out: Path, **options: Any) -> State:
-    config = MergeConfiguration.model_validate(recipe)
-    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
-    return load_file(out / "model.safetensors")
 
 
 def direct(family: Family, **parameters: Any) -> State:
@@ -106,13 +99,13 @@ def test_every_fusion_equals_the_definition(
 
 
 def test_defaults_through_mergekit(family: Family, tmp_path: Path) -> None:
-    merged = run(family.recipe(), tmp_path / "out")
+    merged = by_mergekit(family.recipe(), tmp_path / "out")
     assert_merged(merged, reference(family.base.state, states(family), family.files))
 
 
 def test_bfloat16_rounds_once(tmp_path: Path) -> None:
     family = Family.make(tmp_path, llama_config(), dtype=torch.bfloat16)
-    merged = run(family.recipe(dtype="bfloat16"), tmp_path / "out")
+    merged = by_mergekit(family.recipe(dtype="bfloat16"), tmp_path / "out")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     expected = reference(family.base.state, states(family), family.files)
     assert_merged(merged, expected, rtol=2**-8)
@@ -169,7 +162,7 @@ def test_filters_and_gradients(family: Family, tmp_path: Path) -> None:
         "density": [0.2, 0.8],
     }
     recipe = family.recipe(filters, {}, parameters={"lambda": [1.0, 0.5], "fusion": "gate"})
-    merged = run(recipe, tmp_path / "out")
+    merged = by_mergekit(recipe, tmp_path / "out")
     for layer, density, lam in ((0, 0.2, 1.0), (1, 0.8, 0.5)):
         for name in merged:
             if f"layers.{layer}." not in name:
@@ -207,7 +200,7 @@ def test_tensors_without_scores_stay_at_the_base_and_are_reported_once(
 ) -> None:
     kinds = ("head", "neuron")
     family = Family.make(tmp_path, llama_config(), kinds=kinds)
-    merged = run(family.recipe(), tmp_path / "out")
+    merged = by_mergekit(family.recipe(), tmp_path / "out")
     base = family.base.state
     for name in merged:
         kept = torch.equal(merged[name], base[name])
@@ -243,7 +236,7 @@ def test_a_tied_head_stored_twice_stays_equal_to_the_embedding(tmp_path: Path) -
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     twice = expert.state | {head: expert.state[embedding].clone()}
     save_file(twice, expert.path / "model.safetensors", metadata={"format": "pt"})
-    merged = run(family.recipe(parameters={"fusion": "gate"}), tmp_path / "out")
+    merged = by_mergekit(family.recipe(parameters={"fusion": "gate"}), tmp_path / "out")
     assert torch.equal(merged[head], merged[embedding])
 
 
@@ -258,7 +251,7 @@ def test_without_a_config_a_file_without_a_head_means_a_tied_model(family: Famil
 
 def test_an_untied_head_keeps_its_own_scores(tmp_path: Path) -> None:
     family = Family.make(tmp_path, llama_config(tied=False))
-    merged = run(family.recipe(), tmp_path / "out")
+    merged = by_mergekit(family.recipe(), tmp_path / "out")
     assert_merged(merged, reference(family.base.state, states(family), family.files))
 
 
@@ -271,11 +264,11 @@ def test_a_score_file_is_read_once_and_again_when_rewritten(
     reads: list[str] = []
     real = scorefile.read
     monkeypatch.setattr(scorefile, "read", lambda path: reads.append(str(path)) or real(path))
-    before = run(family.recipe(), tmp_path / "one")
+    before = by_mergekit(family.recipe(), tmp_path / "one")
     assert sorted(reads) == sorted(str(path) for path in family.paths)
     file = scores_for(family.base.state, family.experts[0].state, family.config, seed=9)
     scorefile.write(file, family.paths[0])
-    after = run(family.recipe(), tmp_path / "two")
+    after = by_mergekit(family.recipe(), tmp_path / "two")
     assert reads[2:] == [str(family.paths[0])]
     assert any(not torch.equal(before[n], after[n]) for n in before)
 
@@ -348,14 +341,14 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_score_file_is_found_while_planning(family: Family, tmp_path: Path) -> None:
     family.paths[1].unlink()
     with pytest.raises(UserError, match="expert1.safetensors not found; make one with"):
-        run(family.recipe(), tmp_path / "out")
+        by_mergekit(family.recipe(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("unread")
 def test_scores_not_in_the_file_are_missed_while_planning(family: Family, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no 'share/logprob' scores"):
-        run(family.recipe(parameters={"criterion": "logprob"}), tmp_path / "out")
+        by_mergekit(family.recipe(parameters={"criterion": "logprob"}), tmp_path / "out")
 
 
 @pytest.mark.usefixtures("unread")
@@ -375,7 +368,7 @@ def test_another_architecture_is_refused_before_any_tensor_is_read(
     state = random_state(config, 0)
     scorefile.write(scores_for(state, add(state, state), config), family.paths[1])
     with pytest.raises(UserError) as caught:
-        run(family.recipe(), tmp_path / "out")
+        by_mergekit(family.recipe(), tmp_path / "out")
     assert "expert1.safetensors is of another architecture than the base model" in str(caught.value)
     assert message in str(caught.value)
 
@@ -385,7 +378,7 @@ def test_another_model_class_is_refused(family: Family, tmp_path: Path) -> None:
     manifest = family.files[0].manifest.model_copy(update={"architecture": "MistralForCausalLM"})
     scorefile.write(replace(family.files[0], manifest=manifest), family.paths[0])
     with pytest.raises(UserError, match="architecture LlamaForCausalLM, not MistralForCausalLM"):
-        run(family.recipe(), tmp_path / "out")
+        by_mergekit(family.recipe(), tmp_path / "out")
 
 
 def test_a_plan_that_failed_leaves_nothing_to_the_next(family: Family, tmp_path: Path) -> None:
@@ -394,15 +387,15 @@ def test_a_plan_that_failed_leaves_nothing_to_the_next(family: Family, tmp_path:
     deep = Family.make(tmp_path / "deep", config)
     bad = deep.recipe({"weight": float("nan")}, {})
     with pytest.raises(UserError, match="'weight'"):
-        run(bad, tmp_path / "bad")
-    merged = run(family.recipe(), tmp_path / "good")
+        by_mergekit(bad, tmp_path / "bad")
+    merged = by_mergekit(family.recipe(), tmp_path / "good")
     assert_merged(merged, reference(family.base.state, states(family), family.files))
 
 
 def test_scores_of_another_expert_are_refused_by_name(family: Family, tmp_path: Path) -> None:
     family.paths.reverse()
     with pytest.raises(UserError) as caught:
-        run(family.recipe(), tmp_path / "out")
+        by_mergekit(family.recipe(), tmp_path / "out")
     message = str(caught.value)
     assert message.startswith("tensor ")
     assert "of another expert, base, revision or shifted layers" in message
@@ -418,7 +411,7 @@ def test_shifted_layers_are_refused(family: Family, tmp_path: Path) -> None:
     recipe = family.recipe(slices=[{"sources": sources}])
     del recipe["models"]
     with pytest.raises(UserError, match="tensor model.layers.0.* shifted layers"):
-        run(recipe, tmp_path / "out")
+        by_mergekit(recipe, tmp_path / "out")
 
 
 def test_slices_in_place_are_merged(family: Family, tmp_path: Path) -> None:
@@ -434,7 +427,7 @@ def test_slices_in_place_are_merged(family: Family, tmp_path: Path) -> None:
         slices.append({"sources": sources})
     recipe = family.recipe(slices=slices)
     del recipe["models"]
-    merged = run(recipe, tmp_path / "out")
+    merged = by_mergekit(recipe, tmp_path / "out")
     assert_merged(merged, reference(family.base.state, states(family), family.files))
 
 
@@ -446,11 +439,11 @@ def test_a_merge_coarser_than_the_checkpoints_is_not_refused(tmp_path: Path) -> 
     small = add(base, random_state(config, 5, 1e-4))
     scorefile.write(scores_for(base, small, config), family.paths[0])
     save_file(small, family.experts[0].path / "model.safetensors", metadata={"format": "pt"})
-    run(family.recipe(dtype="bfloat16"), tmp_path / "coarse")
+    by_mergekit(family.recipe(dtype="bfloat16"), tmp_path / "coarse")
     other = add(base, random_state(config, 5, 1.1e-4))
     scorefile.write(scores_for(base, other, config), family.paths[0])
     with pytest.raises(UserError, match="of another expert"):
-        run(family.recipe(dtype="bfloat16"), tmp_path / "strict")
+        by_mergekit(family.recipe(dtype="bfloat16"), tmp_path / "strict")
 
 
 def test_a_tensor_that_does_not_fit_is_named(family: Family) -> None:
@@ -491,7 +484,7 @@ def test_a_plan_in_another_thread_is_another_plan(family: Family, tmp_path: Path
     results: dict[int, State] = {}
 
     def work(i: int) -> None:
-        results[i] = run(family.recipe(), tmp_path / str(i))
+        results[i] = by_mergekit(family.recipe(), tmp_path / str(i))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:

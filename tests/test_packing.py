@@ -17,10 +17,10 @@ from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import PromptBatch, Sample
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import ScoreFile
-from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from mergekit_wp.scoring.sweep import SweepContext
 from tests.models import CONFIGS, VOCABULARY, make_model, perturbed, save
 from tests.test_scoring import Quiet
 

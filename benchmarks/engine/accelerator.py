@@ -26,13 +26,11 @@ from mergekit_wp.memory import in_gib, peak_memory, peak_on_gpus
 from mergekit_wp.pair import open_pair
 from mergekit_wp.prompts import Sample
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.blocks import (
-    SweepContext,
-    exact_blocks,
-    first_order_blocks,
-    share_blocks,
-)
+from mergekit_wp.scoring.exact import exact_blocks
+from mergekit_wp.scoring.first_order import first_order_blocks
 from mergekit_wp.scoring.references import measure_references
+from mergekit_wp.scoring.shares import share_blocks
+from mergekit_wp.scoring.sweep import SweepContext
 from mergekit_wp.scoring.texts import auto_batch_size
 
 _LLAMA = {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None}

@@ -13,9 +13,9 @@ from mergekit_wp.engine.trace import Criteria
 from mergekit_wp.progress import BarProgress
 from mergekit_wp.prompts import Sample, read_prompts
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.opening import open_inputs
 from mergekit_wp.scoring.references import References, measure_references
+from mergekit_wp.scoring.sweep import SweepContext
 from mergekit_wp.scoring.texts import auto_batch_size
 
 ZOO = REPO / "benchmarks" / "zoo" / "checkpoints"

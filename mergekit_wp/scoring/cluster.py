@@ -33,9 +33,9 @@ from mergekit_wp.model_names import absolute
 from mergekit_wp.pair import Pair
 from mergekit_wp.placement import MaxMemory
 from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.blocks import Block, Result, SweepContext
 from mergekit_wp.scoring.references import References
 from mergekit_wp.scoring.request import Progress
+from mergekit_wp.scoring.sweep import Block, Result, SweepContext
 
 #: a block that has ended so many workers is given up
 ATTEMPTS = 3

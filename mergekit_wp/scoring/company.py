@@ -30,13 +30,14 @@ from mergekit_wp.scorefile import (
     write,
 )
 from mergekit_wp.scoring.assemble import common_fields
-from mergekit_wp.scoring.blocks import Block, Result, SweepContext, task_vector
 from mergekit_wp.scoring.command import command_of
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.members import Member, inputs_of, measure, open_members
 from mergekit_wp.scoring.mixture import mix
 from mergekit_wp.scoring.references import References, values_of
 from mergekit_wp.scoring.request import DTYPES, CompanyRequest, Progress
+from mergekit_wp.scoring.shares import task_vector
+from mergekit_wp.scoring.sweep import Block, Result, SweepContext
 
 
 def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:

@@ -17,19 +17,14 @@ from mergekit_wp.scorefile import (
     of_activations,
     of_knockout,
 )
-from mergekit_wp.scoring.blocks import (
-    Result,
-    SweepContext,
-    criterion_and_kind,
-    exact_blocks,
-    first_order_blocks,
-    noise_blocks,
-    share_blocks,
-)
 from mergekit_wp.scoring.cluster import Cluster, Sweep
+from mergekit_wp.scoring.exact import exact_blocks, noise_blocks
 from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
+from mergekit_wp.scoring.first_order import first_order_blocks
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import Progress, ScoreRequest
+from mergekit_wp.scoring.shares import share_blocks
+from mergekit_wp.scoring.sweep import Result, SweepContext, criterion_and_kind
 
 
 class SweepRun:

@@ -31,7 +31,6 @@ from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read, write
 from mergekit_wp.scoring.anchor import MIN_HELD_OUT
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
-from mergekit_wp.scoring.blocks import SweepContext
 from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.opening import open_inputs
@@ -42,6 +41,7 @@ from mergekit_wp.scoring.references import (
 )
 from mergekit_wp.scoring.request import DTYPES, Progress, ScoreRequest
 from mergekit_wp.scoring.run import SweepRun
+from mergekit_wp.scoring.sweep import SweepContext
 from mergekit_wp.scoring.texts import (
     Encoded,
     Footprint,

@@ -35,7 +35,6 @@ from mergekit_wp.prompts import read_prompts
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.roles import Edge, Measured, Node, Via, is_edge, role
 from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
-from mergekit_wp.scoring.blocks import Block, SweepContext
 from mergekit_wp.scoring.command import command_of, versions
 from mergekit_wp.scoring.fidelity import verdict
 from mergekit_wp.scoring.journal import Journal
@@ -47,6 +46,7 @@ from mergekit_wp.scoring.opening import (
 )
 from mergekit_wp.scoring.references import references_at
 from mergekit_wp.scoring.request import DTYPES, Progress, TraceRequest
+from mergekit_wp.scoring.sweep import Block, SweepContext
 from mergekit_wp.scoring.texts import auto_batch_size, with_responses
 from mergekit_wp.tracefile import Screen, TraceFile
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mergekit_wp.components import Kind
 from mergekit_wp.engine.patches import Values
 from mergekit_wp.engine.trace import Trace
 from mergekit_wp.engine.whole import swap_weights
-
-if TYPE_CHECKING:
-    from mergekit_wp.scoring.blocks import SweepContext
+from mergekit_wp.scoring.sweep import SweepContext
 
 #: indices of a block's components, by kind
 Chosen = dict[Kind, list[int]]
