@@ -103,8 +103,8 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
     The objective is the mean over behaviours of how far the merge has come from the base (0) to the
     expert (1) in its answers' distribution. The merged model, its residual streams, and one layer's
     gradients and differences are in memory; the rest is streamed. For three experts, 8 prompts of
-    256 tokens each in a step, in bfloat16, a 1B model needs about 7 GiB and 0.06 PFLOP a step, 8B
-    24 GiB and 0.4, 70B 164 GiB and 3.5 (computed: docs/fit.md).
+    256 tokens each in a step, in bfloat16, a 1B model needs about 11 GiB and 0.06 PFLOP a step, 8B
+    29 GiB and 0.4, 70B 170 GiB and 3.5 (computed: docs/fit.md).
 
     \b
       mergekit-wp fit recipe.yml --prompts inst=inst.jsonl --prompts math=math.jsonl \\
