@@ -17,8 +17,8 @@ from mergekit_wp import scorefile
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
 from mergekit_wp.scorefile import CompanyMember, Scale, ScoreFile
-from tests.merging import Family, llama_config, norms, reference, scores_for
-from tests.test_method import assert_merged, run, states
+from tests.merging import Family, by_mergekit, llama_config, norms, reference, scores_for
+from tests.test_method import assert_merged, states
 
 SLICED = ("head", "kv_group", "neuron")
 
@@ -64,7 +64,9 @@ def less_harm(own: ScoreFile, guards: list[ScoreFile], harm: float) -> ScoreFile
 def test_a_guarded_merge_equals_the_definition(family: Family, tmp_path: Path) -> None:
     files = [guard(family, 0, tmp_path / f"g{i}.safetensors", 40 + i) for i in range(2)]
     text = f"{tmp_path}/g0.safetensors, {tmp_path}/g1.safetensors"
-    merged = run(family.recipe({"guards": text}, {}, parameters={"harm": 0.6}), tmp_path / "out")
+    merged = by_mergekit(
+        family.recipe({"guards": text}, {}, parameters={"harm": 0.6}), tmp_path / "out"
+    )
     changed = [less_harm(family.files[0], files, 0.6), family.files[1]]
     assert_merged(merged, reference(family.base.state, states(family), changed))
     plain = reference(family.base.state, states(family), family.files)
@@ -88,7 +90,7 @@ def test_a_list_of_guards_is_refused(family: Family, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"g{i}.safetensors") for i in range(2)]
     recipe = family.recipe({"guards": paths}, {})
     with pytest.raises(UserError, match="'guards' is .* for one tensor and .* separated by commas"):
-        run(recipe, tmp_path / "out")
+        by_mergekit(recipe, tmp_path / "out")
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="'guards' must be one text, files separated by commas"):
@@ -115,7 +117,7 @@ def test_a_guard_that_cannot_say_is_refused(
     manifest = file.manifest.model_copy(update=change)
     scorefile.write(ScoreFile(manifest, kept), path)
     with pytest.raises(UserError, match=message):
-        run(family.recipe({"guards": str(path)}, {}), tmp_path / "out")
+        by_mergekit(family.recipe({"guards": str(path)}, {}), tmp_path / "out")
 
 
 def test_other_files_are_no_guards(family: Family, tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_other_files_are_no_guards(family: Family, tmp_path: Path) -> None:
         (str(family.paths[1]), "was made for another expert or base"),
     ]:
         with pytest.raises(UserError, match=message):
-            run(family.recipe({"guards": text}, {}), tmp_path / "out")
+            by_mergekit(family.recipe({"guards": text}, {}), tmp_path / "out")
     only_kl = scores_for(
         family.base.state,
         family.experts[0].state,
@@ -135,7 +137,7 @@ def test_other_files_are_no_guards(family: Family, tmp_path: Path) -> None:
     )
     scorefile.write(only_kl, path)
     with pytest.raises(UserError, match="has no 'share/logprob' scores"):
-        run(family.recipe({"guards": str(path)}, {}), tmp_path / "out")
+        by_mergekit(family.recipe({"guards": str(path)}, {}), tmp_path / "out")
 
 
 def test_guards_and_the_guided_path_exclude_each_other(family: Family, tmp_path: Path) -> None:
@@ -147,13 +149,13 @@ def test_guards_and_the_guided_path_exclude_each_other(family: Family, tmp_path:
         "has no 'path/kl' scores, which 'fusion: path' needs: score the recipe's experts together"
     )
     with pytest.raises(UserError, match=words):
-        run(recipe, tmp_path / "out")
+        by_mergekit(recipe, tmp_path / "out")
     MergeConfiguration.model_validate(recipe)  # the text itself is a recipe
 
 
 def test_harm_must_be_a_number(family: Family, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'harm' must be a number of at least 0, not -1"):
-        run(family.recipe(parameters={"harm": -1}), tmp_path / "out")
+        by_mergekit(family.recipe(parameters={"harm": -1}), tmp_path / "out")
 
 
 def test_the_command_refuses_bad_guards_before_it_merges(family: Family, tmp_path: Path) -> None:
@@ -188,4 +190,4 @@ def test_path_fusion_takes_no_guards(family: Family, tmp_path: Path) -> None:
         {"guards": str(tmp_path / "g.safetensors")}, {}, parameters={"fusion": "path"}
     )
     with pytest.raises(UserError, match="which 'fusion: path' does not use"):
-        run(recipe, tmp_path / "out")
+        by_mergekit(recipe, tmp_path / "out")
