@@ -1,4 +1,7 @@
-"""What we never do: load pickles, run a checkpoint's code, use the network, write elsewhere."""
+"""What we never do: load pickles, run a checkpoint's code, write elsewhere.
+
+`test_every_command` sees that the network is left alone.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import ast
 import json
 import pickle
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +40,6 @@ class Bomb:
         return (Path.touch, (self.trace,))
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Any connection is refused and noted."""
-    tried: list[object] = []
-
-    def refuse(self: object, address: object, *_: object) -> None:
-        tried.append(address)
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **_: refuse(None, a))
-    return tried
-
-
 def run(*arguments: str, status: int = 0) -> None:
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
@@ -75,23 +63,6 @@ def scored(folder: Path, *more: str, status: int = 0) -> Path:
         "--share-steps", "1", "--max-new-tokens", "2", *more, status=status,
     )  # fmt: skip
     return out
-
-
-def test_folders_need_no_network(pair: Path, no_network: list[object]) -> None:
-    """Scoring, looking, merging and the card, with sockets that refuse."""
-    out = scored(pair)
-    run("inspect", str(out))
-    run("plot", str(out), "--out", str(pair / "page.html"))
-    recipe = {
-        "merge_method": "weight_patching",
-        "base_model": str(pair / "base"),
-        "models": [{"model": str(pair / "expert"), "parameters": {"scores": str(out)}}],
-        "dtype": "float32",
-    }
-    (pair / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    run("merge", str(pair / "recipe.yml"), str(pair / "merged"), "--quiet")
-    run("card", str(pair / "merged"))
-    assert not no_network, no_network
 
 
 @pytest.mark.parametrize("where", ["alone", "in an index of safetensors"])
