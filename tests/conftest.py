@@ -1,0 +1,38 @@
+"""What holds for every test: no deprecated use of anything we depend on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import pytest
+
+_warning = logging.Logger.warning
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that tests start hold to the filters of pyproject.toml as well."""
+    os.environ["PYTHONWARNINGS"] = ",".join(config.getini("filterwarnings"))
+
+
+@pytest.fixture(autouse=True)
+def deprecations_in_logs_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says some deprecations by its logger, which our commands tell to be quiet."""
+
+    def warning(self: logging.Logger, message: object, *args: Any, **options: Any) -> None:
+        if "deprecated" in str(message):
+            warnings.warn(str(message), FutureWarning, stacklevel=_caller_of_transformers())
+        _warning(self, message, *args, **options)
+
+    monkeypatch.setattr(logging.Logger, "warning", warning)
+
+
+def _caller_of_transformers() -> int:
+    """Its `stacklevel`, seen from the function that calls this: filters name modules."""
+    level = 2
+    while str(sys._getframe(level).f_globals["__name__"]).startswith(("transformers", "huggingf")):
+        level += 1
+    return level
