@@ -18,7 +18,7 @@ PACKAGE = ROOT / "mergekit_wp"
 
 
 def run(*command: str | Path) -> str:
-    ignored = ("PYTHONPATH", "MERGEKIT_WP_AUTOLOAD")
+    ignored = ("PYTHONPATH", "PYTHONWARNINGS", "MERGEKIT_WP_AUTOLOAD")  # pip warns of its own
     environment = {key: value for key, value in os.environ.items() if key not in ignored}
     done = subprocess.run(
         command, env=environment, cwd="/", capture_output=True, text=True, timeout=120
