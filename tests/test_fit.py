@@ -379,6 +379,17 @@ def test_guards_weigh_together() -> None:
     assert weights(4, 0, 0.25) == [0.25] * 4
 
 
+def test_pieces_of_a_tensor_get_the_gates_of_their_rows(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fitted(world, tmp_path / "whole.safetensors", steps=2)
+    monkeypatch.setattr("mergekit_wp.checkpoints._PIECE", 40)
+    pieces = fitted(world, tmp_path / "pieces.safetensors", steps=2)
+    for e in range(len(NAMES)):
+        for kind, gates in whole.gates(e).items():
+            assert torch.equal(pieces.gates(e)[kind], gates)
+
+
 def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted(world, tmp_path / "whole.safetensors")
     again, keep, saved = tmp_path / "again.safetensors", Journal.save, 0
