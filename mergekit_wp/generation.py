@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from mergekit_wp.errors import UserError
+
 # what a model calls the keys and values it keeps, where it takes and gives them: since
 # transformers 5.24, and before
 _CACHES = ("cache", "past_key_values")
@@ -45,6 +47,9 @@ def greedy(
         max_new_tokens: longest continuation.
         ends: tokens that end one.
         device: the model's.
+
+    Raises:
+        UserError: a model that keeps no keys and values.
     """
     width = max(len(p) for p in prompts)
     # transformers' own attention takes its softmax in float32, where the float64 mask is infinite
@@ -75,6 +80,11 @@ def greedy(
             **cache,
         )
         cache = {name: value for name, value in output.items() if name in _CACHES}
+        if not cache:  # the next step would see its last token alone
+            raise UserError(
+                f"{type(model).__name__} gives no cache ({' or '.join(_CACHES)}) with its answer, "
+                "so it cannot generate here"
+            )
         chosen = output.logits[:, -1].argmax(-1)
         over = done.tolist()
         for row, token in enumerate(chosen.tolist()):

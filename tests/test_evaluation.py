@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import ModelOutput
 
+from mergekit_wp import generation
 from mergekit_wp.compare.checkers import Checkers
 from mergekit_wp.compare.items import JsonlTask, answers
 from mergekit_wp.errors import UserError
@@ -145,3 +147,14 @@ def test_bad_files(tmp_path: Path, lines: list[Any], message: str) -> None:
     assert message in str(raised.value) and "t.jsonl" in str(raised.value)
     with pytest.raises(UserError, match=r"none.jsonl cannot be read"):
         JsonlTask.read(tmp_path / "none.jsonl", NONE)
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    class Forgetful:
+        dtype = torch.float32
+
+        def __call__(self, **_: Any) -> ModelOutput:
+            return ModelOutput(logits=torch.zeros(1, 1, 5))
+
+    with pytest.raises(UserError, match="Forgetful gives no cache"):
+        generation.greedy(Forgetful(), [[1, 2]], 3, [4], "cpu")
