@@ -45,6 +45,7 @@ def test_no_command_is_left_out() -> None:
     assert {line.split()[0] for line in COMMANDS.strip().splitlines()} == set(_COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes(worlds: list[Path]) -> None:
     """What is written and what is printed; `run` has seen that no network was asked for."""
     one, other = ({p.relative_to(w): p for w in [w] for p in w.rglob("*")} for w in worlds)

@@ -124,6 +124,7 @@ def test_memory_is_measured(request_of, tmp_path) -> None:
     assert any(note.startswith("peak memory") and "weights" in note for note in said.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_only_the_base_is_resident(tmp_path) -> None:
     """The peak, less what Python takes, is within 1.25 times the weights plus the stated budget.

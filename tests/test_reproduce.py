@@ -87,7 +87,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) if k == "verify, built-in" else k for k in COMMANDS],
+)
 def test_the_printed_command_makes_the_same_bytes(
     world: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

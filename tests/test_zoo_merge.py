@@ -61,6 +61,7 @@ def relative_accuracy(config: MergeConfiguration, out: Path, own: dict[str, floa
     return sum(accuracy[e] / own[e] for e in EXPERTS) / len(EXPERTS)
 
 
+@pytest.mark.slow
 def test_share_fusion_beats_ties_on_three_experts(tmp_path) -> None:
     ensure_registered()
     own = {e: evaluate(ZOO / e, ZOO / "eval")[e] for e in EXPERTS}
