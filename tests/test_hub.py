@@ -26,11 +26,11 @@ from mergekit_wp.pair import open_pair
 from mergekit_wp.scoring.fit import fit
 from mergekit_wp.scoring.opening import scored_model
 from mergekit_wp.scoring.request import FitRequest
+from tests.fitting import fitted
 from tests.gating import gate, gated_merge, gated_recipe
 from tests.merging import Family, llama_config
 from tests.models import make_model, perturbed, save, write_prompts
 from tests.test_company import NAMES, make_world
-from tests.test_fit import fitted
 from tests.test_inputs import Merged, assert_close, by_ours, by_stock, expected
 from tests.test_lora import make_adapter
 from tests.test_scoring import Quiet

@@ -1,0 +1,123 @@
+"""Worlds to fit gates in, and merges by gates written out component by component."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mergekit_wp import gatesfile
+from mergekit_wp.engine.gates import Layout
+from mergekit_wp.gatesfile import GatesFile
+from mergekit_wp.pair import Pair, open_pair
+from mergekit_wp.prompts import Sample
+from mergekit_wp.scoring.fit import fit
+from mergekit_wp.scoring.request import FitRequest
+from tests.models import (
+    EOS,
+    LETTERS,
+    finetuned,
+    make_model,
+    save,
+    with_eager_experts,
+)
+from tests.test_company import NAMES, write_task
+from tests.test_scoring import Quiet
+
+
+def write_recipe(root: Path, names: tuple[str, ...] = NAMES) -> Path:
+    models = [{"model": str(root / name)} for name in names]
+    recipe = {"merge_method": "ties", "base_model": str(root / "base"), "models": models}
+    (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def make_world(root: Path, family: str) -> Path:
+    """A base, two experts that want different answers, prompts and a recipe."""
+    base = make_model(family)
+    save(base, root / "base")
+    for name, word in zip(NAMES, ("abca", "dd"), strict=True):
+        task = write_task(root / f"{name}.jsonl", word)
+        save(finetuned(base, task), root / name)
+    return write_recipe(root)
+
+
+def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: Any) -> GatesFile:
+    settings: dict[str, Any] = {
+        "recipe": world / "recipe.yml",
+        "prompts": tuple((name, world / f"{name}.jsonl") for name in names),
+        "out": out,
+        "dtype": "float64",
+        "prompts_a_step": 2,
+        "steps": 6,
+        **options,
+    }
+    fit(FitRequest(**settings), Quiet())
+    return gatesfile.read(out)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return with_eager_experts(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    )
+
+
+def sequences(path: Path) -> list[Sample]:
+    found = []
+    for line in path.read_text().splitlines():
+        item = json.loads(line)
+        answer = [*(LETTERS.index(c) for c in item["response"]), EOS]
+        found.append(Sample(tuple(LETTERS.index(c) for c in item["prompt"]), tuple(answer)))
+    return found
+
+
+@torch.no_grad()
+def divergence(model: PreTrainedModel, teacher: PreTrainedModel, path: Path) -> float:
+    """Mean KL of the teacher's answers, one text at a time."""
+    total = []
+    for sample in sequences(path):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        at = slice(len(sample.prompt_ids) - 1, -1)
+        want, have = (m(ids).logits[0, at].log_softmax(-1) for m in (teacher, model))
+        total.append((want.exp() * (want - have)).sum(-1).mean())
+    return float(torch.stack(total).mean())
+
+
+def layout_of(world: Path) -> tuple[list[Pair], Layout]:
+    """The pairs of a world, and where the gates of their components lie."""
+    pairs = [open_pair(str(world / "base"), str(world / n), lambda *_: None) for n in NAMES]
+    return pairs, Layout(pairs[0].partition, tuple(pair.changed for pair in pairs))
+
+
+def merged(world: Path, layout: Layout, flat: torch.Tensor) -> PreTrainedModel:
+    """B + sum of gate times difference, component by component."""
+    model = load(world / "base")
+    weights = dict(model.named_parameters())
+    before = {name: w.clone() for name, w in weights.items()}
+    with torch.no_grad():
+        for name, gates in zip(NAMES, layout.unflat(flat), strict=True):
+            theirs = dict(load(world / name).named_parameters())
+            for component in layout.partition.fine_components():
+                i = (
+                    layout.partition.whole_tensors.index(component.name)
+                    if component.kind == "tensor"
+                    else (component.layer, component.index)
+                )
+                gate = float(gates[component.kind][i])
+                for tensor, at in layout.partition.slices(component).items():
+                    weights[tensor][at] += gate * (theirs[tensor][at] - before[tensor][at])
+    return model
+
+
+def merge(recipe: Path, out: Path) -> dict[str, torch.Tensor]:
+    config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
+    run_merge(config, str(out), MergeOptions(write_model_card=False))
+    return load_file(out / "model.safetensors")

@@ -1,0 +1,126 @@
+"""Slopes of gates: against finite differences, and prompt by prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergekit_wp.criteria import Targets
+from mergekit_wp.engine.gates import KINDS
+from mergekit_wp.engine.share import TaskVector, contributions
+from mergekit_wp.engine.slopes import Term, slopes
+from mergekit_wp.engine.trace import Decoder, own_values, record
+from mergekit_wp.pair import open_pair
+from mergekit_wp.prompts import batches
+from mergekit_wp.resident import ResidentModel
+from mergekit_wp.scoring.fitting import Fitting
+from mergekit_wp.scoring.lessons import Lesson
+from mergekit_wp.scoring.references import logprobs
+from mergekit_wp.scoring.request import FitRequest
+from tests.fitting import (
+    divergence,
+    fitted,
+    layout_of,
+    load,
+    make_world,
+    merged,
+    sequences,
+)
+from tests.models import (
+    FAMILIES,
+    make_model,
+    perturbed,
+    save,
+)
+from tests.test_company import NAMES, write_task
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("fit"), request.param)
+
+
+def test_slopes_equal_finite_differences(world: Path) -> None:
+    pairs, layout = layout_of(world)
+    base, experts = load(world / "base"), [load(world / name) for name in NAMES]
+    lessons = []
+    for name, expert in zip(NAMES, experts, strict=True):
+        every = list(batches(sequences(world / f"{name}.jsonl"), 4, "cpu"))
+        targets = [Targets(logprobs(Decoder(expert), batch)) for batch in every]
+        apart = divergence(base, expert, world / f"{name}.jsonl")
+        zero = torch.full((4,), -apart, dtype=torch.float64)
+        lessons.append(Lesson(name, every, targets, zero, -zero))
+
+    class Member:
+        def __init__(self, pair: Any) -> None:
+            self.pair = pair
+
+    request = FitRequest(recipe=world, prompts=(), out=world, dtype="float64", held_out=0)
+    members: Any = [Member(pair) for pair in pairs]
+    fitting = Fitting(request, members, lessons, layout, None, Quiet())  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
+    fitting.move_to(flat)
+    slope, recovered = fitting._slope(0)
+
+    def objective(at: torch.Tensor) -> list[float]:
+        model = merged(world, layout, at)
+        found = []
+        for name, expert, lesson in zip(NAMES, experts, lessons, strict=True):
+            found.append(1 - divergence(model, expert, world / f"{name}.jsonl") / lesson.span)
+        return found
+
+    assert recovered == pytest.approx(objective(flat), abs=1e-6)
+    places = []
+    for e, gates in enumerate(layout.unflat(torch.arange(layout.size))):
+        for kind in KINDS:
+            every = gates[kind].flatten()
+            places += [(e, kind, int(i)) for i in every[torch.tensor([0, -1])]]
+    for e, kind, i in places:
+        step = torch.zeros_like(flat)
+        step[i] = 1e-3
+        up, down = (sum(objective(flat + sign * step)) / 2 for sign in (1, -1))
+        want = (up - down) / 2e-3
+        assert float(slope[i]) == pytest.approx(want, rel=2e-3, abs=2e-5), (e, kind)
+    assert len({kind for _, kind, _ in places}) == 4 and float(slope.abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", *FAMILIES])
+def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, family: str) -> None:
+    base = make_model(family)
+    save(base, tmp_path / "base")
+    save(perturbed(base), tmp_path / "expert")
+    pair = open_pair(str(tmp_path / "base"), str(tmp_path / "expert"), lambda *_: None)
+    resident = ResidentModel(pair, torch.float64, "cpu")
+    resident.move_to(0.4)
+    decoder, expert = Decoder(resident.model), Decoder(load(tmp_path / "expert"))
+    write_task(tmp_path / "task.jsonl", "abc")
+    [batch] = batches(sequences(tmp_path / "task.jsonl"), 9, "cpu")
+    targets = Targets(logprobs(expert, batch))
+    vector = TaskVector(lambda name: pair.delta(name, torch.float64, "cpu"), pair.changed)
+    [apart] = contributions(decoder, batch, pair.partition, [vector], ("kl",), targets)["kl"]
+    terms = [Term(batch, targets, 1.0), Term(batch, targets, 0.5)]
+    [values, _], [together] = slopes(decoder, terms, pair.partition, [vector])
+    assert together.keys() == apart.keys() and len(together) > 12
+    for name, each in apart.items():
+        torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-5, atol=1e-7)
+    assert not any(p.requires_grad for p in resident.model.parameters())
+    own = own_values(decoder, record(decoder, batch), ("kl",), targets)["kl"]
+    torch.testing.assert_close(values, own)
+
+
+def test_pieces_of_a_tensor_get_the_gates_of_their_rows(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fitted(world, tmp_path / "whole.safetensors", steps=2)
+    monkeypatch.setattr("mergekit_wp.checkpoints._PIECE", 40)
+    pieces = fitted(world, tmp_path / "pieces.safetensors", steps=2)
+    for e in range(len(NAMES)):
+        for kind, gates in whole.gates(e).items():
+            assert torch.equal(pieces.gates(e)[kind], gates)
