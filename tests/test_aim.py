@@ -135,6 +135,34 @@ def test_the_command_writes_what_the_formula_says(world, files, tmp_path: Path) 
     AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_the_command_goes_on_with_little_memory(
+    world, files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_aim(files["merged"], tmp_path / "whole", *options(files)).exception is None
+    forward, asked, most = type(world[0]).forward, [], 1
+
+    def small(model, input_ids, **options):
+        asked.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(world[0]), "forward", small)
+    result = run_aim(files["merged"], tmp_path / "small", *options(files))
+    assert result.exception is None, result.exception
+    assert asked == [3, 2, 1, 1, 1]
+    assert "out of memory; going on with one sequence per forward pass" in result.stderr
+    whole, small_one = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small")
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(small_one[name], tensor)
+    most = 0
+    result = run_aim(files["merged"], tmp_path / "none", *options(files))
+    assert "out of memory with one sequence at a time" in str(result.exception)
+    assert not (tmp_path / "none").exists()
+
+
 def test_bad_input_leaves_nothing(world, files, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         before = sorted(str(p) for p in tmp_path.rglob("*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ Afterwards the weights of input channels that the base uses most were drawn back
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Texts per forward pass.",
+    help="Texts per forward pass; halved when memory runs out.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 def aim(
@@ -72,10 +73,12 @@ def aim(
     from tqdm import tqdm
 
     from mergekit_wp.aim import activation_importance
+    from mergekit_wp.backoff import fitting
     from mergekit_wp.checkpoints import Checkpoint
     from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.files import staged_folder
+    from mergekit_wp.progress import BarProgress
     from mergekit_wp.prompts import read_prompts
 
     transformers.logging.set_verbosity_error()
@@ -100,7 +103,12 @@ def aim(
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         start.path, trust_remote_code=False, use_safetensors=True
     )
-    importance = activation_importance(model.to(device).eval(), tokenizer, prompts, batch_size)
+    model = model.to(device).eval()
+    _, importance = fitting(
+        min(batch_size, max(1, len(prompts))),
+        partial(activation_importance, model, tokenizer, prompts),
+        BarProgress().note,
+    )
     del model
     with staged_folder(target) as folder:
         files = tqdm(end.weight_files, unit="file", desc="AIM")
