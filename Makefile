@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS)
 
-# torch is installed on its own and first, with its exact version. Asked for `torch>=2.4` along with
+# torch is installed on its own and first, with its exact version. Asked for `torch>=2.6` along with
 # everything else, pip may take the newest CUDA build, some gigabytes of it. With the version given,
 # the CPU wheel `2.13.0+cpu` wins wherever pip can see one (a wheel folder, or PyTorch's CPU index),
 # because a local version sorts above the plain one.

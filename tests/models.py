@@ -87,6 +87,7 @@ FAMILIES: dict[str, Callable[[], object]] = {
         query_pre_attn_scalar=5,
         sliding_window=3,
         attn_logit_softcapping=2.0,
+        attn_implementation="eager",  # transformers 5.14 would take sdpa, which caps nothing
         final_logit_softcapping=3.0,
     ),
     "gemma3": lambda: Gemma3TextConfig(

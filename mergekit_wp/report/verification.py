@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from mergekit_wp.report.words import count
 from mergekit_wp.scorefile import Direction, SetName, SetPoint, Verification
@@ -38,7 +39,7 @@ def area(points: Sequence[SetPoint]) -> float:
         return ordered[0].value
     x = np.log([point.size for point in ordered])
     y = np.array([point.value for point in ordered])
-    return float(np.trapezoid(y, x)) / float(x[-1] - x[0])
+    return float(trapezoid(y, x)) / float(x[-1] - x[0])
 
 
 def heading(found: Verification) -> str:
