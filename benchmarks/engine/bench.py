@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine.bench --case zoo --case smollm2 --out build/engine
     python -m benchmarks.engine.bench --profile --case smollm2
+    python -m benchmarks.engine.bench --inference-mode 9 --case zoo
 
 (a) swap a component's weights and run the whole model; (b) the same, stopping at the anchor;
 (c) the engine. Wall and CPU time, counted FLOPs, and the largest difference between scores.
@@ -141,6 +142,24 @@ def profiled(inputs: Inputs, components: list[Component]) -> str:
     return table
 
 
+def inference_row(inputs: Inputs, components: list[Component], pairs: int) -> Row:
+    """What `torch.inference_mode` saves of an exact sweep by ``kl``, turn about without it."""
+    ratios = []
+    for _ in range(pairs):
+        _, _, plain = timed(lambda: ours.exact(inputs, components, ("kl",)))
+        with torch.inference_mode():
+            _, _, within = timed(lambda: ours.exact(inputs, components, ("kl",)))
+        ratios.append(within / plain)
+    middle = sorted(ratios)
+    return {
+        "case": inputs.case.name,
+        "what": "inference mode / no_grad, CPU",
+        "median": middle[pairs // 2],
+        "least": middle[0],
+        "largest": middle[-1],
+    }
+
+
 def table(rows: list[Row]) -> str:
     """As Markdown; numbers with three digits."""
     lines = []
@@ -165,6 +184,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--profile", action="store_true", help="only a profile of one sweep")
+    parser.add_argument(
+        "--inference-mode",
+        type=int,
+        metavar="PAIRS",
+        help="only what torch.inference_mode saves, in so many pairs of sweeps",
+    )
     parser.add_argument("--out", type=Path, help="folder for results.json and table.md")
     options = parser.parse_args()
     rows: list[Row] = []
@@ -174,6 +199,9 @@ def main() -> None:
         components = heads_and_neurons(inputs.partition, options.neurons)
         if options.profile:
             print(profiled(inputs, components))
+            continue
+        if options.inference_mode:
+            print(table([inference_row(inputs, components, options.inference_mode)]))
             continue
         found = measured(inputs, components, options.naive or len(components)) + first_order_rows(
             inputs
