@@ -1,4 +1,4 @@
-"""Worlds to fit gates in, and merges by gates written out component by component."""
+"""Fits of tiny experts, and merges by gates written out component by component."""
 
 from __future__ import annotations
 
@@ -24,30 +24,10 @@ from mergekit_wp.scoring.request import FitRequest
 from tests.models import (
     EOS,
     LETTERS,
-    finetuned,
-    make_model,
-    save,
     with_eager_experts,
 )
-from tests.test_company import NAMES, write_task
+from tests.test_company import NAMES
 from tests.test_scoring import Quiet
-
-
-def write_recipe(root: Path, names: tuple[str, ...] = NAMES) -> Path:
-    models = [{"model": str(root / name)} for name in names]
-    recipe = {"merge_method": "ties", "base_model": str(root / "base"), "models": models}
-    (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    return root
-
-
-def make_world(root: Path, family: str) -> Path:
-    """A base, two experts that want different answers, prompts and a recipe."""
-    base = make_model(family)
-    save(base, root / "base")
-    for name, word in zip(NAMES, ("abca", "dd"), strict=True):
-        task = write_task(root / f"{name}.jsonl", word)
-        save(finetuned(base, task), root / name)
-    return write_recipe(root)
 
 
 def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: Any) -> GatesFile:

@@ -48,6 +48,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_world(request.param, tmp_path_factory.mktemp("company"))
 
 
+def write_recipe(root: Path, names: tuple[str, ...] = NAMES) -> Path:
+    models = [{"model": str(root / name)} for name in names]
+    recipe = {"merge_method": "ties", "base_model": str(root / "base"), "models": models}
+    (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
 def make_world(family: str, root: Path) -> Path:
     """A base, two experts that want different answers, prompts and a recipe."""
     base = make_model(family)
@@ -55,10 +62,7 @@ def make_world(family: str, root: Path) -> Path:
     for name, word in zip(NAMES, ("abca", "dd"), strict=True):
         task = write_task(root / f"{name}.jsonl", word)
         save(finetuned(base, task), root / name)
-    models = [{"model": str(root / name)} for name in NAMES]
-    recipe = {"merge_method": "ties", "base_model": str(root / "base"), "models": models}
-    (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    return root
+    return write_recipe(root)
 
 
 def request_for(world: Path, out: Path, **options: object) -> CompanyRequest:

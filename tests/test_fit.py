@@ -25,23 +25,21 @@ from tests.fitting import (
     fitted,
     layout_of,
     load,
-    make_world,
     merge,
     merged,
-    write_recipe,
 )
 from tests.models import (
     LETTERS,
     save,
 )
-from tests.test_company import NAMES, write_task
+from tests.test_company import NAMES, make_world, write_recipe, write_task
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("fit"), request.param)
+    return make_world(request.param, tmp_path_factory.mktemp("fit"))
 
 
 IS_B, OTHER = 5, 6

@@ -17,19 +17,18 @@ from mergekit_wp.gatesfile import GatesFile
 from tests.fitting import (
     fitted,
     load,
-    make_world,
 )
 from tests.models import (
     save,
 )
-from tests.test_company import NAMES
+from tests.test_company import NAMES, make_world
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("fit"), request.param)
+    return make_world(request.param, tmp_path_factory.mktemp("fit"))
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.errors import UserError
 from mergekit_wp.gatesfile import GatesFile
 from tests import test_lora
-from tests.fitting import fitted, write_recipe
+from tests.fitting import fitted
 from tests.gating import gated_merge
 from tests.merging import State
 from tests.models import finetuned, make_model, save, save_tokenizer
 from tests.test_architectures import save_mistral3
-from tests.test_company import NAMES, write_task
+from tests.test_company import NAMES, write_recipe, write_task
 from tests.test_inputs import (
     WAYS,
     Merged,

@@ -25,7 +25,6 @@ from tests.fitting import (
     fitted,
     layout_of,
     load,
-    make_world,
     merged,
     sequences,
 )
@@ -35,7 +34,7 @@ from tests.models import (
     perturbed,
     save,
 )
-from tests.test_company import NAMES, write_task
+from tests.test_company import NAMES, make_world, write_task
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -43,7 +42,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("fit"), request.param)
+    return make_world(request.param, tmp_path_factory.mktemp("fit"))
 
 
 def test_slopes_equal_finite_differences(world: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -14,6 +13,7 @@ from mergekit_wp.compare import table
 from mergekit_wp.compare.statistics import Resampled, best_peer
 from mergekit_wp.compare.table import Line
 from mergekit_wp.report.figures import FIXED, INK, page_svg
+from mergekit_wp.report.html import filled
 
 # Okabe and Ito's colours, told apart by the colour-blind
 COLOURS = {"ours": "#0072B2", "peer": "#E69F00", "expert": "#009E73", "base": "#999999"}
@@ -35,14 +35,8 @@ def html_page(resampled: Resampled, title: str) -> str:
     if len(resampled.comparison.tasks) >= 3:
         figures.append(_radar(resampled, shown))
     figures.append(_matrix(resampled, shown))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mergekit_wp.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("compare.html").render(
+    return filled(
+        "compare.html",
         title=title,
         what=table.what(resampled.comparison, resampled),
         sentences=sentences(resampled, found),

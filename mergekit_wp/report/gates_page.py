@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from mergekit_wp.gatesfile import GatesFile, as_scores
 from mergekit_wp.report import figures, words
 from mergekit_wp.report.gates import facts, portrait
+from mergekit_wp.report.html import filled
 
 # told apart by the colour-blind (Okabe and Ito)
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -94,13 +94,4 @@ def html(file: GatesFile) -> str:
             ("Gates", "Histogram of all gates", draw_spread, "spread"),
         )
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mergekit_wp.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("gates.html").render(
-        facts=facts(file), pictures=pictures, experts=experts
-    )
+    return filled("gates.html", facts=facts(file), pictures=pictures, experts=experts)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 
-import jinja2
 from markupsafe import Markup
 
 from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.report import agreement, circuit, sides, summary, takings, words
 from mergekit_wp.report.figures import page_svg, panel_list, svg
+from mergekit_wp.report.html import filled
 from mergekit_wp.report.ranking import Leaders, Row, leaders, select
 from mergekit_wp.report.table import ScoreFormat
 from mergekit_wp.report.verification import DIRECTIONS, draw, measures, sentences
@@ -81,14 +81,8 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
     """
     manifest = score_file.manifest
     selection = select(score_file)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mergekit_wp.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("page.html").render(
+    return filled(
+        "page.html",
         behavior=words.clean(manifest.behavior),
         summary=summary.sentences(score_file, trace),
         parts=[
