@@ -35,7 +35,7 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
 
     from mergekit_wp import cli, interrupts
     from mergekit_wp.compare import run as comparing
-    from mergekit_wp.scoring import fit, journal
+    from mergekit_wp.scoring import fitting, journal
 
     torch.set_num_threads(1)
     for number in (1, 2):
@@ -48,6 +48,8 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
             os.write(log.fileno(), b"r")
             yield
 
+    plain = interrupts.finishing
+
     @contextmanager
     def finishing(last: bool = False) -> Iterator[None]:
         os.write(log.fileno(), b"" if last else b"s")
@@ -55,7 +57,8 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
             yield
 
     cli.listening = listening  # type: ignore[attr-defined]
-    for module in (journal, fit, comparing):
+    for module in (journal, fitting, comparing):
+        assert module.finishing is plain, f"{module.__name__} runs no blocks"
         module.finishing = finishing  # type: ignore[attr-defined]
     with small_files(resource.RLIM_INFINITY if limit is None else limit):
         cli.main(arguments)
