@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -89,7 +91,9 @@ def main(
     """
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as scratch:
         folder = Path(scratch)
-        recipes = make(folder, getattr(torch, dtype))
+        # a child's peak is never told below its parent's at its start: nothing large is made here
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            recipes = apart.submit(make, folder, getattr(torch, dtype)).result()
         if only:
             recipes = {n: r for n, r in recipes.items() if n in (*only, "ties")}
         costs: dict[str, list[Cost]] = {name: [] for name in recipes}
