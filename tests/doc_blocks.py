@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import mergekit.card
 import pytest
@@ -107,7 +108,11 @@ class Shell:
         if "--ray" in arguments and find_spec("ray") is None:
             return ""  # tests/test_cluster.py runs it where Ray is installed
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.ExitStack() as during:
+            during.enter_context(contextlib.redirect_stdout(out))
+            during.enter_context(contextlib.redirect_stderr(err))
+            if "--ray" in arguments:  # Ray's own processes would end by our filters
+                during.enter_context(patch.dict(os.environ, PYTHONWARNINGS=""))
             try:
                 if program == "mergekit-yaml":
                     mergekit_yaml(arguments)
