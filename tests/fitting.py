@@ -21,11 +21,7 @@ from mergekit_wp.pair import Pair, open_pair
 from mergekit_wp.prompts import Sample
 from mergekit_wp.scoring.fit import fit
 from mergekit_wp.scoring.request import FitRequest
-from tests.models import (
-    EOS,
-    LETTERS,
-    with_eager_experts,
-)
+from tests.models import EOS, LETTERS, with_eager_experts
 from tests.test_company import NAMES
 from tests.test_scoring import Quiet
 

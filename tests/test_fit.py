@@ -20,18 +20,8 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.gatesfile import GatesFile
 from mergekit_wp.scoring.journal import Journal
 from tests.circuit import CONSTANT, build
-from tests.fitting import (
-    divergence,
-    fitted,
-    layout_of,
-    load,
-    merge,
-    merged,
-)
-from tests.models import (
-    LETTERS,
-    save,
-)
+from tests.fitting import divergence, fitted, layout_of, load, merge, merged
+from tests.models import LETTERS, save
 from tests.test_company import NAMES, make_world, write_recipe, write_task
 
 torch.set_num_threads(1)

@@ -14,13 +14,8 @@ from mergekit_wp import gatesfile
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
 from mergekit_wp.gatesfile import GatesFile
-from tests.fitting import (
-    fitted,
-    load,
-)
-from tests.models import (
-    save,
-)
+from tests.fitting import fitted, load
+from tests.models import save
 from tests.test_company import NAMES, make_world
 
 torch.set_num_threads(1)

@@ -20,20 +20,8 @@ from mergekit_wp.scoring.fitting import Fitting
 from mergekit_wp.scoring.lessons import Lesson
 from mergekit_wp.scoring.references import logprobs
 from mergekit_wp.scoring.request import FitRequest
-from tests.fitting import (
-    divergence,
-    fitted,
-    layout_of,
-    load,
-    merged,
-    sequences,
-)
-from tests.models import (
-    FAMILIES,
-    make_model,
-    perturbed,
-    save,
-)
+from tests.fitting import divergence, fitted, layout_of, load, merged, sequences
+from tests.models import FAMILIES, make_model, perturbed, save
 from tests.test_company import NAMES, make_world, write_task
 from tests.test_scoring import Quiet
 

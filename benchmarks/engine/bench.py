@@ -192,6 +192,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for results.json and table.md")
     options = parser.parse_args()
+    if options.inference_mode is not None and options.inference_mode < 1:
+        parser.error("--inference-mode needs at least one pair")
     rows: list[Row] = []
     for name in options.case or known:
         case = cases(options.smollm2)[name]
@@ -200,7 +202,7 @@ def main() -> None:
         if options.profile:
             print(profiled(inputs, components))
             continue
-        if options.inference_mode:
+        if options.inference_mode is not None:
             print(table([inference_row(inputs, components, options.inference_mode)]))
             continue
         found = measured(inputs, components, options.naive or len(components)) + first_order_rows(
