@@ -10,10 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from mergekit_wp import hub
 from mergekit_wp.architectures import text_config
 from mergekit_wp.errors import UserError
 from mergekit_wp.lora import Adapter
+from mergekit_wp.reading import WHOLE, Pieces, Rows, on_device
 from mergekit_wp.stored import StoredNames
 from mergekit_wp.unusable import (
     FLOATS,
@@ -35,11 +35,6 @@ from mergekit_wp.unusable import (
     refuse_quantised,
     refuse_quantised_weights,
 )
-
-#: part of a tensor along its first dimension, or all of it
-Rows = slice | EllipsisType
-Pieces = Sequence[Rows]
-WHOLE: Pieces = (...,)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # numbers that are read at once where a tensor can be read in pieces
@@ -230,10 +225,16 @@ class Checkpoint:
                 part = handle.get_slice(stored)[rows]
         return part if self.adapter is None else self.adapter.changed(name, part, rows)
 
+    def on_device(
+        self, name: str, device: torch.device | str, pieces: Pieces | None = None
+    ) -> Iterator[tuple[Rows, torch.Tensor]]:
+        """The `pieces` of one parameter, or given ones, on a device, as they are stored."""
+        return on_device(pieces or self.pieces(name), partial(self.piece, name), device)
+
     def read(self, name: str, out: torch.Tensor) -> None:
         """Copy one parameter into a tensor of any dtype, on any device, piece by piece."""
-        for rows in self.pieces(name):
-            out[rows] = self.piece(name, rows)
+        for rows, part in self.on_device(name, out.device):
+            out[rows] = part
 
     def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         """One parameter, cast and moved."""

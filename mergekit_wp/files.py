@@ -34,7 +34,7 @@ def disk_trouble(error: BaseException) -> str | None:
     number = getattr(error, "errno", None)
     if isinstance(error, SafetensorError) and (stated := re.search(r"os error (\d+)", str(error))):
         number = int(stated[1])
-    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+    if isinstance(error, RuntimeError) and re.search("inline_container.cc|iostream", str(error)):
         number = errno.ENOSPC
     return os.strerror(number) if number in _DISK else None
 

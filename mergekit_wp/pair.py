@@ -12,9 +12,10 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_wp.architectures import of_type, text_config
-from mergekit_wp.checkpoints import VOLATILE_CONFIG, WHOLE, Checkpoint, Pieces, Rows
+from mergekit_wp.checkpoints import VOLATILE_CONFIG, Checkpoint
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.reading import WHOLE, Pieces, Rows
 from mergekit_wp.unusable import FLOATS
 
 # config entries that change what the same weights compute, in any of the architectures
@@ -86,18 +87,17 @@ class Pair:
         """One tensor of the task vector, subtracted in `dtype` or fp32 if that is finer."""
         wide = torch.promote_types(dtype, torch.float32)
         difference = self.expert.tensor(name, wide, device)
-        for rows in self.base.pieces(name):
-            difference[rows] -= self.base.piece(name, rows).to(device, wide)
+        for rows, part in self.base.on_device(name, device):
+            difference[rows] -= part.to(wide)
         return difference.to(dtype)
 
     def between(self, name: str, position: float, out: torch.Tensor) -> None:
         """Write base + position * (expert - base) into a tensor, computed at least in fp32."""
         wide = torch.promote_types(out.dtype, torch.float32)
-        for rows in common_pieces(name, self.base, self.expert):
-            base, expert = (
-                side.piece(name, rows).to(out.device, wide) for side in (self.base, self.expert)
-            )
-            out[rows] = torch.lerp(base, expert, position)
+        pieces = common_pieces(name, self.base, self.expert)
+        sides = (side.on_device(name, out.device, pieces) for side in (self.base, self.expert))
+        for (rows, base), (_, expert) in zip(*sides, strict=True):
+            out[rows] = torch.lerp(base.to(wide), expert.to(wide), position)
 
 
 def common_pieces(name: str, *sides: Checkpoint) -> Pieces:

@@ -111,6 +111,7 @@ def placement(
         max_memory=numbered,
         no_split_module_classes=[layer.__name__],
         special_dtypes={name: dtype for name, _ in model.named_parameters()},
+        offload_buffers=True,  # else it warns of them; they are small, and all on the device
     )
     torch_names: dict[int | str, str] = {
         i: device if name == own else f"cuda:{name}" for i, name in enumerate(gpus)

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import mergekit.card
 import pytest
+import torch
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
@@ -83,6 +84,8 @@ class Shell:
         monkeypatch.chdir(folder)
         LoaderCache.loaders.clear()  # it knows checkpoints by relative paths
         monkeypatch.setattr(mergekit.card, "is_hf", lambda path: False)  # asks the Hub
+        # the numbers on a page are a CPU's
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(self, block: Block) -> str:
         """Run a block; returns what it printed on stdout."""

@@ -21,7 +21,7 @@ from mergekit_wp.pair import Pair, open_pair
 from mergekit_wp.prompts import Sample
 from mergekit_wp.scoring.fit import fit
 from mergekit_wp.scoring.request import FitRequest
-from tests.models import EOS, LETTERS, with_eager_experts
+from tests.models import DEVICE, EOS, LETTERS, with_eager_experts
 from tests.test_company import NAMES
 from tests.test_scoring import Quiet
 
@@ -32,6 +32,7 @@ def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: An
         "prompts": tuple((name, world / f"{name}.jsonl") for name in names),
         "out": out,
         "dtype": "float64",
+        "device": DEVICE,
         "prompts_a_step": 2,
         "steps": 6,
         **options,

@@ -36,6 +36,11 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 VOCABULARY = 40
 LETTERS = string.ascii_lowercase + string.digits + "AB"
 EOS = VOCABULARY - 1
+#: where tests against an oracle compute
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: how close they come there in float64; transformers computes rotary angles and norms in float32
+#: all the same, and the oracle stays on the CPU
+EXACT = 1e-9 if DEVICE == "cpu" else 5e-6
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,

@@ -38,6 +38,8 @@ from tests.factory import make_score_file
 from tests.merging import norms, reference
 from tests.models import (
     CONFIGS,
+    DEVICE,
+    EXACT,
     FAMILIES,
     OTHERS,
     make_model,
@@ -133,7 +135,7 @@ def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_preci
                 values = naive.score(estimand, component)
                 for criterion in ("kl", "anchor"):
                     found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
-                    assert found == pytest.approx(values[criterion], abs=1e-9), component
+                    assert found == pytest.approx(values[criterion], abs=EXACT), component
     for criterion in ("kl", "anchor"):
         products = gradients_between(base, expert, sequences, scores["anchor"], criterion)
         span = float((naive.at_expert[criterion] - naive.at_base[criterion]).mean())
@@ -180,7 +182,7 @@ def test_activation_patches_equal_naive_ones(tmp_path, family, double_precision_
             for component in partition.components(kind):
                 want = naive.score(estimand, component)["kl"]
                 found = at(scores[f"{estimand}/kl/{kind}"], component)
-                assert found == pytest.approx(want, abs=1e-9), component
+                assert found == pytest.approx(want, abs=EXACT), component
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -375,7 +377,7 @@ def test_the_text_part_of_a_larger_model(tmp_path) -> None:
     base = make_model("mistral")
     expert = perturbed(base)
     prompts = write_prompts(tmp_path / "p.jsonl", 2)
-    options = {"prompts": prompts, "max_new_tokens": 2}
+    options = {"prompts": prompts, "max_new_tokens": 2, "device": DEVICE}
     alone = run(tmp_path / "alone", base, expert, **options)
     save_mistral3(base, tmp_path / "base")
     save_mistral3(expert, tmp_path / "expert", vision=1)
@@ -460,13 +462,13 @@ def test_without_a_map_layers_and_tensors_are_scored(
         for component in partition.components("tensor"):
             found = at(scores[f"share/{criterion}/tensor"], component)
             want = float(products[component.name].sum()) / span
-            assert found == pytest.approx(want, abs=1e-9), component
+            assert found == pytest.approx(want, abs=EXACT), component
         for estimand in ("gain", "knockout"):
             for kind in ("layer", "tensor"):
                 for component in partition.components(kind):
                     found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
                     want = naive.score(estimand, component)[criterion]
-                    assert found == pytest.approx(want, abs=1e-9), component
+                    assert found == pytest.approx(want, abs=EXACT), component
     with pytest.raises(UserError, match="kinds head,neuron needs a component map, which"):
         run(tmp_path, base, expert, kinds=("head", "neuron"), **options)
     with pytest.raises(UserError, match="activation_gain needs a component map"):

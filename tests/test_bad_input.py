@@ -102,7 +102,7 @@ def refused(capfd, tmp_path, *arguments: str, status: int = 2) -> str:
             "base",
             "same-behaviour",
             "prompts",
-            r"criterion 'kl' does not separate base from expert: they differ by \d",
+            r"criterion 'kl' does not separate base from expert: they differ by -?\d",
         ),
         (
             "base",

@@ -304,6 +304,17 @@ def test_two_workers_one_killed_then_the_driver(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_workers_with_a_gpu(world: Path, tmp_path: Path, ray_environment: dict[str, str]) -> None:
+    alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
+    assert started(command(world, alone, "--device=cuda"), ray_environment).wait() == 0
+    many = started(command(world, spread, "--device=cuda", "--ray"), ray_environment)
+    _, said = many.communicate()
+    assert many.returncode == 0, said
+    assert spread.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_alone(
     world: Path, tmp_path: Path, ray_environment: dict[str, str], number: signal.Signals

@@ -21,6 +21,7 @@ from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import CompanyRequest
 from tests.models import (
+    DEVICE,
     EOS,
     LETTERS,
     finetuned,
@@ -71,6 +72,7 @@ def request_for(world: Path, out: Path, **options: object) -> CompanyRequest:
         "prompts": tuple((name, world / f"{name}.jsonl") for name in NAMES),
         "out": out,
         "dtype": "float64",
+        "device": DEVICE,
         "batch_size": 3,
         "steps": 4,
         **options,

@@ -16,7 +16,9 @@ from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.models import (
     CONFIGS,
+    DEVICE,
     EOS,
+    EXACT,
     LETTERS,
     finetuned,
     make_model,
@@ -73,7 +75,7 @@ def run(tmp_path: Path, base: PreTrainedModel, expert: PreTrainedModel, **option
         expert=str(save(expert, tmp_path / "expert")),
         prompts=prompts,
         out=tmp_path / "scores.safetensors",
-        **{"dtype": "float64", "max_new_tokens": 4, **options},
+        **{"dtype": "float64", "device": DEVICE, "max_new_tokens": 4, **options},
     )
     return score(request, Quiet())
 
@@ -93,7 +95,7 @@ def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tor
             }
         )
         if references.targets[0].anchor is not None:
-            kept[0]["anchor"] = references.targets[0].anchor.vector
+            kept[0]["anchor"] = references.targets[0].anchor.vector.cpu()
         return original(sweep, pair, references)
 
     monkeypatch.setattr("mergekit_wp.scoring.score.score_tensors", keep)
@@ -131,7 +133,7 @@ def test_exact_scores_equal_naive_patching(
                     place = (
                         (component.layer, component.index) if scores.dim() == 2 else component.index
                     )
-                    assert float(scores[place]) == pytest.approx(value, abs=1e-9), component
+                    assert float(scores[place]) == pytest.approx(value, abs=EXACT), component
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])

@@ -27,7 +27,7 @@ from mergekit_wp.scoring.score import score
 from mergekit_wp.scoring.tracing import trace
 from mergekit_wp.tracefile import TraceFile
 from tests.circuit import HEAD, LATE, NEURON, write_world
-from tests.models import EOS, LETTERS, make_model, perturbed, save, write_prompts
+from tests.models import DEVICE, EOS, EXACT, LETTERS, make_model, perturbed, save, write_prompts
 from tests.oracle import WRITERS, layers_of, swapped, values, with_activation
 from tests.test_scoring import Quiet
 
@@ -45,6 +45,7 @@ def scored(root: Path, *estimands: str, **options: Any) -> ScoreFile:
         "estimands": estimands,
         "criteria": ("kl",),
         "dtype": "float64",
+        "device": DEVICE,
         "verify": 0,
         **options,
     }
@@ -59,7 +60,7 @@ def scored(root: Path, *estimands: str, **options: Any) -> ScoreFile:
 
 
 def traced(root: Path, **options: Any) -> TraceFile:
-    settings: dict[str, Any] = {"targets": 4, "dtype": "float64", **options}
+    settings: dict[str, Any] = {"targets": 4, "dtype": "float64", "device": DEVICE, **options}
     return trace(
         TraceRequest(
             file=root / "scores.safetensors",
@@ -222,7 +223,7 @@ def test_supplies_equal_naive_path_patching(tmp_path: Path, family: str) -> None
         want = naive_supply(
             tmp_path, pair.partition, parts[edge.source], parts[edge.target], edge.via
         )
-        assert edge.supply.value == pytest.approx(want, abs=1e-9), edge
+        assert edge.supply.value == pytest.approx(want, abs=EXACT), edge
     for node in found.nodes:
         for estimand, measured in (("gain", node.gain), ("activation_gain", node.activation)):
             scores = file.scores(estimand, "kl", node.kind)

@@ -27,7 +27,7 @@ from mergekit_wp.scoring.journal import Journal
 from mergekit_wp.scoring.request import ScoreRequest, VerifyRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.scoring.verify import estimate, verify
-from tests.models import EOS, LETTERS, make_model, perturbed, save, write_prompts
+from tests.models import DEVICE, EOS, EXACT, LETTERS, make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -79,6 +79,7 @@ def request_for(world: Path, file: Path, **options: Any) -> VerifyRequest:
         "top": ("3", "25%", "100%"),
         "draws": 2,
         "dtype": "float64",
+        "device": DEVICE,
         "batch_size": 2,
         **options,
     }
@@ -161,7 +162,7 @@ def test_sets_equal_naive_swapping(world: Path, file: Path) -> None:
                     want = (values[m] - at_base[m]) / (at_expert[m] - at_base[m])
                     want = want if direction == "restoration" else 1 - want
                     got = point(found, direction, name, size, measure)
-                    assert got.value == pytest.approx(want, abs=1e-9), (size, name, direction)
+                    assert got.value == pytest.approx(want, abs=EXACT), (size, name, direction)
     for direction in ("restoration", "knockout"):
         for measure in ("kl", "logprob", "anchor"):
             every = point(found, direction, "random", len(parts), measure)

@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.engine.measure import counted, timed
@@ -59,16 +61,16 @@ def config_of(shape: str) -> LlamaConfig:
     )
 
 
-def synthetic_pair(shape: str, dtype: torch.dtype, folder: Path) -> tuple[str, str]:
+def synthetic_pair(shape: str, device: str, dtype: torch.dtype, folder: Path) -> tuple[str, str]:
     """A random base and an expert that differs a little everywhere, in files."""
     torch.manual_seed(0)
-    with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config_of(shape)).to(dtype)
-    model.save_pretrained(folder / "base")
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
+    model.save_pretrained(folder / "base", max_shard_size="4GB")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.002)
-    model.save_pretrained(folder / "expert")
+    model.save_pretrained(folder / "expert", max_shard_size="4GB")
     return str(folder / "base"), str(folder / "expert")
 
 
@@ -94,13 +96,24 @@ def matmul_throughput(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds
 
 
-def run(shape: str, device: str, dtype: torch.dtype, count: int, length: int, layers: int) -> None:
-    """Measure one shape and print it."""
+def run(
+    shape: str,
+    device: str,
+    dtype: torch.dtype,
+    count: int,
+    length: int,
+    layers: int,
+    profiling: bool = False,
+) -> None:
+    """Measure one shape and print it, with a profile of each sweep if asked."""
     peak = matmul_throughput(device, dtype)
     print(f"{shape} on {device} ({dtype}): {peak / 1e12:.3g} TFLOP/s in one matrix product")
     with tempfile.TemporaryDirectory() as folder:
-        pair = open_pair(*synthetic_pair(shape, dtype, Path(folder)), lambda *_: None)
+        names = synthetic_pair(shape, device, dtype, Path(folder))
+        pair, opening, _ = timed(lambda: open_pair(*names, lambda *_: None))
         resident = ResidentModel(pair, dtype, device)
+        _, reading, _ = timed(lambda: resident.move_to(0.0))
+        print(f"  both files compared in {opening:.3g} s, the base read in {reading:.3g} s")
         config = config_of(shape)
         prompts = samples(count, length, max(1, length // 8), config.vocab_size)
         size = auto_batch_size(prompts, config.vocab_size, device)
@@ -138,14 +151,26 @@ def run(shape: str, device: str, dtype: torch.dtype, count: int, length: int, la
             ("first-order gains", first_order),
             ("one share step", share),
         ):
-            work()  # warm
-            flops = counted(work)
+            flops = counted(work)  # and all is warm
             _, seconds, _ = timed(work, 2)
             print(
                 f"  {what}: {seconds:.3g} s, {flops / 1e12:.3g} TFLOP, "
-                f"{flops / seconds / peak:.0%} of the matrix product's throughput"
+                f"{flops / seconds / peak:.0%} of the matrix product's throughput",
+                flush=True,
             )
+            if profiling:
+                print(profiled(work), flush=True)
     print(f"  peak: process {in_gib(peak_memory())}, GPUs {in_gib(peak_on_gpus())}")
+
+
+def profiled(work: Callable[[], None]) -> str:
+    """The largest slices, of the device's time where there is one, and of the processor's."""
+    with profile() as found:  # of every kind of device there is
+        work()
+    by = ["self_cpu_time_total"]
+    by += ["self_device_time_total"] if torch.cuda.is_available() else []
+    tables = [found.key_averages().table(sort_by=one, row_limit=14) for one in by]
+    return "\n".join(tables)
 
 
 def table(count: int, length: int, throughput: float) -> str:
@@ -187,6 +212,7 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4, help="layers whose heads are timed")
+    parser.add_argument("--profile", action="store_true", help="a profile of each as well")
     parser.add_argument("--table", action="store_true", help="compute costs, run nothing")
     parser.add_argument("--throughput", type=float, default=300e12, help="FLOP/s for --table")
     options = parser.parse_args()
@@ -195,7 +221,15 @@ def main() -> None:
         print(table(options.n_prompts, options.length, options.throughput))
         return
     dtype = getattr(torch, options.dtype)
-    run(options.shape, options.device, dtype, options.n_prompts, options.length, options.layers)
+    run(
+        options.shape,
+        options.device,
+        dtype,
+        options.n_prompts,
+        options.length,
+        options.layers,
+        options.profile,
+    )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from mergekit_wp.components import Component, Partition
 
 T = TypeVar("T")
+Shape = Sequence[int]
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,35 @@ def timed(run: Callable[[], T], repeats: int = 1) -> tuple[T, float, float]:
     return result, min(walls), min(cpus)
 
 
+def _attention(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(q, _by_head(k, q), _by_head(v, q)))
+
+
+def _attention_back(grad: Shape, q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_backward_flop_count(grad, q, _by_head(k, q), _by_head(v, q)))
+
+
+def _by_head(shape: Shape, q: Shape) -> Shape:
+    """The shape of keys or values of every query head: kernels take those of groups as well."""
+    return (shape[0], q[1], *shape[2:])
+
+
+#: torch counts no attention on CPUs, and before 2.12 none of heads in groups
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention: _attention,
+    _aten._scaled_dot_product_efficient_attention: _attention,
+    _aten._scaled_dot_product_cudnn_attention: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_backward: _attention_back,
+    _aten._scaled_dot_product_efficient_attention_backward: _attention_back,
+    _aten._scaled_dot_product_cudnn_attention_backward: _attention_back,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
+}
+
+
 def counted(run: Callable[[], object]) -> float:
     """FLOPs of a run's matrix products and attention."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         run()
     return float(counter.get_total_flops())
 

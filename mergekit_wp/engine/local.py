@@ -8,7 +8,7 @@ then a low-rank product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,41 +144,48 @@ def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) ->
 
 
 def block_inputs(
-    decoder: Decoder, index: int, trace: Trace, donor: State, dims: Dims
+    decoder: Decoder,
+    index: int,
+    trace: Trace,
+    donor: State,
+    dims: Dims,
+    kinds: Sequence[FineKind] = SLICED_KINDS,
 ) -> dict[FineKind, Changes]:
-    """The three kinds of local change in one layer.
+    """The kinds of local change in one layer.
 
     Args:
         decoder: the receiving model.
         index: which layer.
         trace: its recorded run.
-        donor: the donor's weights of this layer, by name within the layer.
+        donor: the donor's weights that the kinds compute with, by name within the layer.
         dims: component counts.
+        kinds: of ``head``, ``kv_group`` and ``neuron``, those that are asked for.
 
     Returns:
-        Changes of the block output by kind: ``head``, ``kv_group``, ``neuron``.
+        Changes of the block output by kind.
     """
     layer, call = decoder.layers[index], trace.calls[index]
     hidden, architecture = call.hidden.detach(), decoder.architecture
-    writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
+    writers = {kind: Writer.of(decoder, index, kind) for kind in kinds}
 
-    def run(swapped: State, kind: FineKind | None = None) -> Callable[[], object]:
-        """The layer with other weights; where only one kind is asked for, only its block runs."""
+    def run(swapped: State, kind: FineKind) -> Callable[[], object]:
+        """The layer with other weights; only the kind's block runs."""
         attention = returning(decoder.attention(index), call.attention, as_tuple=True)
         mlp = returning(decoder.mlp(index), call.mlp, as_tuple=False)
-        skip = nullcontext() if kind is None else attention if kind == "neuron" else mlp
 
         def layer_with_swaps() -> None:
-            with skip:
+            with attention if kind == "neuron" else mlp:
                 functional_call(layer, dict(swapped), (hidden,), call.kwargs)
 
         return layer_with_swaps
 
-    own_attention, own_mlp = read_by([writers["head"], writers["neuron"]], run({}), hidden)
+    read: dict[str, torch.Tensor] = {}  # by the receiver's own weights, in a block
 
     def plain(kind: FineKind) -> BlockInputs:
-        own, writer = own_mlp if kind == "neuron" else own_attention, writers[kind]
-        ours = writer.weight
+        writer = writers[kind]
+        if writer.name not in read:
+            (read[writer.name],) = read_by([writer], run({}, kind), hidden)
+        own, ours = read[writer.name], writer.weight
         # K/V groups own no columns; the heads of a group are neighbours there, so it is a block
         theirs = writer.columns(donor[writer.name]) if kind != "kv_group" else ours
         swapped = {
@@ -187,8 +194,8 @@ def block_inputs(
             )
             for name in architecture.read_by(kind, donor)
         }
-        (read,) = read_by([writer], run(swapped, kind), hidden)
-        return BlockInputs(own, read, ours, theirs, dims.count(kind))
+        (their,) = read_by([writer], run(swapped, kind), hidden)
+        return BlockInputs(own, their, ours, theirs, dims.count(kind))
 
     def coupled(kind: FineKind) -> OneByOne:
         names = [*architecture.read_by(kind, donor)]
@@ -204,10 +211,7 @@ def block_inputs(
 
         return OneByOne(change, dims.count(kind))
 
-    return {
-        kind: coupled(kind) if kind in architecture.coupled else plain(kind)
-        for kind in SLICED_KINDS
-    }
+    return {kind: coupled(kind) if kind in architecture.coupled else plain(kind) for kind in kinds}
 
 
 def attention_of(decoder: Decoder, index: int, run: Callable[[], object]) -> torch.Tensor:

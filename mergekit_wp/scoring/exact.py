@@ -87,7 +87,7 @@ def _patch(
     own = own_values(decoder, trace, criteria, targets)
     found: dict[Kind, Values] = {}
     if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
-        inputs = context.inputs(estimand, layer, trace)
+        inputs = context.inputs(estimand, layer, trace, sliced)
         for kind in sliced:
             found[kind] = swap_slices(
                 decoder,

@@ -58,7 +58,7 @@ def _first_order(
                 changed = [kind for kind in kinds if context.differs(estimand, kind, layer)]
                 if not changed:
                     continue
-                inputs = context.inputs(estimand, layer, trace)
+                inputs = context.inputs(estimand, layer, trace, changed)
                 wanted = {kind: inputs[kind] for kind in changed}
                 for criterion, gradients, squared in terms:
                     for kind, change in project(gradients, wanted, layer, batch.size).items():

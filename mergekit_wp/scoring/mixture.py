@@ -38,10 +38,11 @@ def mix(
             return
         layout = first.partition.layouts[name]
         gates = torch.stack([layout.expand(gate, out.shape) for gate in moving.values()])
-        for rows in common_pieces(name, first.base, *moving):
-            base, *experts = (
-                side.piece(name, rows).to(out.device, wide) for side in (first.base, *moving)
-            )
+        sides = (first.base, *moving)
+        pieces = common_pieces(name, *sides)
+        for found in zip(*(s.on_device(name, out.device, pieces) for s in sides), strict=True):
+            rows = found[0][0]
+            base, *experts = (part.to(wide) for _, part in found)
             spread = gates if gates.dim() < 2 or gates.shape[1] == 1 else gates[:, rows]
             out[rows] = fuse(base, experts, spread)
 

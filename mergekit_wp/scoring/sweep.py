@@ -8,7 +8,7 @@ prompt, so that standard errors can be taken at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -200,6 +200,14 @@ class SweepContext:
         names = list(self.partition.layer_tensors(layer))
         return {self.within(n): t for n, t in self.donor(position, names).items()}
 
+    def _state_for(self, position: float, layer: int, kinds: Sequence[FineKind]) -> State:
+        """Of these, what some kinds compute with."""
+        names = {self.within(n): n for n in self.partition.layer_tensors(layer)}
+        architecture = self.partition.dims.architecture
+        used = {n for k in kinds for n in (*architecture.read_by(k, names), architecture.out(k))}
+        found = self.donor(position, [names[n] for n in names if n in used])
+        return {self.within(n): t for n, t in found.items()}
+
     def within(self, name: str) -> str:
         """A tensor's name within its layer."""
         place = self.partition.dims.architecture.within_layer(name)
@@ -225,12 +233,19 @@ class SweepContext:
         self._donor_run = (position, trace.batch, run)
         return run
 
-    def inputs(self, estimand: Estimand, layer: int, trace: Trace) -> dict[FineKind, Changes]:
-        """The changes that patches of heads, K/V groups and neurons make in one layer."""
+    def inputs(
+        self,
+        estimand: Estimand,
+        layer: int,
+        trace: Trace,
+        kinds: Sequence[FineKind] = SLICED_KINDS,
+    ) -> Mapping[FineKind, Changes]:
+        """The changes that patches of some kinds, at least, make in one layer."""
         position, dims = receiver_position(estimand), self.partition.dims
-        state = self.layer_state(position, layer)
         if not of_activations(estimand):
-            return block_inputs(self.decoder, layer, trace, state, dims)
+            state = self._state_for(position, layer, kinds)
+            return block_inputs(self.decoder, layer, trace, state, dims, kinds)
+        state = self.layer_state(position, layer)
         run = self.donor_run(position, trace)
         return activation_inputs(self.decoder, layer, trace, run, state, dims)
 
