@@ -1,7 +1,7 @@
 """A checkpoint on disk or on the Hub, read lazily.
 
-Tensors stream one at a time through mergekit's own loaders; only the model that receives the
-patches is held in memory, see `resident`.
+Tensors stream one at a time, piece by piece; those that are made of several stored ones through
+mergekit's own loader. Only the model that receives the patches is held in memory, see `resident`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from mergekit_wp import hub
 from mergekit_wp.architectures import text_config
 from mergekit_wp.errors import UserError
 from mergekit_wp.lora import Adapter
-from mergekit_wp.reading import WHOLE, Pieces, Rows, on_device
+from mergekit_wp.reading import WHOLE, Pieces, Rows, Span, on_device
 from mergekit_wp.stored import StoredNames
 from mergekit_wp.unusable import (
     FLOATS,
@@ -143,6 +143,13 @@ class Checkpoint:
         """Where the model's parameters are among the stored tensors."""
         return StoredNames(self.config, self.headers)
 
+    @cached_property
+    def _spans(self) -> dict[str, Span]:
+        """Where every stored tensor lies in its file."""
+        return {
+            name: span for path in self.weight_files for name, span in Span.of_file(path).items()
+        }
+
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and stored dtype of one parameter.
 
@@ -210,26 +217,28 @@ class Checkpoint:
         step = max(1, _PIECE // max(1, math.prod(shape[1:])))
         return [slice(start, start + step) for start in range(0, shape[0], step)]
 
-    def piece(self, name: str, rows: Rows = ...) -> torch.Tensor:
-        """Rows of one parameter as they are stored; they may be mapped, so never change them.
+    def piece(self, name: str, rows: Rows = ..., *, pin: bool = False) -> torch.Tensor:
+        """Rows of one parameter as they are stored; never change them.
 
-        Mapped memory counts as this process's as far as it was ever read: let go of it soon.
+        Args:
+            name: of the parameter.
+            rows: of it.
+            pin: in pinned memory, if they are read from the file as they are.
         """
         stored = self.stored.name(name)
         if stored is None:
             part = self.stored.read(name, self.loader.get_tensor)[rows]
             self.loader.flush()
         else:
-            index = self.loader.index
-            with safe_open(Path(index.base_path, index.tensor_paths[stored]), "pt") as handle:
-                part = handle.get_slice(stored)[rows]
+            part = self._spans[stored].read(rows, pin=pin)
         return part if self.adapter is None else self.adapter.changed(name, part, rows)
 
     def on_device(
         self, name: str, device: torch.device | str, pieces: Pieces | None = None
     ) -> Iterator[tuple[Rows, torch.Tensor]]:
         """The `pieces` of one parameter, or given ones, on a device, as they are stored."""
-        return on_device(pieces or self.pieces(name), partial(self.piece, name), device)
+        read = partial(self.piece, name, pin=torch.device(device).type == "cuda")
+        return on_device(pieces or self.pieces(name), read, device)
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """Copy one parameter into a tensor of any dtype, on any device, piece by piece."""

@@ -49,9 +49,9 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def per_prompt_mean(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
     """Mean over each prompt's positions: ``[..., P]`` to ``[..., n]``."""
-    counts = torch.bincount(batch.owners, minlength=batch.size).to(values.dtype)
-    sums = values.new_zeros((*values.shape[:-1], batch.size))
-    return sums.index_add(-1, batch.owners, values) / counts
+    # a product, for on GPUs index_add adds in whatever order its threads come
+    belongs = torch.nn.functional.one_hot(batch.owners, batch.size).to(values.dtype)
+    return values @ belongs / belongs.sum(0)
 
 
 def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> torch.Tensor:

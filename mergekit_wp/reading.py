@@ -1,26 +1,99 @@
 """Pieces of tensors on their way to the device that computes.
 
-One thread that reads files fills a tenth of a GPU's bus. So for GPUs several read ahead, into
-pinned memory, from which copies run beside the reading.
+They are read by the files' bytes. safetensors would map the file anew for each of them: that takes
+longer than reading a small one, and several threads wait for one another's pages.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import EllipsisType
 
-import numpy as np
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.unusable import FLOATS
 
 #: part of a tensor along its first dimension, or all of it
 Rows = slice | EllipsisType
 Pieces = Sequence[Rows]
 WHOLE: Pieces = (...,)
-#: of threads, each with one piece in pinned memory, and as many pieces wait on the device
+#: that read; twice as many pieces are on their way at once
 _THREADS = 8
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a file holds a tensor: from byte ``start`` on, row after row.
+
+    Attributes:
+        file: what tells the file from one that took its place.
+    """
+
+    path: Path
+    file: tuple[int, int, int]
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of_file(cls, path: Path) -> dict[str, Span]:
+        """All tensors of a safetensors file that are of floating point, by name."""
+        header = parse_local_safetensors_file_metadata(path)
+        with open(path, "rb") as handle:
+            file = _stamp(handle.fileno())
+            data = 8 + int.from_bytes(handle.read(8), "little")
+        return {
+            name: cls(
+                path,
+                file,
+                data + found.data_offsets[0],
+                tuple(found.shape),
+                getattr(torch, FLOATS[found.dtype]),
+            )
+            for name, found in header.tensors.items()
+            if found.dtype in FLOATS
+        }
+
+    def read(self, rows: Rows, *, pin: bool = False) -> torch.Tensor:
+        """Some rows, in memory of their own.
+
+        Args:
+            rows: which.
+            pin: that memory, so that a copy to a GPU can go on beside other work.
+
+        Raises:
+            UserError: the file has changed since it was opened.
+        """
+        start, shape = self.start, self.shape
+        row = math.prod(shape[1:]) * self.dtype.itemsize
+        if isinstance(rows, slice):
+            chosen = range(shape[0])[rows]
+            start, shape = start + chosen.start * row, (len(chosen), *shape[1:])
+        part = torch.empty(shape, dtype=self.dtype, pin_memory=pin)
+        view = memoryview(part.view(-1).view(torch.uint8).numpy())
+        with open(self.path, "rb", buffering=0) as handle:
+            handle.seek(start)
+            count = 1
+            while len(view) and count:
+                count = handle.readinto(view)
+                view = view[count:]
+            if len(view) or _stamp(handle.fileno()) != self.file:
+                raise UserError(f"weight file {self.path} has changed while it was being read")
+        return part
+
+
+def _stamp(number: int) -> tuple[int, int, int]:
+    stat = os.fstat(number)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def on_device(
@@ -28,9 +101,11 @@ def on_device(
 ) -> Iterator[tuple[Rows, torch.Tensor]]:
     """Pieces in their order, each on a device, in the dtype it is stored in.
 
+    For a GPU several threads read ahead, and copies run beside the reading.
+
     Args:
         pieces: of one tensor.
-        read: reads one, on the CPU; several threads may call it.
+        read: reads one, on the CPU; for a GPU, several threads call it.
         device: where to.
 
     Raises:
@@ -58,9 +133,6 @@ def _threads() -> ThreadPoolExecutor:
 def _sent(
     read: Callable[[Rows], torch.Tensor], rows: Rows, device: torch.device | str
 ) -> torch.Tensor:
-    part = read(rows).contiguous()
-    pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    # torch's own copy would start threads in each of these
-    to, source = (side.view(-1).view(torch.uint8).numpy() for side in (pinned, part))
-    np.copyto(to, source)
-    return pinned.to(device, non_blocking=True)
+    part = read(rows)
+    # torch keeps pinned memory until copies from it are done
+    return part.to(device, non_blocking=part.is_pinned())

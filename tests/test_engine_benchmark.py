@@ -43,4 +43,4 @@ def test_formulas_by_hand() -> None:
     # four heads in each of two layers below a depth of 2
     assert restart_formula(inputs.partition, heads, 10, 2) == 4 * 2 * p * 10 * (2 + 1)
     assert floor_formula(inputs.partition, heads, 10, 2) == 8 * p * 10 * 2
-    assert "Computed, not measured" in table(1, 8, 1e12)
+    assert "Computed, not measured" in table(1, 8, 1e12, 1e9)

@@ -7,13 +7,12 @@ Random weights and small deltas: time and FLOPs do not depend on the numbers. Ex
 in some layers, evenly spaced, and FLOPs are counted there too; first-order everything in full. The
 card's throughput is that of one large matrix product in the same run.
 
-`--table` computes what sweeps of 1B, 8B and 70B models cost from FLOPs alone; it runs nothing.
+`--table` computes what sweeps of 1B, 8B and 70B models cost from FLOPs and bytes; it runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -173,28 +172,43 @@ def profiled(work: Callable[[], None]) -> str:
     return "\n".join(tables)
 
 
-def table(count: int, length: int, throughput: float) -> str:
-    """Computed cost of sweeps at a given throughput, nothing measured."""
+def table(count: int, length: int, throughput: float, reading: float) -> str:
+    """Computed cost of the same sweeps, nothing measured.
+
+    Args:
+        count: prompts.
+        length: tokens of each, of which the first quarter is the same and an eighth the response.
+        throughput: FLOP/s that products run at.
+        reading: bytes a second that come from files to the device.
+    """
     lines = [
-        f"Computed, not measured: {count} prompts of {length} tokens, no shared prefix, "
-        f"{throughput / 1e12:.0f} TFLOP/s sustained.",
+        f"Computed, not measured: {count} prompts of {length} tokens as above, "
+        f"{throughput / 1e12:.0f} TFLOP/s, {reading / 1e9:.3g} GB/s from the files, bfloat16.",
         "",
-        "| shape | layer parameters | first order, one criterion | one share step "
+        "| shape | weights | first-order gains | one share step "
         "| exact heads, kl | exact heads, anchor at 60% |",
         "|---|---|---|---|---|---|",
     ]
+    tokens, response = count * length, count * max(1, length // 8)
+    packed = count * (length - length // 4) + length // 4  # what all begin with, once
     for shape in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b"):
         config = config_of(shape)
         hidden, width = config.hidden_size, config.num_key_value_heads * config.head_dim
         p = 2 * hidden**2 + 2 * hidden * width + 3 * hidden * config.intermediate_size
-        layers, tokens = config.num_hidden_layers, count * length
-        forward = 2 * p * tokens * layers
-        cells = [3.5 * forward, 2.5 * forward]  # counted on SmolLM2, in forward passes
-        for depth in (layers, round(0.6 * layers)):
-            per_layer = [2 * p * tokens * (depth - layer) for layer in range(depth)]
-            cells.append(config.num_attention_heads * sum(per_layer))
-        said = [f"{c / 1e15:.3g} PFLOP, {_time(c / throughput)}" for c in cells]
-        lines.append(f"| {shape} | {p * layers / 1e9:.2f}e9 | " + " | ".join(said) + " |")
+        layers, unembedding = config.num_hidden_layers, hidden * config.vocab_size
+        size = 2 * (p * layers + unembedding * (1 if config.tie_word_embeddings else 2))
+        forward = 2 * (p * layers * tokens + unembedding * response)
+        # passes as counted on cards; the donor is read once, both sides to move and for a delta
+        costs = [(5 * forward, size), (3 * forward, 4 * size)]
+        for depth, ends in ((layers, unembedding * response), (round(0.6 * layers), 0)):
+            per_head = [2 * (p * packed * (depth - layer) + ends) for layer in range(depth)]
+            attention = 2 * (2 * hidden**2 + 2 * hidden * width) * depth
+            costs.append((config.num_attention_heads * sum(per_head), attention))
+        said = [
+            f"{flops / 1e15:.3g} PFLOP, {_time(flops / throughput + size / reading)}"
+            for flops, size in costs
+        ]
+        lines.append(f"| {shape} | {size / 1e9:.3g} GB | " + " | ".join(said) + " |")
     return "\n".join(lines)
 
 
@@ -214,11 +228,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers whose heads are timed")
     parser.add_argument("--profile", action="store_true", help="a profile of each as well")
     parser.add_argument("--table", action="store_true", help="compute costs, run nothing")
-    parser.add_argument("--throughput", type=float, default=300e12, help="FLOP/s for --table")
+    parser.add_argument("--throughput", type=float, default=450e12, help="FLOP/s for --table")
+    parser.add_argument("--reading", type=float, default=9.5e9, help="bytes/s for --table")
     options = parser.parse_args()
     if options.table:
-        assert math.isfinite(options.throughput) and options.throughput > 0
-        print(table(options.n_prompts, options.length, options.throughput))
+        if not (options.throughput > 0 and options.reading > 0):
+            parser.error("--throughput and --reading are above 0")
+        print(table(options.n_prompts, options.length, options.throughput, options.reading))
         return
     dtype = getattr(torch, options.dtype)
     run(

@@ -61,7 +61,8 @@ def _sum_per_prompt(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         return by_prompt.sum(1)
     # the final norm and the unembedding run on response positions only: [P, last]
     flat = values.reshape(-1, values.shape[-1])
-    return flat.new_zeros((batch.size, flat.shape[-1])).index_add(0, batch.rows, flat)
+    # a product, as in `criteria.per_prompt_mean`
+    return torch.nn.functional.one_hot(batch.rows, batch.size).to(flat.dtype).T @ flat
 
 
 def module_contribution(

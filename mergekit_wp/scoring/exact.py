@@ -17,7 +17,7 @@ from mergekit_wp.engine.patches import (
     swap_outside_layers,
     swap_slices,
 )
-from mergekit_wp.engine.trace import Trace, own_values
+from mergekit_wp.engine.trace import Trace
 from mergekit_wp.scorefile import Estimand, of_activations
 from mergekit_wp.scoring.sweep import Block, Result, SweepContext, receiver_position
 from mergekit_wp.scoring.whole import Chosen, swap_for_itself, swap_whole
@@ -84,7 +84,7 @@ def _patch(
     trace = context.packed_trace(position, b)
     targets = context.targets(b)
     decoder, criteria = context.decoder, context.criteria
-    own = own_values(decoder, trace, criteria, targets)
+    own = context.own(trace, b)
     found: dict[Kind, Values] = {}
     if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
         inputs = context.inputs(estimand, layer, trace, sliced)
@@ -184,7 +184,7 @@ def noise_blocks(context: SweepContext, estimand: Estimand) -> Iterator[Block]:
 def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
     trace = context.packed_trace(receiver_position(estimand), 0)
     targets, criteria = context.targets(0), context.criteria
-    own = own_values(context.decoder, trace, criteria, targets)
+    own = context.own(trace, 0)
     if not context.mapped:
         same = swap_for_itself(context, receiver_position(estimand), layer)
         return {c: same[c] - own[c] for c in criteria}

@@ -21,7 +21,7 @@ from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.activations import DonorRun, activation_inputs, donor_run
 from mergekit_wp.engine.local import Changes, State, block_inputs
 from mergekit_wp.engine.packing import TokenCost, packed
-from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, record
+from mergekit_wp.engine.trace import Criteria, Decoder, Trace, last_layer, own_values, record
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.resident import ResidentModel
 from mergekit_wp.scorefile import CriterionName, Estimand, of_activations, of_knockout
@@ -72,6 +72,7 @@ class SweepContext:
     part: tuple[int, int] | None = None
     _traces: dict[tuple[float, int, bool], Trace] = field(default_factory=dict)
     _donor_run: tuple[float, PromptBatch, DonorRun] | None = None
+    _own: tuple[Trace, dict[CriterionName, torch.Tensor]] | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -135,7 +136,7 @@ class SweepContext:
     def forget(self) -> None:
         """Free what was recorded."""
         self._traces.clear()
-        self._donor_run = None
+        self._donor_run = self._own = None
 
     def weight_of(self, batch: PromptBatch) -> float:
         """The batch's part of all prompts."""
@@ -154,10 +155,17 @@ class SweepContext:
         """The same for sweeps: what prompts begin with alike is there once, see `packing`."""
         return self._recorded(position, b, packs=True)
 
+    def own(self, trace: Trace, b: int) -> dict[CriterionName, torch.Tensor]:
+        """Values ``[n]`` of a recorded run itself; those of the last one are kept."""
+        if self._own is None or self._own[0] is not trace:
+            self._own = trace, own_values(self.decoder, trace, self.criteria, self.targets(b))
+        return self._own[1]
+
     def _recorded(self, position: float, b: int, *, packs: bool) -> Trace:
         self.resident.move_to(position)  # a kept trace is of use with its own weights only
         if (position, b, packs) not in self._traces:
             self._traces.clear()
+            self._own = None
             batch = self._packed(b) if packs else self.batch(b)
             with torch.no_grad():
                 self._traces[position, b, packs] = record(self.decoder, batch)
