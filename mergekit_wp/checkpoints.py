@@ -218,7 +218,7 @@ class Checkpoint:
         return [slice(start, start + step) for start in range(0, shape[0], step)]
 
     def piece(self, name: str, rows: Rows = ..., *, pin: bool = False) -> torch.Tensor:
-        """Rows of one parameter as they are stored; never change them.
+        """Rows of one parameter as they are stored.
 
         Args:
             name: of the parameter.

@@ -47,9 +47,9 @@ class Span:
     @classmethod
     def of_file(cls, path: Path) -> dict[str, Span]:
         """All tensors of a safetensors file that are of floating point, by name."""
+        file = _stamp(os.stat(path))  # first: a file that takes its place from here on is refused
         header = parse_local_safetensors_file_metadata(path)
         with open(path, "rb") as handle:
-            file = _stamp(handle.fileno())
             data = 8 + int.from_bytes(handle.read(8), "little")
         return {
             name: cls(
@@ -86,13 +86,12 @@ class Span:
             while len(view) and count:
                 count = handle.readinto(view)
                 view = view[count:]
-            if len(view) or _stamp(handle.fileno()) != self.file:
+            if len(view) or _stamp(os.fstat(handle.fileno())) != self.file:
                 raise UserError(f"weight file {self.path} has changed while it was being read")
         return part
 
 
-def _stamp(number: int) -> tuple[int, int, int]:
-    stat = os.fstat(number)
+def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
