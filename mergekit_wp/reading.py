@@ -79,7 +79,7 @@ class Span:
             chosen = range(shape[0])[rows]
             start, shape = start + chosen.start * row, (len(chosen), *shape[1:])
         part = torch.empty(shape, dtype=self.dtype, pin_memory=pin)
-        view = memoryview(part.view(-1).view(torch.uint8).numpy())
+        view = part.view(-1).view(torch.uint8).numpy().data
         with open(self.path, "rb", buffering=0) as handle:
             handle.seek(start)
             count = 1
