@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_wp.architectures import of_type, text_config
 from mergekit_wp.checkpoints import VOLATILE_CONFIG, Checkpoint
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.models import parameter_names, skeleton
 from mergekit_wp.reading import WHOLE, Pieces, Rows
 from mergekit_wp.unusable import FLOATS
 
@@ -104,11 +102,6 @@ def common_pieces(name: str, *sides: Checkpoint) -> Pieces:
     """Pieces in which a parameter can be read from all of some checkpoints."""
     found = [side.pieces(name) for side in sides]
     return WHOLE if WHOLE in found else found[0]
-
-
-def parameter_names(model: PreTrainedModel) -> list[str]:
-    """Names of the model's own weights; tied copies are listed once."""
-    return [name for name, _ in model.named_parameters()]
 
 
 def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], None]) -> Pair:
@@ -248,18 +241,3 @@ def _finite(side: str, checkpoint: Checkpoint, name: str, rows: Rows) -> torch.T
             "its weights are broken"
         )
     return part
-
-
-def skeleton(config: Any) -> PreTrainedModel:
-    """The text model with parameters on the meta device and real buffers."""
-    config = text_config(config)
-    architecture = of_type(config.model_type)
-    implementation = None if architecture is None else architecture.attention_implementation
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=implementation, trust_remote_code=False
-        )
-    model.tie_weights()
-    model.eval()
-    model.requires_grad_(False)
-    return model

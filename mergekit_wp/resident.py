@@ -11,8 +11,9 @@ import torch
 
 from mergekit_wp.components import Dims
 from mergekit_wp.memory import in_gib
+from mergekit_wp.models import skeleton
 from mergekit_wp.offloaded import Offloaded, fetch_when_called
-from mergekit_wp.pair import Pair, skeleton
+from mergekit_wp.pair import Pair
 from mergekit_wp.placement import DISK, MaxMemory, placement
 
 

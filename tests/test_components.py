@@ -17,7 +17,7 @@ from transformers import (
 
 from mergekit_wp.components import KINDS, Dims, Partition, layout_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import parameter_names, skeleton
+from mergekit_wp.models import parameter_names, skeleton
 
 
 @st.composite

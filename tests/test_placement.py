@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mergekit_wp import placement as module
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import skeleton
+from mergekit_wp.models import skeleton
 from mergekit_wp.placement import DISK, check_places, free_places, parse_max_memory, placement
 
 KIB = 2**10

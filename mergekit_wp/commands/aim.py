@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -78,6 +78,7 @@ def aim(
     from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
     from mergekit_wp.files import staged_folder
+    from mergekit_wp.models import load_folder
     from mergekit_wp.progress import BarProgress
     from mergekit_wp.prompts import read_prompts
 
@@ -100,10 +101,7 @@ def aim(
     tokenizer = start.tokenizer() or end.tokenizer()
     if tokenizer is None:
         raise UserError(f"neither '{base}' nor '{merged}' has a tokenizer")
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        start.path, trust_remote_code=False, use_safetensors=True
-    )
-    model = model.to(device).eval()
+    model = load_folder(start.path, "auto", device)
     _, importance = fitting(
         min(batch_size, max(1, len(prompts))),
         partial(activation_importance, model, tokenizer, prompts),

@@ -18,14 +18,13 @@ from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from transformers import AutoModelForCausalLM
 
 from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare.results import MERGE
 from mergekit_wp.components import Dims
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import naming_disk
-from mergekit_wp.pair import parameter_names, skeleton
+from mergekit_wp.models import parameter_names, skeleton
 
 #: parameter bytes up to which a merge is kept in memory
 IN_MEMORY = 2 * 2**30
@@ -137,12 +136,3 @@ def merged_on_disk(
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def load_folder(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint folder as a model."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    torch.nn.Module.to(model, device)
-    return model.eval().requires_grad_(False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from mergekit_wp.compare import select
 from mergekit_wp.compare.merging import (
     IN_MEMORY,
     EvaluationModel,
-    load_folder,
     merge_in_memory,
     merge_to,
     merged_on_disk,
@@ -46,6 +45,7 @@ from mergekit_wp.compare.rows import (
 from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.files import staged_folder
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
+from mergekit_wp.models import load_folder
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
@@ -282,7 +282,7 @@ class Runner:
         if self.in_memory or OMEGA in setting:
             tensors = merge_in_memory(config, self._options(seed))
             return self.evaluation.load(self._with_aim(setting, tensors))
-        return _OnDisk(self, config, seed)
+        return _on_disk(self, config, seed)
 
     def _with_aim(
         self, setting: Setting, tensors: dict[str, torch.Tensor]
@@ -325,20 +325,12 @@ class Runner:
                 (staged / "mergekit_config.yml").write_text(config.to_yaml(), encoding="utf-8")
 
 
-class _OnDisk:
+@contextmanager
+def _on_disk(runner: Runner, config: MergeConfiguration, seed: int) -> Iterator[Any]:
     """A merge in a folder of its own while it is evaluated."""
-
-    def __init__(self, runner: Runner, config: MergeConfiguration, seed: int) -> None:
-        folder = runner.results.folder
-        self.runner = runner
-        self.merged = merged_on_disk(config, runner._options(seed), folder)
-
-    def __enter__(self) -> Any:
-        plan = self.runner.plan
-        return load_folder(self.merged.__enter__(), plan.eval_dtype, plan.device)
-
-    def __exit__(self, *error: Any) -> Any:
-        return self.merged.__exit__(*error)
+    plan = runner.plan
+    with merged_on_disk(config, runner._options(seed), runner.results.folder) as folder:
+        yield load_folder(folder, plan.eval_dtype, plan.device)
 
 
 def plan_best(runner: Runner, name: str) -> tuple[Setting, float] | None:
