@@ -13,6 +13,7 @@ A prompt's value is a mean over its own positions, so prompts of any length coun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,16 +59,33 @@ def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> tor
     """-KL(p_expert || p): logits ``[..., P, vocabulary]`` to ``[..., n]``."""
     assert targets.expert_logprobs is not None
     expert = targets.expert_logprobs
-    logprobs = torch.log_softmax(wide(logits), -1)
-    divergence = (expert.exp() * (expert - logprobs)).sum(-1)
-    return -per_prompt_mean(divergence, batch)
+    probability = expert.exp()
+
+    def divergence(own: torch.Tensor) -> torch.Tensor:
+        return (probability * (expert - torch.log_softmax(wide(own), -1))).sum(-1)
+
+    return -per_prompt_mean(_one_by_one(divergence, logits), batch)
 
 
 def logprob_values(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
     """Mean log-probability of the response: ``[..., P, vocabulary]`` to ``[..., n]``."""
-    logprobs = torch.log_softmax(wide(logits), -1)
-    chosen = logprobs.gather(-1, batch.targets.expand(logprobs.shape[:-1]).unsqueeze(-1))
-    return per_prompt_mean(chosen.squeeze(-1), batch)
+
+    def chosen(own: torch.Tensor) -> torch.Tensor:
+        logprobs = torch.log_softmax(wide(own), -1)
+        return logprobs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+
+    return per_prompt_mean(_one_by_one(chosen, logits), batch)
+
+
+def _one_by_one(read: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    """What is read of every patch's logits ``[P, vocabulary]``, ``[..., P]``.
+
+    Of one patch, all that is made on the way fits into caches; of many, it takes longer to write
+    than to compute.
+    """
+    if logits.dim() == 2:
+        return read(logits)
+    return torch.stack([_one_by_one(read, one) for one in logits])
 
 
 def anchor_values(hidden: torch.Tensor, batch: PromptBatch, anchor: torch.Tensor) -> torch.Tensor:
