@@ -29,7 +29,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def disk_trouble(error: BaseException) -> str | None:
     """What ails the disk, None where an exception is about something else.
 
-    safetensors reports the system's error as text, torch that a file did not grow as it should.
+    safetensors reports the system's error as text, torch that a file did not grow as it should, or
+    that its stream failed.
     """
     number = getattr(error, "errno", None)
     if isinstance(error, SafetensorError) and (stated := re.search(r"os error (\d+)", str(error))):

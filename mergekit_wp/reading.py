@@ -87,7 +87,10 @@ class Span:
                 count = handle.readinto(view)
                 view = view[count:]
             if len(view) or _stamp(os.fstat(handle.fileno())) != self.file:
-                raise UserError(f"weight file {self.path} has changed while it was being read")
+                raise UserError(
+                    f"weight file {self.path} has changed since this run opened it; begin the run "
+                    "again when it is whole"
+                )
         return part
 
 
@@ -114,9 +117,16 @@ def on_device(
         for rows in pieces:
             yield rows, read(rows).to(device)
         return
+    yield from _ahead(pieces, lambda rows: _sent(read(rows), device))
+
+
+def _ahead(
+    pieces: Pieces, get: Callable[[Rows], torch.Tensor]
+) -> Iterator[tuple[Rows, torch.Tensor]]:
+    """Pieces in their order, while threads get those that follow."""
     coming: deque[tuple[Rows, Future[torch.Tensor]]] = deque()
     for rows in pieces:
-        coming.append((rows, _threads().submit(_sent, read, rows, device)))
+        coming.append((rows, _threads().submit(get, rows)))
         if len(coming) == 2 * _THREADS:
             rows, part = coming.popleft()
             yield rows, part.result()
@@ -129,9 +139,6 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, "reading")
 
 
-def _sent(
-    read: Callable[[Rows], torch.Tensor], rows: Rows, device: torch.device | str
-) -> torch.Tensor:
-    part = read(rows)
+def _sent(part: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     # torch keeps pinned memory until copies from it are done
     return part.to(device, non_blocking=part.is_pinned())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_wp.checkpoints import Checkpoint
-from mergekit_wp.compare import methods
+from mergekit_wp.compare import methods, run
 from mergekit_wp.compare.merging import EvaluationModel, merge_in_memory, merged_on_disk
 from mergekit_wp.errors import UserError
 from tests.merging import Family, llama_config, qwen_config
@@ -105,6 +107,29 @@ def test_on_disk_is_removed_whatever_happens(family: Family, tmp_path: Path) -> 
     ):
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_that_cannot_be_loaded_leaves_no_folder(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "load_folder", full)
+    runner: Any = SimpleNamespace(
+        plan=SimpleNamespace(eval_dtype=torch.float32, device="cpu"),
+        results=SimpleNamespace(folder=tmp_path / "results"),
+        _options=lambda seed: MergeOptions(quiet=True),
+    )
+    runner.results.folder.mkdir()
+    config = configure(family, "ram", {})
+    with (
+        pytest.raises(torch.OutOfMemoryError) as kept,  # and with it every frame it went through
+        run._on_disk(runner, config, 0),
+    ):
+        raise AssertionError
+    assert kept.value.__traceback__ is not None
+    assert not list(runner.results.folder.iterdir())
 
 
 def test_our_settings_go_on_top_of_the_recipe(family: Family) -> None:

@@ -41,6 +41,9 @@ def test_what_a_full_disk_is_called(tmp_path: Path) -> None:
     assert disk_trouble(OSError(errno.EDQUOT, "")) == os.strerror(errno.EDQUOT)
     assert disk_trouble(OSError(errno.ENOENT, "")) is None
     assert disk_trouble(RuntimeError("anything else")) is None
+    # torch 2.11, as seen
+    stream = RuntimeError("basic_ios::clear: iostream error")
+    assert disk_trouble(stream) == os.strerror(errno.ENOSPC)
 
 
 def test_an_error_about_something_else_stays_itself(tmp_path: Path) -> None:

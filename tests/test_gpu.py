@@ -13,10 +13,8 @@ from mergekit.io.tasks import LoaderCache
 from transformers import LlamaConfig
 
 from mergekit_wp import checkpoints
-from mergekit_wp.errors import UserError
 from mergekit_wp.memory import peak_on_gpus
 from mergekit_wp.placement import DISK
-from mergekit_wp.reading import Rows, on_device
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.merging import Checkpoint, Family, add, llama_config, random_state
@@ -88,17 +86,6 @@ def test_threads_read_what_is_stored(
         for name, tensor in kept.items():
             found = checkpoint.tensor(name, dtype, "cuda")
             assert found.is_cuda and torch.equal(found.cpu(), tensor.to(dtype)), name
-
-
-def test_a_thread_tells_what_fails() -> None:
-    def read(rows: Rows) -> torch.Tensor:
-        if rows == slice(30, 31):
-            raise UserError("no such row")
-        return torch.ones(4)
-
-    pieces = [slice(i, i + 1) for i in range(100)]
-    with pytest.raises(UserError, match="no such row"):
-        list(on_device(pieces, read, "cuda"))
 
 
 # --- scoring --------------------------------------------------------------------------------------

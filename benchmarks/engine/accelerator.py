@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.engine.measure import counted, timed
+from benchmarks.engine.measure import counted, profiled, timed
 from mergekit_wp.components import SLICED_KINDS, Kind
 from mergekit_wp.memory import in_gib, peak_memory, peak_on_gpus
 from mergekit_wp.pair import open_pair
@@ -160,16 +158,6 @@ def run(
             if profiling:
                 print(profiled(work), flush=True)
     print(f"  peak: process {in_gib(peak_memory())}, GPUs {in_gib(peak_on_gpus())}")
-
-
-def profiled(work: Callable[[], None]) -> str:
-    """The largest slices, of the device's time where there is one, and of the processor's."""
-    with profile() as found:  # of every kind of device there is
-        work()
-    by = ["self_cpu_time_total"]
-    by += ["self_device_time_total"] if torch.cuda.is_available() else []
-    tables = [found.key_averages().table(sort_by=one, row_limit=14) for one in by]
-    return "\n".join(tables)
 
 
 def table(count: int, length: int, throughput: float, reading: float) -> str:

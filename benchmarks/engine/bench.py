@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine import ours
 from benchmarks.engine.inputs import Inputs, cases, heads_and_neurons, open_case
@@ -23,6 +23,7 @@ from benchmarks.engine.measure import (
     Cost,
     counted,
     floor_formula,
+    profiled,
     restart_formula,
     timed,
 )
@@ -134,14 +135,6 @@ def first_order_rows(inputs: Inputs) -> list[Row]:
     return rows
 
 
-def profiled(inputs: Inputs, components: list[Component]) -> str:
-    """The largest slices of one sweep by ``kl``."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        ours.exact(inputs, components, ("kl",))
-    table: str = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=18)
-    return table
-
-
 def inference_row(inputs: Inputs, components: list[Component], pairs: int) -> Row:
     """What `torch.inference_mode` saves of an exact sweep by ``kl``, turn about without it."""
     ratios = []
@@ -200,7 +193,7 @@ def main() -> None:
         inputs = open_case(case, options.n_prompts, getattr(torch, options.dtype), options.device)
         components = heads_and_neurons(inputs.partition, options.neurons)
         if options.profile:
-            print(profiled(inputs, components))
+            print(profiled(partial(ours.exact, inputs, components, ("kl",))))
             continue
         if options.inference_mode is not None:
             print(table([inference_row(inputs, components, options.inference_mode)]))

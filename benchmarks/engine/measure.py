@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -79,6 +80,16 @@ def counted(run: Callable[[], object]) -> float:
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         run()
     return float(counter.get_total_flops())
+
+
+def profiled(run: Callable[[], object]) -> str:
+    """The largest slices of a run, of the processor's time and of a GPU's where there is one."""
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as found:
+        run()
+    by = ["self_cpu_time_total", *(["self_device_time_total"] if on_gpu else [])]
+    return "\n".join(found.key_averages().table(sort_by=one, row_limit=18) for one in by)
 
 
 def layer_parameters(partition: Partition) -> int:

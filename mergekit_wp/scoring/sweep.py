@@ -209,7 +209,7 @@ class SweepContext:
         return {self.within(n): t for n, t in self.donor(position, names).items()}
 
     def _state_for(self, position: float, layer: int, kinds: Sequence[FineKind]) -> State:
-        """Of these, what some kinds compute with."""
+        """Of the donor's weights of one layer, those that some kinds compute with."""
         names = {self.within(n): n for n in self.partition.layer_tensors(layer)}
         architecture = self.partition.dims.architecture
         used = {n for k in kinds for n in (*architecture.read_by(k, names), architecture.out(k))}
