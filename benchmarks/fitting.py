@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from mergekit_wp.components import Partition, TensorLayout
-from mergekit_wp.engine.gates import Layout
+from mergekit_wp.joint.ascent import FitState, Fitting
+from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.members import open_members
+from mergekit_wp.joint.objective import guard_of, objective_of
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.prompts import read_prompts
-from mergekit_wp.scoring.fitting import Fitting, State
-from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.lessons import guard_of, lesson_of
-from mergekit_wp.scoring.members import open_members
-from mergekit_wp.scoring.request import FitRequest, Progress
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.progress import Progress
 
 
 class WholeTensors(Partition):
@@ -30,7 +31,7 @@ class WholeTensors(Partition):
         return {n: TensorLayout(n, part.layer) for n, part in fine.items()}
 
 
-def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tuple[Any, State]:
+def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tuple[Any, FitState]:
     """The fit of a request with one gate a tensor.
 
     Returns:
@@ -44,11 +45,11 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     ]
     layout = Layout(coarse[0].pair.partition, tuple(m.pair.changed for m in coarse))
     with TemporaryDirectory() as scratch, Journal(Path(scratch, "out"), {}, False) as journal:
-        lessons = [lesson_of(m, journal, progress, request.prompts_a_step) for m in coarse]
+        objectives = [objective_of(m, journal, progress, request.prompts_a_step) for m in coarse]
         for path in request.guards:
             prompts = read_prompts(path, request.max_prompts)
-            lessons.append(guard_of(path, prompts, coarse, request, journal, progress))
-        fitting = Fitting(request, coarse, lessons, layout, journal, progress)
+            objectives.append(guard_of(path, prompts, coarse, request, journal, progress))
+        fitting = Fitting(request, coarse, objectives, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
     fitting.move_to(state.best)
     return fitting.resident.model, state

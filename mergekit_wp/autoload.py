@@ -47,7 +47,7 @@ def ensure_registered() -> None:
 
     if not hasattr(host, "register"):
         raise ImportError("this mergekit has no merge_methods.register; version 0.1.5 has")
-    from mergekit_wp.method import weight_patching
+    from mergekit_wp.merging.method import weight_patching
 
     name = weight_patching.spec.name
     try:
@@ -86,7 +86,8 @@ class _Watcher:
     """A meta path finder that lets the finders behind it find, and acts after the module ran.
 
     It watches our own modules, too. One of them may be the reason why mergekit is imported; to
-    import `mergekit_wp.method` at that moment could be circular. So it waits until none is halfway.
+    import `mergekit_wp.merging.method` at that moment could be circular. So it waits until none is
+    halfway.
     """
 
     def __init__(self) -> None:

@@ -19,17 +19,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mergekit_wp.architectures import LLAMA, Architecture, named, of_type, text_config, without_map
 from mergekit_wp.errors import UserError
-
-Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
-FineKind = Literal["tensor", "head", "kv_group", "neuron"]
-KINDS: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
-SLICED_KINDS: tuple[FineKind, ...] = ("head", "kv_group", "neuron")
+from mergekit_wp.terms import SLICED_KINDS, FineKind, Kind
 
 Shape = torch.Size | tuple[int, ...]
 

@@ -14,12 +14,13 @@ A prompt's value is a mean over its own positions, so prompts of any length coun
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch
+from mergekit_wp.terms import CriterionName
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,22 @@ def recovery(change: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor
     residual = change - ratio.unsqueeze(-1) * distance
     variance = residual.square().sum(-1) / (n * (n - 1)) if n > 1 else ratio * torch.nan
     return ratio, variance.sqrt() / distance.mean().abs()
+
+
+Criteria = tuple[CriterionName, ...]
+
+
+def target_part(batch: PromptBatch, targets: Targets, start: int, stop: int) -> Targets:
+    """What some of a batch's samples are measured against."""
+    if targets.expert_logprobs is None:
+        return targets
+    own = batch.in_part(start, stop)
+    return replace(targets, expert_logprobs=targets.expert_logprobs[own])
+
+
+def split(batch: PromptBatch, targets: Targets, size: int) -> list[tuple[PromptBatch, Targets]]:
+    """A batch in parts of at most `size` samples, with what each is measured against."""
+    if batch.size <= size:
+        return [(batch, targets)]
+    cuts = [(start, min(batch.size, start + size)) for start in range(0, batch.size, size)]
+    return [(batch.part(*cut), target_part(batch, targets, *cut)) for cut in cuts]

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.untrusted import complaint, parse_json
+from mergekit_wp.files.untrusted import complaint, parse_json
 
 
 class Message(BaseModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mergekit_wp.components import layout_of
-from mergekit_wp.engine.gates import KINDS
-from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, Moment
-from mergekit_wp.scorefile import Anchor, Dims, Fidelity, Manifest, ModelId, Scale, ScoreFile
+from mergekit_wp.files.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, Moment
+from mergekit_wp.files.scorefile import Anchor, Dims, Fidelity, Manifest, ModelId, Scale, ScoreFile
+from mergekit_wp.terms import FINE_KINDS
 
 
 def llama_tensor_names(n_layers: int) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ def make_gates_file(dims: Dims | None = None, n_experts: int = 2) -> GatesFile:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for e in range(n_experts):
-        for kind in KINDS:
+        for kind in FINE_KINDS:
             tensors[f"gate/{e}/{kind}"] = torch.rand(manifest.shape(kind), generator=generator)
         tensors[f"delta_norm/{e}"] = torch.ones(len(names))
     return GatesFile(manifest, tensors)

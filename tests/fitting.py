@@ -14,13 +14,13 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_wp import gatesfile
-from mergekit_wp.engine.gates import Layout
-from mergekit_wp.gatesfile import GatesFile
-from mergekit_wp.pair import Pair, open_pair
+from mergekit_wp.files import gatesfile
+from mergekit_wp.files.gatesfile import GatesFile
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.prompts import Sample
-from mergekit_wp.scoring.fit import fit
-from mergekit_wp.scoring.request import FitRequest
 from tests.models import DEVICE, EOS, LETTERS, with_eager_experts
 from tests.test_company import NAMES
 from tests.test_scoring import Quiet

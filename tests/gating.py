@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergekit_wp import gatesfile
 from mergekit_wp.components import Dims, Partition
-from mergekit_wp.engine.gates import KINDS
-from mergekit_wp.gatesfile import GatesFile
+from mergekit_wp.files import gatesfile
+from mergekit_wp.files.gatesfile import GatesFile
+from mergekit_wp.terms import FINE_KINDS
 from tests.factory import make_gates_file
 from tests.merging import Family, State, norms
 
@@ -45,7 +45,7 @@ def gate(family: Family, path: Path, value: float | None = None) -> GatesFile:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for e, expert in enumerate(family.experts):
-        for kind in KINDS:
+        for kind in FINE_KINDS:
             gates = torch.rand(manifest.shape(kind), generator=generator)
             tensors[f"gate/{e}/{kind}"] = gates if value is None else gates.fill_(value)
         differences = norms(base, expert.state).values()

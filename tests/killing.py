@@ -35,7 +35,8 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
 
     from mergekit_wp import cli, interrupts
     from mergekit_wp.compare import run as comparing
-    from mergekit_wp.scoring import fitting, journal
+    from mergekit_wp.joint import ascent
+    from mergekit_wp.runs import journal
 
     torch.set_num_threads(1)
     for number in (1, 2):
@@ -57,7 +58,7 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
             yield
 
     cli.listening = listening  # type: ignore[attr-defined]
-    for module in (journal, fitting, comparing):
+    for module in (journal, ascent, comparing):
         assert module.finishing is plain, f"{module.__name__} runs no blocks"
         module.finishing = finishing  # type: ignore[attr-defined]
     with small_files(resource.RLIM_INFINITY if limit is None else limit):

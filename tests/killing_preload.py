@@ -7,11 +7,9 @@ import mergekit_wp.commands.merge
 import mergekit_wp.commands.score
 import mergekit_wp.commands.trace
 import mergekit_wp.commands.verify
-import mergekit_wp.compare.items
 import mergekit_wp.compare.request
 import mergekit_wp.compare.run
-import mergekit_wp.scoring.company
-import mergekit_wp.scoring.fit
-import mergekit_wp.scoring.score
-import mergekit_wp.scoring.tracing
-import mergekit_wp.scoring.verify  # noqa: F401
+import mergekit_wp.joint.company
+import mergekit_wp.joint.fit
+import mergekit_wp.mechanism.circuit
+import mergekit_wp.mechanism.verify  # noqa: F401

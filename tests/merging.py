@@ -13,9 +13,9 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from mergekit_wp import scorefile
 from mergekit_wp.components import Dims, Partition
-from mergekit_wp.scorefile import ScoreFile
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.scorefile import ScoreFile
 from tests.factory import make_score_file
 
 State = dict[str, torch.Tensor]

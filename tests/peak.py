@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_wp.memory import peak_memory
-from mergekit_wp.pair import Pair, open_pair
+from mergekit_wp.models.memory import peak_memory
+from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.models import EOS, VOCABULARY, save_tokenizer, write_prompts
@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
         held.extend(pair.expert.tensor(name, torch.float32) for name in pair.delta_norm)
         return pair
 
-    with patch("mergekit_wp.scoring.opening.open_pair", holding):
+    with patch("mergekit_wp.runs.run.open_pair", holding):
         run(folder / "large", "held")
     found["holding"] = peak_memory()
     print(json.dumps(found))

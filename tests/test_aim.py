@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_wp.aim import activation_importance, apply_aim
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
+from mergekit_wp.merging.aim import activation_importance, apply_aim
 from mergekit_wp.prompts import Prompt
 from tests.models import EOS, LETTERS, make_model, perturbed, save
 

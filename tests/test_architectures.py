@@ -21,19 +21,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mergekit_wp import scorefile
 from mergekit_wp.architectures import FAMILIES as DECLARED
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare.merging import EvaluationModel
-from mergekit_wp.components import KINDS, Component, Dims, Partition
-from mergekit_wp.engine.trace import Decoder
+from mergekit_wp.components import Component, Dims, Partition
+from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import scorefile
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.mechanism.circuit import check_traceable
+from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.report.panels import tensor_grid
-from mergekit_wp.scoring.company import score_company
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.tracing import check_traceable
+from mergekit_wp.terms import KINDS
 from tests.factory import make_score_file
 from tests.merging import norms, reference
 from tests.models import (

@@ -33,13 +33,14 @@ STAND_INS = {
         "from mergekit.merge_methods.registry import Method, get, methods, register\n"
     ),
     "mergekit/merge_methods/registry.py": REGISTRY,
-    "mergekit_wp/method.py": (
+    "mergekit_wp/merging/__init__.py": "",
+    "mergekit_wp/merging/method.py": (
         "from mergekit.merge_methods.registry import Method\n"
-        "from mergekit_wp import fusion\n"
+        "from mergekit_wp.merging import fusion\n"
         "class WeightPatching(Method): ...\n"
         "weight_patching = WeightPatching('weight_patching')\n"
     ),
-    "mergekit_wp/fusion.py": "import mergekit.merge_methods\nready = True\n",
+    "mergekit_wp/merging/fusion.py": "import mergekit.merge_methods\nready = True\n",
 }
 SHIPPED = ("mergekit_wp_autoload.pth", "mergekit_wp/__init__.py", "mergekit_wp/autoload.py")
 
@@ -103,8 +104,9 @@ def site(tmp_path: Path) -> Site:
         "import mergekit.merge_methods",
         "from mergekit import merge_methods",
         "import mergekit.merge_methods.registry",
-        "import mergekit_wp.method",
-        "import mergekit_wp.fusion",  # needed by mergekit_wp.method: not to be imported at once
+        "import mergekit_wp.merging.method",
+        # needed by mergekit_wp.merging.method: not to be imported at once
+        "import mergekit_wp.merging.fusion",
         "from mergekit_wp.autoload import ensure_registered as ensure; ensure(); ensure()",
         "from mergekit_wp.autoload import install; install(); install()",
         "import sys; sys.meta_path.insert(0, type('Front', (), {'find_spec': lambda *_: None}))",
@@ -141,7 +143,7 @@ def test_spec_and_loader_stay_genuine(site: Site) -> None:
         "spec = importlib.util.find_spec('mergekit.merge_methods')\n"
         "assert type(spec.loader) is SourceFileLoader\n"
         "assert 'registry' in spec.loader.get_source(spec.name)\n"
-        "assert not {'mergekit.merge_methods', 'mergekit_wp.method'} & sys.modules.keys()\n"
+        "assert not {'mergekit.merge_methods', 'mergekit_wp.merging.method'} & sys.modules.keys()\n"
         "import mergekit.merge_methods as host\n"
         "assert type(host.__loader__) is SourceFileLoader\n"
         "assert host.__loader__ is host.__spec__.loader\n"
@@ -169,7 +171,11 @@ def test_a_zip_archive_has_one_loader_for_all_modules(site: Site) -> None:
 
 
 def test_threads(site: Site) -> None:
-    names = ("mergekit.merge_methods", "mergekit_wp.method", "mergekit_wp.fusion") * 4
+    names = (
+        "mergekit.merge_methods",
+        "mergekit_wp.merging.method",
+        "mergekit_wp.merging.fusion",
+    ) * 4
     site.run(
         "import importlib, threading\n"
         f"names = {names}\n"
@@ -184,15 +190,16 @@ def test_threads(site: Site) -> None:
 def test_our_method_halfway_in_another_thread(site: Site) -> None:
     """That thread holds our module and wants mergekit; this one holds mergekit: no deadlock."""
     site.write(
-        "mergekit_wp/method.py",
+        "mergekit_wp/merging/method.py",
         "import threading; entered = threading.Event()\n"
-        "import time; time.sleep(0.5)\n" + STAND_INS["mergekit_wp/method.py"],
+        "import time; time.sleep(0.5)\n" + STAND_INS["mergekit_wp/merging/method.py"],
     )
     errors = site.run(
         "import sys, threading, time\n"
-        "other = threading.Thread(target=__import__, args=('mergekit_wp.method',))\n"
+        "other = threading.Thread(target=__import__, args=('mergekit_wp.merging.method',))\n"
         "other.start()\n"
-        "while not hasattr(sys.modules.get('mergekit_wp.method'), 'entered'): time.sleep(0.01)\n"
+        "while not hasattr(sys.modules.get('mergekit_wp.merging.method'), 'entered'):\n"
+        "    time.sleep(0.01)\n"
         "import mergekit.merge_methods\n"
         "other.join()\n"
         f"{REGISTERED}"
@@ -202,7 +209,7 @@ def test_our_method_halfway_in_another_thread(site: Site) -> None:
 
 def test_switched_off(site: Site) -> None:
     site.variables["MERGEKIT_WP_AUTOLOAD"] = "0"
-    assert site.run(f"import mergekit_wp.method\n{NOT_REGISTERED}") == ""
+    assert site.run(f"import mergekit_wp.merging.method\n{NOT_REGISTERED}") == ""
     assert site.run(f"from mergekit_wp.autoload import *\nensure_registered()\n{REGISTERED}") == ""
     late = "import os, mergekit.merge_methods; os.environ.clear()"
     assert site.run(f"{late}\nfrom mergekit_wp.autoload import *\ninstall()\n{REGISTERED}") == ""
@@ -245,12 +252,12 @@ def test_broken_mergekit_fails_as_without_us_and_can_be_imported_again(site: Sit
     ("file", "text", "reason"),
     [
         (
-            "mergekit_wp/method.py",
+            "mergekit_wp/merging/method.py",
             None,
-            "ModuleNotFoundError: No module named 'mergekit_wp.method'",
+            "ModuleNotFoundError: No module named 'mergekit_wp.merging.method'",
         ),
-        ("mergekit_wp/method.py", "raise OSError('two\\nlines')", "OSError: two lines"),
-        ("mergekit_wp/fusion.py", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("mergekit_wp/merging/method.py", "raise OSError('two\\nlines')", "OSError: two lines"),
+        ("mergekit_wp/merging/fusion.py", "1 / 0", "ZeroDivisionError: division by zero"),
         (
             "mergekit/merge_methods/__init__.py",
             "from mergekit.merge_methods.registry import Method, get, methods\n",
@@ -283,7 +290,7 @@ def test_a_missing_method_is_said_on_one_line(
 
 
 def test_a_missing_method_without_stderr(site: Site) -> None:
-    site.remove("mergekit_wp/method.py")
+    site.remove("mergekit_wp/merging/method.py")
     assert site.run(f"import sys; sys.stderr = None; {NOT_REGISTERED}") == ""
 
 
@@ -308,7 +315,7 @@ def test_a_loader_that_cannot_be_hooked_is_said(site: Site) -> None:
 def test_with_the_real_mergekit() -> None:
     from mergekit.merge_methods import get
 
-    from mergekit_wp.method import weight_patching
+    from mergekit_wp.merging.method import weight_patching
 
     autoload.ensure_registered()
     autoload.ensure_registered()

@@ -12,30 +12,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_wp import gatesfile, scorefile
-from mergekit_wp.backoff import fitting
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask, answers
 from mergekit_wp.compare.merging import EvaluationModel
 from mergekit_wp.compare.methods import methods_of
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.run import Runner
 from mergekit_wp.errors import OutOfMemory, UserError
+from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.mechanism.anchors import find_anchors
+from mergekit_wp.mechanism.circuit import trace
+from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
+from mergekit_wp.mechanism.verify import BEHAVIOR, verify
+from mergekit_wp.models.backoff import fitting
 from mergekit_wp.prompts import Prompt
-from mergekit_wp.scoring.company import score_company
-from mergekit_wp.scoring.fit import fit
-from mergekit_wp.scoring.layers import AnchorRequest, find_anchors
-from mergekit_wp.scoring.request import (
-    CompanyRequest,
-    FitRequest,
-    ScoreRequest,
-    TraceRequest,
-    VerifyRequest,
-)
+from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.tracing import trace
-from mergekit_wp.scoring.verify import BEHAVIOR, verify
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask, answers
 from tests.models import make_model, perturbed, save
 from tests.test_company import NAMES, make_world
 from tests.test_memory import SmallMemory

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mergekit_wp import ifeval
-from mergekit_wp.behaviors import Behavior, behavior, behaviors
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import read_prompts
+from mergekit_wp.tasks import ifeval
+from mergekit_wp.tasks.behaviors import Behavior, behavior, behaviors
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask
 
 FOLLOWING = {
     "capitals": "ALL OF THIS IS LOUD",

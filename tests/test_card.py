@@ -21,8 +21,6 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_wp import preflight, scorefile
-from mergekit_wp import recipe as recipes
 from mergekit_wp.card import sources as card_sources
 from mergekit_wp.card.contributions import Contributions, Tally, contributions
 from mergekit_wp.card.scores import copy_scores
@@ -30,12 +28,15 @@ from mergekit_wp.card.sources import NOT_READ, NOT_STATED, common_licence, sourc
 from mergekit_wp.card.text import short_names
 from mergekit_wp.card.write import BEGIN, mergekit_card
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.rows import UNTUNED, Comparison, Role, Row
-from mergekit_wp.compare.statistics import Resampled
+from mergekit_wp.compare.resampling import Resampled
+from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, RowRole
 from mergekit_wp.compare.table import summary
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import Fidelity
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.scorefile import Fidelity
+from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.plan import plan
 from tests.merging import Family, llama_config
 
 
@@ -228,7 +229,7 @@ def test_hub_references_stay_and_are_copied(
     data = family.recipe()
     reference = "hf://me/scores@main/expert0.safetensors"
     data["models"][0]["parameters"]["scores"] = reference  # type: ignore[index]
-    monkeypatch.setattr("mergekit_wp.recipe.local_path", lambda _: str(family.paths[0]))
+    monkeypatch.setattr("mergekit_wp.merging.recipe.local_path", lambda _: str(family.paths[0]))
     recipe = recipe_at(tmp_path / "recipe.yml", yaml.safe_dump(data))
     copies, moved = copy_scores(recipe, tmp_path / "out")
     assert reference in moved
@@ -239,7 +240,7 @@ def test_hub_references_stay_and_are_copied(
 
 
 def tallied(recipe: recipes.Recipe) -> Contributions:
-    tasks = preflight.plan(recipe, MergeOptions())
+    tasks = plan(recipe, MergeOptions())
     return contributions(recipes.experts_in_order(recipe.config), tasks)
 
 
@@ -402,7 +403,7 @@ def comparison(folder: Path, recipe: dict[str, Any]) -> Path:
         "ties": [0, 0, 0, 1],
         "ties+aim": [0, 0, 1, 1],
     }
-    roles: dict[str, Role] = {"base": "base", "expert e0": "expert", "ties": "peer"}
+    roles: dict[str, RowRole] = {"base": "base", "expert e0": "expert", "ties": "peer"}
     rows = [
         Row(name, roles.get(name, "ours"), {}, {"math": [[float(x) for x in scores]]})
         for name, scores in right.items()

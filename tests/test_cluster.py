@@ -18,13 +18,13 @@ import torch
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import Interrupted, listening
-from mergekit_wp.pair import open_pair
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
-from mergekit_wp.resident import ResidentModel
+from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.references import measure_references
 from mergekit_wp.scoring.cluster import ATTEMPTS, Assignment, Cluster, Worker, moved
-from mergekit_wp.scoring.references import measure_references
 from mergekit_wp.scoring.shares import share_blocks
-from mergekit_wp.scoring.sweep import SweepContext
 from tests.models import make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 

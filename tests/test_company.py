@@ -12,14 +12,14 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_wp import scorefile
 from mergekit_wp.cli import cli
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import open_pair
-from mergekit_wp.scoring.company import score_company
-from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import CompanyRequest
+from mergekit_wp.files import scorefile
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.runs.journal import Journal
 from tests.models import (
     DEVICE,
     EOS,

@@ -18,20 +18,21 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_wp import interrupts
-from mergekit_wp.backoff import AtOnce
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.merging import merge_in_memory
 from mergekit_wp.compare.methods import methods_of
 from mergekit_wp.compare.plan import Plan
+from mergekit_wp.compare.resampling import Resampled
 from mergekit_wp.compare.results import Results
-from mergekit_wp.compare.rows import Comparison, ItemScore, Row, Split
+from mergekit_wp.compare.rows import Comparison, Row
 from mergekit_wp.compare.run import Runner
-from mergekit_wp.compare.statistics import Resampled
 from mergekit_wp.compare.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import Interrupted
-from mergekit_wp.models import load_folder
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.load import load_folder
 from mergekit_wp.prompts import Prompt
+from mergekit_wp.tasks.task import ItemScore, Split
 from tests.merging import Family, llama_config
 from tests.models import save_tokenizer, write_prompts
 

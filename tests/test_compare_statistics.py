@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mergekit_wp.compare.resampling import Pooled, Resampled, best_peer
 from mergekit_wp.compare.rows import Comparison, Row
-from mergekit_wp.compare.statistics import Pooled, Resampled, best_peer, wilson
 from mergekit_wp.errors import UserError
+from mergekit_wp.statistics import wilson
 
 RNG = np.random.default_rng(0)
 A = RNG.integers(0, 2, 40).astype(float).tolist()

@@ -15,9 +15,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from mergekit_wp.components import KINDS, Dims, Partition, layout_of
+from mergekit_wp.components import Dims, Partition, layout_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.models import parameter_names, skeleton
+from mergekit_wp.models.load import parameter_names, skeleton
+from mergekit_wp.terms import KINDS
 
 
 @st.composite

@@ -10,14 +10,10 @@ from mergekit_wp.commands.fit import fit
 from mergekit_wp.commands.score import score
 from mergekit_wp.commands.trace import trace
 from mergekit_wp.commands.verify import verify
-from mergekit_wp.roles import Rules
-from mergekit_wp.scoring.request import (
-    CompanyRequest,
-    FitRequest,
-    ScoreRequest,
-    TraceRequest,
-    VerifyRequest,
-)
+from mergekit_wp.files.circuitfile import Rules
+from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.mechanism.request import TraceRequest, VerifyRequest
+from mergekit_wp.scoring.request import ScoreRequest
 
 #: the command makes these of what it is given
 MADE = {"device", "max_memory", "share_steps"}

@@ -20,9 +20,9 @@ import yaml
 from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file
 
-from mergekit_wp import scorefile
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import cli
+from mergekit_wp.files import scorefile
 from mergekit_wp.prompts import read_prompts
 from tests.doc_blocks import ROOT, Block, Shell, agrees, blocks, commands
 from tests.factory import make_score_file

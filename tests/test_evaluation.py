@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import ModelOutput
 
-from mergekit_wp import generation
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask, answers
 from mergekit_wp.errors import UserError
+from mergekit_wp.models import generation
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask, answers
 from tests.models import EOS, LETTERS, make_model, save
 from tests.oracle import greedy
 

@@ -13,8 +13,8 @@ from mergekit.merge_methods import registry
 from safetensors.torch import load_file, save_file
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import open_pair
-from mergekit_wp.untrusted import parse_yaml
+from mergekit_wp.files.untrusted import parse_yaml
+from mergekit_wp.models.pair import open_pair
 from tests.models import make_model, perturbed, save
 
 ROOT = Path(__file__).parents[1]

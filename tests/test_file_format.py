@@ -15,9 +15,10 @@ import yaml
 from pydantic import BaseModel
 from safetensors.numpy import load_file, save_file
 
-from mergekit_wp import gatesfile, scorefile
+from mergekit_wp import terms
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import main
+from mergekit_wp.files import gatesfile, scorefile
 from tests.format_reader import (
     belongs,
     fine,
@@ -167,7 +168,7 @@ def test_the_specification_names_every_key(model: type[BaseModel]) -> None:
 
 def test_the_specification_names_every_value() -> None:
     page = PAGE.read_text()
-    named = (scorefile.Estimand, scorefile.CriterionName, scorefile.Method, scorefile.SetName)
-    for choice in (*named, scorefile.Direction, scorefile.Kind):
+    named = (terms.Estimand, terms.CriterionName, terms.ScoringMethod, terms.SetName)
+    for choice in (*named, terms.Direction, terms.Kind):
         for value in typing.get_args(choice):
             assert f"`{value}`" in page, value

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from mergekit_wp.cli import main
 from mergekit_wp.errors import DiskError, UserError
-from mergekit_wp.files import disk_trouble, locked, staged_folder, written_whole
-from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.files.atomic import disk_trouble, locked, staged_folder, written_whole
+from mergekit_wp.runs.journal import Journal
 from tests.killing import contents, small_files
 from tests.merging import Family, llama_config
 from tests.test_merge_command import write

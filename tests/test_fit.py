@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from mergekit_wp import gatesfile
 from mergekit_wp.cli import cli
-from mergekit_wp.engine.gates import KINDS
 from mergekit_wp.errors import UserError
-from mergekit_wp.gatesfile import GatesFile
-from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.files import gatesfile
+from mergekit_wp.files.gatesfile import GatesFile
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.terms import FINE_KINDS
 from tests.circuit import CONSTANT, build
 from tests.fitting import divergence, fitted, layout_of, load, merge, merged
 from tests.models import LETTERS, save
@@ -80,7 +80,7 @@ def test_merging_by_the_file(world: Path, tmp_path: Path) -> None:
     first, last = manifest.history[0].held_out, manifest.history[-1].held_out
     assert first is not None and last is not None and sum(last.values()) > sum(first.values())
     _, layout = layout_of(world)
-    flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in KINDS])
+    flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])
     want = dict(merged(world, layout, flat).named_parameters())
     found = merge(tmp_path / "gates.yml", tmp_path / "by-mergekit")
     for name, tensor in found.items():
@@ -166,7 +166,7 @@ def test_a_guard_keeps_what_the_base_does(world: Path, tmp_path: Path) -> None:
     )
 
     def away(file: GatesFile) -> float:
-        flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in KINDS])
+        flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])
         return divergence(merged(world, layout, flat), base, tmp_path / "answers.jsonl")
 
     assert away(guarded) < 0.7 * away(free)

@@ -10,10 +10,10 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from mergekit_wp import gatesfile
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.gatesfile import GatesFile
+from mergekit_wp.files import gatesfile
+from mergekit_wp.files.gatesfile import GatesFile
 from tests.fitting import fitted, load
 from tests.models import save
 from tests.test_company import NAMES, make_world
@@ -100,6 +100,6 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
         said = file.manifest.model_dump()
         type(file.manifest).model_validate(said | {"history": said["history"][1:], "best_step": 1})
     with pytest.raises(UserError, match="it is a gates file"):
-        from mergekit_wp import scorefile
+        from mergekit_wp.files import scorefile
 
         scorefile.read(out)

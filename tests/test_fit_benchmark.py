@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.fitting import fit_by_tensor
-from mergekit_wp.scoring.request import FitRequest
+from mergekit_wp.joint.request import FitRequest
 from tests.test_company import NAMES, load, make_world
 from tests.test_scoring import Quiet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_wp.engine.gates import Climb, penalty, penalty_slope, weights
+from mergekit_wp.joint.gates import Climb, penalty, penalty_slope, weights
 
 torch.set_num_threads(1)
 

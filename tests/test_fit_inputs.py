@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.errors import UserError
-from mergekit_wp.gatesfile import GatesFile
+from mergekit_wp.files.gatesfile import GatesFile
+from mergekit_wp.models.checkpoint import Checkpoint
 from tests import test_lora
 from tests.fitting import fitted
 from tests.gating import gated_merge

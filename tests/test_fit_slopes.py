@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.gates import KINDS
-from mergekit_wp.engine.share import TaskVector, contributions
+from mergekit_wp.engine.decoder import Decoder
+from mergekit_wp.engine.integrated_gradients import contributions
+from mergekit_wp.engine.replay import own_values, record
 from mergekit_wp.engine.slopes import Term, slopes
-from mergekit_wp.engine.trace import Decoder, own_values, record
-from mergekit_wp.pair import open_pair
+from mergekit_wp.engine.task_vector import TaskVector
+from mergekit_wp.joint.ascent import Fitting
+from mergekit_wp.joint.objective import Objective
+from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import batches
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.fitting import Fitting
-from mergekit_wp.scoring.lessons import Lesson
-from mergekit_wp.scoring.references import logprobs
-from mergekit_wp.scoring.request import FitRequest
+from mergekit_wp.runs.references import logprobs
+from mergekit_wp.terms import FINE_KINDS
 from tests.fitting import divergence, fitted, layout_of, load, merged, sequences
 from tests.models import FAMILIES, make_model, perturbed, save
 from tests.test_company import NAMES, make_world, write_task
@@ -36,13 +38,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_slopes_equal_finite_differences(world: Path) -> None:
     pairs, layout = layout_of(world)
     base, experts = load(world / "base"), [load(world / name) for name in NAMES]
-    lessons = []
+    objectives = []
     for name, expert in zip(NAMES, experts, strict=True):
         every = list(batches(sequences(world / f"{name}.jsonl"), 4, "cpu"))
         targets = [Targets(logprobs(Decoder(expert), batch)) for batch in every]
         apart = divergence(base, expert, world / f"{name}.jsonl")
         zero = torch.full((4,), -apart, dtype=torch.float64)
-        lessons.append(Lesson(name, every, targets, zero, -zero))
+        objectives.append(Objective(name, every, targets, zero, -zero))
 
     class Member:
         def __init__(self, pair: Any) -> None:
@@ -50,7 +52,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
 
     request = FitRequest(recipe=world, prompts=(), out=world, dtype="float64", held_out=0)
     members: Any = [Member(pair) for pair in pairs]
-    fitting = Fitting(request, members, lessons, layout, None, Quiet())  # type: ignore[arg-type]
+    fitting = Fitting(request, members, objectives, layout, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
     fitting.move_to(flat)
@@ -59,14 +61,14 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     def objective(at: torch.Tensor) -> list[float]:
         model = merged(world, layout, at)
         found = []
-        for name, expert, lesson in zip(NAMES, experts, lessons, strict=True):
-            found.append(1 - divergence(model, expert, world / f"{name}.jsonl") / lesson.span)
+        for name, expert, objective in zip(NAMES, experts, objectives, strict=True):
+            found.append(1 - divergence(model, expert, world / f"{name}.jsonl") / objective.span)
         return found
 
     assert recovered == pytest.approx(objective(flat), abs=1e-6)
     places = []
     for e, gates in enumerate(layout.unflat(torch.arange(layout.size))):
-        for kind in KINDS:
+        for kind in FINE_KINDS:
             every = gates[kind].flatten()
             places += [(e, kind, int(i)) for i in every[torch.tensor([0, -1])]]
     for e, kind, i in places:
@@ -106,7 +108,7 @@ def test_pieces_of_a_tensor_get_the_gates_of_their_rows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fitted(world, tmp_path / "whole.safetensors", steps=2)
-    monkeypatch.setattr("mergekit_wp.checkpoints._PIECE", 40)
+    monkeypatch.setattr("mergekit_wp.models.checkpoint._PIECE", 40)
     pieces = fitted(world, tmp_path / "pieces.safetensors", steps=2)
     for e in range(len(NAMES)):
         for kind, gates in whole.gates(e).items():

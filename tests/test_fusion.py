@@ -3,8 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_wp.fusion import (
-    FUSIONS,
+from mergekit_wp.merging.fusion import (
     component_gates,
     delta_norm,
     fuse,
@@ -12,6 +11,7 @@ from mergekit_wp.fusion import (
     normalise,
     with_harm,
 )
+from mergekit_wp.terms import FUSIONS
 
 SCORE = st.floats(-10, 10, allow_subnormal=False, width=32)
 TABLE = (
@@ -119,7 +119,7 @@ def test_equal_scores_are_cut_in_order() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_fuse_equals_its_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_wp.fusion.CHUNK", 10)  # several blocks of rows
+    monkeypatch.setattr("mergekit_wp.merging.fusion.CHUNK", 10)  # several blocks of rows
     torch.manual_seed(0)
     base, one, two = (torch.randn(6, 4).to(dtype) for _ in range(3))
     gates = torch.rand(2, 6, 1, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_fuse_takes_scalars_columns_and_gradients() -> None:
 
 @pytest.mark.parametrize("shape", [(), (5,), (7, 3), (2, 3, 4)])
 def test_delta_norm(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_wp.fusion.CHUNK", 4)
+    monkeypatch.setattr("mergekit_wp.merging.fusion.CHUNK", 4)
     base, expert = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
     expected = float((expert.double() - base.double()).norm())
     assert delta_norm(base, expert) == pytest.approx(expected, rel=1e-5)

@@ -12,9 +12,9 @@ import torch
 from mergekit.io.tasks import LoaderCache
 from transformers import LlamaConfig
 
-from mergekit_wp import checkpoints
-from mergekit_wp.memory import peak_on_gpus
-from mergekit_wp.placement import DISK
+from mergekit_wp.models.checkpoint import Checkpoint as OpenCheckpoint
+from mergekit_wp.models.memory import peak_on_gpus
+from mergekit_wp.models.placement import DISK
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.merging import Checkpoint, Family, add, llama_config, random_state
@@ -78,8 +78,8 @@ def test_threads_read_what_is_stored(
 ) -> None:
     config = llama_config(hidden_size=64)
     kept = Checkpoint.save(tmp_path / "base", config, random_state(config, 0), stored).state
-    monkeypatch.setattr("mergekit_wp.checkpoints._PIECE", 16)
-    checkpoint = checkpoints.Checkpoint(str(tmp_path / "base"))
+    monkeypatch.setattr("mergekit_wp.models.checkpoint._PIECE", 16)
+    checkpoint = OpenCheckpoint(str(tmp_path / "base"))
     most = max(len(checkpoint.pieces(name)) for name in kept)
     assert most >= 64, "more pieces than threads"
     for dtype in (torch.bfloat16, torch.float32, torch.float64):

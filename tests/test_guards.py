@@ -12,11 +12,11 @@ import yaml
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 
-from mergekit_wp import recipe as recipes
-from mergekit_wp import scorefile
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import CompanyMember, Scale, ScoreFile
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.scorefile import CompanyMember, Scale, ScoreFile
+from mergekit_wp.merging import recipe as recipes
 from tests.merging import Family, by_mergekit, llama_config, norms, reference, scores_for
 from tests.test_method import assert_merged, states
 

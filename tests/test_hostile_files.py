@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergekit_wp import expert_scores, gatesfile, recipe, scorefile, tracefile
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import circuitfile, gatesfile, scorefile
+from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, Screen, TraceFile
+from mergekit_wp.files.scorefile import Agreement, ScoreFile, SetPoint, Verification
+from mergekit_wp.merging import expert_scores, recipe
 from mergekit_wp.prompts import read_prompts
-from mergekit_wp.roles import Edge, Measured, Node, Rules
-from mergekit_wp.scorefile import Agreement, ScoreFile, SetPoint, Verification
-from mergekit_wp.tracefile import Screen, TraceFile
 from tests.factory import make_gates_file, make_score_file
 from tests.mutation import (
     mutated_bytes,
@@ -165,7 +165,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a", "b"):
         scorefile.write(scores, folder / f"{name}.safetensors")
     gatesfile.write(make_gates_file(), folder / "gates.safetensors")
-    tracefile.write(trace_of(scores), folder / "trace.json")
+    circuitfile.write(trace_of(scores), folder / "trace.json")
     (folder / "prompts.jsonl").write_text(PROMPTS)
     (folder / "recipe.yml").write_text(yaml.safe_dump(RECIPE))
     return folder
@@ -260,15 +260,15 @@ SCORES = full_score_file()
 
 
 def read_trace(path: Path) -> None:
-    trace = tracefile.read(path, SCORES)
+    trace = circuitfile.read(path, SCORES)
     copy = path.with_name("again.json")
-    tracefile.write(trace, copy)
-    assert tracefile.read(copy, SCORES) == trace
-    from mergekit_wp.report import circuit
+    circuitfile.write(trace, copy)
+    assert circuitfile.read(copy, SCORES) == trace
+    from mergekit_wp.report import circuit_graph
 
-    circuit.sentences(trace)
-    circuit.node_rows(trace)
-    circuit.positions(trace)
+    circuit_graph.sentences(trace)
+    circuit_graph.node_rows(trace)
+    circuit_graph.positions(trace)
 
 
 def read_prompt_lines(path: Path) -> None:
@@ -455,7 +455,8 @@ _READ_BOMBS = """
 import resource, sys, time
 from pathlib import Path
 import torch, safetensors
-from mergekit_wp import gatesfile, recipe, scorefile, tracefile
+from mergekit_wp.files import circuitfile, gatesfile, scorefile
+from mergekit_wp.merging import recipe
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import read_prompts
@@ -469,7 +470,7 @@ for name in sys.argv[1:]:
     path = Path(name)
     read = {
         ".safetensors": gatesfile.read if "gates-" in name else scorefile.read,
-        ".json": lambda p: tracefile.read(p, SCORES),
+        ".json": lambda p: circuitfile.read(p, SCORES),
         ".jsonl": lambda p: read_prompts(p, None),
         ".yml": recipe.read,
     }[path.suffix]

@@ -17,15 +17,16 @@ from huggingface_hub.utils import filter_repo_objects
 from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file
 
-from mergekit_wp import hub, scorefile
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import open_pair
-from mergekit_wp.scoring.fit import fit
-from mergekit_wp.scoring.opening import scored_model
-from mergekit_wp.scoring.request import FitRequest
+from mergekit_wp.files import scorefile
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.models import hub
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.runs.run import scored_model
 from tests.fitting import fitted
 from tests.gating import gate, gated_merge, gated_recipe
 from tests.merging import Family, llama_config

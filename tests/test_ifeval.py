@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.ifeval import RULES, follows
+from mergekit_wp.tasks.ifeval import RULES, follows
 
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("change_case:english_capital", {}, "ALL OF IT, 1 AND 2!", True),

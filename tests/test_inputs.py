@@ -16,15 +16,15 @@ from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mergekit_wp import scorefile
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import open_pair
-from mergekit_wp.recipe import Experts
-from mergekit_wp.scoring.company import score_company
-from mergekit_wp.scoring.request import CompanyRequest
+from mergekit_wp.files import scorefile
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.merging.recipe import Experts
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.pair import open_pair
 from tests.gating import gate, gated_recipe
 from tests.merging import Checkpoint as Stored
 from tests.merging import (

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.scorefile import Fidelity, ScoreFile, write
 from mergekit_wp.report import table, words
 from mergekit_wp.report.ranking import rank, select, to_json
-from mergekit_wp.scorefile import Fidelity, ScoreFile, write
 from tests.factory import llama_tensor_names, make_score_file
 
 DIMS = Dims(n_layers=3, n_heads=4, n_kv_groups=2, n_neurons=6)

@@ -13,7 +13,7 @@ import torch
 
 from mergekit_wp.cli import main
 from mergekit_wp.interrupts import Interrupted, finishing, listening
-from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.runs.journal import Journal
 from tests.killing import contents, small_files
 from tests.models import make_model, perturbed, save, write_prompts
 

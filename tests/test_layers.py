@@ -13,17 +13,17 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.statistics import Estimate
 from mergekit_wp.criteria import Reference
 from mergekit_wp.errors import UserError
-from mergekit_wp.scoring.layers import (
-    AnchorRequest,
+from mergekit_wp.mechanism.anchors import (
     LayerAnchor,
-    best,
+    best_anchor,
+    direction_stability,
     find_anchors,
     recovered,
-    stability,
 )
+from mergekit_wp.mechanism.request import AnchorRequest
+from mergekit_wp.statistics import Estimate
 from tests.models import EOS, LETTERS, make_model, perturbed, save
 from tests.test_scoring import Quiet
 
@@ -118,10 +118,10 @@ def test_stability_sees_a_direction_and_its_absence() -> None:
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.normal(0, 1, (40, 200)))
     shared = torch.from_numpy(rng.normal(0, 1, 200))
-    assert abs(stability(noise, 0).value) < 0.1
+    assert abs(direction_stability(noise, 0).value) < 0.1
     # halves of 20: noise of 1/20 of a unit variance beside a shared part of variance 1
-    assert stability(noise + shared, 0).value == pytest.approx(1 / (1 + 1 / 20), abs=0.02)
-    assert stability(shared.expand(6, -1), 0) == Estimate(*[pytest.approx(1.0)] * 3)
+    assert direction_stability(noise + shared, 0).value == pytest.approx(1 / (1 + 1 / 20), abs=0.02)
+    assert direction_stability(shared.expand(6, -1), 0) == Estimate(*[pytest.approx(1.0)] * 3)
 
 
 def test_recovery_of_the_ends() -> None:
@@ -137,9 +137,9 @@ def test_usable_needs_all_three() -> None:
     layers = [layer(0, 9, 0.9, -0.1), layer(1, 2, 0.6, 0.1), layer(2, 3, 0.8, 0.2)]
     assert [x.usable for x in layers] == [False, True, True]
     assert not layer(3, 0.9, 0.9, 0.5).usable and not layer(3, 5, 0.4, 0.5).usable
-    found = best(layers)
+    found = best_anchor(layers)
     assert found is not None and found.layer == 2
-    assert best(layers[:1]) is None
+    assert best_anchor(layers[:1]) is None
 
 
 def test_the_command(world: Path, tmp_path: Path) -> None:

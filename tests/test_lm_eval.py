@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from mergekit_wp.backoff import UNBOUNDED, AtOnce
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask, answers
-from mergekit_wp.compare.lm_eval_task import LmEvalTask
 from mergekit_wp.errors import UserError
+from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask, answers
+from mergekit_wp.tasks.lm_eval import LmEvalTask
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")

@@ -21,13 +21,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
-from mergekit_wp.model_names import last_name
-from mergekit_wp.pair import open_pair
-from mergekit_wp.scoring.company import score_company
-from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.model_names import last_name
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.merging import State
 from tests.merging import reference as expected_merge

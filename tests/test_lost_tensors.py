@@ -11,11 +11,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from mergekit_wp import preflight
-from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
-from mergekit_wp.host import unwritten
+from mergekit_wp.merging import preflight
+from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.host import unwritten
 from tests.models import make_model, perturbed
 from tests.test_scoring import run
 

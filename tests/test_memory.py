@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.errors import UserError
-from mergekit_wp.memory import GIB, free_memory, is_out_of_memory, peak_memory
-from mergekit_wp.resident import ResidentModel
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.memory import GIB, free_memory, is_out_of_memory, peak_memory
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.models import finetuned, make_model, save, write_prompts

@@ -15,10 +15,10 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp import scorefile
 from mergekit_wp.cli import main
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import scorefile
 from tests.merging import (
     Family,
     State,

@@ -15,8 +15,9 @@ from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file
 
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.fusion import FUSIONS, Fusion, component_gates, fuse
-from mergekit_wp.method import WeightPatchingMerge
+from mergekit_wp.merging.fusion import component_gates, fuse
+from mergekit_wp.merging.method import WeightPatchingMerge
+from mergekit_wp.terms import FUSIONS, Fusion
 from tests.merging import Family, State, by_mergekit, llama_config
 from tests.test_merge_command import done, refused, write
 

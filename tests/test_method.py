@@ -17,10 +17,11 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.scripts import merge_raw_pytorch, multimerge
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp import hub, scorefile
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
-from mergekit_wp.method import weight_patching
+from mergekit_wp.files import scorefile
+from mergekit_wp.merging.method import weight_patching
+from mergekit_wp.models import hub
 from tests.merging import (
     Family,
     State,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergekit_wp.models import load_folder
+from mergekit_wp.models.load import load_folder
 from tests.models import CONFIGS, FAMILIES, make_model, save
 
 torch.set_num_threads(1)

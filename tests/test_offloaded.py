@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.offloaded import Offloaded, fetch_when_called, here
+from mergekit_wp.models.offloaded import Offloaded, fetch_when_called, here
 
 torch.set_num_threads(1)
 

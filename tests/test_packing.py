@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_wp.criteria import AnchorDirection, Targets
+from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.packing import TokenCost, packed
-from mergekit_wp.engine.trace import Decoder, own_values, record
-from mergekit_wp.pair import open_pair
+from mergekit_wp.engine.replay import own_values, record
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, Sample
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scorefile import ScoreFile
-from mergekit_wp.scoring.references import References
+from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.sweep import SweepContext
 from tests.models import CONFIGS, VOCABULARY, make_model, perturbed, save
 from tests.test_scoring import Quiet
 

@@ -7,10 +7,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mergekit_wp import placement as module
 from mergekit_wp.errors import UserError
-from mergekit_wp.models import skeleton
-from mergekit_wp.placement import DISK, check_places, free_places, parse_max_memory, placement
+from mergekit_wp.models import placement as module
+from mergekit_wp.models.load import skeleton
+from mergekit_wp.models.placement import (
+    DISK,
+    check_places,
+    free_places,
+    parse_max_memory,
+    placement,
+)
 
 KIB = 2**10
 

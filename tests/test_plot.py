@@ -18,10 +18,10 @@ from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.commands.plot import plot
 from mergekit_wp.components import Dims
 from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.files.scorefile import ScoreFile, read, write
 from mergekit_wp.report import figures, panels
 from mergekit_wp.report.page import html
 from mergekit_wp.report.ranking import rank, select
-from mergekit_wp.scorefile import ScoreFile, read, write
 from tests.factory import make_score_file
 
 HOSTILE = "<script>alert(1)</script> \"quote' $\\frac{x$ {{ 7*7 }} \x1b[31m 大写"

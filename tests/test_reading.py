@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.reading import _THREADS, Rows, Span, _ahead, on_device
+from mergekit_wp.models.streaming import _THREADS, Rows, Span, _ahead, on_device
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

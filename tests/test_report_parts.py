@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_wp.report import circuit, sides, summary, takings
-from mergekit_wp.scorefile import ScoreFile
-from mergekit_wp.tracefile import TraceFile
+from mergekit_wp.files.circuitfile import TraceFile
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.report import circuit_graph, merge_preview, summary, weights_vs_activations
 from tests.circuit import NEURON, write_world
 from tests.test_trace import scored, traced
 
@@ -25,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoreFile, TraceFil
 
 
 def test_sides_tell_sources_from_what_passes_on(world: tuple[ScoreFile, TraceFile]) -> None:
-    [found] = sides.sides(world[0])
+    [found] = weights_vs_activations.comparisons(world[0])
     assert (found.weights, found.activations) == ("gain", "activation_gain")
     assert set(found.activations_only) == {"layer 1 head 2", "layer 3 neuron 5"} | {
         "layer 1 kv_group 1"
@@ -38,34 +38,36 @@ def test_sides_tell_sources_from_what_passes_on(world: tuple[ScoreFile, TraceFil
     assert rows["neuron", "all layers"].n == 48
     # the two leading neurons by activations are the source and the executor, one of them by both
     assert rows["neuron", "all layers"].overlap == pytest.approx(0.5)
-    assert any("by activations only" in said for said in sides.sentences(found))
+    assert any("by activations only" in said for said in weights_vs_activations.sentences(found))
 
 
 def test_top() -> None:
     scores = np.array([[0.5, -1.0], [0.7, 0.0]])
-    assert sides.top(scores, 0.25).tolist() == [[False, False], [True, False]]
-    assert sides.top(scores, 1.0).tolist() == [[True, False], [True, False]], "above zero only"
-    assert not sides.top(np.zeros((2, 2)), 0.5).any()
+    assert weights_vs_activations.top(scores, 0.25).tolist() == [[False, False], [True, False]]
+    assert weights_vs_activations.top(scores, 1.0).tolist() == [[True, False], [True, False]], (
+        "above zero only"
+    )
+    assert not weights_vs_activations.top(np.zeros((2, 2)), 0.5).any()
 
 
 def test_circuit_stands_in_layers(world: tuple[ScoreFile, TraceFile]) -> None:
     trace = world[1]
-    at = circuit.positions(trace)
+    at = circuit_graph.positions(trace)
     order = ["layer 0 neuron 3", "layer 1 head 2", "layer 3 neuron 5"]
     assert [at[name][1] for name in order] == sorted(at[name][1] for name in order)
-    for edge in circuit.drawn_edges(trace):
+    for edge in circuit_graph.drawn_edges(trace):
         assert at[edge.source][1] < at[edge.target][1] or edge.target.startswith(
             edge.source.rsplit(" ", 2)[0]
         )
-    said = " ".join(circuit.sentences(trace))
+    said = " ".join(circuit_graph.sentences(trace))
     assert "1 carrier (holds the change in its weights and supplies others): layer 0" in said
-    rows = {row.name: row for row in circuit.node_rows(trace)}
+    rows = {row.name: row for row in circuit_graph.node_rows(trace)}
     assert rows["layer 1 head 2"].role == "router" and rows["layer 1 head 2"].suppliers == "1"
 
 
 def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]) -> None:
     file = world[0]
-    found = takings.takings(file)
+    found = merge_preview.merge_preview(file)
     assert found is not None and (found.estimand, found.criterion) == ("gain", "kl")
     for kind in ("head", "kv_group", "neuron"):
         scores = file.scores("gain", "kl", kind)
@@ -75,7 +77,7 @@ def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]
     only = ScoreFile(
         file.manifest.model_copy(update={"estimands": ("activation_gain",)}), file.tensors
     )
-    assert takings.takings(only) is None, "no merge goes by activations"
+    assert merge_preview.merge_preview(only) is None, "no merge goes by activations"
 
 
 def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:

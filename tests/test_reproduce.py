@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mergekit_wp import scorefile
 from mergekit_wp.cli import cli
+from mergekit_wp.files import scorefile
 from tests.factory import make_score_file
 from tests.models import finetuned, make_model, save, write_prompts
 from tests.test_company import NAMES, write_task

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_wp import resident as module
 from mergekit_wp.cli import main
-from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
-from mergekit_wp.placement import DISK, placement
-from mergekit_wp.scorefile import LONE_ESTIMANDS
-from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.models import resident as module
+from mergekit_wp.models.placement import DISK, placement
+from mergekit_wp.runs.journal import Journal
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from mergekit_wp.terms import LONE_ESTIMANDS, SLICED_KINDS
 from tests.models import CONFIGS, FAMILIES, make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.scoring.journal import Journal
+from mergekit_wp.runs.journal import Journal
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.models import make_model, perturbed, save, write_prompts

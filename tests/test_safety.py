@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import staged_folder
+from mergekit_wp.files.atomic import staged_folder
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.report.page import html
-from mergekit_wp.scorefile import ScoreFile
 from tests.factory import make_score_file
 from tests.merging import Family, llama_config
 from tests.models import make_model, perturbed, save, write_prompts

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import METADATA_KEY, ScoreFile, read, write
+from mergekit_wp.files.scorefile import METADATA_KEY, ScoreFile, read, write
 from tests.factory import make_score_file
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mergekit_wp.components import KINDS, Partition
-from mergekit_wp.scorefile import ScoreFile
+from mergekit_wp.components import Partition
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.scoring import assemble
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from mergekit_wp.terms import KINDS
 from tests.models import (
     CONFIGS,
     DEVICE,

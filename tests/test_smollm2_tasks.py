@@ -15,8 +15,8 @@ from benchmarks.smollm2.skills import code, instruction, math
 from benchmarks.smollm2.skills.code import FAMILIES, Family, assertions, solve
 from benchmarks.smollm2.skills.item import Item, Split, split_of
 from benchmarks.smollm2.tasks import task_line, unique
-from mergekit_wp import ifeval
-from mergekit_wp.compare.checkers import BUILT_IN, NEEDS
+from mergekit_wp.tasks import ifeval
+from mergekit_wp.tasks.checkers import BUILT_IN, NEEDS
 
 SPLITS: tuple[Split, ...] = ("train", "score", "valid", "test")
 REQUESTS = [f"Write a short poem about subject number {i}." for i in range(120)]

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import read, write
+from mergekit_wp.files.scorefile import read, write
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.stability import between_files, between_halves, jaccard
+from mergekit_wp.statistics import between_files, between_halves, jaccard
 from tests.models import make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 

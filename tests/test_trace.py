@@ -14,18 +14,19 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_wp import scorefile, tracefile
 from mergekit_wp.cli import cli
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import open_pair
-from mergekit_wp.roles import Edge, Measured, Node, Rules, is_edge, role
-from mergekit_wp.scorefile import ScoreFile
-from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import ScoreRequest, TraceRequest
+from mergekit_wp.files import circuitfile, scorefile
+from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, TraceFile
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.mechanism.circuit import trace
+from mergekit_wp.mechanism.request import TraceRequest
+from mergekit_wp.mechanism.roles import is_edge, role
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.tracing import trace
-from mergekit_wp.tracefile import TraceFile
 from tests.circuit import HEAD, LATE, NEURON, write_world
 from tests.models import DEVICE, EOS, EXACT, LETTERS, make_model, perturbed, save, write_prompts
 from tests.oracle import WRITERS, layers_of, swapped, values, with_activation
@@ -332,7 +333,7 @@ def test_the_command_and_its_file(tmp_path: Path) -> None:
     assert done.exception is None, done.exception
     assert "layer 0 neuron 3 -> layer 1 head 2, by weights: +1.000" in done.output
     assert "carrier" in done.output and "executor" in done.output
-    read = tracefile.read(out, file)
+    read = circuitfile.read(out, file)
     assert read.behavior == "prompts" and read.n_layers == 4
     page = root / "page.html"
     drawn = CliRunner().invoke(
@@ -344,7 +345,7 @@ def test_the_command_and_its_file(tmp_path: Path) -> None:
 
     other = scorefile.ScoreFile(file.manifest, file.tensors | {"delta_norm": torch.ones(1)})
     with pytest.raises(UserError, match=r"trace\.json was made from other scores"):
-        tracefile.read(out, other)
+        circuitfile.read(out, other)
     for content, message in (
         ("{", "cannot be read"),
         ("[]", "make one with"),
@@ -352,7 +353,7 @@ def test_the_command_and_its_file(tmp_path: Path) -> None:
     ):
         (root / "bad.json").write_text(content)
         with pytest.raises(UserError, match=message):
-            tracefile.read(root / "bad.json", file)
+            circuitfile.read(root / "bad.json", file)
 
 
 @pytest.mark.parametrize(

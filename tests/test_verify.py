@@ -12,21 +12,22 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_wp import scorefile
-from mergekit_wp.behaviors import behavior
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.components import Component, Partition
-from mergekit_wp.engine.sets import extreme, matched
 from mergekit_wp.errors import UserError
-from mergekit_wp.pair import open_pair
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.scorefile import ScoreFile, SetPoint, Verification
+from mergekit_wp.mechanism.request import VerifyRequest
+from mergekit_wp.mechanism.sets import extreme, matched
+from mergekit_wp.mechanism.verify import estimate, verify
+from mergekit_wp.models.pair import open_pair
 from mergekit_wp.report.verification import area
-from mergekit_wp.scorefile import ScoreFile, SetPoint, Verification
-from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.request import ScoreRequest, VerifyRequest
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.scoring.verify import estimate, verify
+from mergekit_wp.tasks.behaviors import behavior
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask
 from tests.models import DEVICE, EOS, EXACT, LETTERS, make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 

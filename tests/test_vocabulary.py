@@ -14,9 +14,9 @@ from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mergekit_wp import scorefile
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import scorefile
 from tests.merging import Family, add, llama_config, random_state, scores_for
 from tests.models import VOCABULARY, make_model, perturbed, save
 from tests.test_inputs import WAYS, Merged, by_ours, by_stock

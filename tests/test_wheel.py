@@ -74,7 +74,7 @@ def test_plain_mergekit_knows_the_method(wheel: Path, tmp_path: Path) -> None:
         "sys.argv[1:] = ['--help']; main()",
     )
     method, file, *help_text = shown.splitlines()
-    assert method == "mergekit_wp.method"
+    assert method == "mergekit_wp.merging.method"
     assert Path(file).is_relative_to(tmp_path)
     assert re.match("Usage: .*CONFIG_FILE", help_text[0])
     assert mergekit_wp.__version__ in run(tmp_path / "bin/mergekit-wp", "--version")

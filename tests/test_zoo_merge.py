@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 
 from benchmarks.zoo.evaluate import evaluate
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.scorefile import ScoreFile
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.test_scoring import Quiet

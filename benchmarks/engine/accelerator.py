@@ -20,17 +20,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.engine.measure import counted, profiled, timed
-from mergekit_wp.components import SLICED_KINDS, Kind
-from mergekit_wp.memory import in_gib, peak_memory, peak_on_gpus
-from mergekit_wp.pair import open_pair
+from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
-from mergekit_wp.resident import ResidentModel
+from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.references import measure_references
+from mergekit_wp.runs.texts import auto_batch_size
 from mergekit_wp.scoring.exact import exact_blocks
 from mergekit_wp.scoring.first_order import first_order_blocks
-from mergekit_wp.scoring.references import measure_references
 from mergekit_wp.scoring.shares import share_blocks
-from mergekit_wp.scoring.sweep import SweepContext
-from mergekit_wp.scoring.texts import auto_batch_size
+from mergekit_wp.terms import SLICED_KINDS, Kind
 
 _LLAMA = {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None}
 #: hidden, MLP, layers, heads, groups, vocabulary, tied

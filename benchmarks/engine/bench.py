@@ -30,7 +30,7 @@ from benchmarks.engine.measure import (
 from benchmarks.engine.naive import NaiveSweep, Scores
 from benchmarks.smollm2.paths import BUILD
 from mergekit_wp.components import Component
-from mergekit_wp.scorefile import CriterionName
+from mergekit_wp.terms import CriterionName
 
 Row = dict[str, str | float]
 

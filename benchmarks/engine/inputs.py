@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.smollm2.paths import BUILD, REPO
-from mergekit_wp.components import Component, Kind, Partition
-from mergekit_wp.engine.trace import Criteria
-from mergekit_wp.progress import BarProgress
+from mergekit_wp.components import Component, Partition
+from mergekit_wp.criteria import Criteria
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, read_prompts
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.opening import open_inputs
-from mergekit_wp.scoring.references import References, measure_references
-from mergekit_wp.scoring.sweep import SweepContext
-from mergekit_wp.scoring.texts import auto_batch_size
+from mergekit_wp.runs.progress import BarProgress
+from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.references import References, measure_references
+from mergekit_wp.runs.run import open_inputs
+from mergekit_wp.runs.texts import auto_batch_size
+from mergekit_wp.terms import Kind
 
 ZOO = REPO / "benchmarks" / "zoo" / "checkpoints"
 CRITERIA: Criteria = ("kl", "anchor")

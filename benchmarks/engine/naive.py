@@ -12,7 +12,7 @@ import torch
 from benchmarks.engine.inputs import Inputs
 from mergekit_wp.components import Component
 from mergekit_wp.criteria import kl_values
-from mergekit_wp.scorefile import CriterionName
+from mergekit_wp.terms import CriterionName
 
 #: scores of components in the order they were given
 Scores = dict[CriterionName, torch.Tensor]

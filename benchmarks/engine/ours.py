@@ -8,11 +8,12 @@ import torch
 
 from benchmarks.engine.inputs import Inputs
 from benchmarks.engine.naive import Scores
-from mergekit_wp.components import SLICED_KINDS, Component, Kind
-from mergekit_wp.engine.trace import Criteria
+from mergekit_wp.components import Component
+from mergekit_wp.criteria import Criteria
 from mergekit_wp.scoring.exact import exact_blocks
 from mergekit_wp.scoring.first_order import first_order_blocks
 from mergekit_wp.scoring.shares import share_blocks
+from mergekit_wp.terms import SLICED_KINDS, Kind
 
 
 def exact(inputs: Inputs, components: Sequence[Component], criteria: Criteria) -> Scores:

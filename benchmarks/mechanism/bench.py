@@ -33,7 +33,7 @@ from benchmarks.mechanism.paths import (
 )
 from benchmarks.smollm2.experts import build, train
 from benchmarks.smollm2.paths import BUILD, command, read_jsonl, write_jsonl
-from mergekit_wp.progress import BarProgress
+from mergekit_wp.runs.progress import BarProgress
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score as run_score
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.smollm2.paths import BUILD as SMOLLM2
 from benchmarks.smollm2.paths import REPO
-from mergekit_wp.scorefile import Estimand
+from mergekit_wp.terms import Estimand
 
 WORK = REPO / "build" / "mechanism"
 BASE, EXPERT = SMOLLM2 / "base", SMOLLM2 / "experts" / "instruction"

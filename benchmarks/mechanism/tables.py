@@ -15,14 +15,14 @@ from benchmarks.mechanism.paths import (
     WORK,
     verified,
 )
-from mergekit_wp import tracefile
 from mergekit_wp.commands.stability import compared
+from mergekit_wp.files import circuitfile
+from mergekit_wp.files.scorefile import ScoreFile, SetPoint, read
 from mergekit_wp.report.agreement import cells, label
-from mergekit_wp.report.circuit import sentences
-from mergekit_wp.report.sides import sides
+from mergekit_wp.report.circuit_graph import sentences
 from mergekit_wp.report.verification import area, curve
+from mergekit_wp.report.weights_vs_activations import weights_vs_activations
 from mergekit_wp.report.words import KIND_WORDS
-from mergekit_wp.scorefile import ScoreFile, SetPoint, read
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -75,7 +75,7 @@ def both_sides(file: ScoreFile) -> Iterator[str]:
             f"{row.weights_only:,}",
             f"{row.activations_only:,}",
         )
-        for found in sides(file)
+        for found in weights_vs_activations(file)
         for row in found.rows
         if row.kind != "kv_group"
     ]
@@ -109,7 +109,7 @@ def sets() -> Iterator[str]:
 
 def circuit(file: ScoreFile) -> Iterator[str]:
     """Nodes with roles, and the strongest edges."""
-    trace = tracefile.read(TRACE, file)
+    trace = circuitfile.read(TRACE, file)
     yield "### Circuit\n"
     yield from (f"- {sentence}" for sentence in sentences(trace))
     yield ""

@@ -9,11 +9,12 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mergekit_wp import gatesfile, scorefile
-from mergekit_wp.components import Dims, Kind
-from mergekit_wp.fusion import delta_norm
-from mergekit_wp.gatesfile import GatedExpert, GatesFile, GatesManifest, Moment
-from mergekit_wp.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile
+from mergekit_wp.components import Dims
+from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files.gatesfile import GatedExpert, GatesFile, GatesManifest, Moment
+from mergekit_wp.files.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile
+from mergekit_wp.merging.fusion import delta_norm
+from mergekit_wp.terms import Kind
 
 NAMES = ("instruction", "math", "code")
 #: SmolLM2-135M

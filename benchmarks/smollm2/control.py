@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from mergekit_wp.components import SLICED_KINDS
-from mergekit_wp.scorefile import ScoreFile
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.terms import SLICED_KINDS
 
 
 def random_control(file: ScoreFile, seed: int, estimand: str = "share") -> ScoreFile:

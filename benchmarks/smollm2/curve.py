@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_wp.compare.statistics import Estimate, wilson
+from mergekit_wp.statistics import Estimate, wilson
 
 
 @dataclass(frozen=True)

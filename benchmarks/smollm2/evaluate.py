@@ -16,8 +16,8 @@ from scipy.stats import binomtest
 
 from benchmarks.smollm2.generate import generate
 from benchmarks.smollm2.paths import PROMPTS, read_jsonl
-from mergekit_wp.compare.statistics import wilson
-from mergekit_wp.ifeval import follows
+from mergekit_wp.statistics import wilson
+from mergekit_wp.tasks.ifeval import follows
 
 CAPITALS = "change_case:english_capital"
 

@@ -30,14 +30,14 @@ from benchmarks.smollm2.fitting import STEPS, recipe_of
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, REPO, read_jsonl
 from benchmarks.smollm2.tasks import SKILLS
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.share import TaskVector
+from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.slopes import Term, slopes
-from mergekit_wp.engine.trace import Decoder
-from mergekit_wp.pair import open_pair
+from mergekit_wp.engine.task_vector import TaskVector
+from mergekit_wp.models.pair import open_pair
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, batches, read_prompts
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.references import logprobs
-from mergekit_wp.scoring.texts import encode_texts
+from mergekit_wp.runs.references import logprobs
+from mergekit_wp.runs.texts import encode_texts
 
 A_STEP = 8
 

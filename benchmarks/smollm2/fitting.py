@@ -47,9 +47,9 @@ from benchmarks.smollm2.tasks import (
     unique,
 )
 from benchmarks.zoo.bench import Silent
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask
-from mergekit_wp.scoring.request import GUARD_WEIGHT, FitRequest
+from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask
 
 FOLDER = BUILD / "fitting"
 GUARDS = (FOLDER / "requests.jsonl", FOLDER / "text.jsonl")

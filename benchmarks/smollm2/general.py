@@ -22,8 +22,8 @@ from benchmarks.smollm2.bench import COMBINATIONS, HERE, local
 from benchmarks.smollm2.paths import BASE, BUILD, IFEVAL, REPO, command, device, read_jsonl
 from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
 from benchmarks.smollm2.tasks import SKILLS
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask
 
 RECIPES = ("weight_patching-untuned", "weight_patching", "task_arithmetic", "ties")
 FOLDER = BUILD / "general"

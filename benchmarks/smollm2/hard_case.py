@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from benchmarks.smollm2.bench import MAX_PROMPTS, local, prepare, score
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, command
 from benchmarks.smollm2.straight import write_straight
-from mergekit_wp import scorefile
+from mergekit_wp.files import scorefile
 
 PAIR = ("instruction", "math")
 FOLDER = BUILD / "hard-case"

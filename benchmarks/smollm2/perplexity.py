@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.smollm2.ifeval import identity, request_of
 from benchmarks.smollm2.paths import IFEVAL, device, read_jsonl
 from benchmarks.smollm2.skills.item import split_of
-from mergekit_wp.ifeval import RULES
+from mergekit_wp.tasks.ifeval import RULES
 
 TEXTS = 96
 MAX_TOKENS = 96

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS
-from mergekit_wp import scorefile
-from mergekit_wp.components import SLICED_KINDS, Dims, Partition
+from mergekit_wp.components import Dims, Partition
+from mergekit_wp.files import scorefile
 from mergekit_wp.prompts import encode_prompt, encode_response, read_prompts
+from mergekit_wp.terms import SLICED_KINDS
 
 POINTS = (0.25, 0.5, 0.75)
 State = dict[str, torch.Tensor]

@@ -28,11 +28,11 @@ from benchmarks.zoo.bench import (
     weight_patching,
 )
 from benchmarks.zoo.lab import naive_rows
-from mergekit_wp import scorefile
 from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.compare.resampling import Pooled, Resampled
 from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.compare.statistics import Pooled, Resampled
 from mergekit_wp.compare.table import interval, signed
+from mergekit_wp.files import scorefile
 
 EXPERTS = ("inst", "math", "sort")
 REFERENCE = "company: 128 prompts, 10 steps"

@@ -24,19 +24,20 @@ from tqdm import tqdm
 
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.tasks import distinct_items, prompt_line
-from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.methods import DEFAULT_METHODS, methods_of
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.rows import Comparison
 from mergekit_wp.compare.run import Runner
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.prompts import Prompt
-from mergekit_wp.scoring.company import score_company
-from mergekit_wp.scoring.request import CompanyRequest, ScoreRequest
+from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "zoo"

@@ -45,10 +45,10 @@ from benchmarks.zoo.bench import (
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.lab import Lab
 from benchmarks.zoo.tasks import distinct_items
-from mergekit_wp import gatesfile, scorefile
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.scoring.fit import fit
-from mergekit_wp.scoring.request import FitRequest
+from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
 
 ALL = COMBINATIONS[-1]
 #: unlabelled prompts a skill, and how the gates climb

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.zoo.bench import N_PROMPTS, checkpoints, prompts, task
 from mergekit_wp.compare.rows import Comparison
 from mergekit_wp.components import Dims, Partition
-from mergekit_wp.engine.guided import Travelled
+from mergekit_wp.joint.guided import PathPosition
 
 State = dict[str, torch.Tensor]
 EXPERTS = ("inst", "math", "sort")
@@ -102,7 +102,7 @@ class Lab:
     def components(self, products: State) -> State:
         """Summed by component, spread over each tensor."""
         partition = self.partition
-        sums = {kind: s.float() for kind, s in Travelled.nowhere(partition).path.items()}
+        sums = {kind: s.float() for kind, s in PathPosition.at_the_base(partition).path.items()}
         for n, product in products.items():
             layout = partition.layouts[n]
             other = [d for d in range(product.dim()) if d not in layout.dims]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mergekit_wp.compare.resampling import Pooled, Resampled
 from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.compare.statistics import Pooled, Resampled
 from mergekit_wp.compare.table import interval, signed
 
 #: by combination, by training seed

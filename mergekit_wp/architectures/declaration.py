@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit_wp.components import FineKind
+    from mergekit_wp.terms import FineKind
 
 
 @dataclass(frozen=True)

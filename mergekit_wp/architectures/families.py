@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_wp.architectures.declaration import (
-    LLAMA_CUTS,
-    Architecture,
-    Cut,
-    columns,
-    rows,
-)
+from mergekit_wp.architectures.declaration import LLAMA_CUTS, Architecture, Cut, columns, rows
 
 LLAMA = Architecture("llama", "LlamaForCausalLM")
 

@@ -9,12 +9,9 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_wp.components import SLICED_KINDS, FineKind
-from mergekit_wp.host import is_tied
-from mergekit_wp.planned import planned_gates, planned_source
-from mergekit_wp.scorefile import CriterionName, Estimand
-
-KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
+from mergekit_wp.merging.host import is_tied
+from mergekit_wp.merging.plan import planned_gates, planned_source
+from mergekit_wp.terms import FINE_KINDS, CriterionName, Estimand, FineKind
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def contributions(
         tuple(str(expert) for expert in order),
         {
             kind: _tally([total / n for (k, _), (total, n) in sums.items() if k == kind])
-            for kind in KINDS
+            for kind in FINE_KINDS
             if any(k == kind for k, _ in sums)
         },
     )

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from mergekit_wp import gatesfile, scorefile
-from mergekit_wp.files import refuse_link_out, written_whole
-from mergekit_wp.recipe import Recipe, find_gates_file, find_score_file, gates_of
-from mergekit_wp.scorefile import Manifest
+from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files.atomic import refuse_link_out, written_whole
+from mergekit_wp.files.scorefile import Manifest
+from mergekit_wp.merging.recipe import Recipe, find_gates_file, find_score_file, gates_of
 
 FOLDER = "scores"
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from mergekit.common import ModelPath
 from mergekit.config import MergeConfiguration
 
-from mergekit_wp import hub
+from mergekit_wp.models import hub
 
 NOT_STATED, NOT_READ = "not stated", "could not be read"
 

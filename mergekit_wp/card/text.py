@@ -9,8 +9,9 @@ from mergekit_wp.card.contributions import Contributions
 from mergekit_wp.card.evaluation import Evaluation
 from mergekit_wp.card.scores import ScoreCopy
 from mergekit_wp.card.sources import Source
+from mergekit_wp.files.scorefile import Manifest
 from mergekit_wp.report.words import KIND_WORDS, clean, fidelity_rows
-from mergekit_wp.scorefile import CriterionName, Estimand, Manifest
+from mergekit_wp.terms import CriterionName, Estimand
 
 
 def short_names(models: Sequence[str]) -> tuple[str, ...]:

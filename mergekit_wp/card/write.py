@@ -25,8 +25,8 @@ from mergekit_wp.card.evaluation import evaluation
 from mergekit_wp.card.scores import ScoreCopy, copy_scores
 from mergekit_wp.card.sources import common_licence, sources
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import written_whole
-from mergekit_wp.recipe import Recipe, experts_in_order
+from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.merging.recipe import Recipe, experts_in_order
 
 README, CONFIG, CHART = "README.md", "mergekit_config.yml", "contributions.png"
 BEGIN, END = "<!-- mergekit-wp: begin -->", "<!-- mergekit-wp: end -->"

@@ -1,1 +1,1 @@
-"""One module a subcommand; the logic lives below them."""
+"""One module a subcommand: it parses, calls the library and prints; the logic lives below."""

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_wp.checkpoints import Checkpoint
+    from mergekit_wp.models.checkpoint import Checkpoint
 
 _LEFT_OUT = ("mergekit_config.yml",)  # it describes another model than the one written here
 _NOTE = """
@@ -72,15 +72,15 @@ def aim(
     import transformers
     from tqdm import tqdm
 
-    from mergekit_wp.aim import activation_importance
-    from mergekit_wp.backoff import fitting
-    from mergekit_wp.checkpoints import Checkpoint
-    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
-    from mergekit_wp.files import staged_folder
-    from mergekit_wp.models import load_folder
-    from mergekit_wp.progress import BarProgress
+    from mergekit_wp.files.atomic import staged_folder
+    from mergekit_wp.merging.aim import activation_importance
+    from mergekit_wp.models.backoff import fitting
+    from mergekit_wp.models.checkpoint import Checkpoint
+    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.load import load_folder
     from mergekit_wp.prompts import read_prompts
+    from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     device = choose_device(device)
@@ -131,8 +131,8 @@ def _write(
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from mergekit_wp.aim import apply_aim
     from mergekit_wp.errors import UserError
+    from mergekit_wp.merging.aim import apply_aim
 
     stored = set(merged.headers)
     if missing := sorted(set(importance) - stored):

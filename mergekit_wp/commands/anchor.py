@@ -14,7 +14,7 @@ import click
 from mergekit_wp.commands.options import prompt_file, prompted, running
 
 if TYPE_CHECKING:
-    from mergekit_wp.scoring.layers import LayerAnchor
+    from mergekit_wp.mechanism.anchors import LayerAnchor
 
 
 @click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
@@ -42,10 +42,11 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     import huggingface_hub
     import transformers
 
-    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
-    from mergekit_wp.progress import BarProgress
-    from mergekit_wp.scoring.layers import AnchorRequest, best, find_anchors
+    from mergekit_wp.mechanism.anchors import best_anchor, find_anchors
+    from mergekit_wp.mechanism.request import AnchorRequest
+    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
@@ -59,7 +60,7 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
             found = find_anchors(request, progress, Path(scratch, "anchor"))
         finally:
             progress.close()
-    chosen = best(found)
+    chosen = best_anchor(found)
     if as_json:
         layers = [asdict(layer) | {"usable": layer.usable} for layer in found]
         click.echo(json.dumps({"usable_layer": chosen and chosen.layer, "layers": layers}))
@@ -68,7 +69,7 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     click.echo(
         "\nno layer has a usable anchor for this behaviour: localise it by kl instead"
         if chosen is None
-        else f"\nusable; the layer that separates best is {chosen.layer}: "
+        else f"\nusable; the layer that separates best_anchor is {chosen.layer}: "
         f"score with --criterion anchor --anchor-layer {chosen.layer}"
     )
 

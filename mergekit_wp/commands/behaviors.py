@@ -28,9 +28,9 @@ def behaviors(name: str | None, out: Path | None, items: Path | None) -> None:
       mergekit-wp behaviors capitals --out capitals.jsonl --items capitals-items.jsonl
       mergekit-wp score base/ expert/ --prompts capitals.jsonl --out capitals.safetensors
     """
-    from mergekit_wp import behaviors as built_in
     from mergekit_wp.errors import UserError
-    from mergekit_wp.files import written_whole
+    from mergekit_wp.files.atomic import written_whole
+    from mergekit_wp.tasks import behaviors as built_in
 
     if name is None:
         if out or items:

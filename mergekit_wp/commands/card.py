@@ -37,12 +37,12 @@ def card(out: Path, results: Path | None, row: str | None) -> None:
     import transformers
     from mergekit.options import MergeOptions
 
-    from mergekit_wp import preflight
-    from mergekit_wp import recipe as recipes
     from mergekit_wp.autoload import ensure_registered
     from mergekit_wp.card.sources import sources
     from mergekit_wp.card.write import CONFIG, write_card
     from mergekit_wp.errors import UserError
+    from mergekit_wp.merging import recipe as recipes
+    from mergekit_wp.merging.plan import plan
 
     if row is not None and results is None:
         raise UserError("--row names a row of --results; give both")
@@ -55,7 +55,7 @@ def card(out: Path, results: Path | None, row: str | None) -> None:
     ensure_registered()
     checked = recipes.read(out / CONFIG)
     out = out.resolve()  # also of ".", so that the card has a name
-    write_card(out, checked, preflight.plan(checked, MergeOptions()), results, row)
+    write_card(out, checked, plan(checked, MergeOptions()), results, row)
     click.echo(f"model card written to {out / 'README.md'}")
     if not any(source.on_hub for source in sources(checked.config)):
         click.echo("before you upload: add the Hub ids of your inputs to its 'base_model'")

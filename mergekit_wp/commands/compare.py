@@ -12,8 +12,8 @@ import click
 
 if TYPE_CHECKING:
     from mergekit_wp.compare.plan import Plan
+    from mergekit_wp.compare.resampling import Resampled
     from mergekit_wp.compare.run import Runner
-    from mergekit_wp.compare.statistics import Resampled
 
 
 @click.command(short_help="Is it better than TIES, DARE and the rest, for your experts?")
@@ -111,11 +111,11 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
     from mergekit_wp.autoload import ensure_registered
     from mergekit_wp.compare.request import KEPT, CompareRequest, fingerprint, make_plan
+    from mergekit_wp.compare.resampling import Resampled
     from mergekit_wp.compare.results import Results
     from mergekit_wp.compare.run import Runner
-    from mergekit_wp.compare.statistics import Resampled
     from mergekit_wp.compare.table import terminal_table
-    from mergekit_wp.devices import choose_device
+    from mergekit_wp.models.devices import choose_device
 
     transformers.logging.set_verbosity_error()
     ensure_registered()
@@ -159,7 +159,7 @@ def _write(out: Path, plan: Plan, runner: Runner, resampled: Resampled) -> None:
     from mergekit_wp.compare.page import html_page
     from mergekit_wp.compare.rows import recipe_name
     from mergekit_wp.compare.table import markdown_table, summary
-    from mergekit_wp.files import written_whole
+    from mergekit_wp.files.atomic import written_whole
 
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
     texts = {

@@ -115,11 +115,11 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
     import transformers
 
     from mergekit_wp.autoload import ensure_registered
-    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
-    from mergekit_wp.progress import BarProgress
-    from mergekit_wp.scoring.fit import fit as run
-    from mergekit_wp.scoring.request import FitRequest
+    from mergekit_wp.joint.fit import fit as run
+    from mergekit_wp.joint.request import FitRequest
+    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)

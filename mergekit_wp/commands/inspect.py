@@ -7,13 +7,13 @@ import sys
 
 import click
 
-from mergekit_wp import gatesfile
-from mergekit_wp.components import KINDS
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import gatesfile
+from mergekit_wp.files.scorefile import read
 from mergekit_wp.report import gates as report_gates
 from mergekit_wp.report.ranking import rank, select, to_json
 from mergekit_wp.report.table import render
-from mergekit_wp.scorefile import CRITERIA, ESTIMANDS, read
+from mergekit_wp.terms import CRITERIA, ESTIMANDS, KINDS
 
 _DEFAULT_TOP = 20
 

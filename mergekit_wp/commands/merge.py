@@ -14,13 +14,13 @@ import transformers
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_wp import preflight
-from mergekit_wp import recipe as recipes
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
-from mergekit_wp.devices import check_device
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import disk_trouble, staged_folder
+from mergekit_wp.files.atomic import disk_trouble, staged_folder
+from mergekit_wp.merging import preflight
+from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.models.devices import check_device
 
 
 @click.command("merge", cls=PrettyPrintHelp, short_help="Merge experts as a recipe says.")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import CRITERIA
+from mergekit_wp.terms import CRITERIA
 
 _RUNNING = (
     click.option("--max-prompts", type=click.IntRange(min=1), metavar="N", help="Use the first N."),
@@ -86,7 +86,7 @@ def prompt_file(prompts: Path | None, behavior: str | None) -> Iterator[Path]:
     Raises:
         UserError: neither is given, or both; no such behaviour.
     """
-    from mergekit_wp import behaviors
+    from mergekit_wp.tasks import behaviors
 
     if (prompts is None) == (behavior is None):
         raise UserError("give either --prompts FILE.jsonl or --behavior NAME")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp import gatesfile, tracefile
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import written_whole
-from mergekit_wp.gatesfile import GatesFile
-from mergekit_wp.scorefile import ScoreFile, read
-from mergekit_wp.tracefile import TraceFile
+from mergekit_wp.files import circuitfile, gatesfile
+from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.files.circuitfile import TraceFile
+from mergekit_wp.files.gatesfile import GatesFile
+from mergekit_wp.files.scorefile import ScoreFile, read
 
 
 @click.command(short_help="Draw a score file as a picture or a page.")
@@ -56,7 +56,7 @@ def plot(file: str, out: Path, trace: Path | None) -> None:
         _write(out, _render_gates(gatesfile.read(file), out.suffix.lower()))
         return
     scores = read(file)
-    circuit = None if trace is None else tracefile.read(trace, scores)
+    circuit = None if trace is None else circuitfile.read(trace, scores)
     _write(out, _render(scores, circuit, out.suffix.lower()))
 
 

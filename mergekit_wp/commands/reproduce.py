@@ -16,9 +16,9 @@ import click
 from mergekit_wp.errors import UserError
 
 if TYPE_CHECKING:
-    from mergekit_wp.gatesfile import GatesManifest
-    from mergekit_wp.scorefile import Manifest, ModelId
-    from mergekit_wp.tracefile import TraceFile
+    from mergekit_wp.files.circuitfile import TraceFile
+    from mergekit_wp.files.gatesfile import GatesManifest
+    from mergekit_wp.files.scorefile import Manifest, ModelId
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def reproduce(file: Path) -> None:
     \b
       mergekit-wp reproduce expert.safetensors > again.sh && sh again.sh
     """
-    from mergekit_wp import gatesfile, scorefile, tracefile
+    from mergekit_wp.files import circuitfile, gatesfile, scorefile
 
-    if tracefile.is_trace_file(file):
-        trace = tracefile.read(file)
+    if circuitfile.is_trace_file(file):
+        trace = circuitfile.read(file)
         steps, notes = [_traced(trace, file)], list(_other_scores(trace))
     elif gatesfile.is_gates_file(file):
         steps, notes = [_fitted(gatesfile.read(file).manifest, file)], []
@@ -106,7 +106,7 @@ def _traced(trace: TraceFile, file: Path) -> Step:
 
 
 def _other_scores(trace: TraceFile) -> Iterator[str]:
-    from mergekit_wp import scorefile
+    from mergekit_wp.files import scorefile
 
     try:
         there = scorefile.read(trace.command[1]).digest() == trace.scores_sha256
@@ -151,7 +151,7 @@ def _notes(step: Step) -> Iterator[str]:
 
 def _prompts_here(command: tuple[str, ...]) -> Iterator[str | None]:
     """Hashes of the prompts that a command names: files, or a built-in behaviour's."""
-    from mergekit_wp import behaviors
+    from mergekit_wp.tasks import behaviors
 
     for option, value in pairwise(command):
         if option in ("--prompts", "--guard"):

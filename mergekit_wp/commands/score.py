@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from mergekit_wp.components import KINDS
-from mergekit_wp.scorefile import CRITERIA, LONE_ESTIMANDS
-from mergekit_wp.scoring.request import PATH_STEPS, SHARE_STEPS, Progress
+from mergekit_wp.joint.request import PATH_STEPS
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.scoring.request import SHARE_STEPS
+from mergekit_wp.terms import CRITERIA, KINDS, LONE_ESTIMANDS
 
 
 class _NameList(click.ParamType[tuple[str, ...]]):
@@ -208,9 +209,9 @@ def score(context: click.Context, /, **options: Any) -> None:
     import transformers
     from pydantic import ValidationError
 
-    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
-    from mergekit_wp.progress import BarProgress
+    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
@@ -248,7 +249,7 @@ def _alone(context: click.Context, options: dict[str, Any], progress: Progress) 
 
 def _max_memory(options: dict[str, Any]) -> dict[str, int] | None:
     from mergekit_wp.errors import UserError
-    from mergekit_wp.placement import check_places, parse_max_memory
+    from mergekit_wp.models.placement import check_places, parse_max_memory
 
     device_map, given, device = options.pop("device_map"), options["max_memory"], options["device"]
     if device_map is None:
@@ -265,8 +266,8 @@ _ALONE = ("base", "expert", "behavior", "estimands", "criteria", "kinds", "ancho
 
 def _together(context: click.Context, options: dict[str, Any], progress: Progress) -> str:
     from mergekit_wp.errors import UserError
-    from mergekit_wp.scoring.company import score_company
-    from mergekit_wp.scoring.request import CompanyRequest
+    from mergekit_wp.joint.company import score_company
+    from mergekit_wp.joint.request import CompanyRequest
 
     for parameter in context.command.params:
         name = str(parameter.name)

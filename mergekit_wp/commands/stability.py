@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mergekit_wp import scorefile
 from mergekit_wp.errors import UserError
+from mergekit_wp.files import scorefile
 
 if TYPE_CHECKING:
-    from mergekit_wp.scorefile import Agreement, ScoreFile
+    from mergekit_wp.files.scorefile import Agreement, ScoreFile
 
 
 @click.command(short_help="Compare the rankings of score files.")
@@ -55,8 +55,8 @@ def compared(own: ScoreFile, other: ScoreFile, path: Path, seed: int) -> list[Ag
     """
     import numpy as np
 
-    from mergekit_wp.scorefile import Agreement
-    from mergekit_wp.stability import between_files
+    from mergekit_wp.files.scorefile import Agreement
+    from mergekit_wp.statistics import between_files
 
     ours, theirs = own.manifest, other.manifest
     if own.digest() == other.digest():
@@ -96,7 +96,7 @@ def compared(own: ScoreFile, other: ScoreFile, path: Path, seed: int) -> list[Ag
 
 def _alike(own: ScoreFile, other: ScoreFile) -> bool:
     """Whether two files are of the same expert: every tensor of the task vector has one norm."""
-    from mergekit_wp.fingerprint import NORM_TOLERANCE
+    from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 
     theirs = other.delta_norm
     return all(

@@ -11,8 +11,7 @@ import click
 from mergekit_wp.commands.options import prompt_file, prompted, rescored, running
 
 if TYPE_CHECKING:
-    from mergekit_wp.roles import Edge, Measured, Node
-    from mergekit_wp.tracefile import TraceFile
+    from mergekit_wp.files.circuitfile import Edge, Measured, Node, TraceFile
 
 _FRACTION = click.FloatRange(0, 1, min_open=True)
 _EDGES = 20
@@ -117,11 +116,11 @@ def trace(
     import huggingface_hub
     import transformers
 
-    from mergekit_wp.devices import choose_device
-    from mergekit_wp.progress import BarProgress
-    from mergekit_wp.roles import Rules
-    from mergekit_wp.scoring.request import TraceRequest
-    from mergekit_wp.scoring.tracing import trace as run
+    from mergekit_wp.files.circuitfile import Rules
+    from mergekit_wp.mechanism.circuit import trace as run
+    from mergekit_wp.mechanism.request import TraceRequest
+    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)

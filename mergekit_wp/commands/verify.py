@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mergekit_wp.commands.options import prompt_file, prompted, rescored, running
-from mergekit_wp.scorefile import ESTIMANDS
+from mergekit_wp.terms import ESTIMANDS
 
 
 @click.command(short_help="What do the leading components do together?")
@@ -70,15 +70,15 @@ def verify(
     import huggingface_hub
     import transformers
 
-    from mergekit_wp import behaviors
-    from mergekit_wp.compare.checkers import Checkers
-    from mergekit_wp.compare.items import JsonlTask
-    from mergekit_wp.devices import choose_device
     from mergekit_wp.errors import UserError
-    from mergekit_wp.progress import BarProgress
+    from mergekit_wp.mechanism.request import VerifyRequest
+    from mergekit_wp.mechanism.verify import verify as run
+    from mergekit_wp.models.devices import choose_device
     from mergekit_wp.report.verification import table
-    from mergekit_wp.scoring.request import VerifyRequest
-    from mergekit_wp.scoring.verify import verify as run
+    from mergekit_wp.runs.progress import BarProgress
+    from mergekit_wp.tasks import behaviors
+    from mergekit_wp.tasks.checkers import Checkers
+    from mergekit_wp.tasks.items import JsonlTask
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)

@@ -19,12 +19,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare.results import MERGE
 from mergekit_wp.components import Dims
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import naming_disk
-from mergekit_wp.models import parameter_names, skeleton
+from mergekit_wp.files.atomic import naming_disk
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.load import parameter_names, skeleton
 
 #: parameter bytes up to which a merge is kept in memory
 IN_MEMORY = 2 * 2**30

@@ -24,7 +24,7 @@ from mergekit_wp.errors import UserError
 OURS = "weight_patching"
 #: linear's share of the base, beside 1 for every expert; mergekit has no such parameter
 BASE_WEIGHT = "base_weight"
-#: AIM's own parameter (`mergekit_wp.aim`)
+#: AIM's own parameter (`mergekit_wp.merging.aim`)
 OMEGA = "omega"
 
 

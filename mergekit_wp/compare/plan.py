@@ -10,9 +10,9 @@ import torch
 from mergekit.config import MergeConfiguration
 
 from mergekit_wp.compare.methods import Method
-from mergekit_wp.compare.rows import Split, Task
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Prompt
+from mergekit_wp.tasks.task import Split, Task
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 
 import mergekit_wp
-from mergekit_wp import recipe as recipes
-from mergekit_wp.checkpoints import Checkpoint
-from mergekit_wp.compare.checkers import Checkers
-from mergekit_wp.compare.items import JsonlTask
 from mergekit_wp.compare.methods import DEFAULT_METHODS, OURS, Method, methods_of, read_grid
 from mergekit_wp.compare.plan import Plan
-from mergekit_wp.compare.rows import Task
 from mergekit_wp.errors import UserError
-from mergekit_wp.hub import local_path
+from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.recipe import Experts
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.hub import local_path
 from mergekit_wp.prompts import read_prompts
-from mergekit_wp.recipe import Experts
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.items import JsonlTask
+from mergekit_wp.tasks.task import Task
 
 #: folder of kept merges, inside --out
 KEPT = "merged"
@@ -132,7 +132,7 @@ def load_tasks(request: CompareRequest) -> tuple[Task, ...]:
                 )
             )
             continue
-        from mergekit_wp.compare.lm_eval_task import LmEvalTask
+        from mergekit_wp.tasks.lm_eval import LmEvalTask
 
         found.append(LmEvalTask.load(spec, batch_size=request.batch_size))
     return tuple(found)

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
 
-from mergekit_wp.compare.rows import ItemScore, ResultLine, Setting, Split
+from mergekit_wp.compare.rows import ResultLine, Setting
 from mergekit_wp.errors import DiskError, UserError
-from mergekit_wp.files import locked, naming_disk, written_whole
+from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
+from mergekit_wp.tasks.task import ItemScore, Split
 
 #: inputs by name that a later run may add to: results of one do not depend on another
 GROWING = ("tasks", "other recipes")

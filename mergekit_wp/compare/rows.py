@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mergekit_wp.backoff import AtOnce
+from mergekit_wp.tasks.task import Split
 
-Split = Literal["valid", "test"]
-Role = Literal["base", "expert", "peer", "ours"]
+RowRole = Literal["base", "expert", "peer", "ours"]
 #: a method's parameters, e.g. ``{"density": 0.5, "lambda": 1.0}``
 Setting = dict[str, float | int | str | bool]
 
@@ -22,43 +21,6 @@ UNTUNED = " (untuned)"
 def recipe_name(row: str) -> str:
     """The file name, without its ending, under which a row's recipe is kept."""
     return row.replace(UNTUNED, "-untuned").replace(" ", "-")
-
-
-@dataclass(frozen=True)
-class ItemScore:
-    """One item's outcome: ``score`` in [0, 1] (or a task's own unit), and what was generated."""
-
-    item: str
-    score: float
-    output: str | None = None
-
-
-class Task(Protocol):
-    """Something a merged model is measured on, with validation and test items kept apart."""
-
-    @property
-    def name(self) -> str:
-        """The task's name in tables."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides which items there are and how they are scored."""
-
-    def count(self, split: Split) -> int:
-        """Items of a split; 0 where the task has none."""
-
-    def evaluate(
-        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
-    ) -> list[ItemScore]:
-        """Every item's score, in a fixed order with fixed names.
-
-        Args:
-            model: a transformers causal LM in eval mode.
-            tokenizer: its tokenizer.
-            split: which items.
-            at_once: no more sequences go through the model together, and fewer where memory runs
-                out; with None running out is an error.
-        """
 
 
 class ResultLine(BaseModel):
@@ -93,7 +55,7 @@ class Row:
     """
 
     name: str
-    role: Role
+    role: RowRole
     setting: Setting = field(default_factory=dict)
     scores: dict[str, list[list[float]]] = field(default_factory=dict)
     valid: float | None = None

@@ -12,9 +12,6 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_wp.aim import activation_importance, apply_aim
-from mergekit_wp.backoff import UNBOUNDED, AtOnce
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.compare import select
 from mergekit_wp.compare.merging import (
     IN_MEMORY,
@@ -23,29 +20,18 @@ from mergekit_wp.compare.merging import (
     merge_to,
     merged_on_disk,
 )
-from mergekit_wp.compare.methods import (
-    OMEGA,
-    OURS,
-    Method,
-    configuration,
-    peers,
-    with_aim,
-)
+from mergekit_wp.compare.methods import OMEGA, OURS, Method, configuration, peers, with_aim
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Job, Results
-from mergekit_wp.compare.rows import (
-    UNTUNED,
-    Comparison,
-    Role,
-    Row,
-    Setting,
-    Split,
-    recipe_name,
-)
+from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, RowRole, Setting, recipe_name
 from mergekit_wp.errors import DiskError, OutOfMemory, UserError
-from mergekit_wp.files import staged_folder
+from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
-from mergekit_wp.models import load_folder
+from mergekit_wp.merging.aim import activation_importance, apply_aim
+from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.load import load_folder
+from mergekit_wp.tasks.task import Split
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
@@ -101,7 +87,7 @@ class Runner:
         for method in plan.methods:
             rows += self._method_rows(method, won)
         for name, config in plan.extra.items():
-            role: Role = "ours" if config.merge_method == OURS else "peer"
+            role: RowRole = "ours" if config.merge_method == OURS else "peer"
             rows.append(self._test_row(name, role, name, {}, (0,), partial(_fixed, config)))
         ours_named = [row.name for row in rows if row.role == "ours"]
         reference = ours_named[0] if ours_named else rows[0].name
@@ -126,7 +112,7 @@ class Runner:
         raise UserError(f"neither '{self.plan.base}' nor its experts have a tokenizer")
 
     def _checkpoint_row(
-        self, name: str, role: Role, checkpoint: Checkpoint, splits: Sequence[Split]
+        self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
     ) -> Row:
         tokenizer = checkpoint.tokenizer() or self.tokenizer
         for split in splits:
@@ -137,7 +123,7 @@ class Runner:
 
     def _method_rows(self, method: Method, won: dict[str, Setting]) -> list[Row]:
         plan = self.plan
-        role: Role = "ours" if method.name == OURS else "peer"
+        role: RowRole = "ours" if method.name == OURS else "peer"
 
         def make(setting: Setting) -> MergeConfiguration:
             return configuration(method, setting, plan.base, plan.experts, plan.dtype, plan.recipe)
@@ -171,7 +157,7 @@ class Runner:
     def _test_row(
         self,
         name: str,
-        role: Role,
+        role: RowRole,
         model: str,
         setting: Setting,
         seeds: Sequence[int],
@@ -188,7 +174,7 @@ class Runner:
     def _row(
         self,
         name: str,
-        role: Role,
+        role: RowRole,
         model: str,
         setting: Setting,
         seeds: Sequence[int],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_wp.compare.resampling import Difference, Resampled
 from mergekit_wp.compare.rows import Comparison, Row
-from mergekit_wp.compare.statistics import Difference, Estimate, Resampled
+from mergekit_wp.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.components import SLICED_KINDS, FineKind
-from mergekit_wp.criteria import Targets, wide
-from mergekit_wp.engine.local import Changes
-from mergekit_wp.engine.trace import Criteria, Decoder, Trace, hooked, own_values, record
+from mergekit_wp.criteria import Criteria, Targets, wide
+from mergekit_wp.engine.block_changes import Changes
+from mergekit_wp.engine.decoder import Decoder, hooked
+from mergekit_wp.engine.replay import Trace, own_values, record
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.scorefile import CriterionName
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, FineKind
 
 #: random probes of the second-order estimate; its relative error is sqrt(2 / (probes * prompts))
 PROBES = 16

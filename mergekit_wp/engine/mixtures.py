@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mergekit_wp.offloaded import here
+from mergekit_wp.models.offloaded import here
 
 
 def is_mixture(module: nn.Module) -> bool:

@@ -13,22 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.components import Dims, FineKind
-from mergekit_wp.criteria import Targets
+from mergekit_wp.components import Dims
+from mergekit_wp.criteria import Criteria, Targets
+from mergekit_wp.engine.decoder import Decoder, hooked, returning
 from mergekit_wp.engine.gradients import BlockGradients
-from mergekit_wp.engine.patches import Values
-from mergekit_wp.engine.trace import (
-    Criteria,
-    Decoder,
-    Trace,
-    hooked,
-    last_layer,
-    layer_output,
-    repeated_kwargs,
-    replay,
-    returning,
-)
+from mergekit_wp.engine.replay import Trace, last_layer, layer_output, repeated_kwargs, replay
+from mergekit_wp.engine.weight_swaps import Values
 from mergekit_wp.engine.writers import Writer
+from mergekit_wp.terms import FineKind
 
 
 @dataclass(frozen=True, order=True)

@@ -18,8 +18,9 @@ from torch import nn
 
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.share import TaskVector
-from mergekit_wp.engine.trace import Decoder, Trace, first, record, replay
+from mergekit_wp.engine.decoder import Decoder, first
+from mergekit_wp.engine.replay import Trace, record, replay
+from mergekit_wp.engine.task_vector import TaskVector
 from mergekit_wp.prompts import PromptBatch
 
 #: derivatives ``[components of the tensor]`` by tensor name, float64 on the CPU

@@ -15,10 +15,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp.architectures.declaration import module_of
-from mergekit_wp.components import FineKind
+from mergekit_wp.engine.decoder import Decoder, hooked
 from mergekit_wp.engine.mixtures import columns, is_mixture, written
-from mergekit_wp.engine.trace import Decoder, hooked
-from mergekit_wp.offloaded import here
+from mergekit_wp.models.offloaded import here
+from mergekit_wp.terms import FineKind
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from mergekit_wp.files.scorefile import Agreement
 from mergekit_wp.report import words
-from mergekit_wp.scorefile import Agreement
 
 _AGAINST = {
     "halves": "halves of the prompts",

@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from mergekit_wp.components import Kind
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import panels, words
 from mergekit_wp.report.ranking import select
-from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
+from mergekit_wp.terms import CriterionName, Estimand, Kind
 
 #: Left to right; a reader meets the whole before the parts.
 ORDER: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")

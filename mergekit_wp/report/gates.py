@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from mergekit_wp.components import SLICED_KINDS
-from mergekit_wp.gatesfile import GatesFile, as_scores
+from mergekit_wp.files.gatesfile import GatesFile, as_scores
 from mergekit_wp.report import words
 from mergekit_wp.report.ranking import Selection, leaders, rank, select
 from mergekit_wp.report.table import ScoreFormat
+from mergekit_wp.terms import SLICED_KINDS
 
 #: a gate counts as closed below, as open above
 CLOSED, OPEN = 0.05, 0.95

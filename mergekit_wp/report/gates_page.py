@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from mergekit_wp.gatesfile import GatesFile, as_scores
+from mergekit_wp.files.gatesfile import GatesFile, as_scores
 from mergekit_wp.report import figures, words
 from mergekit_wp.report.gates import facts, portrait
 from mergekit_wp.report.html import filled

@@ -8,15 +8,22 @@ from functools import partial
 
 from markupsafe import Markup
 
-from mergekit_wp.components import SLICED_KINDS
-from mergekit_wp.report import agreement, circuit, sides, summary, takings, words
+from mergekit_wp.files.circuitfile import TraceFile
+from mergekit_wp.files.scorefile import ScoreFile, Verification
+from mergekit_wp.report import (
+    agreement,
+    circuit_graph,
+    merge_preview,
+    summary,
+    weights_vs_activations,
+    words,
+)
 from mergekit_wp.report.figures import page_svg, panel_list, svg
 from mergekit_wp.report.html import filled
-from mergekit_wp.report.ranking import Leaders, Row, leaders, select
+from mergekit_wp.report.ranking import Leaders, RankedComponent, leaders, select
 from mergekit_wp.report.table import ScoreFormat
 from mergekit_wp.report.verification import DIRECTIONS, draw, measures, sentences
-from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile, Verification
-from mergekit_wp.tracefile import TraceFile
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
 
 _LEADERS = 20
 
@@ -26,7 +33,7 @@ class _Table:
     """Leading components, with scores as text."""
 
     title: str
-    rows: list[tuple[Row, str, str]]
+    rows: list[tuple[RankedComponent, str, str]]
     aside: bool
 
 
@@ -89,7 +96,7 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
             *_sides(score_file),
             *_circuit(trace),
             *_stability(score_file),
-            *_takings(score_file),
+            *_merge_preview(score_file),
         ],
         identity=words.identity(manifest),
         criteria=[
@@ -157,15 +164,18 @@ def _upper(text: str) -> str:
 
 def _sides(score_file: ScoreFile) -> Iterator[_Part]:
     """Weights against activations."""
-    for found in sides.sides(score_file):
+    for found in weights_vs_activations.comparisons(score_file):
         name = f"{found.weights}-{found.activations}-{found.criterion}"
         figures = [
             _Figure(
                 f"{_upper(words.KIND_WORDS[kind])}: {found.weights} and {found.activations}",
-                f"Scatter of {words.KIND_WORDS[kind]}: {'; '.join(sides.sentences(found))}",
+                f"Scatter of {words.KIND_WORDS[kind]}: "
+                + "; ".join(weights_vs_activations.sentences(found)),
                 Markup(
                     page_svg(
-                        partial(sides.draw, score_file, found, kind), f"{name}-{kind}", (3.8, 3.0)
+                        partial(weights_vs_activations.draw, score_file, found, kind),
+                        f"{name}-{kind}",
+                        (3.8, 3.0),
                     )
                 ),
             )
@@ -199,7 +209,7 @@ def _sides(score_file: ScoreFile) -> Iterator[_Part]:
             [
                 "a component that is important by its activations, and not by its weights, passes "
                 "on what others supply; high is the top 5% of a kind, low is outside its top 20%",
-                *sides.sentences(found),
+                *weights_vs_activations.sentences(found),
             ],
             figures,
             [_Plain("By kind and depth", head, rows, 2)],
@@ -210,7 +220,7 @@ def _circuit(trace: TraceFile | None) -> Iterator[_Part]:
     """Who supplies whom."""
     if trace is None:
         return
-    said = circuit.sentences(trace)
+    said = circuit_graph.sentences(trace)
     yield _Part(
         "circuit",
         "Circuit: who supplies whom",
@@ -219,17 +229,21 @@ def _circuit(trace: TraceFile | None) -> Iterator[_Part]:
             _Figure(
                 "Suppliers below, what they supply above",
                 f"Layered graph; {'; '.join(said)}",
-                Markup(page_svg(partial(circuit.draw, trace), "circuit", circuit.size(trace))),
+                Markup(
+                    page_svg(
+                        partial(circuit_graph.draw, trace), "circuit", circuit_graph.size(trace)
+                    )
+                ),
             )
         ],
         [
             _Plain(
                 "Components",
                 ("name", "role", "by weights", "by activations", "direct", "suppliers"),
-                [astuple(row) for row in circuit.node_rows(trace)],
+                [astuple(row) for row in circuit_graph.node_rows(trace)],
                 2,
             ),
-            _Plain("Edges", ("from", "to", "by", "supply"), circuit.edge_rows(trace), 3),
+            _Plain("Edges", ("from", "to", "by", "supply"), circuit_graph.edge_rows(trace), 3),
         ],
     )
 
@@ -261,9 +275,9 @@ def _stability(score_file: ScoreFile) -> Iterator[_Part]:
     )
 
 
-def _takings(score_file: ScoreFile) -> Iterator[_Part]:
+def _merge_preview(score_file: ScoreFile) -> Iterator[_Part]:
     """What a merge would take from the file."""
-    found = takings.takings(score_file)
+    found = merge_preview.merge_preview(score_file)
     if found is None:
         return
     figures = []
@@ -272,15 +286,15 @@ def _takings(score_file: ScoreFile) -> Iterator[_Part]:
             _Figure(
                 "Where it lies",
                 f"Stacked bars of positive {found.estimand} of each layer by kind",
-                Markup(page_svg(partial(takings.draw, found), "takings", (5.2, 3.0))),
+                Markup(page_svg(partial(merge_preview.draw, found), "takings", (5.2, 3.0))),
             )
         )
     yield _Part(
         "takings",
         "What a merge would take from it",
-        takings.sentences(found),
+        merge_preview.sentences(found),
         figures,
-        code=takings.recipe(score_file, found),
+        code=merge_preview.recipe(score_file, found),
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -19,10 +18,10 @@ from matplotlib.ticker import MaxNLocator
 
 from mergekit_wp.architectures import Architecture
 from mergekit_wp.architectures.declaration import module_of
-from mergekit_wp.components import Dims, Kind, layout_of
-from mergekit_wp.scorefile import Manifest
-
-Array = npt.NDArray[np.float64]
+from mergekit_wp.components import Dims, layout_of
+from mergekit_wp.files.scorefile import Manifest
+from mergekit_wp.statistics import Array
+from mergekit_wp.terms import Kind
 
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "Purples"

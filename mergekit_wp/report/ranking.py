@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_wp.components import KINDS, SLICED_KINDS, Kind, layout_of
+from mergekit_wp.components import layout_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.scorefile import CRITERIA, ESTIMANDS, CriterionName, Estimand, ScoreFile
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.terms import (
+    CRITERIA,
+    ESTIMANDS,
+    KINDS,
+    SLICED_KINDS,
+    CriterionName,
+    Estimand,
+    Kind,
+)
 
 _CHUNK = 20_000
 # leaders of a coarser view, beside the main list
@@ -61,7 +70,7 @@ def select(
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedComponent:
     """One component with its score."""
 
     kind: Kind
@@ -104,7 +113,7 @@ class Ranking:
         """Number of ranked components."""
         return len(self.order)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[RankedComponent]:
         """Components of ranks ``start`` to ``stop``, counted from 0."""
         ends = np.cumsum([len(block.positions) for block in self.blocks])
         starts = [0, *ends.tolist()]
@@ -114,7 +123,7 @@ class Ranking:
             block = self.blocks[owner]
             position = int(block.positions[place - starts[owner]])
             layer, index, name = self._address(block, position)
-            yield Row(
+            yield RankedComponent(
                 block.kind,
                 layer,
                 index,
@@ -189,7 +198,7 @@ class Leaders:
     """A short list of leading components; ``aside`` marks a coarser view of the same weights."""
 
     title: str
-    rows: list[Row]
+    rows: list[RankedComponent]
     aside: bool = False
 
 
@@ -232,7 +241,7 @@ def to_json(score_file: ScoreFile, ranking: Ranking) -> Iterator[str]:
     yield "\n]}\n"
 
 
-def _public(row: Row) -> dict[str, str | int | float | None]:
+def _public(row: RankedComponent) -> dict[str, str | int | float | None]:
     return {
         "kind": row.kind,
         "layer": row.layer,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergekit_wp.components import SLICED_KINDS
-from mergekit_wp.report import agreement, circuit, sides, words
+from mergekit_wp.files.circuitfile import TraceFile
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.report import agreement, circuit_graph, weights_vs_activations, words
 from mergekit_wp.report.ranking import leaders
 from mergekit_wp.report.verification import curve, measures
-from mergekit_wp.scorefile import ScoreFile
-from mergekit_wp.tracefile import TraceFile
+from mergekit_wp.terms import SLICED_KINDS
 
 _DEPTHS = ("the early", "the middle", "the late")
 
@@ -30,9 +30,9 @@ def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str
         named = ", ".join(f"{words.clean(row.name)} ({row.score:+.2g})" for row in leading)
         said.append(f"the highest {first[0].title}: {named}")
     said += _together(score_file)
-    for found in sides.sides(score_file):
+    for found in weights_vs_activations.comparisons(score_file):
         for row in found.rows:
-            whole = row.kind in ("head", "neuron") and row.depth == sides.DEPTHS[0]
+            whole = row.kind in ("head", "neuron") and row.depth == weights_vs_activations.DEPTHS[0]
             if whole and row.spearman is not None:
                 said.append(
                     f"{words.KIND_WORDS[row.kind]}: importance by weights and by activations "
@@ -48,7 +48,7 @@ def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str
     if halves:
         said.append(f"the order is stable to this degree between {agreement.sentence(halves)}")
     if trace is not None:
-        said += circuit.sentences(trace)[1:4]
+        said += circuit_graph.sentences(trace)[1:4]
     return said
 
 

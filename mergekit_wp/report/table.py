@@ -6,11 +6,11 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from mergekit_wp.components import SLICED_KINDS
-from mergekit_wp.report import agreement, sides, words
-from mergekit_wp.report.ranking import Row, Selection, leaders, select
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.report import agreement, weights_vs_activations, words
+from mergekit_wp.report.ranking import RankedComponent, Selection, leaders, select
 from mergekit_wp.report.verification import sentences
-from mergekit_wp.scorefile import CriterionName, Estimand, ScoreFile
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
 
 _WIDTH = 80
 
@@ -49,10 +49,10 @@ def render(
 
 def _sides(score_file: ScoreFile) -> Iterator[str]:
     """Weights against activations, where both are scored."""
-    for found in sides.sides(score_file):
+    for found in weights_vs_activations.comparisons(score_file):
         yield ""
         yield from _heading(f"{found.weights} against {found.activations}, {found.criterion}")
-        yield from _list([("", sentence) for sentence in sides.sentences(found)])
+        yield from _list([("", sentence) for sentence in weights_vs_activations.sentences(found)])
 
 
 def _heading(text: str) -> Iterator[str]:
@@ -90,12 +90,12 @@ def _list(items: Sequence[tuple[str, str]]) -> Iterator[str]:
         )
 
 
-def _in_line(rows: list[Row]) -> str:
+def _in_line(rows: list[RankedComponent]) -> str:
     score = ScoreFormat([row.score for row in rows])
     return ", ".join(f"{words.clean(row.name)} {score(row.score)}" for row in rows)
 
 
-def _rows(rows: list[Row], width: int | None) -> Iterator[str]:
+def _rows(rows: list[RankedComponent], width: int | None) -> Iterator[str]:
     if not rows:
         yield "  no components"
         return

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.integrate import trapezoid
 
+from mergekit_wp.files.scorefile import SetPoint, Verification
 from mergekit_wp.report.words import count
-from mergekit_wp.scorefile import Direction, SetName, SetPoint, Verification
+from mergekit_wp.terms import Direction, SetName
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

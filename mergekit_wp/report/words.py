@@ -7,17 +7,9 @@ from itertools import groupby
 
 import numpy as np
 
-from mergekit_wp.components import Kind
 from mergekit_wp.errors import clean as clean
-from mergekit_wp.scorefile import (
-    CriterionName,
-    Estimand,
-    Fidelity,
-    Manifest,
-    Method,
-    ModelId,
-    ScoreFile,
-)
+from mergekit_wp.files.scorefile import Fidelity, Manifest, ModelId, ScoreFile
+from mergekit_wp.terms import CriterionName, Estimand, Kind, ScoringMethod
 
 #: Plural, as said in a sentence.
 KIND_WORDS: dict[Kind, str] = {
@@ -46,7 +38,7 @@ CRITERION_WORDS: dict[CriterionName, str] = {
     "logprob": "mean log-probability of the response",
 }
 
-METHOD_WORDS: dict[Method, str] = {
+METHOD_WORDS: dict[ScoringMethod, str] = {
     "exact": "exact swaps",
     "first-order": "first-order",
     "second-order": "second-order (random probes of the Fisher information)",

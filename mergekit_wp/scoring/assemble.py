@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.checkpoints import Checkpoint
-from mergekit_wp.pair import Pair
+from mergekit_wp.files.scorefile import Agreement, Manifest, ModelId, Scale
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptFile
-from mergekit_wp.scorefile import Agreement, CriterionName, Manifest, ModelId, Scale
-from mergekit_wp.scoring.command import command_of, versions
-from mergekit_wp.scoring.references import References
+from mergekit_wp.runs.command import command_of, versions
+from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.request import ScoreRequest
-from mergekit_wp.scoring.run import SweepRun
-from mergekit_wp.stability import between_halves
+from mergekit_wp.scoring.sweeps import SweepRun
+from mergekit_wp.statistics import between_halves
+from mergekit_wp.terms import CriterionName
 
 
 def score_tensors(run: SweepRun, pair: Pair, references: References) -> dict[str, torch.Tensor]:

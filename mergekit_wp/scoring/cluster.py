@@ -24,18 +24,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from mergekit_wp.checkpoints import Checkpoint
 from mergekit_wp.components import Partition
-from mergekit_wp.engine.trace import Criteria
+from mergekit_wp.criteria import Criteria
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing, stopping
-from mergekit_wp.model_names import absolute
-from mergekit_wp.pair import Pair
-from mergekit_wp.placement import MaxMemory
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.references import References
-from mergekit_wp.scoring.request import Progress
-from mergekit_wp.scoring.sweep import Block, Result, SweepContext
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.model_names import absolute
+from mergekit_wp.models.pair import Pair
+from mergekit_wp.models.placement import MaxMemory
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.recordings import Block, Result, SweepContext
+from mergekit_wp.runs.references import References
 
 #: a block that has ended so many workers is given up
 ATTEMPTS = 3

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mergekit_wp.components import SLICED_KINDS, Kind
-from mergekit_wp.engine.activations import put_layer, put_modules, put_outside_layers
-from mergekit_wp.engine.local import State
-from mergekit_wp.engine.patches import (
+from mergekit_wp.engine.activation_swaps import put_layer, put_modules, put_outside_layers
+from mergekit_wp.engine.block_changes import LayerWeights
+from mergekit_wp.engine.replay import Trace
+from mergekit_wp.engine.unmapped import swap_weights
+from mergekit_wp.engine.weight_swaps import (
     Values,
     identity,
     joined,
@@ -17,10 +18,8 @@ from mergekit_wp.engine.patches import (
     swap_outside_layers,
     swap_slices,
 )
-from mergekit_wp.engine.trace import Trace
-from mergekit_wp.scorefile import Estimand, of_activations
-from mergekit_wp.scoring.sweep import Block, Result, SweepContext, receiver_position
-from mergekit_wp.scoring.whole import Chosen, swap_for_itself, swap_whole
+from mergekit_wp.runs.recordings import Block, Result, SweepContext, receiver_position
+from mergekit_wp.terms import SLICED_KINDS, Estimand, Kind, of_activations
 
 
 def exact_blocks(
@@ -67,6 +66,8 @@ def exact_blocks(
             )
 
 
+#: indices of a block's components, by kind
+Chosen = dict[Kind, list[int]]
 CoarsePatch = Callable[[SweepContext, float, int, Trace, int, Chosen], dict[Kind, Values]]
 
 
@@ -119,7 +120,7 @@ def _swap(
         ]
         return {"tensor": joined(parts, criteria)}
     state = context.layer_state(position, layer)
-    swaps: list[State] = [state] if "layer" in chosen else []
+    swaps: list[LayerWeights] = [state] if "layer" in chosen else []
     swaps += [{name: state[name]} for name in _names_within(context, chosen)]
     copies = context.copies(trace.batch)
     values = swap_layer_weights(decoder, layer, trace, swaps, criteria, targets, copies)
@@ -193,3 +194,34 @@ def _noise(context: SweepContext, estimand: Estimand, layer: int) -> Result:
     changes = {c: same[c] - own[c] for c in criteria}
     worst = {c: int(change.mean(-1).abs().argmax()) for c, change in changes.items()}
     return {c: change[worst[c] : worst[c] + 1] for c, change in changes.items()}
+
+
+def swap_whole(
+    context: SweepContext, position: float, b: int, trace: Trace, layer: int, chosen: Chosen
+) -> dict[Kind, Values]:
+    """Weights of a layer and of whole tensors."""
+    partition, targets = context.partition, context.targets(b)
+    sets: dict[Kind, list[list[str]]] = {}
+    if "layer" in chosen:
+        sets["layer"] = [list(partition.layer_tensors(layer))]
+    if "tensor" in chosen:
+        sets["tensor"] = [[partition.tensor_names[i]] for i in chosen["tensor"]]
+    return {
+        kind: swap_weights(
+            context.decoder,
+            trace.batch,
+            (context.donor(position, names) for names in every),
+            context.criteria,
+            targets,
+        )
+        for kind, every in sets.items()
+    }
+
+
+def swap_for_itself(context: SweepContext, position: float, layer: int) -> Values:
+    """A layer swapped for itself: what the same run, made twice, differs by."""
+    names = list(context.partition.layer_tensors(layer))
+    own = context.donor(1.0 - position, names)
+    return swap_weights(
+        context.decoder, context.batch(0), [own], context.criteria, context.targets(0)
+    )

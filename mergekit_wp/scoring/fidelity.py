@@ -8,7 +8,8 @@ import numpy as np
 import scipy.stats
 import torch
 
-from mergekit_wp.scorefile import Fidelity, Method
+from mergekit_wp.files.scorefile import Fidelity
+from mergekit_wp.terms import ScoringMethod
 
 
 def leaders(scores: torch.Tensor, k: int) -> list[int]:
@@ -36,7 +37,11 @@ def _correlation(kind: str, first: np.ndarray, second: np.ndarray) -> float | No
 
 
 def verdict(
-    predicted: torch.Tensor, exact: torch.Tensor, top: list[int], random: list[int], method: Method
+    predicted: torch.Tensor,
+    exact: torch.Tensor,
+    top: list[int],
+    random: list[int],
+    method: ScoringMethod,
 ) -> Fidelity:
     """Compare predictions with exact scores.
 

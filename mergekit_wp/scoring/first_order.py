@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from mergekit_wp.components import FineKind
+from mergekit_wp.criteria import Criteria
 from mergekit_wp.engine.gradients import (
     PROBES,
     PROBES_AT_ONCE,
@@ -17,9 +17,9 @@ from mergekit_wp.engine.gradients import (
     project,
     record_with_gradients,
 )
-from mergekit_wp.engine.trace import Criteria, Trace
-from mergekit_wp.scorefile import CriterionName, Estimand, of_knockout
-from mergekit_wp.scoring.sweep import Block, Result, SweepContext, receiver_position
+from mergekit_wp.engine.replay import Trace
+from mergekit_wp.runs.recordings import Block, Result, SweepContext, receiver_position
+from mergekit_wp.terms import CriterionName, Estimand, FineKind, of_knockout
 
 
 def first_order_blocks(

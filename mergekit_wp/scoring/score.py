@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 import mergekit_wp
-from mergekit_wp.backoff import fitting
-from mergekit_wp.components import SLICED_KINDS
 from mergekit_wp.errors import UserError
-from mergekit_wp.memory import (
+from mergekit_wp.files.scorefile import ScoreFile, read, write
+from mergekit_wp.models.backoff import fitting
+from mergekit_wp.models.memory import (
     free_memory,
     in_gib,
     is_out_of_memory,
@@ -20,34 +20,22 @@ from mergekit_wp.memory import (
     peak_on_gpus,
     resident_memory,
 )
-from mergekit_wp.pair import Pair
-from mergekit_wp.prompts import (
-    Prompt,
-    PromptFile,
-    Sample,
-    read_prompts,
-)
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scorefile import CriterionName, ScoreFile, of_activations, read, write
-from mergekit_wp.scoring.anchor import MIN_HELD_OUT
+from mergekit_wp.models.pair import Pair
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import Prompt, PromptFile, Sample, read_prompts
+from mergekit_wp.runs.anchor import MIN_HELD_OUT
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.references import References, contrast_batches, measure_references
+from mergekit_wp.runs.request import DTYPES
+from mergekit_wp.runs.run import open_inputs
+from mergekit_wp.runs.texts import Encoded, Footprint, auto_batch_size, with_responses
 from mergekit_wp.scoring.assemble import make_manifest, score_tensors
 from mergekit_wp.scoring.cluster import cluster, installed
-from mergekit_wp.scoring.journal import Journal
-from mergekit_wp.scoring.opening import open_inputs
-from mergekit_wp.scoring.references import (
-    References,
-    contrast_batches,
-    measure_references,
-)
-from mergekit_wp.scoring.request import DTYPES, Progress, ScoreRequest
-from mergekit_wp.scoring.run import SweepRun
-from mergekit_wp.scoring.sweep import SweepContext
-from mergekit_wp.scoring.texts import (
-    Encoded,
-    Footprint,
-    auto_batch_size,
-    with_responses,
-)
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.sweeps import SweepRun
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, of_activations
 
 #: the journal's entry of how many sequences a forward pass takes
 BATCH_SIZE = "batch-size"

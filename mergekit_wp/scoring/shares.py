@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from mergekit_wp.components import SLICED_KINDS, Kind, Partition
-from mergekit_wp.engine.share import Contributions, TaskVector, contributions, midpoints
-from mergekit_wp.pair import Pair
-from mergekit_wp.resident import ResidentModel
-from mergekit_wp.scoring.sweep import Block, Result, SweepContext
+from mergekit_wp.components import Partition
+from mergekit_wp.engine.integrated_gradients import contributions
+from mergekit_wp.engine.task_vector import TaskVector, TensorContributions, midpoints
+from mergekit_wp.models.pair import Pair
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.runs.recordings import Block, Result, SweepContext
+from mergekit_wp.terms import SLICED_KINDS, Kind
 
 
 def share_blocks(context: SweepContext, steps: int) -> Iterator[Block]:
@@ -55,7 +57,9 @@ def task_vector(pair: Pair, resident: ResidentModel) -> TaskVector:
     return TaskVector(lambda name: pair.delta(name, resident.dtype, resident.device), pair.changed)
 
 
-def by_kind(partition: Partition, per_tensor: Contributions, n: int) -> dict[Kind, torch.Tensor]:
+def by_kind(
+    partition: Partition, per_tensor: TensorContributions, n: int
+) -> dict[Kind, torch.Tensor]:
     """Contributions summed into components.
 
     Args:

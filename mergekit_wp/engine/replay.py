@@ -1,0 +1,285 @@
+"""Record one forward pass, then replay only the layers that follow a patch.
+
+The frameworks of this field run one full forward per patch. Here every decoder layer's input and
+keyword arguments are recorded once; a patch in layer l changes that layer's output, and only
+layers l+1... run again, with many patches in one batch. The layers are the model's own modules,
+so its attention, masks and rotary embedding stay right without our writing any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from mergekit_wp.criteria import Criteria, Targets, anchor_values, kl_values, logprob_values, wide
+from mergekit_wp.engine.decoder import Decoder, first, hooked, returning
+from mergekit_wp.prompts import PromptBatch
+from mergekit_wp.terms import CriterionName
+
+
+@dataclass
+class LayerCall:
+    """What one decoder layer was called with, and what its two blocks returned."""
+
+    hidden: torch.Tensor
+    kwargs: dict[str, Any]
+    attention: torch.Tensor = field(init=False)
+    mlp: torch.Tensor = field(init=False)
+    output: torch.Tensor = field(init=False)
+
+
+@dataclass
+class Trace:
+    """One recorded forward pass over a batch of prompts.
+
+    ``logits`` are those that predict the response, ``[P, vocabulary]``, where they cannot be had
+    from the residual stream: the architecture has no map.
+    """
+
+    batch: PromptBatch
+    calls: list[LayerCall]
+    logits: torch.Tensor | None = None
+
+    def residual(self, after_layer: int) -> torch.Tensor:
+        """Residual stream ``[rows, T, hidden]`` after a layer."""
+        return self.calls[after_layer].output
+
+
+def record(decoder: Decoder, batch: PromptBatch) -> Trace:
+    """Run the decoder once (no unembedding) and keep every layer's call."""
+    if not decoder.architecture.mapped:
+        return record_whole(decoder, batch, {})
+    calls: list[LayerCall] = []
+    handles: list[Any] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = [*signature(module.forward).parameters][: len(args)]
+        hidden, *rest = args
+        calls.append(LayerCall(hidden, {**dict(zip(names[1:], rest, strict=True)), **kwargs}))
+
+    def keep(slot: str) -> Any:
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            setattr(calls[-1], slot, first(output))
+
+        return after
+
+    for index, layer in enumerate(decoder.layers):
+        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(keep("output")))
+        handles.append(decoder.attention(index).register_forward_hook(keep("attention")))
+        handles.append(decoder.mlp(index).register_forward_hook(keep("mlp")))
+    with hooked(handles):
+        decoder.model.base_model(input_ids=batch.ids, use_cache=False, **batch.arguments)
+    return Trace(batch, calls)
+
+
+def record_whole(
+    decoder: Decoder, batch: PromptBatch, swapped: Mapping[str, torch.Tensor]
+) -> Trace:
+    """Run the whole model, with some other weights, and keep what its layers return."""
+    calls: list[LayerCall] = []
+
+    def after(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append(LayerCall(args[0] if args else first(output), {}))
+        calls[-1].output = first(output)
+
+    inputs = {"input_ids": batch.ids, "use_cache": False}
+    with hooked([layer.register_forward_hook(after) for layer in decoder.layers]):
+        found = functional_call(decoder.model, dict(swapped), (), inputs)
+    return Trace(batch, calls, found.logits[batch.rows, batch.cols])
+
+
+def _repeat(value: Any, n: int, copies: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == n > 1:
+        return value.repeat(copies, *[1] * (value.dim() - 1))
+    if isinstance(value, tuple):
+        return tuple(_repeat(v, n, copies) for v in value)
+    return value
+
+
+def repeated_kwargs(call: LayerCall, n: int, copies: int) -> dict[str, Any]:
+    """A layer's keyword arguments for `copies` patches of a batch of `n` rows."""
+    return {key: _repeat(value, n, copies) for key, value in call.kwargs.items()}
+
+
+def layer_output(
+    decoder: Decoder,
+    index: int,
+    trace: Trace,
+    *,
+    attention: torch.Tensor | None = None,
+    mlp: torch.Tensor | None = None,
+    swapped: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Output of one layer under patches, ``[C, rows, T, hidden]``.
+
+    Args:
+        decoder: the receiving model.
+        index: which layer.
+        trace: its recorded run.
+        attention: attention block outputs to use instead, ``[C, rows, T, hidden]``.
+        mlp: MLP block outputs to use instead, ``[C, rows, T, hidden]``.
+        swapped: weights of this layer to use instead, by name within the layer (C is then 1).
+    """
+    call, layer = trace.calls[index], decoder.layers[index]
+    given = attention if attention is not None else mlp
+    copies = 1 if given is None else given.shape[0]
+    n = trace.batch.n_rows
+    hidden = call.hidden.repeat(copies, 1, 1)
+    with ExitStack() as stack:
+        if attention is not None:
+            stack.enter_context(
+                returning(decoder.attention(index), attention.flatten(0, 1), as_tuple=True)
+            )
+        if mlp is not None:
+            stack.enter_context(returning(decoder.mlp(index), mlp.flatten(0, 1), as_tuple=False))
+        kwargs = repeated_kwargs(call, n, copies)
+        output = first(functional_call(layer, dict(swapped or {}), (hidden,), kwargs))
+    unflat: torch.Tensor = output.unflatten(0, (copies, n))
+    return unflat
+
+
+def replay(
+    decoder: Decoder,
+    trace: Trace,
+    hidden: torch.Tensor,
+    after_layer: int,
+    criteria: Criteria,
+    targets: Targets,
+    head_weights: Mapping[str, torch.Tensor] | None = None,
+) -> dict[CriterionName, torch.Tensor]:
+    """Run the layers after a patch and read the criteria.
+
+    Args:
+        decoder: the receiving model.
+        trace: its recorded run.
+        hidden: changed residual stream after layer `after_layer`, ``[C, rows, T, hidden]``;
+            layer -1 is the embedding.
+        after_layer: where the change is.
+        criteria: which criteria to read.
+        targets: what they are measured against.
+        head_weights: swapped weights of the final norm or unembedding.
+
+    Returns:
+        Values ``[C, n]`` per criterion. Layers past the last one that matters do not run.
+    """
+    copies, n = hidden.shape[:2]
+    last = last_layer(decoder, criteria, targets)
+    anchor = targets.anchor
+    values: dict[CriterionName, torch.Tensor] = {}
+    if "anchor" in criteria:
+        assert anchor is not None
+        if after_layer > anchor.layer:  # the patch lies above the anchor
+            own = anchor_values(trace.residual(anchor.layer), trace.batch, anchor.vector)
+            values["anchor"] = own.expand(copies, -1)
+        elif after_layer == anchor.layer:
+            values["anchor"] = anchor_values(hidden, trace.batch, anchor.vector)
+    flat = hidden.flatten(0, 1)
+    outputs: Criteria = tuple(c for c in criteria if c != "anchor")
+    batch = trace.batch
+    final: torch.Tensor | None = None  # residual stream at the positions that are read
+    for index in range(after_layer + 1, last + 1):
+        call = trace.calls[index]
+        at_anchor = "anchor" in criteria and anchor is not None and index == anchor.layer
+        if index == last and not (at_anchor and outputs) and not decoder.parallel:
+            places = (batch.rows, batch.cols) if outputs else (batch.last_rows, batch.last)
+            final = _at_places(decoder, index, call, flat.unflatten(0, (copies, n)), places)
+            continue
+        flat = first(decoder.layers[index](flat, **repeated_kwargs(call, n, copies)))
+        if at_anchor:
+            assert anchor is not None
+            whole = flat.unflatten(0, (copies, n))
+            values["anchor"] = anchor_values(whole, batch, anchor.vector)
+    if outputs:
+        if final is None:
+            final = flat.unflatten(0, (copies, n))[:, batch.rows, batch.cols]
+        values |= output_values(decoder, final, batch, outputs, targets, head_weights)
+    elif final is not None:
+        assert anchor is not None
+        values["anchor"] = wide(final) @ anchor.vector
+    return values
+
+
+def _at_places(
+    decoder: Decoder,
+    index: int,
+    call: LayerCall,
+    hidden: torch.Tensor,
+    places: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """A layer's output at some places of a batch: its MLP runs nowhere else.
+
+    Args:
+        decoder: a model whose MLPs read what attention wrote.
+        index: the layer.
+        call: its recorded call.
+        hidden: what enters it, ``[C, rows, T, hidden]``.
+        places: rows and columns, ``[P]`` each.
+
+    Returns:
+        ``[C, P, hidden]``.
+    """
+    copies, n = hidden.shape[:2]
+    layer, nothing = decoder.layers[index], hidden.new_zeros(hidden.shape[-1])
+    with returning(decoder.mlp(index), nothing, as_tuple=False):
+        attended = first(layer(hidden.flatten(0, 1), **repeated_kwargs(call, n, copies)))
+    there = attended.unflatten(0, (copies, n))[:, *places]
+    with returning(decoder.attention(index), nothing, as_tuple=True):
+        return first(layer(there, **call.kwargs))
+
+
+def output_values(
+    decoder: Decoder,
+    final: torch.Tensor,
+    batch: PromptBatch,
+    criteria: Criteria,
+    targets: Targets,
+    head_weights: Mapping[str, torch.Tensor] | None = None,
+) -> dict[CriterionName, torch.Tensor]:
+    """Values of the output criteria from final hidden states ``[..., P, hidden]``."""
+    return logit_values(decoder.logits(final, head_weights), batch, criteria, targets)
+
+
+def logit_values(
+    logits: torch.Tensor, batch: PromptBatch, criteria: Criteria, targets: Targets
+) -> dict[CriterionName, torch.Tensor]:
+    """Values of the output criteria among `criteria` from logits ``[..., P, vocabulary]``."""
+    values: dict[CriterionName, torch.Tensor] = {}
+    if "kl" in criteria:
+        values["kl"] = kl_values(logits, batch, targets)
+    if "logprob" in criteria:
+        values["logprob"] = logprob_values(logits, batch)
+    return values
+
+
+def last_layer(decoder: Decoder, criteria: Criteria, targets: Targets) -> int:
+    """The last layer whose output any of the criteria depends on."""
+    if any(c != "anchor" for c in criteria):
+        return len(decoder.layers) - 1
+    assert targets.anchor is not None
+    return targets.anchor.layer
+
+
+def own_values(
+    decoder: Decoder, trace: Trace, criteria: Criteria, targets: Targets
+) -> dict[CriterionName, torch.Tensor]:
+    """Values ``[n]`` of the recorded run itself."""
+    if trace.logits is not None:
+        values = logit_values(trace.logits, trace.batch, criteria, targets)
+        if "anchor" in criteria and (anchor := targets.anchor) is not None:
+            hidden = trace.residual(anchor.layer)
+            values["anchor"] = anchor_values(hidden, trace.batch, anchor.vector)
+        return values
+    last = len(decoder.layers) - 1
+    hidden = trace.residual(last).unsqueeze(0)
+    return {
+        name: value[0]
+        for name, value in replay(decoder, trace, hidden, last, criteria, targets).items()
+    }

@@ -1,0 +1,214 @@
+"""Whether a behaviour has a usable anchor, and at which layer.
+
+For every layer: how well the difference of means separates held-out prompts, how stable it is
+between halves of the prompts, and whether adding it to the base brings the expert's behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mergekit_wp.criteria import Reference, split
+from mergekit_wp.engine.decoder import Decoder
+from mergekit_wp.engine.replay import record, replay
+from mergekit_wp.errors import UserError
+from mergekit_wp.mechanism.request import AnchorRequest
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import Sample, batches, read_prompts
+from mergekit_wp.runs.anchor import Contrast, held_out_separation
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.references import (
+    References,
+    contrast_batches,
+    last_token_states,
+    measure_references,
+)
+from mergekit_wp.runs.request import DTYPES
+from mergekit_wp.runs.run import open_inputs
+from mergekit_wp.runs.texts import auto_batch_size, with_responses
+from mergekit_wp.statistics import Estimate, percentiles
+
+#: random halves, and resamples of prompts
+HALVES, RESAMPLES = 200, 2000
+#: an anchor is usable from this effect size and this cosine between halves, if steering helps
+SEPARATES, STABLE = 1.0, 0.5
+MIN_CONTRASTS = 4
+
+
+@dataclass(frozen=True)
+class LayerAnchor:
+    """One layer's anchor.
+
+    Attributes:
+        layer: read after this decoder layer.
+        separation: effect size (Cohen's d) on held-out prompts, the weaker of with from without
+            the instruction and expert from base.
+        stability: mean cosine between the directions of two random halves, with the 95% range.
+        steering: recovery of ``kl`` when the vector is added to the base there, 95% interval.
+    """
+
+    layer: int
+    separation: float
+    stability: Estimate
+    steering: Estimate
+
+    @property
+    def usable(self) -> bool:
+        """Whether it separates, is stable, and steering by it helps beyond its interval."""
+        return (
+            self.separation >= SEPARATES
+            and self.stability.value >= STABLE
+            and self.steering.low > 0
+        )
+
+
+def find_anchors(request: AnchorRequest, progress: Progress, work: Path) -> list[LayerAnchor]:
+    """Every layer's anchor.
+
+    Args:
+        request: the run.
+        progress: told of every layer.
+        work: a path beside which the expert's answers are kept while the run lasts.
+
+    Raises:
+        UserError: fewer than four contrasts, or any other mistake in the inputs.
+    """
+    prompts = read_prompts(request.prompts, request.max_prompts).prompts
+    usable = sum(prompt.usable_contrast for prompt in prompts)
+    if usable < MIN_CONTRASTS:
+        raise UserError(
+            f"prompt file {request.prompts} has {usable} usable contrasts; halves of the prompts "
+            f"can be compared from {MIN_CONTRASTS} on"
+        )
+    prompts = tuple(prompt for prompt in prompts if prompt.usable_contrast)
+    opened = open_inputs(request.base, request.expert, prompts, request.prompts, progress)
+    opened.pair.partition.dims.require_map("anchor")
+    texts = opened.texts
+    resident = ResidentModel(opened.pair, DTYPES[request.dtype], request.device)
+    with Journal(work, {"tokens": texts.sha256()}, restart=True) as journal:
+        samples = with_responses(request, texts, opened.tokenizer, resident, journal, progress)
+        journal.discard()
+    size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
+    at_once = AtOnce(size, progress.note)
+    references = at_once.run(
+        lambda fewer: measure_references(resident, samples, ([], []), ("kl",), None, size, fewer)
+    )
+    contrast = at_once.run(
+        lambda fewer: _states(resident, samples, texts.contrasts, fewer, request.device)
+    )
+    vectors = (contrast.towards - contrast.away).mean(0)
+    separations = held_out_separation(contrast)
+    assert separations is not None
+    resident.move_to(0.0)
+    reference = references.values["kl"]
+    found = []
+    progress.stage("layers", len(vectors), "layer")
+    for layer, vector in enumerate(vectors):
+        added = partial(steered, resident, references, layer, request.strength * vector)
+        values = at_once.run(added)
+        found.append(
+            LayerAnchor(
+                layer,
+                float(separations[layer]),
+                direction_stability(
+                    contrast.towards[:, layer] - contrast.away[:, layer], request.seed
+                ),
+                recovered(values, reference, request.seed),
+            )
+        )
+        progress.advance(1)
+    return found
+
+
+def _states(
+    resident: ResidentModel,
+    samples: Sequence[Sample],
+    contrasts: dict[int, list[int]],
+    size: int,
+    device: str,
+) -> Contrast:
+    decoder, n = Decoder(resident.model), len(samples)
+    with_it = list(batches([Sample(s.prompt_ids) for s in samples], size, device))
+    _, without = contrast_batches(contrasts, size, device)
+    resident.move_to(1.0)
+    towards = last_token_states(decoder, with_it, n)
+    away = last_token_states(decoder, without, n)
+    resident.move_to(0.0)
+    return Contrast(towards, away, last_token_states(decoder, with_it, n), True)
+
+
+@torch.no_grad()
+def steered(
+    resident: ResidentModel,
+    references: References,
+    layer: int,
+    vector: torch.Tensor,
+    at_once: int,
+) -> torch.Tensor:
+    """``kl`` values ``[prompts]`` with a vector added after a layer, at the last prompt token.
+
+    That is where it was read. Added at the positions of the answer as well it took SmolLM2 further
+    from the expert, not nearer.
+
+    Args:
+        resident: the model, at the base.
+        references: prompts with responses.
+        layer: where it is added.
+        vector: ``[hidden]``.
+        at_once: prompts per forward.
+    """
+    decoder = Decoder(resident.model)
+    found = torch.empty(len(references.values["kl"].base), dtype=torch.float64)
+    pairs = zip(references.batches, references.targets, strict=True)
+    for batch, target in (part for pair in pairs for part in split(*pair, at_once)):
+        trace = record(decoder, batch)
+        hidden = trace.residual(layer)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        there = positions[None] == trace.batch.last[:, None]
+        moved = hidden + there[..., None] * vector.to(hidden)
+        values = replay(decoder, trace, moved[None], layer, ("kl",), target)["kl"][0]
+        found[trace.batch.members] = values.double().cpu()
+    return found
+
+
+def direction_stability(differences: torch.Tensor, seed: int) -> Estimate:
+    """Cosine between the mean differences of two random halves of the prompts.
+
+    Args:
+        differences: with minus without the instruction, ``[prompts, hidden]``.
+        seed: of the halves.
+    """
+    rng, n = np.random.default_rng(seed), len(differences)
+    values = differences.double().numpy()
+    cosines = []
+    for _ in range(HALVES):
+        order = rng.permutation(n)
+        one, two = values[order[: n // 2]].mean(0), values[order[n // 2 :]].mean(0)
+        scale = np.linalg.norm(one) * np.linalg.norm(two)
+        cosines.append(float(one @ two / scale) if scale > 0 else 0.0)
+    return percentiles(float(np.mean(cosines)), np.array(cosines))
+
+
+def recovered(values: torch.Tensor, reference: Reference, seed: int) -> Estimate:
+    """Recovery with its bootstrap interval over prompts."""
+    base, expert = (side.double().cpu().numpy() for side in (reference.base, reference.expert))
+    n = len(base)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+    change, distance = values.numpy() - base, expert - base
+    drawn = (counts @ change) / (counts @ distance)
+    return percentiles(float(change.mean() / distance.mean()), drawn[np.isfinite(drawn)])
+
+
+def best_anchor(found: Sequence[LayerAnchor]) -> LayerAnchor | None:
+    """The usable layer that separates best_anchor, if there is one."""
+    usable = [layer for layer in found if layer.usable]
+    return max(usable, key=lambda layer: layer.separation, default=None)

@@ -1,0 +1,315 @@
+"""What the leading components of a score file do together: restoration and knockout of sets.
+
+Base plus the top K components (restoration) and expert minus them (knockout), beside the bottom K
+and random sets of the same size and kinds. The curve over K is the file's report card; it is
+written into its manifest ("Weight Patching", Sun et al., arXiv 2604.13694).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import mergekit_wp
+from mergekit_wp.criteria import AnchorDirection, Targets
+from mergekit_wp.engine.decoder import Decoder
+from mergekit_wp.errors import UserError
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.scorefile import ScoreFile, SetPoint, Verification
+from mergekit_wp.mechanism.request import VerifyRequest
+from mergekit_wp.mechanism.sets import Members, extreme, matched, swapped
+from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import PromptBatch, batches, read_prompts
+from mergekit_wp.runs.command import command_of, versions
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.references import logprobs, values_of
+from mergekit_wp.runs.request import DTYPES
+from mergekit_wp.runs.run import check_pair, check_scores, open_inputs, scored_model
+from mergekit_wp.runs.texts import auto_batch_size, with_responses
+from mergekit_wp.statistics import Array, percentiles
+from mergekit_wp.tasks.items import JsonlTask
+from mergekit_wp.terms import CRITERIA, CriterionName, Direction, SetName
+
+RESAMPLES = 2000
+#: what behaviour is called among the measures
+BEHAVIOR: Literal["behavior"] = "behavior"
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One model to measure: which set of which size comes from the other checkpoint."""
+
+    direction: Direction
+    set: SetName
+    size: int
+    draw: int
+
+    @property
+    def key(self) -> str:
+        """Name of its block in the journal."""
+        return f"{self.direction}.{self.set}.{self.size}.{self.draw}"
+
+
+def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -> Verification:
+    """Measure the sets and write the curve into the score file's manifest.
+
+    Args:
+        request: the run.
+        task: items whose answers are checked, None for criteria only.
+        progress: told of every set.
+
+    Raises:
+        UserError: any mistake in the inputs, before anything is measured.
+    """
+    file = scorefile.read(request.file)
+    estimand = request.estimand or file.manifest.estimands[0]
+    criterion = request.criterion or file.manifest.criteria[0]
+    check_scores(file, request.file, (estimand,), criterion)
+    fine = file.fine_scores(estimand, criterion)
+    if not fine:
+        raise UserError(f"score file {request.file} has only whole layers; no sets to verify")
+    sizes = _sizes(request.top, sum(part.numel() for part in fine.values()))
+    if task is not None and not task.count("test"):
+        raise UserError(f"task '{task.name}' has no 'test' items")
+    prompts = read_prompts(request.prompts, request.max_prompts)
+    base = request.base or scored_model(file.manifest.base)
+    expert = request.expert or scored_model(file.manifest.expert)
+    opened = open_inputs(base, expert, prompts.prompts, request.prompts, progress)
+    pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
+    check_pair(file, pair, request.file)
+    inputs = {
+        **request.model_dump(mode="json", exclude={"restart", "file", "behavior", "checkers"}),
+        "scores": file.digest(),
+        "prompts": prompts.sha256,
+        "tokens": texts.sha256(),
+        "task": task.fingerprint if task else None,
+        "base weights": pair.base.weights_sha256(),
+        "expert weights": pair.expert.weights_sha256(),
+        "mergekit-wp": mergekit_wp.__version__,
+    }
+    journal_at = request.file.with_name(request.file.name + ".verify")
+    with Journal(journal_at, inputs, request.restart) as journal:
+        resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
+        samples = with_responses(request, texts, tokenizer, resident, journal, progress)
+        size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
+        every = list(batches(samples, size, request.device))
+        at_once = AtOnce(size, progress.note)
+        meter = SetMeasurement(resident, every, len(samples), file, task, tokenizer, at_once)
+        ends, found = _measure(request, sizes, fine, meter, journal, progress)
+        for measure, value in ends[0].items():
+            if float(value.mean()) == float(ends[1][measure].mean()):
+                progress.note(f"'{measure}' is alike at base and expert, so it has no curve")
+        verification = Verification(
+            estimand=estimand,
+            criterion=criterion,
+            prompts_sha256=prompts.sha256,
+            n_prompts=len(samples),
+            n_items=task.count("test") if task else 0,
+            draws=request.draws,
+            points=tuple(_points(sizes, request, ends, found)),
+            seed=request.seed,
+            command=command_of(request),
+            versions=versions(),
+        )
+        manifest = file.manifest.model_copy(update={"verification": verification})
+        scorefile.write(replace(file, manifest=manifest), request.file)
+        journal.discard()
+    return verification
+
+
+class SetMeasurement:
+    """Measures the resident model: every criterion by prompt, and answers by item."""
+
+    def __init__(
+        self,
+        resident: ResidentModel,
+        every: Sequence[PromptBatch],
+        n: int,
+        file: ScoreFile,
+        task: JsonlTask | None,
+        tokenizer: Any,
+        at_once: AtOnce,
+    ) -> None:
+        self.resident, self.every, self.n = resident, every, n
+        self.task, self.tokenizer = task, tokenizer
+        self.criteria: tuple[CriterionName, ...] = tuple(
+            dict.fromkeys(("kl", *file.manifest.criteria))
+        )
+        resident.move_to(1.0)
+        anchor = None
+        if file.manifest.anchor is not None:
+            vector = file.tensors["anchor/vector"].to(resident.device)
+            vector = vector.to(torch.promote_types(resident.dtype, torch.float32))
+            anchor = AnchorDirection(vector, file.manifest.anchor.layer)
+        decoder = Decoder(resident.model)
+        self.at_once = at_once
+        # answers take other memory than one pass does
+        self.answered_at_once = AtOnce(UNBOUNDED, at_once.told)
+        self.targets = at_once.run(
+            lambda size: [Targets(logprobs(decoder, batch, size), anchor) for batch in every]
+        )
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, torch.Tensor]:
+        """SetValues ``[prompts]`` by criterion, and ``[items]`` of the behaviour."""
+        decoder = Decoder(self.resident.model)
+        values = self.at_once.run(
+            lambda size: values_of(decoder, self.every, self.targets, self.criteria, self.n, size)
+        )
+        found: dict[str, torch.Tensor] = {name: v.double() for name, v in values.items()}
+        if self.task is not None:
+            scores = self.task.evaluate(
+                self.resident.model, self.tokenizer, "test", self.answered_at_once
+            )
+            found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)
+        return found
+
+
+SetValues = dict[str, torch.Tensor]
+
+
+def _measure(
+    request: VerifyRequest,
+    sizes: Sequence[int],
+    fine: Mapping[Any, torch.Tensor],
+    meter: SetMeasurement,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[tuple[SetValues, SetValues], dict[Swap, SetValues]]:
+    """SetValues at base and expert, and of every swap; kept block by block."""
+    resident, pair = meter.resident, meter.resident.pair
+
+    def of(checkpoint: Any) -> Any:
+        return lambda name: checkpoint.tensor(name, resident.dtype, resident.device)
+
+    def kept(key: str, weight_of: Any) -> SetValues:
+        def run() -> SetValues:
+            resident.fill(lambda name, out: out.copy_(weight_of(name)))
+            return meter()
+
+        values, resumed = journal.block(key, run)
+        progress.advance(1, resumed=resumed)
+        return values
+
+    swaps = list(_swaps(sizes, request.draws))
+    progress.stage("sets", len(swaps) + 2, "set")
+    ends = (kept("base", of(pair.base)), kept("expert", of(pair.expert)))
+    found = {}
+    for swap in swaps:
+        members = _members(fine, swap, request.seed)
+        inside, outside = of(pair.expert), of(pair.base)
+        if swap.direction == "knockout":
+            inside, outside = outside, inside
+        found[swap] = kept(swap.key, swapped(pair.partition, members, inside, outside))
+    return ends, found
+
+
+def _swaps(sizes: Sequence[int], draws: int) -> list[Swap]:
+    found = []
+    directions: tuple[Direction, ...] = ("restoration", "knockout")
+    for direction in directions:
+        for size in sizes:
+            found += [Swap(direction, "top", size, 0), Swap(direction, "bottom", size, 0)]
+            found += [Swap(direction, "random", size, draw) for draw in range(draws)]
+    return found
+
+
+def _members(fine: Mapping[Any, torch.Tensor], swap: Swap, seed: int) -> Members:
+    top = extreme(fine, swap.size, largest=swap.set != "bottom")
+    if swap.set != "random":
+        return top
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + swap.size) * 1_009 + swap.draw)
+    return matched(top, generator)
+
+
+def _points(
+    sizes: Sequence[int],
+    request: VerifyRequest,
+    ends: tuple[SetValues, SetValues],
+    found: Mapping[Swap, SetValues],
+) -> list[SetPoint]:
+    points = []
+    names: tuple[SetName, ...] = ("top", "bottom", "random")
+    directions: tuple[Direction, ...] = ("restoration", "knockout")
+    # a journal gives its blocks back in the order of their names
+    for measure in (name for name in (*CRITERIA, BEHAVIOR) if name in ends[0]):
+        rng = np.random.default_rng([request.seed, *measure.encode()])
+        base, expert = (end[measure].numpy() for end in ends)
+        n = len(base)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+        for direction in directions:
+            for size in sizes:
+                for name in names:
+                    draws = request.draws if name == "random" else 1
+                    rows = [found[Swap(direction, name, size, d)][measure] for d in range(draws)]
+                    values = np.stack([row.numpy() for row in rows])
+                    point = estimate(values, base, expert, counts, direction, rng)
+                    if point is None:
+                        continue
+                    value, low, high = point
+                    points.append(
+                        SetPoint(
+                            direction=direction,
+                            set=name,
+                            size=size,
+                            measure=measure,
+                            value=value,
+                            low=low,
+                            high=high,
+                        )
+                    )
+    return points
+
+
+def estimate(
+    values: Array, base: Array, expert: Array, counts: Array, direction: Direction, rng: Any
+) -> tuple[float, float, float] | None:
+    """How far sets bring the base towards the expert, or the expert back, with 95% intervals.
+
+    Args:
+        values: ``[draws, prompts]`` with the set swapped.
+        base: ``[prompts]``.
+        expert: ``[prompts]``.
+        counts: ``[resamples, prompts]`` weights that sum to 1.
+        direction: restoration is the recovery; knockout is 1 minus it.
+        rng: resamples the draws.
+
+    Returns:
+        Value, low and high; None where base and expert do not differ.
+    """
+    distance = float((expert - base).mean())
+    if distance == 0:
+        return None
+    recovered = (values.mean(1).mean() - base.mean()) / distance
+    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=len(counts))
+    resampled = ((counts @ values.T) * (weights / len(values))).sum(1)
+    apart = counts @ (expert - base)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = (resampled - counts @ base) / apart
+    drawn = drawn[np.isfinite(drawn)]
+    if direction == "knockout":
+        recovered, drawn = 1 - recovered, 1 - drawn
+    found = percentiles(float(recovered), drawn)
+    return found.value, found.low, found.high
+
+
+def _sizes(top: Sequence[str], total: int) -> list[int]:
+    sizes = []
+    for text in top:
+        try:
+            percent = text.endswith("%")
+            number = float(text.removesuffix("%"))
+            size = math.ceil(number / 100 * total) if percent else int(text)
+        except (ValueError, OverflowError):
+            raise UserError(f"--top: '{text}' is no size; write a count or 5%") from None
+        if not 0 < size <= total:
+            raise UserError(f"--top {text}: the file scores {total} components")
+        sizes.append(size)
+    return sorted(set(sizes))

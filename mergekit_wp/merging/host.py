@@ -1,0 +1,85 @@
+"""What mergekit knows of the models it merges: configs, opened files, the tensors it writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from mergekit.common import ModelReference
+
+from mergekit_wp.architectures import text_config
+from mergekit_wp.models.model_names import refuse_twice
+from mergekit_wp.models.refusals import refuse_quantised, refuse_quantised_weights
+
+
+def shown(name: str, model: Hashable) -> str:
+    """What errors call a tensor; mergekit reads a model with an adapter from its cache."""
+    adapter = isinstance(model, ModelReference) and model.lora is not None
+    return f"tensor {name} of {model}" + (" (as merged in --lora-merge-cache)" if adapter else "")
+
+
+def refuse_unusable(input_ids: Sequence[Hashable], base_id: Hashable | None) -> None:
+    """Refuse models that are listed twice, and quantised ones.
+
+    Raises:
+        UserError: names the model.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    models = [model for model in input_ids if isinstance(model, ModelReference)]
+    base = base_id if isinstance(base_id, ModelReference) else None
+    refuse_twice(models, base)
+    for model in models:
+        if (config := config_of(model)) is not None:
+            refuse_quantised(config, str(model))
+        loader = LoaderCache.loaders.get(model)  # mergekit opens them before it plans
+        if loader is not None and loader.index.is_safetensors:
+            refuse_quantised_weights(loader.index, str(model))
+
+
+def unwritten(scored: Iterable[str], planned: Collection[str]) -> list[str]:
+    """Scored tensors that a merge would lose.
+
+    mergekit writes what its own architecture definition lists; that of Llama knows no biases, for
+    instance. Layers that a recipe leaves out altogether are the recipe's will, not a loss.
+
+    Args:
+        scored: tensor names of score files.
+        planned: names of the tensors that will be written.
+    """
+    layers = {_layer_of(name) for name in planned}
+    return [name for name in scored if name not in planned and _layer_of(name) in layers]
+
+
+def _layer_of(name: str) -> str | None:
+    match = re.search(r"\.([0-9]+)\.", name)
+    return match[1] if match else None
+
+
+def is_tied(base_id: Hashable | None) -> bool | None:
+    """Whether the base's output head is its embedding; None when its config is not known."""
+    config = config_of(base_id)
+    return None if config is None else bool(text_config(config).tie_word_embeddings)
+
+
+def config_of(model: Hashable | None) -> Any | None:
+    """A model's transformers config, None in a direct call or for a bare weights file."""
+    if not isinstance(model, ModelReference) or os.path.isfile(model.model.path):
+        return None
+    try:
+        stamp = os.stat(os.path.join(model.model.path, "config.json")).st_mtime_ns
+    except OSError:
+        stamp = None
+    return _config(model, stamp)
+
+
+@lru_cache(maxsize=16)
+def _config(model: ModelReference, stamp: int | None) -> Any:
+    # imported here, as mergekit may import this module while it is half imported itself; filled by
+    # the planner's thread, whose loader cache knows the command's options
+    from mergekit.io.tasks import LoaderCache
+
+    return model.config(trust_remote_code=LoaderCache().trust_remote_code)

@@ -1,0 +1,345 @@
+"""The merge method ``weight_patching`` for mergekit.
+
+Scores of "Weight Patching" (Sun et al., arXiv 2604.13694) say how much each component of an
+expert carries its behaviour; every component of the merge takes from each expert as its scores
+say. The maths is in `fusion`, score files in `expert_scores`, the recipe's names in `parameters`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    TensorEntry,
+    TensorGroup,
+)
+
+from mergekit_wp.components import TensorLayout
+from mergekit_wp.errors import UserError
+from mergekit_wp.merging.company import check_company
+from mergekit_wp.merging.expert_scores import Choice, ExpertScores, load, load_gates
+from mergekit_wp.merging.fusion import component_gates, fuse
+from mergekit_wp.merging.host import config_of, is_tied, refuse_unusable, shown, unwritten
+from mergekit_wp.merging.parameters import RECORDED, SPEC, guard_paths
+from mergekit_wp.merging.stored import Given, stored_pair
+from mergekit_wp.terms import Fusion
+
+LOG = logging.getLogger(__name__)
+
+
+# A tensor that only the base has stays as it is; the recipe as a whole needs an expert.
+_TENSOR_CONTRACT = InputContract(base=BasePolicy.REQUIRED)
+
+
+class Gated(NamedTuple):
+    """The gates of one tensor: ``[experts, components of the tensor]`` float64, and its cut."""
+
+    experts: tuple[Hashable, ...]
+    gates: torch.Tensor
+    layout: TensorLayout
+
+
+class _Coverage:
+    """Tensors of one run that no score file covers, reported in one line."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self._names: set[str] = set()
+        self._written: set[str] = set()
+        self._uncovered: list[str] = []
+        self._scored: dict[str, None] = {}
+
+    def add(self, name: str, covered: bool, written: Iterable[str], scored: Iterable[str]) -> None:
+        with self._lock:
+            self._names.add(name)
+            self._written.update(written)
+            self._scored.update(dict.fromkeys(scored))
+            if not covered:
+                self._uncovered.append(name)
+
+    def report(self) -> None:
+        with self._lock:
+            names, total = self._uncovered, len(self._names)
+            lost = unwritten(self._scored, self._written) if total > 1 else []
+            self.reset()
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            LOG.warning(
+                "%d of %d tensors have no scores and stay at the base: %s", len(names), total, shown
+            )
+        if lost:
+            LOG.warning(
+                "mergekit does not write %d scored tensors of this architecture, the merged model "
+                "lacks them: %s",
+                len(lost),
+                ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else ""),
+            )
+
+
+class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
+    """W = B + λ Σ_e gate_e (E_e − B), the gates from each expert's component scores."""
+
+    spec = SPEC
+
+    def __init__(self) -> None:
+        """Start with nothing planned."""
+        self._coverage = _Coverage()
+        self._guards: dict[Hashable, str] = {}
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check one tensor's inputs; while planning, also its score files against the base.
+
+        mergekit first calls this once for the whole recipe, with the name of an output slice or
+        none: there a plan starts. See `Recorded` for the rest.
+
+        Raises:
+            ValueError: no base, or no expert at all.
+            UserError: a model listed twice or quantised; a score file of another architecture,
+                or without the scores asked for.
+        """
+        recorded = RECORDED.take()
+        if group_name is None or ".slices[" in group_name:
+            refuse_unusable(input_ids, base_id)
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+            self._coverage.reset()
+            self._guards = {}
+            return
+        _TENSOR_CONTRACT.validate_ids(input_ids, base_id, group_name=group_name)
+        others = [model for model in input_ids if model != base_id]
+        if not others or "fusion" not in recorded:
+            return
+        if "gates" in recorded:
+            files = [load_gates(path, str(m)) for path in recorded["gates"] for m in others]
+            recorded = recorded | {"fusion": {"path": None}, "criterion": {"kl": None}}
+        else:
+            files = [load(path) for path in recorded.get("scores", {})]
+        if not files:
+            raise UserError(no_scores(others[0]))
+        for file in files:
+            check_fit(file, base_id, recorded)
+        check_company(files)
+        self._cover(group_name, files, base_id, recorded["granularity"])
+
+    def _cover(
+        self,
+        name: str | None,
+        files: Sequence[ExpertScores],
+        base_id: Hashable | None,
+        granularities: Sequence[str] | Mapping[str, None],
+    ) -> None:
+        tied = is_tied(base_id)
+        covered = any(
+            file.covers(file.scored_name(name, tied), granularity)
+            for file in files
+            for granularity in granularities
+            if name is not None
+        )
+        scored = (scored for file in files for scored in file.tensor_names)
+        written = (file.scored_name(str(name), tied) for file in files)
+        self._coverage.add(str(name), covered, written, scored)
+
+    def _bind_parameters(
+        self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Bind the parameters of a direct call, which is not planned, and note its coverage."""
+        RECORDED.take()
+        self._guards = {}
+        try:
+            bound: list[dict[str, Any]] = super()._bind_parameters(groups, parameters)
+        finally:
+            RECORDED.take()
+        for group, values in zip(groups, bound, strict=True):
+            files = [source(values, entry.id) for entry in group.non_base]
+            base_id = group.base.id if group.base else None
+            self._cover(group.metadata.name, files, base_id, [values["granularity"]])
+        return bound
+
+    def _guards_of(self, expert: Hashable, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        given = parameters["guards"][expert] or ""
+        if given and parameters["fusion"] == "path":
+            raise UserError(
+                f"model {expert} has 'guards', which 'fusion: path' does not use: there every "
+                "behaviour of the company counts already; leave one of the two out"
+            )
+        if (first := self._guards.setdefault(expert, given)) != given:
+            raise UserError(
+                f"model {expert}: 'guards' is '{first}' for one tensor and '{given}' for another; "
+                "write all files as one text, separated by commas: mergekit reads a list as values "
+                "by depth"
+            )
+        return guard_paths(given)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor.
+
+        Raises:
+            UserError: the tensor does not fit a score file, or is of another expert.
+        """
+        self._coverage.report()
+        name, base = group.metadata.name, group.base
+        tensor: torch.Tensor = base.tensor
+        if name is None:
+            raise UserError("weight_patching merges tensors by name; give the tensor's name")
+        tied = is_tied(base.id)
+        gated = self.gates(name, [entry.id for entry in group.non_base], parameters, tied)
+        if gated is None:
+            return tensor
+        experts = []
+        for entry in group.non_base:
+            if entry.id in gated.experts:
+                file = source(parameters, entry.id)
+                self._check_delta(group, entry, file, tied)
+                experts.append(entry.tensor)
+        spread = torch.stack([gated.layout.expand(gate, tensor.shape) for gate in gated.gates])
+        return fuse(tensor, experts, spread)
+
+    def _check_delta(
+        self, group: TensorGroup, entry: TensorEntry, file: ExpertScores, tied: bool | None
+    ) -> None:
+        metadata, base = group.metadata, group.base
+        name, called = str(metadata.name), shown(str(metadata.name), entry.id)
+
+        def stored() -> tuple[torch.Tensor, torch.Tensor] | None:
+            ours, theirs = (
+                Given(side.tensor, side.id, config_of(side.id)) for side in (base, entry)
+            )
+            names = file.stored_names(name, tied)
+            return stored_pair(names, ours, theirs, metadata.vocabulary_axis, shown_as=called)
+
+        file.check_delta(
+            file.scored_name(name, tied),
+            base.tensor,
+            entry.tensor,
+            shown_as=called,
+            stored=stored,
+        )
+
+    def gates(
+        self,
+        name: str,
+        experts: Sequence[Hashable],
+        parameters: Mapping[str, Any],
+        tied: bool | None,
+    ) -> Gated | None:
+        """How much of each expert every component of one tensor takes: no weights are read.
+
+        Args:
+            name: the tensor.
+            experts: the models that have it, beside the base.
+            parameters: as mergekit hands them to `merge_group`.
+            tied: see `is_tied`.
+
+        Returns:
+            None where no score file covers the tensor, which then stays at the base.
+
+        Raises:
+            UserError: score files that do not fit the parameters or each other.
+        """
+        with torch.device("cpu"):  # a worker of --multi-gpu has its GPU as the default device
+            return self._gates(name, experts, parameters, tied)
+
+    def _gates(
+        self,
+        name: str,
+        experts: Sequence[Hashable],
+        parameters: Mapping[str, Any],
+        tied: bool | None,
+    ) -> Gated | None:
+        fusion: Fusion = "path" if parameters["gates"] else parameters["fusion"]
+        choice = Choice(
+            "path" if fusion == "path" else parameters["estimand"],
+            "kl" if parameters["gates"] else parameters["criterion"],
+            "component" if parameters["gates"] else parameters["granularity"],
+            harm=parameters["harm"],
+        )
+        covering, scores, weights, layouts = [], [], [], []
+        for expert in experts:
+            file = source(parameters, expert)
+            scored = file.scored_name(name, tied)
+            if not file.covers(scored, choice.granularity):
+                continue
+            covering.append(expert)
+            guarded = choice._replace(guards=self._guards_of(expert, parameters))
+            scores.append(file.scores(scored, guarded, parameters["density"][expert]))
+            weights.append(parameters["weight"][expert])
+            layouts.append(file.layout(scored, choice.granularity))
+        if not covering:
+            return None
+        if len({layout.count for layout in layouts}) > 1:
+            raise UserError(f"tensor {name}: its score files are of different architectures")
+        gates = component_gates(
+            torch.stack(scores),
+            torch.tensor(weights, dtype=torch.float64),
+            fusion=fusion,
+            power=parameters["power"],
+            scale=parameters["lambda"],
+        )
+        return Gated(tuple(covering), gates, layouts[0])
+
+
+def no_scores(expert: Hashable) -> str:
+    """The error of a recipe that says nothing about an expert."""
+    return (
+        f"model {expert} has no 'scores' and the recipe no 'gates'; give the score file that "
+        "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
+    )
+
+
+def source(parameters: Mapping[str, Any], expert: Hashable) -> ExpertScores:
+    """What says how much of an expert is taken: its score file, or its gates as ``path`` scores.
+
+    Args:
+        parameters: as mergekit hands them to `WeightPatchingMerge.merge_group`.
+        expert: the model.
+
+    Raises:
+        UserError: the recipe gives neither, or both.
+    """
+    scores = parameters["scores"].get(expert, "")
+    if parameters["gates"]:
+        if scores:
+            raise UserError(
+                f"model {expert} has 'scores', which 'gates' do not use; leave one of the two out"
+            )
+        return load_gates(parameters["gates"], str(expert))
+    if not scores:
+        raise UserError(no_scores(expert))
+    return load(scores)
+
+
+def check_fit(
+    file: ExpertScores, base_id: Hashable | None, recorded: Mapping[str, Mapping[str, None]]
+) -> None:
+    """Hold a score file against the base's config and the scores that the recipe asks for.
+
+    Raises:
+        UserError: another architecture, or scores that the file does not have.
+    """
+    config = config_of(base_id)
+    if config is not None:
+        file.require_base(config)
+    fusions = recorded["fusion"]
+    estimands = [*recorded["estimand"]] if set(fusions) - {"path"} else []
+    for estimand in [*estimands, *(["path"] if "path" in fusions else [])]:
+        for criterion in recorded["criterion"]:
+            for granularity in recorded["granularity"]:
+                file.require(Choice(estimand, criterion, granularity))
+
+
+weight_patching = WeightPatchingMerge()

@@ -1,0 +1,144 @@
+"""The parameters of ``weight_patching``, each checked by name.
+
+Filters and gradients are mergekit's: it validates every number they can produce.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+)
+from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.merging.expert_scores import gates_experts, load
+from mergekit_wp.models.hub import local_path
+from mergekit_wp.terms import CRITERIA, FUSIONS, GRANULARITIES, WEIGHT_ESTIMANDS
+
+
+class Recorded(threading.local):
+    """Parameter values validated in this thread since the last `validate_inputs`.
+
+    mergekit validates one value at a time, without telling the validator for which model or
+    tensor, and calls ``validate_inputs(models, base, tensor name)`` after a tensor's values. Only
+    there can a score file be held against the base's config, and that must happen while planning:
+    before the first tensor is read. So the validators leave their values here, and
+    `validate_inputs` takes them away. The planner does both in one thread; what an interrupted
+    plan left behind is dropped when the next one starts, so that nothing passes between plans.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing, in every thread."""
+        self.values: dict[str, dict[str, None]] = {}
+
+    def take(self) -> dict[str, dict[str, None]]:
+        """What was validated since the last call: parameter name to values, in order."""
+        values, self.values = self.values, {}
+        return values
+
+
+RECORDED = Recorded()
+
+
+def _parameter(name: str, annotation: Any, expected: str) -> Any:
+    """A value type whose errors name the parameter, which pydantic's do not."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise UserError(f"'{name}' must be {expected}, not {value!r}") from None
+
+    return Annotated[annotation, WrapValidator(check)]
+
+
+def _number(name: str, low: float | None = None, high: float | None = None) -> Any:
+    expected = "a finite number"
+    if low is not None:
+        expected = f"a number from {low:g} to {high:g}" if high else f"a number of at least {low:g}"
+    return _parameter(name, Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)], expected)
+
+
+def _one_of(name: str, options: Sequence[str]) -> Any:
+    def check(value: str) -> str:
+        if value not in options:
+            raise UserError(f"'{name}' must be one of {', '.join(options)}, not '{value}'")
+        RECORDED.values.setdefault(name, {})[value] = None
+        return value
+
+    text = Annotated[str, AfterValidator(check)]
+    return _parameter(name, text, f"one of {', '.join(options)}")
+
+
+def _gates_file(value: str) -> str:
+    if not value:
+        return value
+    path = local_path(value, "gates")
+    gates_experts(path)
+    RECORDED.values.setdefault("gates", {})[path] = None
+    return path
+
+
+def _score_file(value: str) -> str:
+    if not value:
+        return value
+    path = local_path(value)
+    load(path)
+    RECORDED.values.setdefault("scores", {})[path] = None
+    return path
+
+
+def guard_paths(value: str) -> tuple[str, ...]:
+    """The score files named in a recipe's ``guards``: one or more, separated by commas."""
+    return tuple(local_path(part.strip()) for part in value.split(",") if part.strip())
+
+
+def _guards(value: str) -> str:
+    for path in guard_paths(value):
+        load(path)
+    return value
+
+
+#: Weight of the harm to guarded behaviours: the best of 0.1, 0.2, 0.3, 0.5, 1 on the zoo's
+#: development seeds (benchmarks/zoo/README.md).
+HARM = 0.1
+
+_GUARDS = _parameter(
+    "guards", Annotated[str, AfterValidator(_guards)], "one text, files separated by commas"
+)
+_SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")
+_GATES = _parameter("gates", Annotated[str, AfterValidator(_gates_file)], "a gates file's path")
+_SHARED, _EXPERT = ParameterScope.SHARED, ParameterScope.NON_BASE
+
+SPEC = MergeMethodSpec(
+    name="weight_patching",
+    pretty_name="Weight Patching",
+    reference_url="https://arxiv.org/abs/2604.13694",
+    parameters=(
+        ParameterSpec("scores", _SCORES, _EXPERT, default=""),
+        ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
+        ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
+        ParameterSpec("guards", _GUARDS, _EXPERT, default=""),
+        ParameterSpec("gates", _GATES, _SHARED, default=""),
+        ParameterSpec("harm", _number("harm", 0), _SHARED, default=HARM),
+        ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
+        ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
+        ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),
+        ParameterSpec("estimand", _one_of("estimand", WEIGHT_ESTIMANDS), _SHARED, default="share"),
+        ParameterSpec("criterion", _one_of("criterion", CRITERIA), _SHARED, default="kl"),
+        ParameterSpec(
+            "granularity", _one_of("granularity", GRANULARITIES), _SHARED, default="component"
+        ),
+    ),
+    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+)

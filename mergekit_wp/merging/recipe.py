@@ -1,0 +1,372 @@
+"""A merge recipe: read, with every mistake that shows in the text itself refused.
+
+mergekit ignores keys and parameters that it does not know, so that a typo changes a merge
+silently; here a typo is an error. `preflight` then holds the recipe against the models it names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from pydantic import BaseModel, ValidationError
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.files.untrusted import complaint, parse_yaml
+from mergekit_wp.merging.company import check_company
+from mergekit_wp.merging.expert_scores import ExpertScores, gates_experts, load, load_gates
+from mergekit_wp.merging.parameters import SPEC
+from mergekit_wp.models.hub import local_path
+from mergekit_wp.models.model_names import refuse_twice
+
+SHARED = tuple(p.name for p in SPEC.shared_parameters)
+PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
+#: what a recipe with fitted gates may say of them
+BESIDE_GATES = ("gates", "weight", "lambda")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as its author wrote it, and as mergekit reads it."""
+
+    path: Path
+    source: str
+    config: MergeConfiguration
+
+    @property
+    def is_weight_patching(self) -> bool:
+        """Whether the checks of this module apply."""
+        return bool(self.config.merge_method == SPEC.name)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The models of a recipe of any method: its base, and the others in order, as written."""
+
+    base: str
+    models: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Experts:
+        """Read only what a recipe says of its models; score files need not exist.
+
+        Raises:
+            UserError: unreadable, or not a recipe of a base and whole experts.
+        """
+        _, data = _load_yaml(path)
+        try:
+            config = MergeConfiguration.model_validate(data)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"recipe {path}: {one_line(error)}") from error
+        return cls.of(config, path)
+
+    @classmethod
+    def of(cls, config: MergeConfiguration, path: str | os.PathLike[str]) -> Experts:
+        """The models of a recipe that was read already.
+
+        Raises:
+            UserError: not a recipe of a base and whole experts, or a model stands twice.
+        """
+        if parts := "slices" if config.slices else "modules" if config.modules else "":
+            raise UserError(
+                f"recipe {path} has '{parts}'; here whole experts are wanted: list them as 'models'"
+            )
+        if config.base_model is None or not config.models:
+            raise UserError(f"recipe {path}: expected 'base_model' and a list of 'models'")
+        _refuse_twice(config, path)
+        models = dict.fromkeys(str(m.model) for m in config.models if m.model != config.base_model)
+        if not models:
+            raise UserError(f"recipe {path} names no expert beside the base model")
+        return cls(str(config.base_model), tuple(models))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One ``parameters:`` block: where it stands, and the model it belongs to, if any."""
+
+    where: str
+    parameters: dict[str, Any]
+    model: ModelReference | None = None
+
+
+def read(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe; for weight patching also resolve and read the score files it names.
+
+    Raises:
+        UserError: unreadable, not a recipe, with keys or parameters that mergekit would silently
+            ignore, or with a score file that is missing, unreadable or not given.
+    """
+    source, data = _load_yaml(path)
+    try:
+        config = MergeConfiguration.model_validate(data)
+        merge_methods.get(config.merge_method)
+        for dtype in (config.dtype, config.out_dtype):
+            dtype_from_name(dtype)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"recipe {path}: {one_line(error)}") from error
+    recipe = Recipe(Path(path), source, config)
+    if recipe.is_weight_patching:
+        _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
+        _refuse_twice(config, path)
+        _resolve_score_files(recipe)
+        _check_parameters(recipe)
+    return recipe
+
+
+def _load_yaml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from error
+    try:
+        data = parse_yaml(source)
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
+    return source, data
+
+
+def find_score_file(reference: str, folder: Path) -> str:
+    """Absolute path of a score file that a recipe in ``folder`` names.
+
+    Raises:
+        UserError: neither in that folder nor in the current one, nor on the Hub.
+    """
+    if reference.startswith("hf://"):
+        return local_path(reference)
+    found = os.path.expanduser(reference)
+    beside = os.path.join(folder, found)
+    if os.path.isfile(beside):
+        found = beside
+    elif not os.path.isfile(found):
+        raise UserError(
+            f"score file {reference} not found, neither in the recipe's folder {folder} nor "
+            "in the current one; make one with 'mergekit-wp score BASE EXPERT "
+            "--prompts FILE.jsonl --out FILE.safetensors'"
+        )
+    return os.path.abspath(found)
+
+
+def find_gates_file(reference: str, folder: Path) -> str:
+    """Absolute path of a gates file that a recipe in ``folder`` names.
+
+    Raises:
+        UserError: as `find_score_file`, or no gates file.
+    """
+    if reference.startswith("hf://"):
+        path = local_path(reference, "gates")
+    else:
+        given = os.path.expanduser(reference)
+        beside = os.path.join(folder, given)
+        path = os.path.abspath(beside if os.path.isfile(beside) else given)
+    gates_experts(path)
+    return path
+
+
+def score_files(recipe: Recipe) -> list[ExpertScores]:
+    """Every score file that the recipe names, in order."""
+    paths: dict[str, None] = {}
+
+    def collect(setting: Any) -> None:
+        for entry in setting if isinstance(setting, list) else [setting]:
+            if isinstance(entry, ConditionalParameter):
+                collect(entry.value)
+            else:
+                paths[entry] = None
+
+    if gates := gates_of(recipe.config):
+        return [load_gates(gates, str(expert)) for expert in experts_in_order(recipe.config)]
+    for scopes in _scopes(recipe.config):
+        for scope in scopes:
+            if "scores" in scope.parameters:
+                collect(scope.parameters["scores"])
+    return [load(path) for path in paths]
+
+
+def gates_of(config: MergeConfiguration) -> str | None:
+    """The gates file that the recipe merges by, if it does."""
+    gates: str | None = (config.parameters or {}).get("gates") or None
+    return gates
+
+
+def experts_in_order(config: MergeConfiguration) -> list[ModelReference]:
+    """Every input model but the base, as the recipe lists them (mergekit's own plan has sets)."""
+    listed = (scopes[0].model for scopes in _scopes(config))
+    return list(dict.fromkeys(m for m in listed if m is not None and m != config.base_model))
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of pydantic, mergekit or transformers says, on one line."""
+    if isinstance(error, ValidationError):
+        return complaint(error)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_LISTED: dict[str, type[BaseModel]] = {
+    "models": InputModelDefinition,
+    "slices": OutputSliceDefinition,
+    "sources": InputSliceDefinition,
+}
+
+
+def _refuse_unknown_keys(block: Mapping[str, Any], schema: type[BaseModel], where: str) -> None:
+    for key in block:
+        if key not in schema.model_fields:
+            allowed = ", ".join(schema.model_fields)
+            raise UserError(f"{where}: unknown key '{key}'; allowed are {allowed}")
+    for key, inner in _LISTED.items():
+        for i, entry in enumerate(block.get(key) or []):
+            _refuse_unknown_keys(entry, inner, f"{where}: {key}[{i}]")
+    for name, module in (block.get("modules") or {}).items():
+        _refuse_unknown_keys(module, OutputModuleDefinition, f"{where}: modules.{name}")
+
+
+def _refuse_twice(config: MergeConfiguration, path: str | os.PathLike[str]) -> None:
+    """Refuse models that stand twice where one output is made of them."""
+    for holder in (config, *(config.modules or {}).values()):
+        for listed in (holder.models, *(output.sources for output in holder.slices or [])):
+            try:
+                refuse_twice([entry.model for entry in listed or []], config.base_model)
+            except UserError as error:
+                raise UserError(f"recipe {path}: {error}") from error
+
+
+def _scopes(config: MergeConfiguration) -> Iterator[tuple[Scope, ...]]:
+    """For every input model, the parameter blocks that apply to it, its own first."""
+
+    def of(holder: Any, where: str, model: ModelReference | None = None) -> Scope:
+        return Scope(where, holder.parameters or {}, model)
+
+    def inputs(holder: Any, where: str, outer: tuple[Scope, ...]) -> Iterator[tuple[Scope, ...]]:
+        for entry in holder.models or []:
+            yield (of(entry, f"model {entry.model}", entry.model), *outer)
+        for i, output in enumerate(holder.slices or []):
+            here = of(output, f"{where}slices[{i}]")
+            for entry in output.sources:
+                yield (of(entry, f"model {entry.model}", entry.model), here, *outer)
+
+    top = of(config, "the recipe")
+    yield from inputs(config, "", (top,))
+    for name, module in (config.modules or {}).items():
+        yield from inputs(module, f"modules.{name}.", (of(module, f"modules.{name}"), top))
+
+
+def _check_parameters(recipe: Recipe) -> None:
+    config = recipe.config
+    if config.base_model is None:
+        raise UserError(f"recipe {recipe.path}: weight_patching needs a 'base_model'")
+    experts, gates = 0, gates_of(config)
+    _refuse_gates_elsewhere(recipe)
+    if gates:
+        _check_gates(recipe, gates)
+    for scopes in _scopes(config):
+        own, *outer = scopes
+        for scope in scopes:
+            _check_names(recipe, scope, config.base_model)
+        if own.model == config.base_model:
+            continue
+        experts += 1
+        if not gates and not any("scores" in scope.parameters for scope in (own, *outer)):
+            raise UserError(
+                f"recipe {recipe.path}: {own.where} has no 'scores'; give it the score file that "
+                "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
+            )
+    if not experts:
+        raise UserError(f"recipe {recipe.path} names no expert beside the base model")
+
+
+def _refuse_gates_elsewhere(recipe: Recipe) -> None:
+    """Refuse gates of a part of the recipe: one file has those of the whole model."""
+    for scopes in _scopes(recipe.config):
+        for scope in scopes[:-1]:
+            if "gates" in scope.parameters:
+                raise UserError(
+                    f"recipe {recipe.path}: {scope.where} has 'gates', which are of the whole "
+                    "merge; move it to the recipe's own 'parameters'"
+                )
+
+
+def _check_gates(recipe: Recipe, gates: str) -> None:
+    """Refuse what would have no effect beside fitted gates, and gates of other experts."""
+    for scopes in _scopes(recipe.config):
+        for scope in scopes:
+            for name in scope.parameters:
+                if name in SHARED + PER_EXPERT and name not in BESIDE_GATES:
+                    raise UserError(
+                        f"recipe {recipe.path}: {scope.where} has '{name}', which 'gates' do not "
+                        f"use; beside them go {', '.join(BESIDE_GATES[1:])}"
+                    )
+    check_company([load_gates(gates, str(e)) for e in experts_in_order(recipe.config)])
+
+
+def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:
+    for name in scope.parameters:
+        if name not in SHARED + PER_EXPERT:
+            raise UserError(
+                f"recipe {recipe.path}: {scope.where} has an unknown parameter '{name}'; "
+                f"per model: {', '.join(PER_EXPERT)}; shared: {', '.join(SHARED)}"
+            )
+        if scope.model is not None and name in SHARED:
+            raise UserError(
+                f"recipe {recipe.path}: '{name}' is shared by all models; move it from "
+                f"{scope.where} to the recipe's own 'parameters'"
+            )
+        if scope.model == base:
+            raise UserError(
+                f"recipe {recipe.path}: the base {scope.where} takes no parameters, "
+                f"but has '{name}'"
+            )
+
+
+def _resolve_score_files(recipe: Recipe) -> None:
+    """Make every ``scores`` path absolute: beside the recipe first, else from here."""
+    folder = recipe.path.absolute().parent
+
+    def resolve(setting: Any) -> Any:
+        if isinstance(setting, list):
+            return [resolve(entry) for entry in setting]
+        if isinstance(setting, ConditionalParameter):
+            return ConditionalParameter(value=resolve(setting.value), filter=setting.filter)
+        if not isinstance(setting, str):
+            raise UserError(f"recipe {recipe.path}: 'scores' must be a path, not {setting!r}")
+        found = find_score_file(setting, folder)
+        load(found)
+        return found
+
+    def resolve_all(setting: Any) -> Any:
+        if isinstance(setting, ConditionalParameter):
+            return ConditionalParameter(value=resolve_all(setting.value), filter=setting.filter)
+        if isinstance(setting, list) and all(isinstance(e, ConditionalParameter) for e in setting):
+            return [resolve_all(entry) for entry in setting]
+        if not isinstance(setting, str):
+            raise UserError(
+                f"recipe {recipe.path}: 'guards' must be one text, files separated by commas, "
+                f"not {setting!r}; mergekit reads a list as values by depth"
+            )
+        return ", ".join(resolve(part.strip()) for part in setting.split(",") if part.strip())
+
+    top = recipe.config.parameters or {}
+    if "gates" in top:
+        if not isinstance(top["gates"], str):
+            raise UserError(f"recipe {recipe.path}: 'gates' must be a path, not {top['gates']!r}")
+        top["gates"] = find_gates_file(top["gates"], folder)
+    for scopes in _scopes(recipe.config):
+        for scope in scopes:
+            if "scores" in scope.parameters:
+                scope.parameters["scores"] = resolve(scope.parameters["scores"])
+            if "guards" in scope.parameters:
+                scope.parameters["guards"] = resolve_all(scope.parameters["guards"])

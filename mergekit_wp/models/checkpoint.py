@@ -1,0 +1,271 @@
+"""A checkpoint on disk or on the Hub, read lazily.
+
+Tensors stream one at a time, piece by piece; those that are made of several stored ones through
+mergekit's own loader. Only the model that receives the patches is held in memory, see `resident`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from mergekit.common import ModelPath, ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+
+from mergekit_wp.architectures import text_config
+from mergekit_wp.errors import UserError
+from mergekit_wp.models import hub
+from mergekit_wp.models.lora import Adapter
+from mergekit_wp.models.parameter_names import StoredNames
+from mergekit_wp.models.refusals import (
+    FLOATS,
+    headers,
+    refuse_pickles,
+    refuse_quantised,
+    refuse_quantised_weights,
+)
+from mergekit_wp.models.streaming import WHOLE, Pieces, Rows, Span, on_device
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# numbers that are read at once where a tensor can be read in pieces
+_PIECE = 2**21
+# config entries that say how a checkpoint was saved, not what it computes
+VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def _model_path(path: str) -> ModelPath:
+    """As mergekit reads it; a folder is one whatever characters are in its name.
+
+    Raises:
+        UserError: it looks like a folder, and there is none.
+    """
+    if os.path.isdir(path):
+        return ModelPath.model_construct(path=path, revision=None)
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"model folder '{path}' not found")
+    return ModelPath.model_validate(path)
+
+
+class Checkpoint:
+    """One checkpoint, read lazily.
+
+    Args:
+        reference: a folder, or a Hub id as mergekit writes it (``owner/name@revision``); behind a
+            ``+`` a LoRA adapter of it.
+
+    Raises:
+        UserError: it cannot be found, has no safetensors weights, or an adapter that does not fit.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.name = reference
+        whole = os.path.isdir(reference)
+        model, plus, lora = (reference, "", "") if whole else reference.partition("+")
+        try:
+            self.ref = ModelReference(
+                model=_model_path(model), lora=_model_path(lora) if plus else None
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"model '{reference}': {error}") from error
+        self.path = self._resolve()
+        self.loader = LazyTensorLoader(self._index(), lazy_unpickle=False)
+        self.adapter = None
+        if self.ref.lora is not None:
+            self.adapter = Adapter.open(self.ref.lora.path, self.ref.lora.revision)
+            for name in self.adapter.shapes:
+                header = self.stored.header(name)
+                self.adapter.check_fits(name, None if header is None else header[0])
+
+    def require_whole(self, purpose: str) -> None:
+        """Refuse a model with an adapter.
+
+        Raises:
+            UserError: says for what it is refused.
+        """
+        if self.adapter is not None:
+            raise UserError(
+                f"{purpose} needs whole models, but '{self.name}' is a model with a LoRA adapter; "
+                "merge the adapter into its model and give the folder of the result"
+            )
+
+    def _resolve(self) -> str:
+        try:
+            model = self.ref.model
+            folder, self._commit = Path(model.path), None
+            if not folder.is_dir():
+                folder = hub.config_folder(model.path, model.revision)
+                self._commit = hub.commit_of(folder)
+            self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            refuse_quantised(self.config, self.name)
+            if self._commit is not None:  # weights of the same, whatever was pushed in between
+                folder = hub.checkpoint(model.path, self._commit)
+            return str(folder)
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
+
+    def _index(self) -> Any:
+        refuse_pickles(self.path, self.name)
+        try:
+            index = ShardedTensorIndex.from_disk(self.path)
+        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
+            raise UserError(f"model '{self.name}': weights cannot be read: {error}") from error
+        refuse_quantised_weights(index, self.name)
+        return index
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in a fixed order."""
+        index = self.loader.index
+        return [Path(index.base_path, s.filename) for s in index.shards]
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and stored dtype of every tensor.
+
+        Raises:
+            UserError: a weight file is missing, damaged, or not as the index says.
+        """
+        return headers(self.loader.index, self.name)
+
+    @cached_property
+    def stored(self) -> StoredNames:
+        """Where the model's parameters are among the stored tensors."""
+        return StoredNames(self.config, self.headers)
+
+    @cached_property
+    def _spans(self) -> dict[str, Span]:
+        """Where every stored tensor lies in its file."""
+        return {
+            name: span for path in self.weight_files for name, span in Span.of_file(path).items()
+        }
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and stored dtype of one parameter.
+
+        Raises:
+            UserError: the checkpoint does not have it.
+        """
+        found = self.stored.header(name)
+        if found is None:
+            raise UserError(f"'{self.name}' has no tensor {name}")
+        return found
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the text model, which is all that is scored."""
+        return text_config(self.config)
+
+    @property
+    def weights_dtype(self) -> str:
+        """The most common stored dtype, as torch names it; of what an adapter changes, ours."""
+        kinds = [dtype for _, dtype in self.headers.values()]
+        most = max(sorted(set(kinds)), key=kinds.count)
+        found = FLOATS.get(most, most)
+        if self.adapter is not None and found in ("float16", "bfloat16"):
+            return "float32"  # `Adapter.changed`: what merges it first will have rounded
+        return found
+
+    @property
+    def config_hash(self) -> str:
+        """sha256 of what the config says about the computation."""
+        content = {k: v for k, v in self.config.to_dict().items() if k not in VOLATILE_CONFIG}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub commit that was read, of the adapter where there is one; None for a folder."""
+        if self.adapter is not None:
+            return self.adapter.commit
+        return self._commit
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the model, as the config states it."""
+        names = self.config.architectures or [f"model_type {self.config.model_type}"]
+        return str(names[0])
+
+    def weights_sha256(self) -> str:
+        """Hash over the content of all weight files."""
+        digest = hashlib.sha256()
+        for file in self.weight_files:
+            with open(file, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        if self.adapter is not None:
+            digest.update(self.adapter.sha256())
+        return digest.hexdigest()
+
+    def pieces(self, name: str) -> Pieces:
+        """Pieces in which `piece` reads one parameter: rows, or all of it at once.
+
+        Raises:
+            UserError: the checkpoint does not have it.
+        """
+        shape = self.header(name)[0]
+        if not shape or self.stored.name(name) is None:  # made of several stored tensors
+            return WHOLE
+        step = max(1, _PIECE // max(1, math.prod(shape[1:])))
+        return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+    def piece(self, name: str, rows: Rows = ..., *, pin: bool = False) -> torch.Tensor:
+        """Rows of one parameter as they are stored.
+
+        Args:
+            name: of the parameter.
+            rows: of it.
+            pin: in pinned memory, if they are read from the file as they are.
+        """
+        stored = self.stored.name(name)
+        if stored is None:
+            part = self.stored.read(name, self.loader.get_tensor)[rows]
+            self.loader.flush()
+        else:
+            part = self._spans[stored].read(rows, pin=pin)
+        return part if self.adapter is None else self.adapter.changed(name, part, rows)
+
+    def on_device(
+        self, name: str, device: torch.device | str, pieces: Pieces | None = None
+    ) -> Iterator[tuple[Rows, torch.Tensor]]:
+        """The `pieces` of one parameter, or given ones, on a device, as they are stored."""
+        read = partial(self.piece, name, pin=torch.device(device).type == "cuda")
+        return on_device(pieces or self.pieces(name), read, device)
+
+    def read(self, name: str, out: torch.Tensor) -> None:
+        """Copy one parameter into a tensor of any dtype, on any device, piece by piece."""
+        for rows, part in self.on_device(name, out.device):
+            out[rows] = part
+
+    def tensor(self, name: str, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        """One parameter, cast and moved."""
+        out = torch.empty(self.header(name)[0], dtype=dtype, device=device)
+        self.read(name, out)
+        return out
+
+    def tokenizer(self) -> Any | None:
+        """The checkpoint's tokenizer, None when it has none.
+
+        Raises:
+            UserError: it has one that cannot be loaded.
+        """
+        places = (
+            [Path(self.path)] if self.adapter is None else [self.adapter.folder, Path(self.path)]
+        )
+        has = [p for p in places if any(Path(p, name).exists() for name in _TOKENIZER_FILES)]
+        if not has:
+            return None
+        try:
+            # said outright: by default transformers asks on the terminal about a folder's own code
+            return AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
+        except Exception as error:  # tokenizers raise whatever they like
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error

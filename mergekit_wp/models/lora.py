@@ -1,0 +1,195 @@
+"""LoRA adapters as peft writes them, read as low-rank changes: W + scale · B A, tensor by tensor.
+
+Neither the merged model nor a full task vector is ever made: a weight is changed when it is asked
+for. What an adapter holds beside plain LoRA is refused by name, never left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.models import hub
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
+# settings that make something else of the weights than W + scale · B A; with any other value than
+# these (or none at all) the adapter is refused
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "modules_to_save": ([],),
+    "trainable_token_indices": ([], {}),
+    "target_parameters": ([],),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "alpha_pattern": ({},),
+    "layer_replication": ([],),
+    # other initialisations change the base's weights as well, and an adapter does not say how
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        folder: where it is.
+        name: what errors call it.
+        commit: on the Hub, None for a folder.
+        config: of peft.
+        shapes: of A and of B by the name of the parameter they change.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None
+    config: dict[str, Any]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @classmethod
+    def open(cls, path: str, revision: str | None) -> Adapter:
+        """Open an adapter in a folder or on the Hub.
+
+        Raises:
+            UserError: it cannot be read, or is more than plain LoRA; names what.
+        """
+        folder, name = _folder(path, revision), f"adapter '{path}'"
+        config = _config(folder, name)
+        if (kind := config.get("peft_type")) != "LORA":
+            raise UserError(f"{name} is of type {kind}; only LORA adapters can be read")
+        for key, plain in _PLAIN.items():
+            if (value := config.get(key)) is not None and value not in plain:
+                raise UserError(
+                    f"{name} has {key} = {json.dumps(value)}, which is more than plain LoRA; merge "
+                    "it into its model and give the folder of the result"
+                )
+        commit = None if Path(path).is_dir() else hub.commit_of(folder)
+        return cls(folder, name, commit, config, _shapes(folder / WEIGHTS, name))
+
+    def check_fits(self, name: str, shape: tuple[int, ...] | None) -> None:
+        """Refuse a parameter that the model does not have, or has in another shape.
+
+        Raises:
+            UserError: names it.
+        """
+        if shape is None:
+            raise UserError(
+                f"{self.name} changes {name}, of which its model has no weight of its own"
+            )
+        (rank, inputs), (outputs, rank_too) = self.shapes[name]
+        expected = (inputs, outputs) if self._transposed else (outputs, inputs)
+        if rank != rank_too or expected != shape:
+            raise UserError(
+                f"{self.name} does not fit: lora_A is {[rank, inputs]} and lora_B "
+                f"{[outputs, rank_too]}, but {name} is {list(shape)}"
+            )
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(self.config.get("fan_in_fan_out"))
+
+    def changed(
+        self, name: str, weight: torch.Tensor, rows: slice | EllipsisType = ...
+    ) -> torch.Tensor:
+        """Rows of a parameter with the adapter's change, at least in fp32; others as they are."""
+        if name not in self.shapes:
+            return weight
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            a = file.get_tensor(f"{key}.lora_A.weight").to(wide)
+            b = file.get_tensor(f"{key}.lora_B.weight").to(wide)
+        rank = a.shape[0]  # of this tensor: a rank pattern is honoured
+        alpha = float(self.config["lora_alpha"])
+        scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        delta = a.T[rows] @ b.T if self._transposed else b[rows] @ a
+        return torch.add(weight.to(wide), delta, alpha=scale)
+
+    def sha256(self) -> bytes:
+        """Hash over config and weights."""
+        digest = hashlib.sha256()
+        for file in (CONFIG, WEIGHTS):
+            with open(self.folder / file, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.digest()
+
+
+def require_safetensors(path: str, revision: str | None) -> None:
+    """Refuse an adapter of any kind whose weights peft would have to unpickle.
+
+    Raises:
+        UserError: it cannot be found, or has pickled weights only.
+    """
+    folder, name = _folder(path, revision), f"adapter '{path}'"
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name} has no {CONFIG}; give the folder that peft saved")
+    _require_weights(folder / WEIGHTS, name)
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"adapter folder '{path}' not found")
+    try:
+        return hub.adapter(path, revision)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"adapter '{path}' cannot be read: {reason}") from error
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        float(config["lora_alpha"] if config.get("peft_type") == "LORA" else 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{name}: {CONFIG} cannot be read: {error}") from error
+    found: dict[str, Any] = config
+    return found
+
+
+def _shapes(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    _require_weights(file, name)
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    try:
+        for key, shape in _stored(file):
+            match = _KEY.match(key)
+            if match is None or len(shape) != 2 or match[1].endswith(".lora_embedding"):
+                raise UserError(
+                    f"{name} holds {key} {list(shape)}, which is no plain LoRA matrix of a linear "
+                    "layer; merge it into its model and give the folder of the result"
+                )
+            found.setdefault(f"{match[1]}.weight", {})[match[2]] = shape
+    except SafetensorError as error:
+        raise UserError(f"{name}: {WEIGHTS} is damaged: {error}") from error
+    for parameter, sides in found.items():
+        if set(sides) != {"A", "B"}:
+            raise UserError(f"{name} has only lora_{next(iter(sides))} of {parameter}")
+    if not found:
+        raise UserError(f"{name} holds no weights")
+    return {parameter: (sides["A"], sides["B"]) for parameter, sides in found.items()}
+
+
+def _require_weights(file: Path, name: str) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{name} has no {WEIGHTS}; pickled weights are never loaded, save it again with peft"
+        )
+
+
+def _stored(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with safe_open(file, framework="pt") as handle:
+        for key in handle.keys():  # noqa: SIM118
+            yield key, tuple(handle.get_slice(key).get_shape())

@@ -1,0 +1,75 @@
+"""What a model is called and where it is, from its reference alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from huggingface_hub.errors import HFValidationError
+from mergekit.common import ModelPath, ModelReference
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.models import hub
+
+
+def last_name(reference: str) -> str:
+    """The last part of a reference: of a folder, a Hub repository, or of the adapter behind a +."""
+    if not os.path.isdir(reference):
+        reference = reference.rpartition("+")[2].partition("@")[0]
+    return os.path.basename(reference.rstrip("/"))
+
+
+def absolute(reference: str) -> str:
+    """A reference for processes with another working folder: its folders have whole paths."""
+    if os.path.isdir(reference):
+        return os.path.abspath(reference)
+    parts = reference.split("+")
+    return "+".join(os.path.abspath(part) if os.path.isdir(part) else part for part in parts)
+
+
+def refuse_twice(models: Iterable[ModelReference], base: ModelReference | None) -> None:
+    """Refuse models of which two are the same one, however they are written.
+
+    mergekit refuses only the same text twice; written with another path, an expert would count
+    double, and the base would be an expert.
+
+    Args:
+        models: of one output, as a recipe lists them.
+        base: the recipe's.
+
+    Raises:
+        UserError: names both.
+    """
+    seen: dict[object, ModelReference] = {}
+    if base is not None:
+        seen[_place(base)] = base
+    listed: set[ModelReference] = set()
+    for model in models:
+        first = seen.setdefault(_place(model), model)
+        if model in listed or (first != model and first != base):
+            raise UserError(
+                f"model {first} is listed twice{_other(first, model)}; list it once, with a "
+                "larger 'weight' if that was meant"
+            )
+        if first != model:
+            raise UserError(
+                f"the base model {first} is listed among the models as {model}; leave it out, or "
+                "write it as 'base_model' does"
+            )
+        listed.add(model)
+
+
+def _other(first: ModelReference, again: ModelReference) -> str:
+    return "" if first == again else f", the second time as {again}"
+
+
+def _place(model: ModelReference) -> object:
+    def of(path: ModelPath | None) -> object:
+        if path is None or os.path.exists(path.path):
+            return path and os.path.realpath(path.path)
+        try:
+            return path.path, hub.cached_commit(path.path, path.revision)
+        except HFValidationError:  # no Hub id either; opening it will say so
+            return path.path, path.revision
+
+    return of(model.model), of(model.lora)

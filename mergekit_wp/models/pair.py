@@ -1,0 +1,243 @@
+"""A base and an expert held against each other: what differs between them, and what must not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mergekit_wp.components import Dims, Partition
+from mergekit_wp.errors import UserError
+from mergekit_wp.models.checkpoint import VOLATILE_CONFIG, Checkpoint
+from mergekit_wp.models.load import parameter_names, skeleton
+from mergekit_wp.models.refusals import FLOATS
+from mergekit_wp.models.streaming import WHOLE, Pieces, Rows
+
+# config entries that change what the same weights compute, in any of the architectures
+_COMPUTING = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_epsilon",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "head_dim",
+    "tie_word_embeddings",
+    "use_bias",
+    "use_parallel_residual",
+    "use_bidirectional_attention",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "attention_bias",
+    "mlp_bias",
+)
+# config entries that say what tokens mean, not what weights compute
+_HARMLESS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "architectures",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base, an expert of the same architecture, and what differs between them."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    partition: Partition
+    delta_norm: dict[str, float]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding; without a map, what the config says."""
+        architecture = self.partition.dims.architecture
+        if architecture.mapped:
+            return self.partition.shapes[f"{architecture.embedding}.weight"][0]
+        return int(self.base.text_config.vocab_size)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Tensors in which the two differ at all."""
+        return frozenset(name for name, norm in self.delta_norm.items() if norm > 0)
+
+    def delta(self, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+        """One tensor of the task vector, subtracted in `dtype` or fp32 if that is finer."""
+        wide = torch.promote_types(dtype, torch.float32)
+        difference = self.expert.tensor(name, wide, device)
+        for rows, part in self.base.on_device(name, device):
+            difference[rows] -= part.to(wide)
+        return difference.to(dtype)
+
+    def between(self, name: str, position: float, out: torch.Tensor) -> None:
+        """Write base + position * (expert - base) into a tensor, computed at least in fp32."""
+        wide = torch.promote_types(out.dtype, torch.float32)
+        pieces = common_pieces(name, self.base, self.expert)
+        sides = (side.on_device(name, out.device, pieces) for side in (self.base, self.expert))
+        for (rows, base), (_, expert) in zip(*sides, strict=True):
+            out[rows] = torch.lerp(base.to(wide), expert.to(wide), position)
+
+
+def common_pieces(name: str, *sides: Checkpoint) -> Pieces:
+    """Pieces in which a parameter can be read from all of some checkpoints."""
+    found = [side.pieces(name) for side in sides]
+    return WHOLE if WHOLE in found else found[0]
+
+
+def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], None]) -> Pair:
+    """Open two checkpoints, compare every tensor and measure the task vector.
+
+    Args:
+        base_name: the base.
+        expert_name: the expert.
+        on_tensor: called after each tensor with how many are done and how many there are.
+
+    Raises:
+        UserError: another architecture or shape (names the first differing tensor and both
+            shapes), NaN in the weights, or identical models.
+    """
+    base, expert = Checkpoint(base_name), Checkpoint(expert_name)
+    if base.architecture != expert.architecture:
+        raise UserError(
+            f"different architectures: base '{base_name}' is {base.architecture}, "
+            f"expert '{expert_name}' is {expert.architecture}"
+        )
+    _check_tying(base, expert)
+    dims = Dims.from_config(base.config)
+    names = parameter_names(skeleton(base.config))
+    ours_too = set(names)
+    theirs_only = [n for n in parameter_names(skeleton(expert.config)) if n not in ours_too]
+    if theirs_only and base.text_config.num_hidden_layers != expert.text_config.num_hidden_layers:
+        name = theirs_only[0]
+        raise UserError(
+            f"shapes differ at tensor {name}: base has none, expert {list(expert.header(name)[0])}"
+        )
+    vocabulary = (dims.architecture.embedding, dims.architecture.head)
+    for name in names:
+        shapes = []
+        for side, checkpoint in (("base", base), ("expert", expert)):
+            if (header := checkpoint.stored.header(name)) is None:
+                raise UserError(f"{side} '{checkpoint.name}' has no tensor {name}")
+            shapes.append(header[0])
+        ours, theirs = shapes
+        by_token = name in [f"{path}.weight" for path in vocabulary if dims.architecture.mapped]
+        if by_token and ours[1:] == theirs[1:] and ours != theirs:
+            raise UserError(
+                f"base '{base.name}' has {ours[0]} rows for tokens, expert '{expert.name}' "
+                f"{theirs[0]} ({name}): their vocabularies differ; write both with one "
+                "vocabulary, as docs/faq.md shows, and score these"
+            )
+        if ours != theirs:
+            raise UserError(
+                f"shapes differ at tensor {name}: base {list(ours)}, expert {list(theirs)}"
+            )
+    _check_configs(base, expert)
+    partition = Partition(dims, {name: base.header(name)[0] for name in names})
+    assert partition.layouts  # refuses sizes that do not fit heads, groups or neurons
+    norms = {}
+    for done, name in enumerate(names, start=1):
+        norms[name] = _compare(base, expert, name)
+        on_tensor(done, len(names))
+    if not any(norms.values()):
+        raise UserError(
+            f"nothing to score: base '{base_name}' and expert '{expert_name}' "
+            "have identical weights"
+        )
+    return Pair(base, expert, partition, norms)
+
+
+def _check_tying(base: Checkpoint, expert: Checkpoint) -> None:
+    """Refuse a tied model beside an untied one, and one that is not what its config says.
+
+    transformers unties a model whose checkpoint holds another head than the embedding.
+    """
+    architecture = Dims.from_config(base.config).architecture
+    names = [f"{path}.weight" for path in (architecture.embedding, architecture.head)]
+    sides = (base, expert)
+    tied = [bool(side.text_config.tie_word_embeddings) for side in sides]
+    if tied[0] != tied[1]:
+        one, other = sides if tied[0] else sides[::-1]
+        raise UserError(
+            f"the output head of '{one.name}' is tied to its embedding, that of '{other.name}' is "
+            "not; untie the first, as docs/faq.md shows, or score another pair"
+        )
+    for side in sides if tied[0] and architecture.mapped else ():
+        if all(side.stored.name(name) for name in names):
+            for rows in side.pieces(names[0]):
+                embedding, head = (side.piece(name, rows).float() for name in names)
+                if torch.equal(embedding, head):
+                    continue
+                raise UserError(
+                    f"model '{side.name}': its config says that the output head is tied to the "
+                    f"embedding, but {names[1]} and {names[0]} differ; set tie_word_embeddings to "
+                    "false in config.json, or save it anew"
+                )
+
+
+def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
+    """Refuse experts whose config makes other computations of the same weights.
+
+    The expert is run, and merged, under the base's config: with another one its scores would be
+    those of a model that is not the expert.
+    """
+    ours: dict[str, Any] = Dims.from_config(base.config).numbers
+    theirs: dict[str, Any] = Dims.from_config(expert.config).numbers
+    computing: Iterable[str] = _COMPUTING
+    if not Dims.from_config(base.config).architecture.mapped:
+        both = {**base.config.to_dict(), **expert.config.to_dict()}
+        computing = [key for key in both if key not in (*VOLATILE_CONFIG, *_HARMLESS)]
+    for key in computing:
+        ours[key], theirs[key] = (getattr(c.text_config, key, None) or None for c in (base, expert))
+    for key in ours:
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"configs differ in {key}: base '{base.name}' has {ours[key]}, expert "
+                f"'{expert.name}' has {theirs[key]}; both have to compute alike"
+            )
+
+
+def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:
+    sides = (("base", base), ("expert", expert))
+    for side, checkpoint in sides:
+        if (dtype := checkpoint.header(name)[1]) not in FLOATS:
+            raise UserError(
+                f"{side} '{checkpoint.name}': tensor {name} is stored as {dtype} (quantised?); "
+                "give the unquantised checkpoint"
+            )
+    squares = []
+    for rows in common_pieces(name, base, expert):
+        x, y = (_finite(side, checkpoint, name, rows) for side, checkpoint in sides)
+        squares.append(float((y.double() - x).square_().sum()))
+    norm = math.sqrt(math.fsum(squares))
+    assert math.isfinite(norm)
+    return norm
+
+
+def _finite(side: str, checkpoint: Checkpoint, name: str, rows: Rows) -> torch.Tensor:
+    part = checkpoint.piece(name, rows)
+    if not bool(torch.isfinite(part).all()):
+        raise UserError(
+            f"{side} '{checkpoint.name}': tensor {name} holds NaN or infinity; "
+            "its weights are broken"
+        )
+    return part

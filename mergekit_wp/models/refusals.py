@@ -1,0 +1,153 @@
+"""Weights that cannot be scored or merged, told by config, index and headers alone.
+
+Nothing is read but these: what is refused here is refused before the first tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.files.untrusted import parse_json
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# what GPTQ, AWQ, compressed-tensors, bitsandbytes and fp8 store beside or instead of a weight
+_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB")
+_WAY_OUT = (
+    "differences of quantised weights are mostly rounding: give the checkpoint it was quantised "
+    "from, and quantise the merge"
+)
+
+
+def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
+    """Refuse a checkpoint whose weights are not all in safetensors files of its own folder.
+
+    Looked at before mergekit makes its index, for which it opens a pickle, and follows an index of
+    safetensors to whatever file that names.
+
+    Args:
+        folder: of the checkpoint.
+        name: what the error calls it.
+        lazily: pickles are let through, for mergekit's lazy reader, which builds nothing but
+            tensors; read otherwise, a pickle is executed.
+
+    Raises:
+        UserError: pickled or no weights, an index that names other files, or two sets of weights.
+    """
+    whole = os.path.join(folder, "model.safetensors")
+    index = f"{whole}.index.json"
+    if os.path.isfile(index):
+        try:
+            files = set(parse_json(Path(index).read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model '{name}': {index} is no index of weights: {error}") from error
+        for file in files:
+            if os.path.basename(str(file)) != file or not file.endswith(".safetensors"):
+                raise UserError(
+                    f"model '{name}': its index names the weight file {file!r:.80}; only "
+                    "safetensors files beside the index are read"
+                )
+        if os.path.isfile(whole):
+            raise UserError(
+                f"model '{name}' has model.safetensors and {os.path.basename(index)}, and programs "
+                "differ in which they read; remove the one that is left over"
+            )
+    elif os.path.isfile(whole):
+        return
+    elif not any(Path(folder).glob("*.bin*")):
+        raise UserError(
+            f"model '{name}' has no model.safetensors, nor {os.path.basename(index)}; other "
+            "formats are not read: save it with save_pretrained"
+        )
+    elif not lazily:
+        raise UserError(
+            f"model '{name}' has pickled weights, which are never loaded; "
+            "save it again as safetensors"
+        )
+
+
+def refuse_quantised(config: Any, name: str) -> None:
+    """Refuse a checkpoint whose config says that it is quantised (GPTQ, AWQ, bitsandbytes, fp8).
+
+    Args:
+        config: of transformers.
+        name: what the error calls the model.
+
+    Raises:
+        UserError: says how it is quantised.
+    """
+    parts = (config, getattr(config, "text_config", None))
+    keys = ("quantization_config", "compression_config")  # the second of compressed-tensors once
+    for stated in (getattr(part, key, None) for part in parts for key in keys):
+        if stated:
+            given = stated if isinstance(stated, Mapping) else vars(stated)
+            method = given.get("quant_method") or given.get("quant_algo") or "an unnamed method"
+            method = getattr(method, "value", method)
+            raise UserError(f"model '{name}' is quantised ({method!s:.40}); {_WAY_OUT}")
+
+
+def refuse_quantised_weights(index: ShardedTensorIndex, name: str) -> None:
+    """Refuse weights stored as integers or in eight bits, which a merge would take for numbers.
+
+    Not every quantised checkpoint says so in its config.
+
+    Raises:
+        UserError: names the first; or a weight file is missing or damaged.
+    """
+    for tensor, (_, dtype) in headers(index, name).items():
+        if tensor.endswith(_PACKED):
+            raise UserError(f"model '{name}' is quantised: it stores {tensor}; {_WAY_OUT}")
+        if tensor.endswith(".weight") and dtype not in FLOATS:
+            raise UserError(
+                f"model '{name}': tensor {tensor} is stored as {dtype} (quantised?); {_WAY_OUT}"
+            )
+
+
+def headers(index: ShardedTensorIndex, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and stored dtype of every tensor that an index of safetensors files lists.
+
+    Args:
+        index: of mergekit.
+        name: what errors call the model.
+
+    Raises:
+        UserError: a weight file is missing, truncated, or lacks a tensor that the index lists.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for shard in index.shards:
+        path = os.path.join(index.base_path, shard.filename)
+        try:
+            stat = os.stat(path)
+            stored = _stored(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except FileNotFoundError:
+            raise UserError(
+                f"model '{name}': weight file {shard.filename} is missing; copy or download it "
+                "again"
+            ) from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model '{name}': {shard.filename} is damaged: {error}") from error
+        for tensor in shard.contained_keys:
+            if tensor not in stored:
+                raise UserError(
+                    f"model '{name}': its index says that {tensor} is in {shard.filename}, which "
+                    "does not hold it; copy or download the checkpoint again"
+                )
+            found[tensor] = stored[tensor]
+    return found
+
+
+@lru_cache(maxsize=512)
+def _stored(path: str, stamp: tuple[int, int, int]) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    found = {}
+    with safe_open(path, framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118
+            part = handle.get_slice(name)
+            found[name] = (tuple(part.get_shape()), part.get_dtype())
+    return found

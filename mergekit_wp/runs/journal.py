@@ -1,0 +1,194 @@
+"""What a killed run leaves behind, and how the next one goes on from it.
+
+Finished blocks of a sweep are kept beside the output in ``FILE.partial/``, each written under a
+temporary name and renamed, with the inputs they belong to. The folder goes away when the output
+is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.files.atomic import locked, naming_disk, synced
+from mergekit_wp.interrupts import Interrupted, finishing, unmasked
+
+
+def _today() -> str:
+    """The date, or that of SOURCE_DATE_EPOCH (reproducible-builds.org)."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    return moment.date().isoformat()
+
+
+class Journal:
+    """The partial results of one output file.
+
+    Args:
+        output: the file the run will write.
+        inputs: everything the results depend on, as JSON values by name.
+        restart: throw away what an earlier run left.
+
+    Raises:
+        UserError: an earlier run had other inputs (says which), or one is running now.
+    """
+
+    def __init__(self, output: Path, inputs: dict[str, Any], restart: bool) -> None:
+        self.output = output
+        self.folder = output.with_name(output.name + ".partial")
+        self.inputs = inputs
+        self.restart = restart
+        self._made: list[Path] = []  # folders that were not there before
+        #: the day the run began, so that a resumed run writes what an unbroken one would have
+        self.created = _today()
+
+    def __enter__(self) -> Self:
+        self._made = [folder for folder in self.folder.parents if not folder.exists()]
+        try:
+            if self.output.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            with naming_disk(self.output):
+                lock = locked(self.folder / "lock")
+        except OSError as error:  # now, not after hours of work
+            raise UserError(f"{self.output} cannot be written: {error.strerror}") from error
+        if lock is None:
+            raise UserError(f"another run is writing {self.output}; wait for it or stop it")
+        self._lock = lock
+        try:
+            with naming_disk(self.folder):
+                self._check_inputs()
+        except DiskError as error:
+            self.__exit__(DiskError, error, None)
+            raise
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _check_inputs(self) -> None:
+        stated = self.folder / "inputs.json"
+        if self.restart:
+            stated.unlink(missing_ok=True)
+        if stated.exists():
+            try:
+                header = json.loads(stated.read_text())
+                earlier, self.created = header["inputs"], header["created"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{stated} is damaged ({error}); add --restart to begin anew"
+                ) from error
+            keys = sorted(set(earlier) | set(self.inputs))
+            changed = [key for key in keys if earlier.get(key) != self.inputs.get(key)]
+            if changed:
+                what = ", ".join(
+                    f"{key} ({earlier.get(key)!s:.60} -> {self.inputs.get(key)!s:.60})"
+                    for key in changed
+                )
+                raise UserError(
+                    f"{self.folder} holds a run with other inputs; changed: {what}; "
+                    "add --restart to begin anew, or choose another --out"
+                )
+            return
+        for block in self.folder.glob("*.safetensors"):  # nobody knows what they belong to
+            block.unlink()
+        header = {"created": self.created, "inputs": self.inputs}
+        temporary = stated.with_suffix(".tmp")
+        temporary.write_text(json.dumps(header, indent=1, sort_keys=True))
+        synced(temporary)
+        os.replace(temporary, stated)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        blocks = [block.name for block in self.folder.glob("*.safetensors")]
+        found = None if error is None else unmasked(error)
+        if isinstance(found, UserError):
+            # a run of refused inputs will not go on; its expert's answers are no loss
+            worthless = ("responses.", "batch-size.")
+            blocks = [name for name in blocks if not name.startswith(worthless)]
+        if kind is not None and not blocks:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._made:
+                with suppress(OSError):  # somebody else has put something there
+                    folder.rmdir()
+        elif isinstance(found, DiskError | Interrupted):
+            found.kept = self.folder
+        self._lock.close()
+        if found is not None and found is not error:
+            raise found from error
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run left finished blocks."""
+        return any(self.folder.glob("*.safetensors"))
+
+    def has(self, key: str) -> bool:
+        """Whether a block is finished."""
+        return (self.folder / f"{key}.safetensors").exists()
+
+    def load(self, key: str) -> dict[str, torch.Tensor] | None:
+        """A finished block, None when it still has to run."""
+        if not self.has(key):
+            return None
+        path = self.folder / f"{key}.safetensors"
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); add --restart to begin anew") from error
+
+    def save(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a finished block.
+
+        Raises:
+            DiskError: the disk is full or failing; the block's own file is not left there.
+        """
+        temporary = self.folder / f"{key}.tmp"
+        try:
+            with naming_disk(self.folder):
+                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
+                synced(temporary)
+                os.replace(temporary, self.folder / f"{key}.safetensors")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def block(
+        self, key: str, run: Callable[[], dict[str, torch.Tensor]]
+    ) -> tuple[dict[str, torch.Tensor], bool]:
+        """A block's result, from an earlier run or from now, and whether it is an earlier run's.
+
+        A first Ctrl-C waits for the end of the block.
+
+        Raises:
+            Interrupted: after it.
+        """
+        found = self.load(key)
+        if found is not None:
+            return found, True
+        with finishing():
+            found = {name: value.cpu() for name, value in run().items()}
+            self.save(key, found)
+        return found, False
+
+    def discard(self) -> None:
+        """Remove the folder, all at once, now that the output is complete."""
+        gone = self.folder.with_name(f".{self.output.name[:100]}.done")
+        with finishing(last=True):
+            shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+            self.folder.rename(gone)
+            shutil.rmtree(gone)

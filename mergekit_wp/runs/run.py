@@ -1,0 +1,117 @@
+"""What every measuring command opens first: two checkpoints, and the prompts in their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.files.fingerprint import NORM_TOLERANCE
+from mergekit_wp.files.scorefile import ModelId, ScoreFile
+from mergekit_wp.models.pair import Pair, open_pair
+from mergekit_wp.prompts import Prompt
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.texts import Encoded, encode_texts, find_tokenizer, refuse_other_tokens
+from mergekit_wp.terms import CriterionName, Estimand
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pair of checkpoints, and prompts as the expert's tokenizer reads them."""
+
+    pair: Pair
+    tokenizer: Any
+    texts: Encoded
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.pair.vocabulary
+
+
+def open_inputs(
+    base: str, expert: str, prompts: Sequence[Prompt], source: Path, progress: Progress
+) -> Opened:
+    """Open and compare two checkpoints, and tokenise prompts.
+
+    Args:
+        base: the base.
+        expert: the expert.
+        prompts: of a prompt file.
+        source: that file, for messages.
+        progress: told how far the comparison is.
+
+    Raises:
+        UserError: checkpoints that cannot be scored, or prompts that fit no tokens of theirs.
+    """
+
+    def compared(done: int, total: int) -> None:
+        if done == 1:
+            progress.stage("comparing checkpoints", total, "tensor")
+        progress.advance(1)
+
+    pair = open_pair(base, expert, compared)
+    tokenizer = find_tokenizer(pair, progress)
+    refuse_other_tokens(pair, tokenizer, progress)
+    opened = Opened(pair, tokenizer, encode_texts(tokenizer, prompts, source))
+    opened.texts.check_vocabulary(opened.vocabulary)
+    return opened
+
+
+def scored_model(model: ModelId) -> str:
+    """The checkpoint a score file was made from, at its commit where it is on the Hub."""
+    pinned = "@" in model.reference.rpartition("+")[2] or model.revision is None
+    return model.reference if pinned else f"{model.reference}@{model.revision}"
+
+
+def check_scores(
+    file: ScoreFile, path: Path, estimands: Sequence[Estimand], criterion: CriterionName
+) -> None:
+    """Refuse a score file that lacks scores.
+
+    Raises:
+        UserError: names them and says which it has.
+    """
+    manifest = file.manifest
+    have = [f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria]
+    for estimand in estimands:
+        if f"{estimand}/{criterion}" not in have:
+            raise UserError(
+                f"score file {path} has no '{estimand}/{criterion}' scores; it has "
+                f"{', '.join(have)}; `score` with --estimand {','.join(estimands)} "
+                f"--criterion {criterion} makes them"
+            )
+
+
+def check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
+    """Refuse checkpoints a score file was not made from.
+
+    Raises:
+        UserError: names the first tensor whose task vector has another norm.
+    """
+    way_out = "give the right ones as --base and --expert"
+    check_norms(file.delta_norm, pair, f"score file {path}", way_out)
+
+
+def check_norms(scored: Mapping[str, float], pair: Pair, source: str, way_out: str) -> None:
+    """Refuse checkpoints whose task vector is not the one a file was made for.
+
+    Args:
+        scored: the file's norm of each tensor of the task vector.
+        pair: the checkpoints.
+        source: what the error calls the file.
+        way_out: what to do about it.
+
+    Raises:
+        UserError: names the first tensor whose task vector has another norm.
+    """
+    if list(scored) != list(pair.delta_norm):
+        raise UserError(f"{source} is of another architecture than {pair.expert.name}")
+    for name, norm in pair.delta_norm.items():
+        if abs(norm - scored[name]) > NORM_TOLERANCE * scored[name]:
+            raise UserError(
+                f"tensor {name}: {pair.expert.name} differs from {pair.base.name} by {norm:.6g}, "
+                f"but {source} was made for {scored[name]:.6g}: these are other models; {way_out}"
+            )

@@ -1,0 +1,210 @@
+"""From a prompt file to token ids with responses, for one expert."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import end_tokens, greedy
+from mergekit_wp.models.pair import Pair
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
+from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.request import RunRequest
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of everything a prompt file holds; responses and contrasts by prompt index."""
+
+    prompts: list[list[int]]
+    responses: dict[int, list[int]]
+    contrasts: dict[int, list[int]]
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse tokens that the models do not have.
+
+        Raises:
+            UserError: names the largest.
+        """
+        every = [*self.prompts, *self.responses.values(), *self.contrasts.values()]
+        largest = max(token for ids in every for token in ids)
+        if largest >= size:
+            raise UserError(f"the tokenizer gives token {largest}; the models have {size} tokens")
+
+    def sha256(self) -> str:
+        """Hash of all token ids."""
+        content = [self.prompts, sorted(self.responses.items()), sorted(self.contrasts.items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def encode_texts(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Encoded:
+    """Tokenise a prompt file.
+
+    Raises:
+        UserError: a response without tokens.
+    """
+    encoded = Encoded([], {}, {})
+    for i, prompt in enumerate(prompts):
+        encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
+        if prompt.response is not None:
+            encoded.responses[i] = encode_response(tokenizer, prompt.response)
+        if prompt.usable_contrast:
+            assert prompt.contrast is not None
+            encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
+    if any(not ids for ids in encoded.responses.values()):
+        raise UserError(
+            f"prompt file {source}: a response has no tokens, and the tokenizer has no "
+            "end-of-sequence token"
+        )
+    return encoded
+
+
+def find_tokenizer(pair: Pair, progress: Progress) -> Any:
+    """The expert's tokenizer, whose behaviour the prompts elicit; else, said aloud, the base's."""
+    tokenizer = pair.expert.tokenizer()
+    if tokenizer is None:
+        tokenizer = pair.base.tokenizer()
+        if tokenizer is not None:
+            progress.note(f"'{pair.expert.name}' has no tokenizer; using that of the base")
+    if tokenizer is None:
+        raise UserError(
+            f"neither '{pair.expert.name}' nor '{pair.base.name}' has a tokenizer; copy "
+            "tokenizer.json and tokenizer_config.json into the expert's folder"
+        )
+    return tokenizer
+
+
+def refuse_other_tokens(pair: Pair, tokenizer: Any, progress: Progress) -> None:
+    """Refuse a pair whose tokenizers number a token differently.
+
+    Both models are given the same token numbers, and row by row their embeddings are compared.
+
+    Args:
+        pair: the checkpoints.
+        tokenizer: the one that was found.
+        progress: told where the base's cannot be loaded.
+
+    Raises:
+        UserError: names the first such token.
+    """
+    try:
+        ours = pair.base.tokenizer()
+    except UserError as error:
+        progress.note(f"{error}; its tokens are taken to be the expert's")
+        return
+    theirs = tokenizer.get_vocab()
+    for token, number in [] if ours is None else sorted(ours.get_vocab().items()):
+        other = theirs.get(token, number)
+        if number != other and max(number, other) < pair.vocabulary:
+            raise UserError(
+                f"token {token!r:.40} is number {number} in the base '{pair.base.name}', but "
+                f"{other} in the expert '{pair.expert.name}': their embeddings have other rows; "
+                "give both one order of tokens first, as docs/faq.md shows"
+            )
+
+
+def with_responses(
+    request: RunRequest,
+    texts: Encoded,
+    tokenizer: Any,
+    resident: ResidentModel,
+    journal: Journal,
+    progress: Progress,
+    prefix: str = "",
+    position: float = 1.0,
+) -> list[Sample]:
+    """Prompts with their responses: the given ones, else the expert's greedy continuations.
+
+    Args:
+        request: the run.
+        texts: token ids of the prompt file.
+        tokenizer: the expert's.
+        resident: the model in memory; moved to the expert where answers are missing.
+        journal: keeps finished answers.
+        progress: told of every answer.
+        prefix: sets one expert's journal entries apart from another's.
+        position: who answers, the expert (1) or the base (0).
+    """
+    prompts, responses = texts.prompts, dict(texts.responses)
+    missing = [i for i in range(len(prompts)) if i not in responses]
+    size = request.batch_size or 32
+    chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+
+    at_once = AtOnce(min(size, max(1, len(missing))), progress.note)
+
+    def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
+        resident.move_to(position)
+        ends = end_tokens(resident.pair.expert.path, tokenizer)
+
+        def continued(together: int) -> list[list[int]]:
+            found: list[list[int]] = []
+            for start in range(0, len(chunk), together):
+                some = [prompts[i] for i in chunk[start : start + together]]
+                found += greedy(resident.model, some, request.max_new_tokens, ends, resident.device)
+            return found
+
+        found = at_once.run(continued)
+        return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
+
+    if chunks:
+        progress.stage("expert answers", len(missing), "prompt")
+    for number, chunk in enumerate(chunks):
+        saved, resumed = journal.block(
+            f"responses.{prefix}batch{number:04d}", partial(answers, chunk)
+        )
+        responses |= {int(i): ids.tolist() for i, ids in saved.items()}
+        progress.advance(len(chunk), resumed=resumed)
+    samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
+    return samples
+
+
+def auto_batch_size(samples: Sequence[Sample], vocabulary: int, device: str) -> int:
+    """Sequences a forward: bounded by tokens, and by the logits of the response positions."""
+    longest = max(len(s.input_ids) for s in samples)
+    response = max(1, *(len(s.response_ids) for s in samples), 1)
+    tokens = 2048 if device == "cpu" else 16384
+    logits = 2**26 if device == "cpu" else 2**29
+    return max(1, min(tokens // longest, logits // (response * vocabulary)))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory that sequences take in a forward pass with gradients, the hungriest of all passes.
+
+    Attributes:
+        per_token: bytes of activations of a token.
+        per_response_token: bytes of its logits besides.
+    """
+
+    per_token: int
+    per_response_token: int
+
+    @classmethod
+    def of(cls, pair: Pair, dtype: torch.dtype) -> Footprint:
+        """Of a pair's model: what autograd keeps of every layer, and four copies of the logits."""
+        shapes, config = pair.partition.shapes, pair.base.text_config
+        size, dims = dtype.itemsize, pair.partition.dims
+        kept = 12 * int(config.hidden_size) + 4 * dims.n_neurons
+        logits = max(shape[0] for shape in shapes.values() if len(shape) == 2)
+        return cls(size * dims.n_layers * kept, 16 * logits)
+
+    def of_sequences(self, samples: Sequence[Sample], count: int) -> int:
+        """Bytes of activations of so many of the longest sequences."""
+        longest = max(len(s.input_ids) for s in samples)
+        response = max(len(s.response_ids) for s in samples)
+        return count * (longest * self.per_token + response * self.per_response_token)
+
+    def fits(self, samples: Sequence[Sample], free: int) -> int:
+        """How many sequences fit into half of the free memory, at least one."""
+        return max(1, free // 2 // self.of_sequences(samples, 1))

@@ -1,0 +1,153 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (the extra ``[eval]``), one score per document."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_wp.errors import UserError
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.tasks.task import ItemScore, Split
+
+#: IFEval's first metric in the harness is its strict prompt-level accuracy, as is usual
+_OUTPUT = 2_000
+
+
+@dataclass(frozen=True)
+class LmEvalTask:
+    """One task of the harness, scored by its first metric.
+
+    Validation documents are the task's validation split, test documents its test split; a task
+    that lacks one has no items there.
+    """
+
+    name: str
+    fingerprint: str
+    task: Any
+    metric: str
+    batch_size: int | None
+
+    @classmethod
+    def load(cls, spec: str, batch_size: int | None = None) -> LmEvalTask:
+        """Load a task by name, or from its YAML file.
+
+        Raises:
+            UserError: lm-eval is not installed; no such task (names close ones); a group; a task
+                whose first metric is better when lower; its data cannot be had.
+        """
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UserError(
+                f"task '{spec}' is no .jsonl file, and lm-eval, which has other tasks, is not "
+                "installed: pip install 'mergekit-wp[eval]'"
+            ) from error
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        path = Path(spec)
+        is_file = path.suffix in (".yaml", ".yml")
+        if is_file and not path.is_file():
+            raise UserError(f"task file {spec} not found")
+        manager = TaskManager(include_path=str(path.resolve().parent) if is_file else None)
+        name = _name_in(path) if is_file else spec
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, 3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise UserError(f"lm-eval has no task '{name}'{hint}")
+        try:
+            found = manager.load(name)
+        except Exception as error:  # datasets and the Hub raise whatever they like
+            reason = " ".join(str(error).split())
+            raise UserError(f"lm-eval task '{name}' cannot be loaded: {reason}") from error
+        task = found["tasks"].get(name)
+        if task is None or found["groups"]:
+            raise UserError(f"'{name}' is a group of lm-eval tasks; name its tasks one by one")
+        metric = _metric(task, name)
+        config = json.dumps(task.dump_config(), sort_keys=True, default=str)
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        return cls(name, digest, task, metric, batch_size)
+
+    def _docs(self, split: Split) -> Any:
+        has = self.task.has_test_docs() if split == "test" else self.task.has_validation_docs()
+        if not has:
+            return ()
+        return self.task.test_docs() if split == "test" else self.task.validation_docs()
+
+    def count(self, split: Split) -> int:
+        """Documents of a split."""
+        return len(self._docs(split))
+
+    def evaluate(
+        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+    ) -> list[ItemScore]:
+        """Every document's first metric, by the harness's own evaluation.
+
+        The chat template is applied where the tokenizer has one.
+
+        Raises:
+            OutOfMemory: there is not even memory for one sequence.
+        """
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        task = copy.copy(self.task)
+        task._config = copy.copy(self.task._config)
+        if split == "valid":
+            # the harness evaluates test documents where there are any
+            task._config.test_split = None
+
+        def run(together: int) -> Any:
+            return evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=together),
+                task_dict={"tasks": {self.name: task}, "groups": {}, "group_map": {}},
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=bool(tokenizer.chat_template),
+            )
+
+        size = self.batch_size or 8
+        results = at_once.run(run, size) if at_once else run(size)
+        assert results is not None
+        samples = results["samples"][self.name]
+        first = samples[0]["filter"]
+        rows = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
+        return [
+            ItemScore(str(s["doc_id"]), float(s[self.metric]), str(s["filtered_resps"])[:_OUTPUT])
+            for s in rows
+        ]
+
+
+def _name_in(path: Path) -> str:
+    import yaml
+
+    # `!function` tags of the harness are not ours to run
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"task file {path} cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("task"), str):
+        raise UserError(f"task file {path} has no 'task' name")
+    return str(data["task"])
+
+
+def _metric(task: Any, name: str) -> str:
+    listed = task.config.metric_list or []
+    if not listed:
+        raise UserError(f"lm-eval task '{name}' states no metric in its metric_list")
+    if listed[0].get("higher_is_better") is False:
+        raise UserError(
+            f"lm-eval task '{name}': its first metric, {listed[0]['metric']}, is better when "
+            "lower; give a task whose first metric is a score"
+        )
+    return str(listed[0]["metric"])

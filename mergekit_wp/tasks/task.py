@@ -1,0 +1,47 @@
+"""What a model is measured on: items with validation and test kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from mergekit_wp.models.backoff import AtOnce
+
+Split = Literal["valid", "test"]
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One item's outcome: ``score`` in [0, 1] (or a task's own unit), and what was generated."""
+
+    item: str
+    score: float
+    output: str | None = None
+
+
+class Task(Protocol):
+    """Something a merged model is measured on, with validation and test items kept apart."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in tables."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which items there are and how they are scored."""
+
+    def count(self, split: Split) -> int:
+        """Items of a split; 0 where the task has none."""
+
+    def evaluate(
+        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+    ) -> list[ItemScore]:
+        """Every item's score, in a fixed order with fixed names.
+
+        Args:
+            model: a transformers causal LM in eval mode.
+            tokenizer: its tokenizer.
+            split: which items.
+            at_once: no more sequences go through the model together, and fewer where memory runs
+                out; with None running out is an error.
+        """

@@ -1,0 +1,45 @@
+"""The words of this package: kinds of component, estimands, criteria, fusions, roles.
+
+Each `Literal` has its only home here; docs/mechanism.md and the README say what they mean.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
+FineKind = Literal["tensor", "head", "kv_group", "neuron"]
+KINDS: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
+SLICED_KINDS: tuple[FineKind, ...] = ("head", "kv_group", "neuron")
+#: the fine partition, in the order in which gates are laid out flat
+FINE_KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
+Estimand = Literal["share", "gain", "knockout", "path", "activation_gain", "activation_knockout"]
+CriterionName = Literal["kl", "anchor", "logprob"]
+ScoringMethod = Literal[
+    "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
+]
+Direction = Literal["restoration", "knockout"]
+SetName = Literal["top", "bottom", "random"]
+ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
+#: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
+LONE_ESTIMANDS: tuple[Estimand, ...] = tuple(e for e in ESTIMANDS if e != "path")
+#: what a merge can go by: what weights do, not what passes through them
+WEIGHT_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
+CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+Fusion = Literal["share", "winner", "gate", "topk", "path"]
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
+Granularity = Literal["component", "tensor"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+Role = Literal["carrier", "router", "executor"]
+Via = Literal["weights", "activations"]
+ROLES: tuple[Role, ...] = ("carrier", "router", "executor")
+
+
+def of_activations(estimand: Estimand) -> bool:
+    """Whether it exchanges what components write, not their weights."""
+    return estimand in ("activation_gain", "activation_knockout")
+
+
+def of_knockout(estimand: Estimand) -> bool:
+    """Whether it is measured from the expert (what it loses), not from the base."""
+    return estimand in ("knockout", "activation_knockout")
