@@ -7,32 +7,44 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+# what is patched
 Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
 FineKind = Literal["tensor", "head", "kv_group", "neuron"]
-KINDS: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SLICED_KINDS: tuple[FineKind, ...] = ("head", "kv_group", "neuron")
 #: the fine partition, in the order in which gates are laid out flat
 FINE_KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
+
+# what is measured, and how
 Estimand = Literal["share", "gain", "knockout", "path", "activation_gain", "activation_knockout"]
-CriterionName = Literal["kl", "anchor", "logprob"]
-ScoringMethod = Literal[
-    "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
-]
-Direction = Literal["restoration", "knockout"]
-SetName = Literal["top", "bottom", "random"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 #: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
 LONE_ESTIMANDS: tuple[Estimand, ...] = tuple(e for e in ESTIMANDS if e != "path")
 #: what a merge can go by: what weights do, not what passes through them
 WEIGHT_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
+CriterionName = Literal["kl", "anchor", "logprob"]
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+ScoringMethod = Literal[
+    "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
+]
+DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
+
+# how scores are merged
 Fusion = Literal["share", "winner", "gate", "topk", "path"]
 FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 Granularity = Literal["component", "tensor"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+
+# sets and circuits
+Direction = Literal["restoration", "knockout"]
+SetName = Literal["top", "bottom", "random"]
 Role = Literal["carrier", "router", "executor"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Via = Literal["weights", "activations"]
-ROLES: tuple[Role, ...] = ("carrier", "router", "executor")
+
+# comparisons
+Split = Literal["valid", "test"]
+RowRole = Literal["base", "expert", "peer", "ours"]
 
 
 def of_activations(estimand: Estimand) -> bool:

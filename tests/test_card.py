@@ -29,7 +29,7 @@ from mergekit_wp.card.text import short_names
 from mergekit_wp.card.write import BEGIN, mergekit_card
 from mergekit_wp.cli import cli
 from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, RowRole
+from mergekit_wp.compare.rows import UNTUNED, Comparison, Row
 from mergekit_wp.compare.table import summary
 from mergekit_wp.components import Dims, Partition
 from mergekit_wp.errors import UserError
@@ -37,6 +37,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import Fidelity
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.plan import plan
+from mergekit_wp.terms import RowRole
 from tests.merging import Family, llama_config
 
 

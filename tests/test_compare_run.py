@@ -32,7 +32,8 @@ from mergekit_wp.interrupts import Interrupted
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.prompts import Prompt
-from mergekit_wp.tasks.task import ItemScore, Split
+from mergekit_wp.tasks.task import ItemScore
+from mergekit_wp.terms import Split
 from tests.merging import Family, llama_config
 from tests.models import save_tokenizer, write_prompts
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mergekit_wp.compare.resampling import Pooled, Resampled, best_peer
+from benchmarks.pooled import Pooled
+from mergekit_wp.compare.resampling import Resampled, best_peer
 from mergekit_wp.compare.rows import Comparison, Row
 from mergekit_wp.errors import UserError
 from mergekit_wp.statistics import wilson

@@ -17,6 +17,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from tqdm import tqdm
 
+from benchmarks.pooled import Pooled
 from benchmarks.zoo.bench import (
     N_PROMPTS,
     ROOT,
@@ -29,7 +30,7 @@ from benchmarks.zoo.bench import (
 )
 from benchmarks.zoo.lab import naive_rows
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.compare.resampling import Pooled, Resampled
+from mergekit_wp.compare.resampling import Resampled
 from mergekit_wp.compare.rows import Comparison
 from mergekit_wp.compare.table import interval, signed
 from mergekit_wp.files import scorefile

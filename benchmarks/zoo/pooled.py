@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mergekit_wp.compare.resampling import Pooled, Resampled
+from benchmarks.pooled import Pooled
+from mergekit_wp.compare.resampling import Resampled
 from mergekit_wp.compare.rows import Comparison
 from mergekit_wp.compare.table import interval, signed
 

@@ -77,8 +77,8 @@ def aim(
     from mergekit_wp.merging.aim import activation_importance
     from mergekit_wp.models.backoff import fitting
     from mergekit_wp.models.checkpoint import Checkpoint
-    from mergekit_wp.models.devices import choose_device
     from mergekit_wp.models.load import load_folder
+    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.prompts import read_prompts
     from mergekit_wp.runs.progress import BarProgress
 

@@ -45,7 +45,7 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     from mergekit_wp.errors import UserError
     from mergekit_wp.mechanism.anchors import best_anchor, find_anchors
     from mergekit_wp.mechanism.request import AnchorRequest
-    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()

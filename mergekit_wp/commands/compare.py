@@ -115,7 +115,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
     from mergekit_wp.compare.results import Results
     from mergekit_wp.compare.run import Runner
     from mergekit_wp.compare.table import terminal_table
-    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.placement import choose_device
 
     transformers.logging.set_verbosity_error()
     ensure_registered()

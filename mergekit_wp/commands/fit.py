@@ -118,7 +118,7 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
     from mergekit_wp.errors import UserError
     from mergekit_wp.joint.fit import fit as run
     from mergekit_wp.joint.request import FitRequest
-    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()

@@ -20,7 +20,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import disk_trouble, staged_folder
 from mergekit_wp.merging import preflight
 from mergekit_wp.merging import recipe as recipes
-from mergekit_wp.models.devices import check_device
+from mergekit_wp.models.placement import check_device
 
 
 @click.command("merge", cls=PrettyPrintHelp, short_help="Merge experts as a recipe says.")

@@ -210,7 +210,7 @@ def score(context: click.Context, /, **options: Any) -> None:
     from pydantic import ValidationError
 
     from mergekit_wp.errors import UserError
-    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()

@@ -119,7 +119,7 @@ def trace(
     from mergekit_wp.files.circuitfile import Rules
     from mergekit_wp.mechanism.circuit import trace as run
     from mergekit_wp.mechanism.request import TraceRequest
-    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()

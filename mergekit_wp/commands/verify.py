@@ -73,7 +73,7 @@ def verify(
     from mergekit_wp.errors import UserError
     from mergekit_wp.mechanism.request import VerifyRequest
     from mergekit_wp.mechanism.verify import verify as run
-    from mergekit_wp.models.devices import choose_device
+    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.report.verification import table
     from mergekit_wp.runs.progress import BarProgress
     from mergekit_wp.tasks import behaviors

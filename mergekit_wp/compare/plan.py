@@ -12,7 +12,8 @@ from mergekit.config import MergeConfiguration
 from mergekit_wp.compare.methods import Method
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Prompt
-from mergekit_wp.tasks.task import Split, Task
+from mergekit_wp.tasks.task import Task
+from mergekit_wp.terms import Split
 
 
 @dataclass(frozen=True)

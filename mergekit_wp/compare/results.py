@@ -20,7 +20,8 @@ from mergekit_wp.compare.rows import ResultLine, Setting
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
-from mergekit_wp.tasks.task import ItemScore, Split
+from mergekit_wp.tasks.task import ItemScore
+from mergekit_wp.terms import Split
 
 #: inputs by name that a later run may add to: results of one do not depend on another
 GROWING = ("tasks", "other recipes")

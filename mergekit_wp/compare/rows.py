@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mergekit_wp.tasks.task import Split
+from mergekit_wp.terms import RowRole, Split
 
-RowRole = Literal["base", "expert", "peer", "ours"]
 #: a method's parameters, e.g. ``{"density": 0.5, "lambda": 1.0}``
 Setting = dict[str, float | int | str | bool]
 

@@ -23,7 +23,7 @@ from mergekit_wp.compare.merging import (
 from mergekit_wp.compare.methods import OMEGA, OURS, Method, configuration, peers, with_aim
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Job, Results
-from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, RowRole, Setting, recipe_name
+from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, Setting, recipe_name
 from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
@@ -31,7 +31,7 @@ from mergekit_wp.merging.aim import activation_importance, apply_aim
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
-from mergekit_wp.tasks.task import Split
+from mergekit_wp.terms import RowRole, Split
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]

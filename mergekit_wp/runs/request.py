@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_wp.terms import DTypeName
 
 DTYPES = {
     "float32": torch.float32,
@@ -13,7 +13,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 class RunRequest(BaseModel):

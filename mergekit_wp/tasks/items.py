@@ -21,7 +21,8 @@ from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import end_tokens, greedy
 from mergekit_wp.prompts import Message, Text, encode_prompt
 from mergekit_wp.tasks.checkers import NEEDS, Checkers
-from mergekit_wp.tasks.task import ItemScore, Split
+from mergekit_wp.tasks.task import ItemScore
+from mergekit_wp.terms import Split
 
 _SPLITS = ("valid", "test")
 _TEXT: TypeAdapter[Text] = TypeAdapter(str | list[Message])

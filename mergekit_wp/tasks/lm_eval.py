@@ -13,7 +13,8 @@ from typing import Any
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.tasks.task import ItemScore, Split
+from mergekit_wp.tasks.task import ItemScore
+from mergekit_wp.terms import Split
 
 #: IFEval's first metric in the harness is its strict prompt-level accuracy, as is usual
 _OUTPUT = 2_000

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from mergekit_wp.models.backoff import AtOnce
-
-Split = Literal["valid", "test"]
+from mergekit_wp.terms import Split
 
 
 @dataclass(frozen=True)
