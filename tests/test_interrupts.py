@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def test_the_first_waits_for_the_block_and_the_second_does_not(
     with listening(), finishing():
         done.append("another")  # what the others were sent is forgotten
     assert done == ["block", "another"]
+
+
+def test_a_signal_that_comes_in_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    class Struck:
+        def __del__(self) -> None:
+            strike()
+
+    with listening(), pytest.raises(Interrupted) as stop:
+        Struck()
+        time.sleep(5)
+    assert stop.value.status == 130 and capfd.readouterr().err == ""
 
 
 def test_after_the_last_block_there_is_nothing_to_stop() -> None:
