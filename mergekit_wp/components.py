@@ -71,7 +71,11 @@ class Dims:
     def named(
         cls, class_name: str, n_layers: int, n_heads: int, n_kv_groups: int, n_neurons: int
     ) -> Dims:
-        """The dimensions of a model class, as files name it; no heads where it has no map."""
+        """The dimensions of a model class, as files name it; no heads where it has no map.
+
+        Raises:
+            UserError: heads, and no declaration of the class.
+        """
         architecture = named(class_name) if n_heads else without_map(class_name)
         return cls(n_layers, n_heads, n_kv_groups, n_neurons, architecture)
 

@@ -9,18 +9,31 @@ Every criterion is a value per prompt, v_i(theta), averaged over prompts before 
 - ``anchor``: v = <u, h>, h the residual stream after the anchor layer at the last prompt token
 
 A prompt's value is a mean over its own positions, so prompts of any length count alike.
+
+What is read from logits stands in one table, `OUTPUT`: an entry there and its name in
+`terms.BuiltInCriterion` are a new criterion. A caller may also give a function of his own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.terms import CriterionName
+from mergekit_wp.terms import CRITERIA, CriterionName
+
+Criteria = tuple[CriterionName, ...]
+#: a caller's criterion: logits ``[P, vocabulary]`` that predict the responses, in float32 or
+#: float64, and their batch to ``[n]``; a prompt's value comes from its own positions alone
+CriterionFunction = Callable[[torch.Tensor, PromptBatch], torch.Tensor]
+#: names that no caller's function may have; `verify` measures checked answers under the last
+RESERVED = (*CRITERIA, "behavior")
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,12 @@ class Targets:
     Attributes:
         expert_logprobs: ``[P, vocabulary]`` of the expert, for ``kl``.
         anchor: the anchor direction, for ``anchor``.
+        functions: the callers' criteria by name.
     """
 
     expert_logprobs: torch.Tensor | None = None
     anchor: AnchorDirection | None = None
+    functions: Mapping[CriterionName, CriterionFunction] = field(default_factory=dict)
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,7 +83,7 @@ def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> tor
     return -per_prompt_mean(_one_by_one(divergence, logits), batch)
 
 
-def logprob_values(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
+def logprob_values(logits: torch.Tensor, batch: PromptBatch, _targets: Targets) -> torch.Tensor:
     """Mean log-probability of the response: ``[..., P, vocabulary]`` to ``[..., n]``."""
 
     def chosen(own: torch.Tensor) -> torch.Tensor:
@@ -79,7 +94,7 @@ def logprob_values(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
 
 
 def _one_by_one(read: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-    """What is read of every patch's logits ``[P, vocabulary]``, ``[..., P]``.
+    """What is read of every patch's logits ``[P, vocabulary]``, ``[..., P]`` or ``[..., n]``.
 
     Of one patch, all that is made on the way fits into caches; of many, it takes longer to write
     than to compute.
@@ -89,10 +104,144 @@ def _one_by_one(read: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tens
     return torch.stack([_one_by_one(read, one) for one in logits])
 
 
-def anchor_values(hidden: torch.Tensor, batch: PromptBatch, anchor: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion that is read from logits.
+
+    Attributes:
+        words: what it is, for reports.
+        values: from logits ``[..., P, vocabulary]``, their batch and its targets to ``[..., n]``.
+        needs_expert: whether it reads the expert's distribution among the targets.
+        fisher_at_expert: whether the expert is its maximum and what a small change loses there
+            half the Fisher form, as of ``kl``: knockouts are then scored to second order.
+    """
+
+    words: str
+    values: Callable[[torch.Tensor, PromptBatch, Targets], torch.Tensor]
+    needs_expert: bool = False
+    fisher_at_expert: bool = False
+
+
+#: by name: every built-in criterion but the anchor, which is read from the residual stream
+OUTPUT: dict[CriterionName, Criterion] = {
+    "kl": Criterion(
+        "closeness to the expert's next-token distribution over the response",
+        kl_values,
+        needs_expert=True,
+        fisher_at_expert=True,
+    ),
+    "logprob": Criterion("mean log-probability of the response", logprob_values),
+}
+
+
+def criterion_words(name: CriterionName) -> str:
+    """What a criterion is, for reports."""
+    if name == "anchor":
+        return "position along the behaviour's direction in the residual stream"
+    return OUTPUT[name].words if name in OUTPUT else f"what the caller's function {name} says"
+
+
+def needs_expert(criteria: Criteria) -> bool:
+    """Whether any of the criteria reads the expert's distribution."""
+    return any(name in OUTPUT and OUTPUT[name].needs_expert for name in criteria)
+
+
+def fisher_at_expert(name: CriterionName) -> bool:
+    """Whether knockouts are scored to second order by it, see `Criterion`."""
+    return name in OUTPUT and OUTPUT[name].fisher_at_expert
+
+
+def logit_values(
+    logits: torch.Tensor, batch: PromptBatch, criteria: Criteria, targets: Targets
+) -> dict[CriterionName, torch.Tensor]:
+    """Values ``[..., n]`` of the criteria but the anchor, from logits ``[..., P, vocabulary]``.
+
+    Raises:
+        UserError: a caller's criterion whose function is not at hand, or does not do its part.
+    """
+    found: dict[CriterionName, torch.Tensor] = {}
+    for name in criteria:
+        if name in targets.functions:
+            found[name] = _values_of_caller(name, targets.functions[name], logits, batch)
+        elif name in OUTPUT:
+            found[name] = OUTPUT[name].values(logits, batch, targets)
+        elif name != "anchor":
+            raise UserError(
+                f"criterion '{name}' is a caller's function, which is not at hand here; choose "
+                f"one of {', '.join(CRITERIA)}"
+            )
+    return found
+
+
+def _values_of_caller(
+    name: str, function: CriterionFunction, logits: torch.Tensor, batch: PromptBatch
+) -> torch.Tensor:
+    def read(own: torch.Tensor) -> torch.Tensor:
+        values = function(wide(own), batch)
+        shape = tuple(values.shape) if isinstance(values, torch.Tensor) else None
+        if shape != (batch.size,):
+            raise UserError(
+                f"criterion '{name}' returned {'no tensor' if shape is None else list(shape)}; "
+                f"expected one value for each of {batch.size} prompts, [batch.size]"
+            )
+        if not values.is_floating_point() or not values.isfinite().all():
+            raise UserError(
+                f"criterion '{name}' returned {values.dtype} values that are not all finite "
+                "floating-point numbers; make it finite for any logits"
+            )
+        if own.requires_grad and not values.requires_grad:
+            raise UserError(
+                f"criterion '{name}' has no gradient, which shares and first-order scores need; "
+                "make it differentiable, or score only gain and knockout of kinds whose swaps "
+                "are all exact"
+            )
+        return values
+
+    return _one_by_one(read, logits)
+
+
+def named(
+    asked: Iterable[CriterionName | CriterionFunction],
+) -> tuple[Criteria, dict[CriterionName, CriterionFunction]]:
+    """The names of criteria, and the callers' functions among them by name.
+
+    Raises:
+        UserError: a function whose name cannot stand in a file or is taken, or a name twice.
+    """
+    names: list[CriterionName] = []
+    functions: dict[CriterionName, CriterionFunction] = {}
+    for one in asked:
+        name = one if isinstance(one, str) else str(getattr(one, "__name__", repr(one)))
+        if name in names:
+            raise UserError(f"criterion '{name}' is given twice")
+        names.append(name)
+        if isinstance(one, str):
+            continue
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+            raise UserError(
+                f"criterion {name:.80}: files and recipes know a function by its name, so define "
+                "it with 'def', under a name of at most 64 letters, digits and underscores"
+            )
+        if name in RESERVED:
+            raise UserError(f"criterion '{name}' is the name of another; rename your function")
+        functions[name] = one
+    return tuple(names), functions
+
+
+def source_sha256(function: CriterionFunction) -> str | None:
+    """Hash of a function's source, None where Python does not have it."""
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
+def anchor_values(
+    hidden: torch.Tensor, batch: PromptBatch, anchor: AnchorDirection
+) -> torch.Tensor:
     """Projection on the anchor: hidden ``[..., rows, T, hidden]`` to ``[..., n]``."""
     at_last = hidden[..., batch.last_rows, batch.last, :]
-    return wide(at_last) @ anchor
+    return wide(at_last) @ anchor.vector
 
 
 @dataclass(frozen=True)
@@ -140,9 +289,6 @@ def recovery(change: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor
     residual = change - ratio.unsqueeze(-1) * distance
     variance = residual.square().sum(-1) / (n * (n - 1)) if n > 1 else ratio * torch.nan
     return ratio, variance.sqrt() / distance.mean().abs()
-
-
-Criteria = tuple[CriterionName, ...]
 
 
 def target_part(batch: PromptBatch, targets: Targets, start: int, stop: int) -> Targets:

@@ -5,7 +5,9 @@ Each `Literal` has its only home here; docs/mechanism.md and the README say what
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import StringConstraints
 
 # what is patched
 Kind = Literal["layer", "tensor", "head", "kv_group", "neuron"]
@@ -22,8 +24,10 @@ ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 LONE_ESTIMANDS: tuple[Estimand, ...] = tuple(e for e in ESTIMANDS if e != "path")
 #: what a merge can go by: what weights do, not what passes through them
 WEIGHT_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
-CriterionName = Literal["kl", "anchor", "logprob"]
-CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+BuiltInCriterion = Literal["kl", "anchor", "logprob"]
+CRITERIA: tuple[BuiltInCriterion, ...] = get_args(BuiltInCriterion)
+#: a built-in one, or a caller's function by its name: files hold either
+CriterionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 ScoringMethod = Literal[
     "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
 ]

@@ -73,7 +73,7 @@ class Architecture:
             in a tensor's name is taken for its layer.
         embedding: path of the token embedding.
         positions: path of an embedding of positions, where there is one.
-        norm: path of the norm after the last layer.
+        norm: path of the norm after the last layer, where there is one.
         head: path of the unembedding.
         attention: path of the attention block within a layer.
         mlp: path of the MLP block within a layer.
@@ -99,7 +99,7 @@ class Architecture:
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     positions: str | None = None
-    norm: str = "model.norm"
+    norm: str | None = "model.norm"
     head: str = "lm_head"
     attention: str = "self_attn"
     mlp: str = "mlp"

@@ -13,7 +13,7 @@ from mergekit_wp.files.scorefile import read
 from mergekit_wp.report import gates as report_gates
 from mergekit_wp.report.ranking import rank, select, to_json
 from mergekit_wp.report.table import render
-from mergekit_wp.terms import CRITERIA, ESTIMANDS, KINDS
+from mergekit_wp.terms import ESTIMANDS, KINDS
 
 _DEFAULT_TOP = 20
 
@@ -28,7 +28,7 @@ _DEFAULT_TOP = 20
     "--json the length of the whole list [default: all].",
 )
 @click.option("--estimand", type=click.Choice(ESTIMANDS), help="Only this estimand.")
-@click.option("--criterion", type=click.Choice(CRITERIA), help="Only this criterion.")
+@click.option("--criterion", metavar="NAME", help="Only this criterion.")
 @click.option(
     "--kind",
     type=click.Choice(KINDS),

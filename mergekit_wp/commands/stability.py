@@ -86,7 +86,7 @@ def compared(own: ScoreFile, other: ScoreFile, path: Path, seed: int) -> list[Ag
                     against=against,
                     name=f"{theirs.behavior}, {theirs.expert.reference}",
                     estimand=estimand,  # type: ignore[arg-type]
-                    criterion=criterion,  # type: ignore[arg-type]
+                    criterion=criterion,
                     kind=kind,  # type: ignore[arg-type]
                     **vars(likeness),
                 )

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from mergekit_wp.architectures.declaration import module_of
 from mergekit_wp.components import Dims
-from mergekit_wp.criteria import Criteria, Targets
+from mergekit_wp.criteria import Criteria, Targets, logit_values
 from mergekit_wp.engine.block_changes import (
     BlockInputs,
     Changes,
@@ -36,7 +36,7 @@ from mergekit_wp.engine.block_changes import (
     outputs_of,
 )
 from mergekit_wp.engine.decoder import Decoder, first, returning
-from mergekit_wp.engine.replay import Trace, logit_values, own_values, replay
+from mergekit_wp.engine.replay import Trace, own_values, replay
 from mergekit_wp.engine.weight_swaps import Values, joined
 from mergekit_wp.engine.writers import Writer, read_by
 from mergekit_wp.terms import SLICED_KINDS, FineKind

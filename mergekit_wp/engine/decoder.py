@@ -62,8 +62,9 @@ class Decoder:
 
     @property
     def norm(self) -> nn.Module:
-        """Norm after the last layer."""
-        module: nn.Module = self.model.get_submodule(self.architecture.norm)
+        """Norm after the last layer; what changes nothing where there is none."""
+        path = self.architecture.norm
+        module: nn.Module = nn.Identity() if path is None else self.model.get_submodule(path)
         return module
 
     @property

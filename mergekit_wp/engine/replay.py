@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.criteria import Criteria, Targets, anchor_values, kl_values, logprob_values, wide
+from mergekit_wp.criteria import Criteria, Targets, anchor_values, logit_values, wide
 from mergekit_wp.engine.decoder import Decoder, first, hooked, returning
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.terms import CriterionName
@@ -172,35 +172,32 @@ def replay(
     """
     copies, n = hidden.shape[:2]
     last = last_layer(decoder, criteria, targets)
-    anchor = targets.anchor
+    anchor = targets.anchor if "anchor" in criteria else None
     values: dict[CriterionName, torch.Tensor] = {}
-    if "anchor" in criteria:
-        assert anchor is not None
-        if after_layer > anchor.layer:  # the patch lies above the anchor
-            own = anchor_values(trace.residual(anchor.layer), trace.batch, anchor.vector)
-            values["anchor"] = own.expand(copies, -1)
-        elif after_layer == anchor.layer:
-            values["anchor"] = anchor_values(hidden, trace.batch, anchor.vector)
+    if anchor is not None and after_layer > anchor.layer:  # the patch lies above the anchor
+        own = anchor_values(trace.residual(anchor.layer), trace.batch, anchor)
+        values["anchor"] = own.expand(copies, -1)
+    elif anchor is not None and after_layer == anchor.layer:
+        values["anchor"] = anchor_values(hidden, trace.batch, anchor)
     flat = hidden.flatten(0, 1)
     outputs: Criteria = tuple(c for c in criteria if c != "anchor")
     batch = trace.batch
     final: torch.Tensor | None = None  # residual stream at the positions that are read
     for index in range(after_layer + 1, last + 1):
         call = trace.calls[index]
-        at_anchor = "anchor" in criteria and anchor is not None and index == anchor.layer
+        at_anchor = anchor is not None and index == anchor.layer
         if index == last and not (at_anchor and outputs) and not decoder.parallel:
             places = (batch.rows, batch.cols) if outputs else (batch.last_rows, batch.last)
             final = _at_places(decoder, index, call, flat.unflatten(0, (copies, n)), places)
             continue
         flat = first(decoder.layers[index](flat, **repeated_kwargs(call, n, copies)))
-        if at_anchor:
-            assert anchor is not None
+        if anchor is not None and at_anchor:
             whole = flat.unflatten(0, (copies, n))
-            values["anchor"] = anchor_values(whole, batch, anchor.vector)
+            values["anchor"] = anchor_values(whole, batch, anchor)
     if outputs:
         if final is None:
             final = flat.unflatten(0, (copies, n))[:, batch.rows, batch.cols]
-        values |= output_values(decoder, final, batch, outputs, targets, head_weights)
+        values |= logit_values(decoder.logits(final, head_weights), batch, outputs, targets)
     elif final is not None:
         assert anchor is not None
         values["anchor"] = wide(final) @ anchor.vector
@@ -235,30 +232,6 @@ def _at_places(
         return first(layer(there, **call.kwargs))
 
 
-def output_values(
-    decoder: Decoder,
-    final: torch.Tensor,
-    batch: PromptBatch,
-    criteria: Criteria,
-    targets: Targets,
-    head_weights: Mapping[str, torch.Tensor] | None = None,
-) -> dict[CriterionName, torch.Tensor]:
-    """Values of the output criteria from final hidden states ``[..., P, hidden]``."""
-    return logit_values(decoder.logits(final, head_weights), batch, criteria, targets)
-
-
-def logit_values(
-    logits: torch.Tensor, batch: PromptBatch, criteria: Criteria, targets: Targets
-) -> dict[CriterionName, torch.Tensor]:
-    """Values of the output criteria among `criteria` from logits ``[..., P, vocabulary]``."""
-    values: dict[CriterionName, torch.Tensor] = {}
-    if "kl" in criteria:
-        values["kl"] = kl_values(logits, batch, targets)
-    if "logprob" in criteria:
-        values["logprob"] = logprob_values(logits, batch)
-    return values
-
-
 def last_layer(decoder: Decoder, criteria: Criteria, targets: Targets) -> int:
     """The last layer whose output any of the criteria depends on."""
     if any(c != "anchor" for c in criteria):
@@ -275,7 +248,7 @@ def own_values(
         values = logit_values(trace.logits, trace.batch, criteria, targets)
         if "anchor" in criteria and (anchor := targets.anchor) is not None:
             hidden = trace.residual(anchor.layer)
-            values["anchor"] = anchor_values(hidden, trace.batch, anchor.vector)
+            values["anchor"] = anchor_values(hidden, trace.batch, anchor)
         return values
     last = len(decoder.layers) - 1
     hidden = trace.residual(last).unsqueeze(0)

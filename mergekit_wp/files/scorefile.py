@@ -10,12 +10,13 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -38,6 +39,8 @@ from mergekit_wp.terms import (
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_wp"
+#: criteria of one file; a manifest of strangers names what is made of them before it is read
+MAX_CRITERIA = 64
 
 
 class _Strict(BaseModel):
@@ -115,7 +118,7 @@ class SetPoint(_Strict):
     direction: Direction
     set: SetName
     size: PositiveInt
-    measure: CriterionName | Literal["behavior"]
+    measure: CriterionName
     value: float
     low: float
     high: float
@@ -200,7 +203,7 @@ class Manifest(_Strict):
     n_kv_groups: NonNegativeInt
     n_neurons: NonNegativeInt
     hidden_size: PositiveInt
-    criteria: tuple[CriterionName, ...]
+    criteria: Annotated[tuple[CriterionName, ...], Field(max_length=MAX_CRITERIA)]
     estimands: tuple[Estimand, ...]
     kinds: tuple[Kind, ...]
     anchor: Anchor | None

@@ -101,6 +101,8 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
         size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
         every = list(batches(samples, size, request.device))
         at_once = AtOnce(size, progress.note)
+        if unknown := [c for c in file.manifest.criteria if c not in CRITERIA]:
+            progress.note(f"no curve by '{unknown[0]}': a caller's function is not in its file")
         meter = SetMeasurement(resident, every, len(samples), file, task, tokenizer, at_once)
         ends, found = _measure(request, sizes, fine, meter, journal, progress)
         for measure, value in ends[0].items():
@@ -140,7 +142,7 @@ class SetMeasurement:
         self.resident, self.every, self.n = resident, every, n
         self.task, self.tokenizer = task, tokenizer
         self.criteria: tuple[CriterionName, ...] = tuple(
-            dict.fromkeys(("kl", *file.manifest.criteria))
+            dict.fromkeys(("kl", *(c for c in file.manifest.criteria if c in CRITERIA)))
         )
         resident.move_to(1.0)
         anchor = None

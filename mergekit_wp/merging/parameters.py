@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from mergekit.merge_methods.base import (
@@ -22,7 +23,7 @@ from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 from mergekit_wp.errors import UserError
 from mergekit_wp.merging.expert_scores import gates_experts, load
 from mergekit_wp.models.hub import local_path
-from mergekit_wp.terms import CRITERIA, FUSIONS, GRANULARITIES, WEIGHT_ESTIMANDS
+from mergekit_wp.terms import CRITERIA, FUSIONS, GRANULARITIES, WEIGHT_ESTIMANDS, CriterionName
 
 
 class Recorded(threading.local):
@@ -68,15 +69,26 @@ def _number(name: str, low: float | None = None, high: float | None = None) -> A
     return _parameter(name, Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)], expected)
 
 
+def _recorded(name: str, value: str) -> str:
+    RECORDED.values.setdefault(name, {})[value] = None
+    return value
+
+
 def _one_of(name: str, options: Sequence[str]) -> Any:
     def check(value: str) -> str:
         if value not in options:
             raise UserError(f"'{name}' must be one of {', '.join(options)}, not '{value}'")
-        RECORDED.values.setdefault(name, {})[value] = None
-        return value
+        return _recorded(name, value)
 
     text = Annotated[str, AfterValidator(check)]
     return _parameter(name, text, f"one of {', '.join(options)}")
+
+
+_CRITERION = _parameter(
+    "criterion",
+    Annotated[CriterionName, AfterValidator(partial(_recorded, "criterion"))],
+    f"one of {', '.join(CRITERIA)}, or the name of the function that the experts were scored by",
+)
 
 
 def _gates_file(value: str) -> str:
@@ -134,7 +146,7 @@ SPEC = MergeMethodSpec(
         ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
         ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),
         ParameterSpec("estimand", _one_of("estimand", WEIGHT_ESTIMANDS), _SHARED, default="share"),
-        ParameterSpec("criterion", _one_of("criterion", CRITERIA), _SHARED, default="kl"),
+        ParameterSpec("criterion", _CRITERION, _SHARED, default="kl"),
         ParameterSpec(
             "granularity", _one_of("granularity", GRANULARITIES), _SHARED, default="component"
         ),

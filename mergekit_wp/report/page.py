@@ -8,6 +8,7 @@ from functools import partial
 
 from markupsafe import Markup
 
+from mergekit_wp.criteria import criterion_words
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile, Verification
 from mergekit_wp.report import (
@@ -100,8 +101,7 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
         ],
         identity=words.identity(manifest),
         criteria=[
-            (c, words.CRITERION_WORDS[c], words.criterion_facts(manifest, c))
-            for c in selection.criteria
+            (c, criterion_words(c), words.criterion_facts(manifest, c)) for c in selection.criteria
         ],
         estimands=[(e, words.ESTIMAND_WORDS[e]) for e in selection.estimands],
         fidelity=[

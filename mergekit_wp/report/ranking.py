@@ -44,7 +44,8 @@ class Selection:
 
 def _choose(what: str, wanted: str | None, have: Sequence[str], order: Sequence[str]) -> Any:
     if wanted is None:
-        return tuple(sorted(set(have), key=order.index))
+        rank = {name: i for i, name in enumerate(order)}  # callers' criteria last, as they stand
+        return tuple(sorted(have, key=lambda name: rank.get(name, len(rank))))
     if wanted not in have:
         raise UserError(f"no {what} '{wanted}' in this score file; it has {', '.join(have)}")
     return (wanted,)

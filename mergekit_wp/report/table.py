@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from mergekit_wp.criteria import criterion_words
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import agreement, weights_vs_activations, words
 from mergekit_wp.report.ranking import RankedComponent, Selection, leaders, select
@@ -32,7 +33,7 @@ def render(
     yield ""
     yield "criteria, scaled to 0 at the base and 1 at the expert"
     for c in selection.criteria:
-        yield from _list([(c, words.CRITERION_WORDS[c]), (c, words.criterion_facts(manifest, c))])
+        yield from _list([(c, criterion_words(c)), (c, words.criterion_facts(manifest, c))])
     for estimand, criterion in selection.pairs:
         yield ""
         yield from _heading(f"{estimand}/{criterion}")

@@ -32,12 +32,6 @@ ESTIMAND_WORDS: dict[Estimand, str] = {
     "path": "how far the component was taken from base to expert (0 to 1) on the guided path of "
     "all experts of the recipe together",
 }
-CRITERION_WORDS: dict[CriterionName, str] = {
-    "kl": "closeness to the expert's next-token distribution over the response",
-    "anchor": "position along the behaviour's direction in the residual stream",
-    "logprob": "mean log-probability of the response",
-}
-
 METHOD_WORDS: dict[ScoringMethod, str] = {
     "exact": "exact swaps",
     "first-order": "first-order",

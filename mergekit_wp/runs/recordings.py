@@ -43,7 +43,7 @@ Result = dict[str, torch.Tensor]
 def criterion_and_kind(key: str) -> tuple[CriterionName, Kind]:
     """Take a result's key apart."""
     criterion, kind = key.split("/")
-    return cast(CriterionName, criterion), cast(Kind, kind)
+    return criterion, cast(Kind, kind)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class SweepContext:
         with torch.no_grad():
             calls = record(self.decoder, widest.part(0, 1)).calls
         return all(
-            call.kwargs.get("attention_mask") is None and "alibi" not in call.kwargs
+            call.kwargs.get("attention_mask", "unknown") is None and "alibi" not in call.kwargs
             for call in calls
         )
 

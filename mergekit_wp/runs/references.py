@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_wp.criteria import AnchorDirection, Criteria, Reference, Targets, split, wide
+from mergekit_wp.criteria import (
+    AnchorDirection,
+    Criteria,
+    CriterionFunction,
+    Reference,
+    Targets,
+    needs_expert,
+    split,
+    wide,
+)
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.replay import own_values, record
 from mergekit_wp.files.scorefile import Anchor
@@ -69,6 +78,7 @@ def measure_references(
     anchor_layer: int | None,
     batch_size: int,
     at_once: int | None = None,
+    functions: Mapping[CriterionName, CriterionFunction] | None = None,
 ) -> References:
     """Run expert and base over all prompts; leaves the resident model at the base.
 
@@ -80,6 +90,7 @@ def measure_references(
         anchor_layer: the anchor's layer, None to choose.
         batch_size: samples per batch.
         at_once: samples per forward, if fewer; contrasts go by their own batches.
+        functions: the callers' criteria by name.
 
     Raises:
         UserError: a criterion that does not separate, or no anchor can be chosen.
@@ -93,14 +104,14 @@ def measure_references(
 
     resident.move_to(1.0)
     expert_logprobs: list[torch.Tensor | None] = [None] * len(every)
-    if "kl" in criteria:
+    if needs_expert(criteria):
         expert_logprobs = [logprobs(decoder, batch, at_once) for batch in every]
     towards = away = None
     if "anchor" in criteria:
         towards = last_token_states(decoder, prompt_only, n)
         if contrasts[0]:
             away = last_token_states(decoder, contrasts[1], len(contrasts[0]))
-    plain = [Targets(expert_logprobs=logprobs) for logprobs in expert_logprobs]
+    plain = [Targets(logprobs, None, functions or {}) for logprobs in expert_logprobs]
     at_expert = values_of(decoder, every, plain, outputs, n, at_once)
 
     resident.move_to(0.0)
@@ -121,7 +132,7 @@ def measure_references(
     values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
     for name, reference in values.items():
         reference.check_separates(name)
-    targets = [Targets(logprobs, anchor) for logprobs in expert_logprobs]
+    targets = [replace(target, anchor=anchor) for target in plain]
     return References(every, targets, values, info)
 
 
@@ -150,7 +161,8 @@ def references_at(
     decoder, n = Decoder(resident.model), len(samples)
     every = list(batches(samples, batch_size, resident.device))
     resident.move_to(1.0)
-    of_expert = [logprobs(decoder, batch, at_once) if "kl" in criteria else None for batch in every]
+    reads = needs_expert(criteria)
+    of_expert = [logprobs(decoder, batch, at_once) if reads else None for batch in every]
     targets = [Targets(of_batch, anchor) for of_batch in of_expert]
     at_expert = values_of(decoder, every, targets, criteria, n, at_once)
     resident.move_to(0.0)

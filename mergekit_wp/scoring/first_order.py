@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from mergekit_wp.criteria import Criteria
+from mergekit_wp.criteria import Criteria, fisher_at_expert
 from mergekit_wp.engine.gradients import (
     PROBES,
     PROBES_AT_ONCE,
@@ -74,8 +74,10 @@ def _gradient_terms(
     context: SweepContext, estimand: Estimand, b: int, trace: Trace, seed: int
 ) -> Iterator[list[tuple[CriterionName, BlockGradients, bool]]]:
     """Criterion, gradients and whether the projection is squared, a few at a time for memory."""
-    second_order = of_knockout(estimand) and "kl" in context.criteria
-    linear: Criteria = tuple(c for c in context.criteria if not (second_order and c == "kl"))
+    second_order: Criteria = tuple(
+        c for c in context.criteria if of_knockout(estimand) and fisher_at_expert(c)
+    )
+    linear: Criteria = tuple(c for c in context.criteria if c not in second_order)
     if linear:
         targets = context.targets(b)
         gradients = criterion_gradients(context.decoder, trace, linear, targets)
@@ -83,4 +85,4 @@ def _gradient_terms(
     if second_order:
         probes = probe_gradients(context.decoder, trace, seed)
         while some := list(islice(probes, PROBES_AT_ONCE)):
-            yield [("kl", probe, True) for probe in some]
+            yield [(c, probe, True) for c in second_order for probe in some]

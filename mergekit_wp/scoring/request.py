@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from mergekit_wp.criteria import CriterionFunction
 from mergekit_wp.runs.command import RUN, command_of, options_of
 from mergekit_wp.runs.request import RunRequest
-from mergekit_wp.terms import KINDS, CriterionName, Estimand, Kind
+from mergekit_wp.terms import KINDS, BuiltInCriterion, Estimand, Kind
 
 #: a kind is swapped exactly when that costs at most this many forward passes over the prompts
 EXACT_BUDGET = 256.0
@@ -19,6 +20,7 @@ SHARE_STEPS = 5
 class ScoreRequest(RunRequest):
     """Everything `mergekit-wp score` is asked for; see its ``--help``.
 
+    ``criteria``: by name, or functions of the caller's, see `criteria.CriterionFunction`.
     ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`.
     """
 
@@ -28,7 +30,7 @@ class ScoreRequest(RunRequest):
     out: Path
     behavior: str | None = None
     estimands: tuple[Estimand, ...] = ("share", "gain")
-    criteria: tuple[CriterionName, ...] | None = None
+    criteria: tuple[BuiltInCriterion | CriterionFunction, ...] | None = None
     kinds: tuple[Kind, ...] = KINDS
     anchor_layer: int | None = None
     verify: int = Field(32, ge=0)
@@ -41,6 +43,8 @@ class ScoreRequest(RunRequest):
 
 @command_of.register
 def _score(request: ScoreRequest) -> tuple[str, ...]:
+    if any(not isinstance(criterion, str) for criterion in request.criteria or ()):
+        return ()  # no command has a caller's function
     names = {"estimands": "estimand", "criteria": "criterion"}
     own = ("prompts", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
     options = options_of(request, (*own, "share_steps", *RUN), names)

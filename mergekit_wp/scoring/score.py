@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import mergekit_wp
+from mergekit_wp.criteria import Criteria, CriterionFunction, named, source_sha256
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.scorefile import ScoreFile, read, write
 from mergekit_wp.models.backoff import fitting
@@ -49,7 +50,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     """
     before = resident_memory()
     prompt_file = read_prompts(request.prompts, request.max_prompts)
-    criteria = choose_criteria(request.criteria, prompt_file.prompts)
+    criteria, functions = named(choose_criteria(request.criteria, prompt_file.prompts))
     _check_request(request, criteria, prompt_file.prompts, progress)
     opened = open_inputs(
         request.base, request.expert, prompt_file.prompts, request.prompts, progress
@@ -57,7 +58,8 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
     request = _within_the_map(request, pair, progress)
     progress.stage("hashing weights", 1, "pair")
-    inputs = _inputs(request, pair, prompt_file, criteria, texts)
+    identified = [_identity(name, functions.get(name)) for name in criteria]
+    inputs = _inputs(request, pair, prompt_file, identified, texts)
     progress.advance(1)
     with Journal(request.out, inputs, request.restart) as journal:
         if journal.resumed:
@@ -81,6 +83,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
                 criteria,
                 request.anchor_layer,
                 size,
+                functions=functions,
             ),
             progress,
             fixed=journal.load(BATCH_SIZE) is not None,
@@ -163,8 +166,8 @@ def memory_used(
 
 
 def choose_criteria(
-    asked: tuple[CriterionName, ...] | None, prompts: Sequence[Prompt]
-) -> tuple[CriterionName, ...]:
+    asked: tuple[CriterionName | CriterionFunction, ...] | None, prompts: Sequence[Prompt]
+) -> tuple[CriterionName | CriterionFunction, ...]:
     """The criteria to use: ``kl``, and ``anchor`` too when contrasts are given (two or more).
 
     Raises:
@@ -172,7 +175,7 @@ def choose_criteria(
     """
     given = any(p.contrast is not None for p in prompts)
     usable = sum(p.usable_contrast for p in prompts)
-    default: tuple[CriterionName, ...] = ("kl", "anchor") if usable >= MIN_HELD_OUT else ("kl",)
+    default: Criteria = ("kl", "anchor") if usable >= MIN_HELD_OUT else ("kl",)
     if (asked is None or "anchor" in asked) and given and not usable:
         raise UserError(
             "no usable contrast: every 'contrast' is empty or equal to its prompt; give the same "
@@ -236,6 +239,11 @@ def _within_the_map(request: ScoreRequest, pair: Pair, progress: Progress) -> Sc
         f"{' and '.join(f'{kind}s' for kind in kinds)} only, by whole forward passes"
     )
     return request.model_copy(update={"kinds": kinds})
+
+
+def _identity(name: CriterionName, function: CriterionFunction | None) -> str:
+    """A criterion as a journal knows it: a caller's function by its source too."""
+    return name if function is None else f"{name} {source_sha256(function)}"
 
 
 def _inputs(

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from mergekit_wp.criteria import recovery
+from mergekit_wp.criteria import fisher_at_expert, recovery
 from mergekit_wp.files.scorefile import Fidelity
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
@@ -240,9 +240,8 @@ class SweepRun:
         exact = self._swapped(estimand, selected)
         for kind in kinds:
             for c in context.criteria:
-                method: ScoringMethod = (
-                    "second-order" if of_knockout(estimand) and c == "kl" else "first-order"
-                )
+                second = of_knockout(estimand) and fisher_at_expert(c)
+                method: ScoringMethod = "second-order" if second else "first-order"
                 predicted = self.scores(estimand, c, kind)[0]
                 self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
                     predicted, exact[c, kind], top[c, kind], random[kind], method
