@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from mergekit_wp.architectures import Dims
 from mergekit_wp.components import layout_of
 from mergekit_wp.files.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, Moment
-from mergekit_wp.files.scorefile import Anchor, Dims, Fidelity, Manifest, ModelId, Scale, ScoreFile
+from mergekit_wp.files.scorefile import Anchor, Fidelity, Manifest, ModelId, Scale, ScoreFile
 from mergekit_wp.terms import FINE_KINDS
 
 

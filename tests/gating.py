@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.architectures import Dims
+from mergekit_wp.components import Partition
 from mergekit_wp.files import gatesfile
 from mergekit_wp.files.gatesfile import GatesFile
 from mergekit_wp.terms import FINE_KINDS

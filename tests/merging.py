@@ -13,7 +13,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.architectures import Dims
+from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from tests.factory import make_score_file

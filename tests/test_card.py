@@ -21,6 +21,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_wp.architectures import Dims
 from mergekit_wp.card import sources as card_sources
 from mergekit_wp.card.contributions import Contributions, Tally, contributions
 from mergekit_wp.card.scores import copy_scores
@@ -31,7 +32,7 @@ from mergekit_wp.cli import cli
 from mergekit_wp.compare.resampling import Resampled
 from mergekit_wp.compare.rows import UNTUNED, Comparison, Row
 from mergekit_wp.compare.table import summary
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import Fidelity

@@ -11,8 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from mergekit_wp.architectures import Dims
 from mergekit_wp.commands.inspect import inspect
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.scorefile import Fidelity, ScoreFile, write
 from mergekit_wp.report import table, words

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from mergekit_wp.architectures import Dims
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.commands.plot import plot
-from mergekit_wp.components import Dims
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.files.scorefile import ScoreFile, read, write
 from mergekit_wp.report import figures, panels

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from mergekit_wp import architectures
-from mergekit_wp.architectures import Architecture, register
+from mergekit_wp.architectures import Architecture, known, of_type, register
 from mergekit_wp.architectures.declaration import columns, rows
+from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -155,7 +155,7 @@ AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM)
 def undeclared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test declares is forgotten after it."""
     for table in ("_BY_TYPE", "_BY_CLASS"):
-        monkeypatch.setattr(architectures, table, dict(getattr(architectures, table)))
+        monkeypatch.setattr(known, table, dict(getattr(known, table)))
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_a_score_file_of_an_unregistered_architecture_is_refused(
 ) -> None:
     with monkeypatch.context() as patched:
         for table in ("_BY_TYPE", "_BY_CLASS"):
-            patched.setattr(architectures, table, dict(getattr(architectures, table)))
+            patched.setattr(known, table, dict(getattr(known, table)))
         register(toy())
         base = make_toy()
         prompts = with_responses(tmp_path / "p.jsonl")
@@ -296,7 +296,7 @@ def test_a_score_file_of_an_unregistered_architecture_is_refused(
 def test_the_same_may_be_registered_again_and_another_not(undeclared) -> None:
     register(toy())
     register(toy())
-    register(architectures.LLAMA)
+    register(LLAMA)
     with pytest.raises(UserError, match="architecture 'wp_toy' is declared already"):
         register(replace(toy(), plain_residual=True))
     with pytest.raises(UserError, match="'wp_toy' is declared already"):
@@ -307,5 +307,5 @@ def test_the_same_may_be_registered_again_and_another_not(undeclared) -> None:
         register(Architecture("mine", "LlamaForCausalLM"))
     with pytest.raises(UserError, match="'mine' declares no path of its layers"):
         register(Architecture("mine", "MyForCausalLM", layers=""))
-    assert copy.copy(architectures.of_type("llama")) == architectures.LLAMA
-    assert architectures.of_type("mine") is None
+    assert copy.copy(of_type("llama")) == LLAMA
+    assert of_type("mine") is None

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mergekit_wp.components import Dims
+from mergekit_wp.architectures import Dims
 from mergekit_wp.files import gatesfile, scorefile
 from mergekit_wp.files.gatesfile import GatedExpert, GatesFile, GatesManifest, Moment
 from mergekit_wp.files.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.architectures import Dims
+from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
 from mergekit_wp.prompts import encode_prompt, encode_response, read_prompts
 from mergekit_wp.terms import SLICED_KINDS

@@ -14,8 +14,9 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.zoo.bench import N_PROMPTS, checkpoints, prompts, task
+from mergekit_wp.architectures import Dims
 from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.joint.guided import PathPosition
 
 State = dict[str, torch.Tensor]

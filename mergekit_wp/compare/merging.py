@@ -19,8 +19,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_wp.architectures import Dims
 from mergekit_wp.compare.results import MERGE
-from mergekit_wp.components import Dims
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import naming_disk
 from mergekit_wp.models.checkpoint import Checkpoint

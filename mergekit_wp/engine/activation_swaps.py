@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.declaration import module_of
-from mergekit_wp.components import Dims
 from mergekit_wp.criteria import Criteria, Targets, logit_values
 from mergekit_wp.engine.block_changes import (
     BlockInputs,

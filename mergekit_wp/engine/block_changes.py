@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.components import Dims, TensorLayout, layout_of
+from mergekit_wp.architectures import Dims
+from mergekit_wp.components import TensorLayout, layout_of
 from mergekit_wp.engine.decoder import Decoder, first, hooked, returning
 from mergekit_wp.engine.replay import Trace
 from mergekit_wp.engine.writers import Writer, read_by

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.architectures import Architecture
-from mergekit_wp.components import Dims
+from mergekit_wp.architectures import Architecture, Dims
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import PromptBatch
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.components import Dims
+from mergekit_wp.architectures import Dims
 from mergekit_wp.criteria import Criteria, Targets
 from mergekit_wp.engine.decoder import Decoder, hooked, returning
 from mergekit_wp.engine.gradients import BlockGradients

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_wp.components import Dims
+from mergekit_wp.architectures import Dims
 from mergekit_wp.criteria import Criteria, Targets
 from mergekit_wp.engine.block_changes import Changes, LayerWeights, attention_by_head
 from mergekit_wp.engine.decoder import Decoder

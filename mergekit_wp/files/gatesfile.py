@@ -23,7 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from mergekit_wp.components import Dims, layout_of
+from mergekit_wp.architectures import Dims
+from mergekit_wp.components import layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import container
 from mergekit_wp.files.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mergekit_wp.architectures import text_config
-from mergekit_wp.components import Dims, TensorLayout, layout_of
+from mergekit_wp.architectures import Dims, text_config
+from mergekit_wp.components import TensorLayout, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import gatesfile, scorefile
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE, rounding

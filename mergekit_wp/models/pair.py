@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.components import Dims, Partition
+from mergekit_wp.architectures import Dims
+from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import VOLATILE_CONFIG, Checkpoint
 from mergekit_wp.models.load import parameter_names, skeleton

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from mergekit_wp.components import Dims
+from mergekit_wp.architectures import Dims
 from mergekit_wp.models.load import skeleton
 from mergekit_wp.models.memory import in_gib
 from mergekit_wp.models.offloaded import Offloaded, fetch_when_called

@@ -16,9 +16,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from mergekit_wp.architectures import Architecture
+from mergekit_wp.architectures import Architecture, Dims
 from mergekit_wp.architectures.declaration import module_of
-from mergekit_wp.components import Dims, layout_of
+from mergekit_wp.components import layout_of
 from mergekit_wp.files.scorefile import Manifest
 from mergekit_wp.statistics import Array
 from mergekit_wp.terms import Kind

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mergekit_wp.architectures import register
 from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria
 from mergekit_wp.errors import UserError
@@ -91,6 +92,8 @@ class Assignment:
             UserError: other weights than the driver's under the same paths.
         """
         torch.set_num_threads(self.threads)
+        if self.partition.dims.architecture.mapped:  # another package may have declared it
+            register(self.partition.dims.architecture)
         base, expert = Checkpoint(self.base), Checkpoint(self.expert)
         for checkpoint, want in zip((base, expert), self.weights_sha256, strict=True):
             if checkpoint.weights_sha256() != want:
