@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -14,20 +15,26 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mergekit_wp import criteria
+from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.components import Component
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
+from mergekit_wp.mechanism.request import VerifyRequest
+from mergekit_wp.mechanism.verify import verify
 from mergekit_wp.prompts import PromptBatch, Sample
 from mergekit_wp.report.ranking import Selection, select
 from mergekit_wp.report.table import render
 from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.scoring.cluster import moved
 from mergekit_wp.terms import KINDS
 from tests.factory import make_score_file
+from tests.merging import Family, by_mergekit, llama_config, reference
 from tests.models import EXACT, make_model, perturbed, write_prompts
 from tests.oracle import Sequences, swapped
-from tests.test_scoring import double_precision_file, partition_of, run, sequences_of
+from tests.test_scoring import Quiet, double_precision_file, partition_of, run, sequences_of
 
 torch.set_num_threads(1)
+ensure_registered()
 __all__ = ["double_precision_file"]
 
 BATCH = PromptBatch.of([Sample((1, 2), (3, 4))], [0], "cpu")
@@ -173,6 +180,30 @@ def test_the_file_is_read_shown_and_made_by_no_command(tmp_path) -> None:
     assert "margin what the caller's function margin says" in shown
 
 
+def test_verify_takes_its_sets_and_measures_them_by_the_others(tmp_path) -> None:
+    base = make_model("llama-tied")
+    prompts = write_prompts(tmp_path / "p.jsonl", 3, response=True)
+    run(tmp_path, base, perturbed(base), criteria=(margin,), estimands=("gain",), prompts=prompts)
+    file, told = tmp_path / "scores.safetensors", Quiet()
+    found = verify(VerifyRequest(file=file, prompts=prompts, top=("2",)), None, told)
+    assert found.criterion == "margin" and {point.measure for point in found.points} == {"kl"}
+    assert "no curve by 'margin': a caller's function is not in its file" in told.notes
+
+
+def test_a_recipe_may_merge_by_it(tmp_path) -> None:
+    family = Family.make(tmp_path, llama_config(), criteria=("kl", "margin"))
+    recipe = family.recipe(parameters={"criterion": "margin"})
+    merged = by_mergekit(recipe, tmp_path / "out")
+    states = [expert.state for expert in family.experts]
+    wanted = reference(family.base.state, states, family.files, criterion="margin")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserError, match="'share/mine' scores, it has share/kl, share/margin"):
+        by_mergekit(family.recipe(parameters={"criterion": "mine"}), tmp_path / "other")
+    with pytest.raises(UserError, match="'criterion' must be one of kl, anchor, logprob, or the"):
+        by_mergekit(family.recipe(parameters={"criterion": "no name"}), tmp_path / "other")
+
+
 def top1(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
     right = (logits.argmax(-1) == batch.targets).to(logits.dtype)
     return criteria.per_prompt_mean(right, batch)
@@ -234,6 +265,12 @@ def test_a_function_that_is_no_criterion_is_refused(tmp_path, function, why) -> 
     with pytest.raises(UserError, match=why):
         run(tmp_path, base, perturbed(base), criteria=(function,), estimands=("gain",))
     assert not (tmp_path / "scores.safetensors").exists()
+
+
+def test_it_goes_to_the_workers_of_a_cluster() -> None:
+    """Ray pickles by value what pickle cannot."""
+    sent = pickle.dumps(moved(criteria.Targets(functions={"margin": margin}), "cpu"))
+    assert pickle.loads(sent).functions == {"margin": margin}
 
 
 def test_two_functions_of_one_name_are_refused() -> None:
