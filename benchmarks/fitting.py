@@ -13,7 +13,7 @@ import torch
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.members import open_members
+from mergekit_wp.joint.members import measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.prompts import read_prompts
@@ -37,7 +37,7 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     Returns:
         The model at the gates kept, and where the fit ended.
     """
-    members = open_members(request, request.out.parent, progress)
+    members = open_members(request, request.out, progress)
     coarse = [
         replace(m, pair=replace(m.pair, partition=WholeTensors(p.dims, p.shapes)))
         for m in members
@@ -45,7 +45,8 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     ]
     layout = Layout(coarse[0].pair.partition, tuple(m.pair.changed for m in coarse))
     with TemporaryDirectory() as scratch, Journal(Path(scratch, "out"), {}, False) as journal:
-        objectives = [objective_of(m, journal, progress, request.prompts_a_step) for m in coarse]
+        references = [measure(m, journal, progress, request.prompts_a_step) for m in coarse]
+        objectives = [objective_of(m, own) for m, own in zip(coarse, references, strict=True)]
         for path in request.guards:
             prompts = read_prompts(path, request.max_prompts)
             objectives.append(guard_of(path, prompts, coarse, request, journal, progress))

@@ -32,7 +32,7 @@ score plain odd --prompts open.jsonl --out odd.safetensors --share-steps 2 --max
 score --company recipe.yml --prompts east=east.jsonl --prompts west=west.jsonl \
     --out together --share-steps 2
 fit recipe.yml --prompts east=east.jsonl --prompts west=west.jsonl --guard open.jsonl \
-    --out gates.safetensors --steps 2 --prompts-a-step 2 --max-new-tokens 2
+    --out fitted --steps 2 --prompts-a-step 2 --max-new-tokens 2
 verify east.safetensors --top 3,50% --prompts open.jsonl --draws 2 --max-new-tokens 2 \
     --task items.jsonl
 verify open.safetensors --top 3 --behavior capitals --draws 2 --max-new-tokens 2 --max-prompts 2
@@ -41,9 +41,9 @@ stability open.safetensors west.safetensors
 anchor base east --prompts open.jsonl --max-new-tokens 2 --json
 inspect east.safetensors --json
 plot east.safetensors --trace trace.json --out page.html
-plot gates.safetensors --out gates.png
+plot fitted/east.safetensors --out gates.png
 merge together/recipe.yml merged --quiet
-merge gates.yml gated --quiet
+merge fitted/recipe.yml gated --quiet
 compare together/recipe.yml --task items.jsonl --out comparison --untuned \
     --methods weight_patching,dare_linear --max-new-tokens 2
 card merged --results comparison

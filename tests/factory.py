@@ -6,9 +6,18 @@ import torch
 
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import layout_of
-from mergekit_wp.files.gatesfile import GatedExpert, GatesFile, GatesManifest, Guard, Moment
-from mergekit_wp.files.scorefile import Anchor, Fidelity, Manifest, ModelId, Scale, ScoreFile
-from mergekit_wp.terms import FINE_KINDS
+from mergekit_wp.files.manifest import (
+    Anchor,
+    CompanyMember,
+    Fidelity,
+    Fit,
+    Guard,
+    Manifest,
+    ModelId,
+    Moment,
+    Scale,
+)
+from mergekit_wp.files.scorefile import ScoreFile
 
 
 def llama_tensor_names(n_layers: int) -> tuple[str, ...]:
@@ -37,6 +46,8 @@ def make_score_file(
     hidden_size: int = 16,
     seed: int = 0,
     delta_norm: dict[str, float] | None = None,
+    company: tuple[CompanyMember, ...] | None = None,
+    fit: Fit | None = None,
 ) -> ScoreFile:
     """A consistent score file with random scores."""
     dims = dims or Dims(n_layers=2, n_heads=4, n_kv_groups=2, n_neurons=6)
@@ -52,7 +63,8 @@ def make_score_file(
         behavior="test",
         n_prompts=4,
         responses="given",
-        company=None,
+        company=company,
+        fit=fit,
         prompts_sha256="0" * 64,
         architecture="LlamaForCausalLM",
         n_layers=dims.n_layers,
@@ -82,7 +94,9 @@ def make_score_file(
         versions={},
     )
     tensors = {
-        key: torch.randn(manifest.shape(key.split("/")[2]), generator=generator)
+        key: (torch.rand if key.startswith("path/") else torch.randn)(
+            manifest.shape(key.split("/")[2]), generator=generator
+        )
         for key in manifest.score_keys()
     }
     norms = list(delta_norm.values()) if delta_norm else [1.0] * len(names)
@@ -92,53 +106,24 @@ def make_score_file(
     return ScoreFile(manifest, tensors)
 
 
-def make_gates_file(dims: Dims | None = None, n_experts: int = 2) -> GatesFile:
-    """A consistent gates file with random gates."""
-    dims = dims or Dims(n_layers=2, n_heads=4, n_kv_groups=2, n_neurons=6)
-    names = llama_tensor_names(dims.n_layers)
-    model = ModelId(
-        reference="somewhere", revision=None, config_hash="0" * 64, weights_dtype="float32"
+def make_fit(*references: str) -> tuple[Fit, tuple[CompanyMember, ...]]:
+    """What the files of experts that were fitted together say: how, and which experts."""
+    company = tuple(
+        CompanyMember(
+            reference=reference, weights_sha256=f"{e}" * 64, behavior=f"behavior {e}", recovery=0.5
+        )
+        for e, reference in enumerate(references)
     )
-    manifest = GatesManifest(
-        base=model,
-        base_sha256="0" * 64,
-        experts=tuple(
-            GatedExpert(
-                model=model.model_copy(update={"reference": f"models/expert{e}"}),
-                weights_sha256=f"{e}" * 64,
-                behavior=f"behavior {e}",
-                prompts_sha256="0" * 64,
-                n_prompts=4,
-            )
-            for e in range(n_experts)
-        ),
+    seen = {member.behavior: 0.5 for member in company} | {"plain": 1.0}
+    fit = Fit(
         guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2),),
-        architecture="LlamaForCausalLM",
-        **dims.numbers,
-        hidden_size=16,
-        tensor_names=names,
-        upper=1.5,
+        guard_weight=0.25,
         start="0.5",
         rate=0.05,
-        guard_weight=0.25,
         penalty=0.01,
+        upper=1.5,
         prompts_a_step=2,
         best_step=1,
-        history=tuple(
-            Moment(
-                step=s, fitted={"behavior 0": 0.5, "behavior 1": 0.5, "plain": 1.0}, held_out=None
-            )
-            for s in range(2)
-        ),
-        seed=0,
-        dtype="float32",
-        created="2026-01-01",
-        versions={},
+        history=tuple(Moment(step=step, fitted=seen, held_out=None) for step in range(2)),
     )
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for e in range(n_experts):
-        for kind in FINE_KINDS:
-            tensors[f"gate/{e}/{kind}"] = torch.rand(manifest.shape(kind), generator=generator)
-        tensors[f"delta_norm/{e}"] = torch.ones(len(names))
-    return GatesFile(manifest, tensors)
+    return fit, company

@@ -14,19 +14,18 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_wp.files import gatesfile
-from mergekit_wp.files.gatesfile import GatesFile
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.prompts import Sample
+from tests.gating import Gates
 from tests.models import DEVICE, EOS, LETTERS, with_eager_experts
 from tests.test_company import NAMES
 from tests.test_scoring import Quiet
 
 
-def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: Any) -> GatesFile:
+def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: Any) -> Gates:
     settings: dict[str, Any] = {
         "recipe": world / "recipe.yml",
         "prompts": tuple((name, world / f"{name}.jsonl") for name in names),
@@ -38,7 +37,7 @@ def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: An
         **options,
     }
     fit(FitRequest(**settings), Quiet())
-    return gatesfile.read(out)
+    return Gates.read(out, [name for name, _ in settings["prompts"]])
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""A reader of score files and gates files that was written from docs/file-format.md alone.
+"""A reader of score files that was written from docs/file-format.md alone.
 
 It knows nothing of mergekit-wp, and uses safetensors, json, hashlib and numpy.
 """
@@ -29,19 +29,20 @@ CUTS = {
 }
 
 
-def read(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A score file (key `mergekit_wp`) or gates file (`mergekit_wp_gates`)."""
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Manifest and tensors of a score file."""
     with safe_open(path, "np") as file:
-        manifest = json.loads(file.metadata()[key])
+        manifest = json.loads(file.metadata()["mergekit_wp"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert manifest["format_version"] == 1
     assert {name: tensor.shape for name, tensor in tensors.items()} == shapes(manifest, tensors)
     for name, tensor in tensors.items():
         assert tensor.dtype == np.float32 and np.isfinite(tensor).all(), name
-        if name.startswith(("delta_norm", "gate/")):
+        if name == "delta_norm" or (name.startswith("path/") and not name.endswith(".se")):
             assert (tensor >= 0).all(), name
-        if name.startswith("gate/"):
-            assert (tensor <= manifest["upper"] * (1 + 1e-6)).all(), name
+        if name.startswith("path/") and not name.endswith(".se"):
+            upper = manifest["fit"]["upper"] if "fit" in manifest else 1
+            assert (tensor <= upper * (1 + 1e-6)).all(), name
     return manifest, tensors
 
 
@@ -55,13 +56,6 @@ def shapes(manifest: dict[str, Any], tensors: dict[str, Array]) -> dict[str, tup
         "neuron": (layers, manifest["n_neurons"]),
     }
     promised: dict[str, tuple[int, ...]] = {}
-    if "experts" in manifest:
-        by_kind["tensor"] = (sum(place(name) is None for name in names),)
-        for e in range(len(manifest["experts"])):
-            kinds = ("head", "kv_group", "neuron", "tensor")
-            promised |= {f"gate/{e}/{kind}": by_kind[kind] for kind in kinds}
-            promised[f"delta_norm/{e}"] = (len(names),)
-        return promised
     for estimand in manifest["estimands"]:
         for criterion in manifest["criteria"]:
             for kind in manifest["kinds"]:

@@ -1,9 +1,9 @@
-"""Gates files of tiny checkpoints, and a merge by them written out component by component."""
+"""Fitted score files of tiny checkpoints, and a merge by them, component by component."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +12,91 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import Partition
-from mergekit_wp.files import gatesfile
-from mergekit_wp.files.gatesfile import GatesFile
-from mergekit_wp.terms import FINE_KINDS
-from tests.factory import make_gates_file
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.manifest import Fit, Manifest
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.terms import Kind
+from tests.factory import make_fit, make_score_file
 from tests.merging import Family, State, norms
 
 
-def gate(family: Family, path: Path, value: float | None = None) -> GatesFile:
+@dataclass(frozen=True)
+class Gates:
+    """The score files of experts that were fitted together."""
+
+    files: tuple[ScoreFile, ...]
+
+    @classmethod
+    def read(cls, folder: Path, names: Sequence[str]) -> Gates:
+        return cls(tuple(scorefile.read(folder / f"{name}.safetensors") for name in names))
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the first expert."""
+        return self.files[0].manifest
+
+    @property
+    def fit(self) -> Fit:
+        """The same in all files."""
+        (found,) = {file.manifest.model_dump_json(include={"fit"}) for file in self.files}
+        assert self.manifest.fit is not None and found
+        return self.manifest.fit
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{e}/{k}": t for e, file in enumerate(self.files) for k, t in file.tensors.items()}
+
+    def gates(self, expert: int) -> dict[Kind, torch.Tensor]:
+        return self.files[expert].fine_scores("path", "kl")
+
+
+def gate(family: Family, folder: Path, value: float | None = None) -> Gates:
     """Write gates of a family's experts, for the weights that these have now; random or all one."""
-    dims = Dims.from_config(family.config)
-    file = make_gates_file(dims, len(family.experts))
-    base = family.base.state
-    dtypes = [str(c.state["model.norm.weight"].dtype) for c in (family.base, *family.experts)]
-    ids = [
-        file.manifest.base.model_copy(
-            update={"reference": str(c.path), "weights_dtype": dtype.removeprefix("torch.")}
-        )
-        for c, dtype in zip((family.base, *family.experts), dtypes, strict=True)
-    ]
-    manifest = file.manifest.model_copy(
-        update={
-            "base": ids[0],
-            "experts": tuple(
-                expert.model_copy(update={"model": model})
-                for expert, model in zip(file.manifest.experts, ids[1:], strict=True)
-            ),
-            "architecture": type(AutoModelForCausalLM.from_config(family.config)).__name__,
-            "tensor_names": tuple(base),
-            "hidden_size": family.config.hidden_size,
-        }
-    )
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
+    base, files = family.base, []
+    fit, company = make_fit(*(str(expert.path) for expert in family.experts))
     for e, expert in enumerate(family.experts):
-        for kind in FINE_KINDS:
-            gates = torch.rand(manifest.shape(kind), generator=generator)
-            tensors[f"gate/{e}/{kind}"] = gates if value is None else gates.fill_(value)
-        differences = norms(base, expert.state).values()
-        tensors[f"delta_norm/{e}"] = torch.tensor(list(differences), dtype=torch.float32)
-    file = replace(file, manifest=manifest, tensors=tensors)
-    gatesfile.write(file, path)
-    return file
+        file = make_score_file(
+            dims=Dims.from_config(family.config),
+            estimands=("path",),
+            hidden_size=family.config.hidden_size,
+            seed=e,
+            delta_norm=norms(base.state, expert.state),
+            company=company,
+            fit=fit,
+        )
+        ids = {
+            side: file.manifest.base.model_copy(
+                update={
+                    "reference": str(checkpoint.path),
+                    "weights_dtype": str(checkpoint.state["model.norm.weight"].dtype).split(".")[1],
+                }
+            )
+            for side, checkpoint in (("base", base), ("expert", expert))
+        }
+        architecture = type(AutoModelForCausalLM.from_config(family.config)).__name__
+        manifest = file.manifest.model_copy(update=ids | {"architecture": architecture})
+        if value is not None:
+            for key, tensor in file.tensors.items():
+                if key.startswith("path/"):
+                    tensor.fill_(value)
+        files.append(replace(file, manifest=manifest))
+        scorefile.write(files[-1], folder / f"{expert.path.name}.safetensors")
+    return Gates(tuple(files))
 
 
-def gated_recipe(family: Family, gates: Path, **top: Any) -> dict[str, Any]:
+def gated_recipe(family: Family, folder: Path, **top: Any) -> dict[str, Any]:
     """A recipe that merges a family by gates."""
-    models = [{"model": str(expert.path)} for expert in family.experts]
-    return family.recipe(models=models, parameters={"gates": str(gates)}) | top
+    models = [
+        {
+            "model": str(expert.path),
+            "parameters": {"scores": str(folder / f"{expert.path.name}.safetensors")},
+        }
+        for expert in family.experts
+    ]
+    return family.recipe(models=models, parameters={"fusion": "path"}) | top
 
 
-def gated_merge(base: State, experts: Sequence[State], file: GatesFile, lam: float = 1.0) -> State:
+def gated_merge(base: State, experts: Sequence[State], file: Gates, lam: float = 1.0) -> State:
     """The merge by its definition: base + λ Σ gate (expert − base), in float64."""
     partition = Partition(
         file.manifest.dims, {name: tuple(tensor.shape) for name, tensor in base.items()}

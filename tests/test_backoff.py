@@ -18,7 +18,7 @@ from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.run import Runner
 from mergekit_wp.errors import OutOfMemory, UserError
-from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files import scorefile
 from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import CompanyRequest, FitRequest
@@ -107,13 +107,14 @@ def company(world: Path, out: Path, said: Quiet) -> Numbers:
 def fitted(world: Path, out: Path, said: Quiet) -> Numbers:
     options = {"steps": 3, "prompts_a_step": 2, "held_out": 0.5}
     guard = world / "prompts.jsonl"
-    fit(FitRequest(**members(world), out=out / "g.safetensors", guards=(guard,), **options), said)
-    file = gatesfile.read(out / "g.safetensors")
-    moments = [m.fitted for m in file.manifest.history] + [
-        m.held_out for m in file.manifest.history
-    ]
+    *files, _ = fit(FitRequest(**members(world), out=out, guards=(guard,), **options), said)
+    found = [scorefile.read(file) for file in files]
+    numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
+    how = found[0].manifest.fit
+    assert how is not None
+    moments = [*(m.fitted for m in how.history), *(m.held_out for m in how.history)]
     seen = [value for moment in moments if moment for value in moment.values()]
-    return dict(file.tensors) | {"seen": torch.tensor(seen)}
+    return numbers | {"seen": torch.tensor(seen)}
 
 
 def traced(world: Path, out: Path, said: Quiet) -> Numbers:

@@ -35,7 +35,7 @@ from mergekit_wp.compare.table import summary
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.scorefile import Fidelity
+from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.plan import plan
 from mergekit_wp.terms import RowRole

@@ -341,7 +341,7 @@ def test_a_company_file_can_be_looked_at(world: Path, tmp_path: Path) -> None:
     assert table.exception is None, table.exception
     assert (
         "guided path, 4 steps" in table.output
-        and "scored together; recovered where" in table.output
+        and "scored together; recovered by 'path':" in table.output
     )
     for name in ("page.html", "picture.png"):
         drawn = CliRunner().invoke(cli, ["plot", str(east), "--out", str(tmp_path / name)])

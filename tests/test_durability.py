@@ -72,7 +72,7 @@ class World:
             ],
             "fit": [
                 *("fit", str(root / "recipe.yml"), *both, "--prompts-a-step=2", "--steps=25"),
-                f"--out={out / 'gates.safetensors'}",
+                f"--out={out / 'fitted'}",
             ],
             "verify": ["verify", str(out / "scores.safetensors"), *answered, "--top=2,9%,50%"],
             "trace": [

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mergekit_wp import terms
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import main
-from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files.manifest import Manifest
 from tests.format_reader import (
     belongs,
     fine,
@@ -43,7 +43,7 @@ def run(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Score files and a gates file of two experts, written by our commands, and their merges."""
+    """Score files of two experts by our commands: alone, together, fitted; and their merges."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("format")
     base = make_model("llama-tied")
@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe_file,
         *prompts,
         "--out",
-        root / "gates.safetensors",
+        root / "fitted",
         "--steps",
         4,
         *few,
@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "shares.yml").write_text(yaml.safe_dump(shares))
     run("merge", root / "scores" / "recipe.yml", root / "by-path", "--quiet")
     run("merge", root / "shares.yml", root / "by-share", "--quiet")
-    run("merge", root / "gates.yml", root / "by-gates", "--quiet")
+    run("merge", root / "fitted" / "recipe.yml", root / "by-fit", "--quiet")
     prompts = ["--prompts", write_prompts(root / "contrasts.jsonl", 4, contrast=True)]
     out = ("--out", root / "alone.safetensors", "--estimand", "share,gain", *few)
     run("score", root / "base", root / "inst", *prompts, *out)
@@ -82,7 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_score_file_is_read_and_adds_up(world: Path) -> None:
-    manifest, tensors = read(world / "alone.safetensors", "mergekit_wp")
+    manifest, tensors = read(world / "alone.safetensors")
     assert manifest["anchor"] is not None and "gain/anchor/neuron" in tensors
     content = (world / "contrasts.jsonl").read_bytes()
     assert manifest["prompts_sha256"] == hashlib.sha256(content).hexdigest()
@@ -93,7 +93,7 @@ def test_a_score_file_is_read_and_adds_up(world: Path) -> None:
 
 
 def test_a_file_knows_its_models(world: Path) -> None:
-    manifest, tensors = read(world / "alone.safetensors", "mergekit_wp")
+    manifest, tensors = read(world / "alone.safetensors")
     norms = tensors["delta_norm"]
     assert belongs(manifest, norms, world / "base", world / "inst")
     assert not belongs(manifest, norms, world / "base", world / "math")
@@ -105,34 +105,38 @@ def test_a_file_knows_its_models(world: Path) -> None:
     assert not belongs(manifest, norms, world / "base", world / "changed")
 
 
-def test_a_company_and_gates_name_their_weights(world: Path) -> None:
-    manifest, _ = read(world / "scores" / "inst.safetensors", "mergekit_wp")
-    other, _ = read(world / "scores" / "math.safetensors", "mergekit_wp")
+@pytest.mark.parametrize("folder", ["scores", "fitted"])
+def test_a_company_names_its_weights(world: Path, folder: str) -> None:
+    files = [read(world / folder / f"{name}.safetensors") for name in NAMES]
+    (manifest, _), (other, _) = files
     assert manifest["company"] == other["company"]
-    gates, tensors = read(world / "gates.safetensors", "mergekit_wp_gates")
-    assert gates["base_sha256"] == weights_sha256(world / "base")
-    for e, name in enumerate(NAMES):
-        expected = weights_sha256(world / name)
-        assert manifest["company"][e]["weights_sha256"] == expected
+    for e, (name, (own, tensors)) in enumerate(zip(NAMES, files, strict=True)):
+        assert manifest["company"][e]["weights_sha256"] == weights_sha256(world / name)
         assert manifest["company"][e]["reference"] == str(world / name)
-        assert gates["experts"][e]["weights_sha256"] == expected
-        assert belongs(gates, tensors[f"delta_norm/{e}"], world / "base", world / name)
+        assert belongs(own, tensors["delta_norm"], world / "base", world / name)
 
 
-@pytest.mark.parametrize("by", ["path", "share", "gates"])
+def test_a_fit_is_the_same_in_all_files(world: Path) -> None:
+    (one, _), (two, _) = (read(world / "fitted" / f"{name}.safetensors") for name in NAMES)
+    assert one["fit"] == two["fit"]
+    fit = one["fit"]
+    assert [moment["step"] for moment in fit["history"]] == list(range(5))
+    reached = fit["history"][fit["best_step"]]["fitted"]
+    assert {m["behavior"]: m["recovery"] for m in one["company"]} == reached
+    assert "fit" not in read(world / "scores" / f"{NAMES[0]}.safetensors")[0]
+
+
+@pytest.mark.parametrize("by", ["path", "share", "fit"])
 def test_merges_by_the_specification_are_ours(world: Path, by: str) -> None:
     experts = [world / name for name in NAMES]
-    if by == "gates":
-        manifest, tensors = read(world / "gates.safetensors", "mergekit_wp_gates")
-        gates = [scores(tensors, f"gate/{e}") for e in range(2)]
+    folder = world / ("fitted" if by == "fit" else "scores")
+    files = [read(folder / f"{name}.safetensors") for name in NAMES]
+    manifest, estimand = files[0][0], "share" if by == "share" else "path"
+    gates = [fine(m, scores(t, f"{estimand}/kl")) for m, t in files]
+    if by == "share":
+        gates = [{k: 0.75 * g for k, g in own.items()} for own in share_gates(gates, 0.5)]
     else:
-        files = [read(world / "scores" / f"{n}.safetensors", "mergekit_wp") for n in NAMES]
-        manifest = files[0][0]
-        gates = [fine(m, scores(t, f"{by}/kl")) for m, t in files]
-        if by == "share":
-            gates = [{k: 0.75 * g for k, g in own.items()} for own in share_gates(gates, 0.5)]
-        else:
-            gates = [{k: np.maximum(g, 0) for k, g in own.items()} for own in gates]
+        gates = [{k: np.maximum(g, 0) for k, g in own.items()} for own in gates]
     ours = load_file(world / f"by-{by}" / "model.safetensors")
     found = merged(manifest, gates, world / "base", experts)
     base = load_file(world / "base" / "model.safetensors")
@@ -158,11 +162,10 @@ def keys_of(model: type[BaseModel]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("model", [scorefile.Manifest, gatesfile.GatesManifest])
-def test_the_specification_names_every_key(model: type[BaseModel]) -> None:
-    assert {"weights_sha256", "experts", "recovery"} & keys_of(model)
+def test_the_specification_names_every_key() -> None:
+    assert {"weights_sha256", "history", "guard_weight", "recovery"} <= keys_of(Manifest)
     page = PAGE.read_text()
-    for key in sorted(keys_of(model)):
+    for key in sorted(keys_of(Manifest)):
         assert f"`{key}`" in page, key
 
 

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import gatesfile
-from mergekit_wp.files.gatesfile import GatesFile
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.files.scorefile import ScoreFile
 from tests.fitting import fitted, load
 from tests.models import save
 from tests.test_company import NAMES, make_world
@@ -30,7 +31,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ("change", "message"),
     [
         ({"start": "2.0"}, "--start 2 is not within 0 and 1.5"),
-        ({"start": "none.safetensors"}, "gates file none.safetensors not found"),
+        ({"start": "none.safetensors"}, "--start none.safetensors: give a number, or 'scores'"),
         ({"start": "scores"}, "is of 'ties' and has no scores to start from"),
         ({"prompts": ()}, "has no prompts; add --prompts east=FILE.jsonl"),
         ({"max_prompts": 2}, "has prompts for one step only"),
@@ -39,7 +40,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 )
 def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fitted(world, tmp_path / "gates.safetensors", **change)
+        fitted(world, tmp_path / "gates", **change)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,26 +49,22 @@ def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None
     guard = tmp_path / "other" / f"{NAMES[0]}.jsonl"
     guard.write_text((world / f"{NAMES[0]}.jsonl").read_text())
     with pytest.raises(UserError, match=f"would be called '{NAMES[0]}'; rename one"):
-        fitted(world, tmp_path / "gates.safetensors", guards=(guard,))
-    assert not (tmp_path / "gates.safetensors").exists()
+        fitted(world, tmp_path / "gates", guards=(guard,))
+    assert not (tmp_path / "gates").exists()
 
 
 def test_no_recipe_is_overwritten(world: Path, tmp_path: Path) -> None:
     before = (world / "recipe.yml").read_text()
-    for out, taken in (
-        (tmp_path / "gates.yml", "the gates file"),
-        (world / "recipe.safetensors", "the recipe"),
-    ):
-        with pytest.raises(UserError, match=f"where {taken} is; choose another name"):
-            fitted(world, out)
-        assert not out.exists()
-    assert (world / "recipe.yml").read_text() == before and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="where the recipe is that is read; give another folder"):
+        fitted(world, world)
+    assert (world / "recipe.yml").read_text() == before
+    assert not list(world.glob("*.safetensors")) and not list(world.glob("*.partial"))
 
 
 def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
-    out = tmp_path / "gates.safetensors"
+    out = tmp_path / "gates"
     file = fitted(world, out, steps=1)
-    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text())
+    recipe = yaml.safe_load((out / "recipe.yml").read_text())
     one, two = recipe["models"]
 
     def refused(change: dict[str, Any]) -> str:
@@ -76,30 +73,41 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
         assert isinstance(done.exception, UserError) and not (tmp_path / "m").exists()
         return str(done.exception)
 
-    gates = recipe["parameters"]["gates"]
-    assert "gates file" in refused({"parameters": {"gates": "none.safetensors"}})
-    assert "has 'power'" in refused({"parameters": {"gates": gates, "power": 1.0}})
-    scored = one | {"parameters": {"scores": gates}}
-    assert "score file" in refused({"models": [scored, two]})
+    missing = one | {"parameters": {"scores": "none.safetensors"}}
+    assert "score file none.safetensors not found" in refused({"models": [missing, two]})
+    assert "unknown parameter 'gates'" in refused({"parameters": {"gates": "g.safetensors"}})
+    assert "has no 'share/kl' scores" in refused({"parameters": {"fusion": "share"}})
     assert "in the company of" in refused({"models": [one]})
-    stranger = {"model": str(world / "base")}
-    assert "no gates of model" in refused({"models": [one, two, stranger | {"model": "x/y"}]})
+    assert "has no 'scores'" in refused({"models": [one, two, {"model": "x/y"}]})
+    swapped = [a | {"parameters": b["parameters"]} for a, b in ((one, two), (two, one))]
+    assert "made for" in refused({"models": swapped})
     (tmp_path / "swapped").mkdir()
     save(load(world / "west"), tmp_path / "swapped" / "east")
-    assert "made for" in refused({"models": [{"model": str(tmp_path / "swapped" / "east")}, two]})
+    assert "made for" in refused(
+        {"models": [one | {"model": str(tmp_path / "swapped" / "east")}, two]}
+    )
 
+    own = file.files[0]
+    head = own.tensors["path/kl/head"]
     for change, message in (
-        ({"gate/0/head": file.tensors["gate/0/head"] + 2}, "holds a gate above 1.5"),
-        ({"gate/0/head": file.tensors["gate/0/head"][:1]}, "has shape"),
-        ({"gate/0/head": file.tensors["gate/0/head"] * float("nan")}, "holds NaN"),
+        ({"path/kl/head": head + 2}, "holds a score that is not within 0 and 1.5"),
+        ({"path/kl/head": head - 2}, "holds a score that is not within 0 and 1.5"),
+        ({"path/kl/head": head[:1]}, "has shape"),
+        ({"path/kl/head": head * float("nan")}, "holds NaN"),
         ({"more": torch.ones(1)}, "'more' is not in the manifest"),
     ):
         with pytest.raises(UserError, match=message):
-            gatesfile.write(GatesFile(file.manifest, file.tensors | change), out)
-    with pytest.raises(ValueError, match="steps do not count up from 0"):
-        said = file.manifest.model_dump()
-        type(file.manifest).model_validate(said | {"history": said["history"][1:], "best_step": 1})
-    with pytest.raises(UserError, match="it is a gates file"):
-        from mergekit_wp.files import scorefile
-
-        scorefile.read(out)
+            scorefile.write(ScoreFile(own.manifest, own.tensors | change), out / "bad.safetensors")
+    said = own.manifest.model_dump()
+    history = said["fit"]["history"]
+    other = [moment | {"fitted": {"stranger": 1.0}} for moment in history]
+    for fit, message in (
+        ({"history": history[1:], "best_step": 0}, "steps do not count up from 0"),
+        ({"best_step": len(history)}, "history has no step"),
+        ({"history": other}, "step 0 is of other behaviours"),
+        ({"upper": 0.0}, "greater than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Manifest.model_validate(said | {"fit": said["fit"] | fit})
+    with pytest.raises(ValueError, match="'fit' and a 'company' belong together"):
+        Manifest.model_validate(said | {"company": None, "estimands": ["share"]})

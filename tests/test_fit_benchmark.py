@@ -25,7 +25,7 @@ def test_a_tensor_moves_as_a_whole(tmp_path: Path) -> None:
     request = FitRequest(
         recipe=world / "recipe.yml",
         prompts=tuple((name, world / f"{name}.jsonl") for name in NAMES),
-        out=tmp_path / "gates.safetensors",
+        out=tmp_path / "gates",
         dtype="float64",
         prompts_a_step=2,
         steps=6,

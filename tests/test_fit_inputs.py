@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.gatesfile import GatesFile
 from mergekit_wp.models.checkpoint import Checkpoint
 from tests import test_lora
 from tests.fitting import fitted
-from tests.gating import gated_merge
+from tests.gating import Gates, gated_merge
 from tests.merging import State
 from tests.models import finetuned, make_model, save, save_tokenizer
 from tests.test_architectures import save_mistral3
@@ -74,12 +73,11 @@ def world(tmp_path: Path, models: dict[str, PreTrainedModel]) -> Path:
     return stored(tmp_path / "world", models)
 
 
-def quick(world: Path, out: Path, **options: Any) -> GatesFile:
-    out.parent.mkdir(exist_ok=True)
+def quick(world: Path, out: Path, **options: Any) -> Gates:
     return fitted(world, out, **({"steps": 2, "held_out": 0, "dtype": "float32"} | options))
 
 
-def assert_same_gates(one: GatesFile, two: GatesFile) -> None:
+def assert_same_gates(one: Gates, two: Gates) -> None:
     assert one.tensors.keys() == two.tensors.keys()
     for key, tensor in one.tensors.items():
         assert torch.equal(tensor, two.tensors[key]), key
@@ -92,13 +90,13 @@ def edit_recipe(world: Path, change: Change) -> None:
     path.write_text(yaml.safe_dump(recipe))
 
 
-def weights(reference: Path | str, file: GatesFile) -> State:
+def weights(reference: Path | str, file: Gates) -> State:
     checkpoint = Checkpoint(str(reference))
     names = file.manifest.tensor_names
     return {name: checkpoint.tensor(name, torch.float32) for name in names}
 
 
-def reference(world: Path, file: GatesFile) -> State:
+def reference(world: Path, file: Gates) -> State:
     experts = [weights(world / name, file) for name in NAMES]
     return gated_merge(weights(world / "base", file), experts, file)
 
@@ -128,11 +126,11 @@ def with_a_head_stored_twice(world: Path, recipe: dict[str, Any]) -> None:
 def test_gates_are_those_of_plain_files(
     world: Path, tmp_path: Path, change: Change, merged: Merged
 ) -> None:
-    plain = quick(world, tmp_path / "plain" / "gates.safetensors")
+    plain = quick(world, tmp_path / "plain")
     edit_recipe(world, change)
-    file = quick(world, tmp_path / "gates.safetensors")
+    file = quick(world, tmp_path / "gates")
     assert_same_gates(file, plain)
-    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text())
+    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
     found, want = merged(recipe, tmp_path / "out"), reference(world, file)
     if "lm_head.weight" in found:
         want["lm_head.weight"] = want["model.embed_tokens.weight"]
@@ -154,9 +152,9 @@ def test_mixed_dtypes(
     }
     fine = stored(tmp_path / "fine", rounded)
     mixed = stored(tmp_path / "mixed", rounded, **dict.fromkeys(coarse, BF16))
-    file = quick(mixed, tmp_path / "gates.safetensors")
-    assert_same_gates(file, quick(fine, tmp_path / "plain" / "gates.safetensors"))
-    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text())
+    file = quick(mixed, tmp_path / "gates")
+    assert_same_gates(file, quick(fine, tmp_path / "plain"))
+    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
     assert recipe["dtype"] == ("bfloat16" if "base" in coarse else "float32")
     assert_close(merged(recipe, tmp_path / "out"), reference(fine, file), 2**-7)
     exact = merged(recipe | {"dtype": "float32"}, tmp_path / "exact")
@@ -196,15 +194,15 @@ def test_adapters_of_one_base(world: Path, tmp_path: Path, merged: Merged, start
         for name in NAMES:
             scored(world / "base", references[name], tmp_path / f"{name}.st")
         edit_recipe(world, by_scores)
-    plain = quick(world, tmp_path / "plain" / "gates.safetensors", start=start)
+    plain = quick(world, tmp_path / "plain", start=start)
     edit_recipe(world, by_adapters)
     prompts = tuple((f"to-{name}", world / f"{name}.jsonl") for name in NAMES)
-    file = quick(world, tmp_path / "gates.safetensors", prompts=prompts, start=start)
+    file = quick(world, tmp_path / "gates", prompts=prompts, start=start)
     assert not any(model.lora for model in LoaderCache.loaders)
-    assert [e.model.reference for e in file.manifest.experts] == list(references.values())
+    assert [own.manifest.expert.reference for own in file.files] == list(references.values())
     for key, tensor in file.tensors.items():
         torch.testing.assert_close(tensor, plain.tensors[key], rtol=1e-3, atol=1e-4, msg=key)
-    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text())
+    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
     found = merged(recipe, tmp_path / "out", tmp_path / "cache")
     assert_close(found, reference(world, file), 1e-5)
     recipe["models"][0]["model"] = f"{world / 'base'}+{tmp_path / 'elsewhere' / 'to-east'}"
@@ -230,15 +228,15 @@ def test_experts_with_more_tokens(
     grown = with_rows(models["east"], torch.cat([rows, rows[:2]]))
     save(grown, world / "east", torch.float32)
     with pytest.raises(UserError, match="has 40 rows for tokens, expert '.*east' 42"):
-        quick(world, tmp_path / "no.safetensors")
+        quick(world, tmp_path / "no")
     cut = tmp_path / "cut"
     by_stock(way_out(world / "base", world / "east"), cut / "east")
     save_tokenizer(cut / "east")
     kept = load_file(cut / "east" / "model.safetensors")
     assert len(kept["model.embed_tokens.weight"]) == len(rows)
     edit_recipe(world, lambda _, r: r["models"][0].update(model=str(cut / "east")))
-    file = quick(world, tmp_path / "gates.safetensors")
-    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text())
+    file = quick(world, tmp_path / "gates")
+    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
     one = by_stock(recipe, tmp_path / "one")
     experts = [weights(cut / "east", file), weights(world / "west", file)]
     assert_close(one, gated_merge(weights(world / "base", file), experts, file))
@@ -256,12 +254,12 @@ def test_modules_of_a_larger_model(tmp_path: Path, merged: Merged) -> None:
     for i, (name, word) in enumerate(WORDS.items(), start=1):
         task = write_task(world / f"{name}.jsonl", word)
         save_mistral3(finetuned(base, task), world / name, vision=i)
-    file = quick(write_recipe(world), tmp_path / "gates.safetensors")
+    file = quick(write_recipe(world), tmp_path / "gates")
     text = reference(world, file)
     whole = load_file(world / "base" / "model.safetensors")
     want = {name: text.get(name.removeprefix("language_model."), whole[name]) for name in whole}
     assert len(text) < len(want)
-    recipe = yaml.safe_load((tmp_path / "gates.yml").read_text()) | {"dtype": "float32"}
+    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text()) | {"dtype": "float32"}
     models = {"models": recipe.pop("models")}
     names = ("text_decoder", "multi_modal_projector", "vision_tower")
     for i, which in enumerate((models, {"modules": dict.fromkeys(names, models)})):
@@ -320,5 +318,5 @@ def test_what_cannot_be_fitted(world: Path, tmp_path: Path, change: Change, mess
     edit_recipe(world, change)
     before = set(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
-        fitted(world, tmp_path / "gates.safetensors")
+        fitted(world, tmp_path / "gates")
     assert set(tmp_path.rglob("*")) == before

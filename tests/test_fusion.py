@@ -9,7 +9,6 @@ from mergekit_wp.merging.fusion import (
     fuse,
     n_best,
     normalise,
-    with_harm,
 )
 from mergekit_wp.terms import FUSIONS
 
@@ -161,25 +160,6 @@ def test_delta_norm(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> 
     base, expert = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
     expected = float((expert.double() - base.double()).norm())
     assert delta_norm(base, expert) == pytest.approx(expected, rel=1e-5)
-
-
-def test_harm_is_subtracted_from_what_was_normalised() -> None:
-    own = {"head": torch.tensor([[3.0, 1.0]]), "tensor": torch.tensor([-2.0])}
-    worse = {"head": torch.tensor([[-1.0, 5.0]]), "tensor": torch.tensor([-3.0])}
-    made = with_harm(own, [worse], 0.4)
-    # normalised: 0.75, 0.25, -0.5; harm in quarters: 0.25, 0, 0.75
-    head, tensor = 0.75 - 0.4 * 0.25, -0.5 - 0.4 * 0.75
-    total = head + 0.25
-    assert made.values["head"].tolist()[0] == pytest.approx([head / total, 0.25 / total])
-    assert made.values["tensor"].tolist() == pytest.approx([tensor / total])
-    assert made.ranks["head"].tolist() == [[0, 1]]
-
-
-def test_harm_of_nothing_or_by_nothing_changes_nothing() -> None:
-    own = {"head": torch.tensor([[3.0, 1.0]])}
-    helps = {"head": torch.tensor([[1.0, 0.0]])}
-    for made in (with_harm(own, [helps], 1.0), with_harm(own, [{"head": -own["head"]}], 0.0)):
-        assert made.values["head"].tolist() == normalise(own).values["head"].tolist()
 
 
 def test_path_scores_are_gates() -> None:

@@ -1,4 +1,4 @@
-"""The inputs of `test_inputs`, merged by a gates file."""
+"""The inputs of `test_inputs`, merged by fitted score files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from tests.test_inputs import (
     WAYS,
     Merged,
     assert_close,
-    by_ours,
-    by_stock,
     reshard,
     state_quantised,
 )
@@ -82,7 +80,7 @@ def in_another_order(family: Family, recipe: Recipe) -> Recipe:
 
 
 def elsewhere(family: Family, recipe: Recipe) -> Recipe:
-    """Experts that were moved since: their last name tells whose gates they take."""
+    """Experts that were moved since."""
     for model in recipe["models"]:
         folder = Path(model["model"])
         (folder.parent / "moved").mkdir(exist_ok=True)
@@ -113,8 +111,8 @@ def test_recipes_and_files_of_every_shape(
     tmp_path: Path, config: Any, change: Callable[[Family, Recipe], Recipe], merged: Merged
 ) -> None:
     family = Family.make(tmp_path, config)
-    want = expected(family, tmp_path / "g.safetensors", lam=0.5)
-    recipe = gated_recipe(family, tmp_path / "g.safetensors")
+    want = expected(family, tmp_path / "g", lam=0.5)
+    recipe = gated_recipe(family, tmp_path / "g")
     recipe["parameters"]["lambda"] = 0.5
     assert_close(merged(change(family, recipe), tmp_path / "out"), want)
 
@@ -154,22 +152,19 @@ def test_mixed_dtypes(
     for checkpoint in checkpoints:
         file = checkpoint.path / "model.safetensors"
         save_file(checkpoint.state, file, metadata={"format": "pt"})
-    want = expected(family, tmp_path / "g.safetensors")
-    found = merged(gated_recipe(family, tmp_path / "g.safetensors", **dtypes), tmp_path / "out")
+    want = expected(family, tmp_path / "g")
+    found = merged(gated_recipe(family, tmp_path / "g", **dtypes), tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {written}
     assert_close(found, want, 1e-6 if written == torch.float32 else 2**-7)
 
 
-def test_gates_of_one_module(family: Family, tmp_path: Path) -> None:
-    """mergekit reads parameters anywhere; our command wants them where nothing is beside them."""
-    want = expected(family, tmp_path / "g.safetensors")
-    recipe = gated_recipe(family, tmp_path / "g.safetensors")
+@WAYS
+def test_gates_of_one_module(family: Family, tmp_path: Path, merged: Merged) -> None:
+    want = expected(family, tmp_path / "g")
+    recipe = gated_recipe(family, tmp_path / "g")
     module = {"models": recipe.pop("models"), "parameters": recipe.pop("parameters")}
     recipe["modules"] = {"default": module}
-    assert_close(by_stock(recipe, tmp_path / "out"), want)
-    message = "modules.default has 'gates', which are of the whole merge; move it to the recipe's"
-    with pytest.raises(UserError, match=message):
-        by_ours(recipe, tmp_path / "refused")
+    assert_close(merged(recipe, tmp_path / "out"), want)
 
 
 @pytest.mark.parametrize("change", ["order", "tokens", "padding"])
@@ -201,8 +196,13 @@ def test_embeddings_that_mergekit_rearranges(tmp_path: Path, change: str, merged
     recipe = {
         "merge_method": "weight_patching",
         "base_model": str(folders[0]),
-        "models": [{"model": str(folders[1])}],
-        "parameters": {"gates": str(tmp_path / "g")},
+        "models": [
+            {
+                "model": str(folders[1]),
+                "parameters": {"scores": str(tmp_path / "g" / "chat.safetensors")},
+            }
+        ],
+        "parameters": {"fusion": "path"},
         "tokenizer": {"source": "union"},
         "dtype": "float32",
     }
@@ -210,7 +210,7 @@ def test_embeddings_that_mergekit_rearranges(tmp_path: Path, change: str, merged
     assert_rows(tmp_path / "out", folders[0], [folders[1]])
     foreign = with_rows(perturbed(model), rows_of(perturbed(model)) + 0.05 * noise(VOCABULARY, 5))
     save(foreign, folders[1], torch.float32)
-    with pytest.raises(UserError, match=f"{EMBEDDING} of .*chat: its difference .* gates file"):
+    with pytest.raises(UserError, match=f"{EMBEDDING} of .*chat: its difference .* score file"):
         merged(recipe, tmp_path / "no")
 
 
@@ -252,7 +252,7 @@ def with_weights_of_the_other(family: Family, recipe: Recipe) -> Recipe:
 def with_a_stranger(family: Family, recipe: Recipe) -> Recipe:
     stranger = family.experts[0].path.parent / "stranger"
     shutil.copytree(family.experts[0].path, stranger)
-    recipe["models"][0]["model"] = str(stranger)
+    recipe["models"].append({"model": str(stranger)})
     return recipe
 
 
@@ -271,15 +271,15 @@ def with_a_missing_shard(family: Family, recipe: Recipe) -> Recipe:
     ("change", "message"),
     [
         (shifted, "shifted layers|layers to keep their numbers"),
-        (one_expert_in_one_slice, "expert1, but this recipe merges .*: mergekit-wp fit RECIPE"),
+        (one_expert_in_one_slice, "expert1, but this recipe merges .*mergekit-wp fit RECIPE"),
         (listing_an_expert_twice, "expert0 is listed twice"),
         (listing_the_base_by_another_name, "the base model .* is listed among the models as"),
         (leaving_one_out, "in the company of .*expert0, .*expert1, but this recipe merges"),
         (
             with_weights_of_the_other,
-            "of .*expert0: its .*gates file .* was made for .* are gates of",
+            "of .*expert0: its .*score file .* was made for .* are scores of",
         ),
-        (with_a_stranger, "has no gates of model .*stranger; it has those of .*expert0, "),
+        (with_a_stranger, "model .*stranger has no 'scores'; give"),
         (with_a_quantised_expert, r"expert1' is quantised \(gptq\).*give the checkpoint it was"),
         (with_a_missing_shard, "expert0': weight file model-00002-of-.* is missing"),
     ],
@@ -292,7 +292,7 @@ def test_what_gates_do_not_fit_is_refused(
     message: str,
     merged: Merged,
 ) -> None:
-    gate(family, tmp_path / "g.safetensors")
-    recipe = change(family, gated_recipe(family, tmp_path / "g.safetensors"))
+    gate(family, tmp_path / "g")
+    recipe = change(family, gated_recipe(family, tmp_path / "g"))
     with pytest.raises(UserError, match=message):
         merged(recipe, tmp_path / "out")

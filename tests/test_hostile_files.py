@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
@@ -23,12 +22,13 @@ from safetensors import safe_open
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import circuitfile, gatesfile, scorefile
+from mergekit_wp.files import circuitfile, scorefile
 from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, Screen, TraceFile
-from mergekit_wp.files.scorefile import Agreement, ScoreFile, SetPoint, Verification
+from mergekit_wp.files.manifest import Agreement, Manifest, SetPoint, Verification
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging import expert_scores, recipe
 from mergekit_wp.prompts import read_prompts
-from tests.factory import make_gates_file, make_score_file
+from tests.factory import make_fit, make_score_file
 from tests.mutation import (
     mutated_bytes,
     mutated_tree,
@@ -164,7 +164,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = full_score_file()
     for name in ("a", "b"):
         scorefile.write(scores, folder / f"{name}.safetensors")
-    gatesfile.write(make_gates_file(), folder / "gates.safetensors")
+    fit, company = make_fit("models/a", "models/b")
+    fitted = make_score_file(estimands=("path",), company=company, fit=fit)
+    scorefile.write(fitted, folder / "fitted.safetensors")
     circuitfile.write(trace_of(scores), folder / "trace.json")
     (folder / "prompts.jsonl").write_text(PROMPTS)
     (folder / "recipe.yml").write_text(yaml.safe_dump(RECIPE))
@@ -179,7 +181,7 @@ def header_of(path: Path) -> tuple[dict[str, str], dict[str, Any], bytes]:
 
 
 def mutated_tensors(path: Path, key: str, rng: random.Random) -> bytes:
-    """A score or gates file with a changed manifest, header or byte."""
+    """A score file with a changed manifest, header or byte."""
     if rng.random() < 0.25:
         return mutated_bytes(path.read_bytes(), rng)
     metadata, header, data = header_of(path)
@@ -236,21 +238,7 @@ def read_scores(path: Path) -> None:
     assert again.manifest == file.manifest and again.digest() == file.digest()
     with safe_open(path, framework="pt") as handle:
         said = json.loads(handle.metadata()[scorefile.METADATA_KEY])
-    assert again.manifest == scorefile.Manifest.model_validate(said)
-    shown = CliRunner().invoke(cli, ["inspect", str(path)])
-    assert shown.exception is None, shown.exception
-    assert "\x1b" not in shown.output
-
-
-def read_gates(path: Path) -> None:
-    file = gatesfile.read(path)
-    copy = path.with_name("again.safetensors")
-    gatesfile.write(file, copy)
-    again = gatesfile.read(copy)
-    assert again.manifest == file.manifest
-    assert all(torch.equal(again.tensors[k], v) for k, v in file.tensors.items())
-    for expert in range(len(file.manifest.experts)):
-        gatesfile.as_scores(file, expert)
+    assert again.manifest == Manifest.model_validate(said)
     shown = CliRunner().invoke(cli, ["inspect", str(path)])
     assert shown.exception is None, shown.exception
     assert "\x1b" not in shown.output
@@ -294,8 +282,7 @@ def read_recipe(path: Path) -> None:
 def hold(path: Path, content: bytes, read: Callable[[Path], None]) -> bool:
     """Whether a file is read; a refusal must name it."""
     path.write_bytes(content)
-    for cache in (expert_scores._load, expert_scores._read_gates, expert_scores._gates_of):
-        cache.cache_clear()
+    expert_scores._load.cache_clear()
     try:
         read(path)
     except UserError as error:
@@ -311,10 +298,10 @@ KINDS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path, random.Rando
         read_scores,
         lambda good, rng: mutated_tensors(good / "a.safetensors", "mergekit_wp", rng),
     ),
-    "gates file": (
-        "mutant-gates.safetensors",
-        read_gates,
-        lambda good, rng: mutated_tensors(good / "gates.safetensors", "mergekit_wp_gates", rng),
+    "fitted score file": (
+        "mutant-fitted.safetensors",
+        read_scores,
+        lambda good, rng: mutated_tensors(good / "fitted.safetensors", "mergekit_wp", rng),
     ),
     "trace file": (
         "mutant.json",
@@ -356,7 +343,7 @@ def test_ten_thousand_mutants_are_read_or_refused(good: Path, kind: str) -> None
 def test_the_originals_are_read(good: Path, kind: str) -> None:
     originals = {
         "score file": "a.safetensors",
-        "gates file": "gates.safetensors",
+        "fitted score file": "fitted.safetensors",
         "trace file": "trace.json",
         "prompt file": "prompts.jsonl",
         "recipe": "recipe.yml",
@@ -370,7 +357,7 @@ def test_the_originals_are_read(good: Path, kind: str) -> None:
 
 def bombs(folder: Path) -> dict[str, Path]:
     """Small files that stand for huge things, and large files that are nothing."""
-    scores, gates = folder / "a.safetensors", folder / "gates.safetensors"
+    scores, fitted = folder / "a.safetensors", folder / "fitted.safetensors"
     metadata, header, data = header_of(scores)
     manifest = json.loads(metadata["mergekit_wp"])
     written: dict[str, Path] = {}
@@ -413,13 +400,12 @@ def bombs(folder: Path) -> dict[str, Path]:
     manifest_bomb("manifest-surrogate", json.dumps({**manifest, "behavior": "\ud800"}))
     manifest_bomb("manifest-nul", metadata["mergekit_wp"] + "\0")
     put("utf8.safetensors", scores.read_bytes().replace(b"somewhere", b"some\xffhere"))
-    sound, of_gates, gates_data = header_of(gates)
-    for name, change in {"upper": {"upper": float("inf")}, "layers": {"n_layers": 2**60}}.items():
-        text = json.dumps({**json.loads(sound["mergekit_wp_gates"]), **change})
-        put(
-            f"gates-{name}.safetensors",
-            safetensors_bytes({"mergekit_wp_gates": text}, of_gates, gates_data),
-        )
+    sound, of_fit, fit_data = header_of(fitted)
+    said = json.loads(sound["mergekit_wp"])
+    for name, value in (("upper", float("inf")), ("best_step", 2**60), ("rate", float("nan"))):
+        text = json.dumps({**said, "fit": {**said["fit"], name: value}})
+        content = safetensors_bytes({"mergekit_wp": text}, of_fit, fit_data)
+        put(f"fit-{name}.safetensors", content)
     put("deep.json", "[" * 10**6)
     put("digits.json", "9" * 10**6)
     put("nul.json", "\0" * 100)
@@ -455,7 +441,7 @@ _READ_BOMBS = """
 import resource, sys, time
 from pathlib import Path
 import torch, safetensors
-from mergekit_wp.files import circuitfile, gatesfile, scorefile
+from mergekit_wp.files import circuitfile, scorefile
 from mergekit_wp.merging import recipe
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
@@ -469,7 +455,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     path = Path(name)
     read = {
-        ".safetensors": gatesfile.read if "gates-" in name else scorefile.read,
+        ".safetensors": scorefile.read,
         ".json": lambda p: circuitfile.read(p, SCORES),
         ".jsonl": lambda p: read_prompts(p, None),
         ".yml": recipe.read,

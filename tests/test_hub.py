@@ -223,54 +223,60 @@ def test_a_merge_of_hub_models_by_gates_on_the_hub(
     cache: Cache, tmp_path: Path, merged: Merged
 ) -> None:
     family = Family.make(tmp_path, llama_config())
-    file = gate(family, tmp_path / "g.safetensors")
+    file = gate(family, tmp_path / "g")
     cache.put("owner/base", FIRST, family.base.path, "v1")
-    (tmp_path / "gates").mkdir()
-    shutil.move(tmp_path / "g.safetensors", tmp_path / "gates" / "g.safetensors")
-    cache.put("owner/gates", SECOND, tmp_path / "gates", "v2")
+    cache.put("owner/gates", SECOND, tmp_path / "g", "v2")
     for e, expert in enumerate(family.experts):
         cache.put(f"owner/expert{e}", SECOND, expert.path, "main")
     recipe = {
         "merge_method": "weight_patching",
         "base_model": "owner/base@v1",
-        "models": [{"model": f"owner/expert1@{SECOND}"}, {"model": "owner/expert0"}],
-        "parameters": {"gates": "hf://owner/gates@v2/g.safetensors"},
+        "models": [
+            {
+                "model": model,
+                "parameters": {"scores": f"hf://owner/gates@v2/expert{e}.safetensors"},
+            }
+            for e, model in ((1, f"owner/expert1@{SECOND}"), (0, "owner/expert0"))
+        ],
+        "parameters": {"fusion": "path"},
         "dtype": "float32",
     }
     experts = [expert.state for expert in family.experts]
     assert_close(merged(recipe, tmp_path / "out"), gated_merge(family.base.state, experts, file))
     cache.put("owner/expert0", FIRST, family.experts[1].path, "other")
     recipe["models"][1]["model"] = "owner/expert0@other"
-    with pytest.raises(UserError, match="owner/expert0@other: .* these are gates of another"):
+    with pytest.raises(UserError, match="owner/expert0@other: .* these are scores of another"):
         merged(recipe, tmp_path / "another-revision")
-    recipe["parameters"]["gates"] = "hf://owner/gates@v3/g.safetensors"
-    with pytest.raises(UserError, match="gates file hf://owner/gates@v3/g.safe.* not be fetched"):
+    recipe["models"][0]["parameters"]["scores"] = "hf://owner/gates@v3/expert1.safetensors"
+    with pytest.raises(UserError, match="score file hf://owner/gates@v3/exp.* not be fetched"):
         merged(recipe, tmp_path / "no-gates")
 
 
 def test_revisions_are_fitted(cache: Cache, tmp_path: Path) -> None:
     """The commits are recorded, and the gates are those of the same folders."""
     world = make_world("llama-tied", tmp_path / "world")
-    plain = fitted(world, tmp_path / "plain.safetensors", steps=1)
+    plain = fitted(world, tmp_path / "plain", steps=1)
     cache.put("owner/base", FIRST, world / "base", "v1")
     for name, commit in zip(NAMES, (FIRST, SECOND), strict=True):
         cache.put(f"owner/{name}", commit, world / name, "main", "v2")
     models = [{"model": "owner/east@v2"}, {"model": "owner/west"}]
     recipe = {"merge_method": "ties", "base_model": "owner/base@v1", "models": models}
     (world / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    file = fitted(world, tmp_path / "gates.safetensors", steps=1)
+    file = fitted(world, tmp_path / "gates", steps=1)
     assert all(torch.equal(tensor, plain.tensors[key]) for key, tensor in file.tensors.items())
-    models = [file.manifest.base, *(expert.model for expert in file.manifest.experts)]
+    models = [file.manifest.base, *(own.manifest.expert for own in file.files)]
     assert [(m.reference, m.revision) for m in models] == [
         ("owner/base@v1", FIRST), ("owner/east@v2", FIRST), ("owner/west", SECOND)
     ]  # fmt: skip
-    found = by_ours(yaml.safe_load((tmp_path / "gates.yml").read_text()), tmp_path / "out")
-    same = yaml.safe_load((tmp_path / "plain.yml").read_text())
+    found = by_ours(
+        yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text()), tmp_path / "out"
+    )
+    same = yaml.safe_load((tmp_path / "plain" / "recipe.yml").read_text())
     assert all(torch.equal(found[k], t) for k, t in by_ours(same, tmp_path / "same").items())
     recipe["models"][0]["model"] = "owner/east@v9"
     (world / "recipe.yml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="model 'owner/east@v9' cannot be read: "):
-        fitted(world, tmp_path / "no.safetensors")
+        fitted(world, tmp_path / "no")
 
 
 @pytest.mark.parametrize("merged", [by_stock, by_ours])
@@ -286,8 +292,8 @@ def test_two_revisions_are_two_experts(cache: Cache, tmp_path: Path, merged: Mer
         replace(e, path=Path(m["model"]))
         for e, m in zip(family.experts, recipe["models"], strict=True)
     ]
-    file = gate(replace(family, experts=named), tmp_path / "g.safetensors")
-    by_gates = gated_recipe(replace(family, experts=named[::-1]), tmp_path / "g.safetensors")
+    file = gate(replace(family, experts=named), tmp_path / "g")
+    by_gates = gated_recipe(replace(family, experts=named[::-1]), tmp_path / "g")
     want = gated_merge(family.base.state, [expert.state for expert in family.experts], file)
     assert_close(merged(by_gates, tmp_path / "gated"), want)
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))

@@ -527,8 +527,8 @@ def test_a_base_that_is_not_tied_as_the_scored_one(
     other = llama_config(tied=not tied)
     recipe = family.recipe()
     if by_gates:
-        gate(family, tmp_path / "g.safetensors")
-        recipe = gated_recipe(family, tmp_path / "g.safetensors")
+        gate(family, tmp_path / "g")
+        recipe = gated_recipe(family, tmp_path / "g")
     for checkpoint in (family.base, *family.experts):
         head = checkpoint.state["model.embed_tokens.weight"].clone()
         stored = checkpoint.state | {"lm_head.weight": head}

@@ -15,7 +15,8 @@ from mergekit_wp.architectures import Dims
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.scorefile import Fidelity, ScoreFile, write
+from mergekit_wp.files.manifest import Fidelity
+from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.report import table, words
 from mergekit_wp.report.ranking import rank, select, to_json
 from tests.factory import llama_tensor_names, make_score_file

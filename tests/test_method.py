@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
+from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.method import weight_patching
 from mergekit_wp.models import hub
 from tests.merging import (
@@ -476,9 +477,25 @@ def test_structure(family: Family) -> None:
         merge_state_dicts({"base": {"x": a}}, weight_patching, base="base", parameters=scores)
     with pytest.raises(UserError, match="by name"):
         merge_tensors([a, b], weight_patching, base_index=0, parameters=scores)
-    with pytest.raises(UserError, match="has no 'scores' and the recipe no 'gates'"):
+    with pytest.raises(UserError, match="has no 'scores'; give the score file"):
         merge_tensors([a, b], weight_patching, base_index=0, name="x")
     assert merge_methods.get("weight_patching") is weight_patching
+
+
+def test_path_fusion_needs_path_scores(family: Family, tmp_path: Path) -> None:
+    words = (
+        "has no 'path/kl' scores, which 'fusion: path' needs: score the recipe's experts together"
+    )
+    with pytest.raises(UserError, match=words):
+        by_mergekit(family.recipe(parameters={"fusion": "path"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["guards", "harm", "gates"])
+def test_the_command_refuses_unknown_parameters(family: Family, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump(family.recipe(parameters={name: "g.safetensors"})))
+    with pytest.raises(UserError, match=f"the recipe has an unknown parameter '{name}'"):
+        recipes.read(path)
 
 
 def test_a_plan_in_another_thread_is_another_plan(family: Family, tmp_path: Path) -> None:

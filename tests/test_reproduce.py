@@ -79,11 +79,11 @@ COMMANDS = {
         "t.json", 1,
     ),
     "fit": (
-        [["fit", "recipe.yml", "--out", "gates.safetensors", "--steps", "2", "--held-out", "0",
+        [["fit", "recipe.yml", "--out", "fitted", "--steps", "2", "--held-out", "0",
           "--rate", "0.1", "--guard", "open prompts.jsonl", "--guard-weight", "0.25",
           "--prompts-a-step", "2", "--start", "0.25",
           *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))]],
-        "gates.safetensors", 1,
+        f"fitted/{NAMES[0]}.safetensors", 1,
     ),
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ from mergekit_wp.cli import cli
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.scorefile import ScoreFile, SetPoint, Verification
+from mergekit_wp.files.manifest import SetPoint, Verification
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.sets import extreme, matched
 from mergekit_wp.mechanism.verify import estimate, verify

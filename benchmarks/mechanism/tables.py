@@ -17,7 +17,8 @@ from benchmarks.mechanism.paths import (
 )
 from mergekit_wp.commands.stability import compared
 from mergekit_wp.files import circuitfile
-from mergekit_wp.files.scorefile import ScoreFile, SetPoint, read
+from mergekit_wp.files.manifest import SetPoint
+from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.report.agreement import cells, label
 from mergekit_wp.report.circuit_graph import sentences
 from mergekit_wp.report.verification import area, curve

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mergekit_wp.architectures import Dims
-from mergekit_wp.files import gatesfile, scorefile
-from mergekit_wp.files.gatesfile import GatedExpert, GatesFile, GatesManifest, Moment
-from mergekit_wp.files.scorefile import CompanyMember, Fidelity, Manifest, ModelId, ScoreFile
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest, ModelId
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging.fusion import delta_norm
 from mergekit_wp.terms import Kind
 
@@ -32,7 +32,7 @@ FUSIONS = ("share", "path", "gate")
 
 
 def make(folder: Path, dtype: torch.dtype) -> dict[str, Path]:
-    """Checkpoints, score files, a gates file, and a recipe of each method.
+    """Checkpoints, score files, and a recipe of each method.
 
     Returns:
         The recipes by name.
@@ -67,8 +67,7 @@ def make(folder: Path, dtype: torch.dtype) -> dict[str, Path]:
         for together, where in ((False, folder), (True, folder / "together")):
             file = _scores(name, dims, norms[e], stored, generator, together)
             scorefile.write(file, where / f"{name}.safetensors")
-    gatesfile.write(_gates(dims, norms, stored, generator), folder / "gates.safetensors")
-    return {name: _recipe(folder, name, stored) for name in ("ties", *FUSIONS, "gates file")}
+    return {name: _recipe(folder, name, stored) for name in ("ties", *FUSIONS)}
 
 
 def _model(name: str, stored: str) -> ModelId:
@@ -123,58 +122,11 @@ def _scores(
     return ScoreFile(manifest, tensors)
 
 
-def _gates(
-    dims: Dims, norms: list[dict[str, float]], stored: str, generator: torch.Generator
-) -> GatesFile:
-    experts = tuple(
-        GatedExpert(
-            model=_model(name, stored),
-            weights_sha256="0" * 64,
-            behavior=name,
-            prompts_sha256="0" * 64,
-            n_prompts=1,
-        )
-        for name in NAMES
-    )
-    manifest = GatesManifest(
-        base=_model("base", stored),
-        base_sha256="0" * 64,
-        experts=experts,
-        guards=(),
-        guard_weight=0.25,
-        architecture="LlamaForCausalLM",
-        **dims.numbers,
-        hidden_size=CONFIG["hidden_size"],
-        tensor_names=tuple(norms[0]),
-        upper=1.5,
-        start="0.5",
-        rate=0.05,
-        penalty=0.0,
-        prompts_a_step=1,
-        best_step=0,
-        history=(Moment(step=0, fitted=None, held_out=None),),
-        seed=0,
-        dtype="float32",
-        created="2026-01-01",
-        versions={},
-    )
-    tensors = {}
-    for e, own in enumerate(norms):
-        for kind in KINDS:
-            shape = manifest.shape(kind)
-            tensors[f"gate/{e}/{kind}"] = torch.rand(shape, generator=generator)
-        tensors[f"delta_norm/{e}"] = torch.tensor(list(own.values()))
-    return GatesFile(manifest, tensors)
-
-
 def _recipe(folder: Path, name: str, stored: str) -> Path:
     parameters: list[dict[str, object]] = [{"weight": 1.0, "density": 0.5} for _ in NAMES]
     recipe: dict[str, object] = {"merge_method": "weight_patching", "parameters": {"fusion": name}}
     if name == "ties":
         recipe = {"merge_method": "ties"}
-    elif name == "gates file":
-        recipe["parameters"] = {"gates": str(folder / "gates.safetensors")}
-        parameters = [{} for _ in NAMES]
     else:
         scores = folder / "together" if name == "path" else folder
         parameters = [{"scores": str(scores / f"{n}.safetensors")} for n in NAMES]
@@ -183,6 +135,6 @@ def _recipe(folder: Path, name: str, stored: str) -> Path:
         for n, own in zip(NAMES, parameters, strict=True)
     ]
     recipe |= {"base_model": str(folder / "base"), "models": models, "dtype": stored}
-    path = folder / f"{name.replace(' ', '-')}.yml"
+    path = folder / f"{name}.yml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path

@@ -105,8 +105,8 @@ def recipe_of(experts: tuple[str, ...]) -> Path:
 
 def fitted(experts: tuple[str, ...], guard: float) -> Path:
     """The recipe that merges by fitted gates; guards weigh so much, 0 is none."""
-    out = FOLDER / f"{'-'.join(experts)}-{guard:g}.safetensors"
-    if not out.exists():
+    out = FOLDER / f"{'-'.join(experts)}-{guard:g}"
+    if not (out / "recipe.yml").exists():
         pairs = [f"{e}={local(taught(e))}" for e in experts]
         guarding = [part for g in GUARDS for part in ("--guard", local(g))]
         guarding = [*guarding, "--guard-weight", f"{guard:g}"] if guard else []
@@ -119,8 +119,8 @@ def fitted(experts: tuple[str, ...], guard: float) -> Path:
         )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         cost = {"seconds": time.monotonic() - began, "peak_kib": peak}
-        out.with_suffix(".cost.json").write_text(json.dumps(cost))
-    return out.with_suffix(".yml")
+        (out / "cost.json").write_text(json.dumps(cost))
+    return out / "recipe.yml"
 
 
 def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
@@ -130,7 +130,7 @@ def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
         prompts=tuple((e, taught(e)) for e in experts),
         guards=GUARDS if guard else (),
         guard_weight=guard or GUARD_WEIGHT,
-        out=FOLDER / "by-tensor.safetensors",
+        out=FOLDER / "by-tensor",
         steps=STEPS,
         prompts_a_step=A_STEP,
         max_new_tokens=MAX_NEW_TOKENS,

@@ -14,24 +14,12 @@ import yaml
 from scipy.stats import spearmanr
 
 from benchmarks.smollm2.bench import MAX_PROMPTS, local, prepare, score
-from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, command
+from benchmarks.smollm2.paths import BASE, BUILD, command
 from benchmarks.smollm2.straight import write_straight
 from mergekit_wp.files import scorefile
 
 PAIR = ("instruction", "math")
 FOLDER = BUILD / "hard-case"
-
-
-def guard(expert: str, other: str) -> Path:
-    """What an expert's components do to the other's behaviour."""
-    out = BUILD / "alone" / f"{expert}-on-{other}.safetensors"
-    if not out.exists():
-        command(
-            *("mergekit-wp", "score", local(BASE), local(BUILD / "experts" / expert)),
-            *("--prompts", local(PROMPTS / f"{other}.jsonl"), "--out", local(out)),
-            *("--estimand", "share", "--criterion", "logprob", "--max-prompts", str(MAX_PROMPTS)),
-        )
-    return out
 
 
 def write(name: str, scores: dict[str, dict[str, str]], **parameters: Any) -> Path:
@@ -55,8 +43,6 @@ def recipes() -> list[Path]:
     company, _ = score(PAIR)
     together = {e: {"scores": local(company.with_name(f"{e}.safetensors"))} for e in PAIR}
     alone = {e: {"scores": local(BUILD / "alone" / f"{e}.safetensors")} for e in PAIR}
-    others = dict(zip(PAIR, reversed(PAIR), strict=True))
-    guarded = {e: alone[e] | {"guards": local(guard(e, others[e]))} for e in PAIR}
     made = [
         company,
         write("company, one gate a tensor", together, fusion="path", granularity="tensor"),
@@ -72,7 +58,6 @@ def recipes() -> list[Path]:
         name = f"straight joint path, positive, lambda {scale:g}"
         made.append(write(name, straight, fusion="path", **{"lambda": scale}))
     made += [write(f"alone, power {p:g}", alone, power=p) for p in (0.0, 1.0)]
-    made += [write(f"alone, guards, harm {h:g}", guarded, harm=h) for h in (0.1, 0.3, 1.0)]
     return made
 
 

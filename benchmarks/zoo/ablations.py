@@ -93,7 +93,7 @@ def rows(seed: int) -> dict[str, MergeConfiguration]:
 
     def by_own(label: str, n: int = N_PROMPTS, **options: Any) -> None:
         parameters = options.pop("parameters", {})
-        own = {e: {"scores": str(alone(folder, seed, e, e, n, **options))} for e in EXPERTS}
+        own = {e: {"scores": str(alone(folder, seed, e, n, **options))} for e in EXPERTS}
         made[label] = weight_patching(folder, EXPERTS, own, **parameters)
 
     by_own("alone: share/kl, power 0.5")
@@ -112,19 +112,8 @@ def rows(seed: int) -> dict[str, MergeConfiguration]:
             if (estimand, criterion) != ("share", "kl"):
                 chosen = {"estimand": estimand, "criterion": criterion}
                 by_own(f"alone: {estimand}/{criterion}", 32, parameters=chosen, **every)
-    for harm in (0.1, 0.3, 1.0):
-        guarded = {
-            e: {
-                "scores": str(alone(folder, seed, e, e)),
-                "guards": ", ".join(str(alone(folder, seed, e, s)) for s in EXPERTS if s != e),
-            }
-            for e in EXPERTS
-        }
-        made[f"alone: guards, harm {harm:g}"] = weight_patching(folder, EXPERTS, guarded, harm=harm)
     for label, change in (("shuffled", shuffled), ("random", random)):
-        own = {
-            e: {"scores": str(changed(alone(folder, seed, e, e), label, change))} for e in EXPERTS
-        }
+        own = {e: {"scores": str(changed(alone(folder, seed, e), label, change))} for e in EXPERTS}
         made[f"alone: {label} scores"] = weight_patching(folder, EXPERTS, own)
     return made
 

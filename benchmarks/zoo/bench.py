@@ -132,7 +132,7 @@ def task(folder: Path, seed: int, skill: str) -> JsonlTask:
 def weight_patching(
     folder: Path, experts: Sequence[str], files: dict[str, dict[str, str]], **parameters: Any
 ) -> MergeConfiguration:
-    """A recipe of ours; ``files`` gives each expert its ``scores`` (and ``guards``)."""
+    """A recipe of ours; ``files`` gives each expert its ``scores``."""
     data = {
         "merge_method": "weight_patching",
         "base_model": str(folder / "base"),
@@ -163,38 +163,30 @@ def company(folder: Path, seed: int, experts: Sequence[str], n: int, steps: int)
     return out
 
 
-def alone(
-    folder: Path, seed: int, expert: str, skill: str, n: int = N_PROMPTS, **options: Any
-) -> Path:
-    """One expert's score file on one skill: its own, or another's as a guard."""
+def alone(folder: Path, seed: int, expert: str, n: int = N_PROMPTS, **options: Any) -> Path:
+    """One expert's score file on its own skill."""
     label = "-".join(f"{k}={v}" for k, v in options.items()).replace("'", "").replace(" ", "")
-    out = folder / "alone" / f"{expert}-on-{skill}-{n}{label and '-'}{label}.safetensors"
+    out = folder / "alone" / f"{expert}-on-{expert}-{n}{label and '-'}{label}.safetensors"
     if not out.exists():
-        criteria = ("kl",) if expert == skill else ("logprob",)
         request = ScoreRequest(
             base=str(folder / "base"),
             expert=str(folder / expert),
-            prompts=prompts(folder, seed, skill, n),
+            prompts=prompts(folder, seed, expert, n),
             out=out,
-            **{"estimands": ("share",), "criteria": criteria, **options},
+            **{"estimands": ("share",), "criteria": ("kl",), **options},
         )
         score(request, Silent())
     return out
 
 
 def own_recipes(folder: Path, seed: int, experts: Sequence[str]) -> dict[str, MergeConfiguration]:
-    """Weight patching untuned: in company; alone; alone with guards."""
-    own = {e: {"scores": str(alone(folder, seed, e, e))} for e in experts}
-    guarded = {
-        e: own[e] | {"guards": ", ".join(str(alone(folder, seed, e, s)) for s in experts if s != e)}
-        for e in experts
-    }
+    """Weight patching untuned: in company; alone."""
+    own = {e: {"scores": str(alone(folder, seed, e))} for e in experts}
     together = recipes.read(company(folder, seed, experts, N_PROMPTS, 10) / "recipe.yml").config
     together.dtype = "float32"
     return {
         "company": together,
         "scored alone, untuned": weight_patching(folder, experts, own),
-        "scored alone, guards, untuned": weight_patching(folder, experts, guarded),
     }
 
 

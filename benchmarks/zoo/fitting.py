@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,7 +46,8 @@ from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.lab import Lab
 from benchmarks.zoo.tasks import distinct_items
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
 
@@ -111,7 +112,7 @@ class Seed:
 
     def request(self, experts: tuple[str, ...], n: int = N, **options: Any) -> FitRequest:
         """The fit of one row."""
-        out = self.folder / "fitting" / "-".join(experts) / "working.safetensors"
+        out = self.folder / "fitting" / "-".join(experts) / "working"
         settings: dict[str, Any] = {
             "recipe": self.recipe(experts),
             "prompts": tuple((e, self.unlabelled(e, n)) for e in experts),
@@ -126,15 +127,17 @@ class Seed:
     def fitted(self, experts: tuple[str, ...], n: int = N, **options: Any) -> Measured:
         """Fit, merge by stock mergekit, measure; with the history, and how it meets scores."""
         request = self.request(experts, n, **options)
-        recipe = fit(request, Silent())
+        *files, recipe = fit(request, Silent())
         found = merged(
             MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text())), self.seed
         )
-        file = gatesfile.read(request.out)
-        looks = [(m.step, m.held_out) for m in file.manifest.history if m.held_out is not None]
+        read = [scorefile.read(file) for file in files]
+        how = read[0].manifest.fit
+        assert how is not None
+        looks = [(m.step, m.held_out) for m in how.history if m.held_out is not None]
         found["history"] = [(step, float(np.mean(list(h.values())))) for step, h in looks]
         if experts == ALL and n == N and not options:
-            found["rank"] = self.agreement(file)
+            found["rank"] = self.agreement(read)
         return found
 
     def coarse(self, experts: tuple[str, ...]) -> Measured:
@@ -148,7 +151,7 @@ class Seed:
         lab.model.load_state_dict(lab.entropies(0.5, STEPS, 0.1, A_STEP), strict=False)
         return measure(lab.model.eval(), lab.tokenizer, self.seed)
 
-    def agreement(self, file: gatesfile.GatesFile) -> dict[str, float]:
+    def agreement(self, fitted: Sequence[ScoreFile]) -> dict[str, float]:
         """Spearman's correlation of fitted gates with scores, over all neurons and heads."""
         found = {}
         together = company(self.folder, self.seed, ALL, N_PROMPTS, 10)
@@ -157,10 +160,10 @@ class Seed:
             for e, expert in enumerate(ALL):
                 path = together / f"{expert}.safetensors"
                 if label == "share":
-                    path = alone(self.folder, self.seed, expert, expert)
+                    path = alone(self.folder, self.seed, expert)
                 scored = scorefile.read(path)
                 for kind in ("head", "kv_group", "neuron"):
-                    gates.append(file.gates(e)[kind].flatten())
+                    gates.append(fitted[e].scores("path", "kl", kind).flatten())
                     scores.append(scored.scores(label, "kl", kind).flatten())
             found[label] = float(spearmanr(torch.cat(gates), torch.cat(scores))[0])
         return found
@@ -202,7 +205,7 @@ class Seed:
     def more(self) -> dict[str, Measured]:
         """What a fit needs, and what else there is: all three experts."""
         by_share = self.folder / "fitting" / "by-share.yml"
-        own = {e: {"scores": str(alone(self.folder, self.seed, e, e))} for e in ALL}
+        own = {e: {"scores": str(alone(self.folder, self.seed, e))} for e in ALL}
         shares = weight_patching(self.folder, ALL, own)
         by_share.write_text(shares.to_yaml())
         by_path = company(self.folder, self.seed, ALL, N_PROMPTS, 10) / "recipe.yml"

@@ -74,19 +74,13 @@ def contributions(
 def used_scores(
     tasks: Sequence[ExecuteMergeMethodTask],
 ) -> list[tuple[Estimand, CriterionName]]:
-    """The scores that a planned merge takes: (estimand, criterion), those of guards last."""
-    own: dict[tuple[Estimand, CriterionName], None] = {}
-    guards: dict[tuple[Estimand, CriterionName], None] = {}
+    """The scores that a planned merge takes: (estimand, criterion)."""
+    found: dict[tuple[Estimand, CriterionName], None] = {}
     for task in tasks:
         given = task.parameters
-        if given["gates"]:
-            own["path", "kl"] = None
-            continue
         estimand: Estimand = "path" if given["fusion"] == "path" else given["estimand"]
-        own[estimand, given["criterion"]] = None
-        if any(values.get("guards") for values in task.input_parameters.values()):
-            guards[estimand, "logprob"] = None
-    return list(own | guards)
+        found[estimand, given["criterion"]] = None
+    return list(found)
 
 
 def _gates(

@@ -83,14 +83,12 @@ def _canonical(config: MergeConfiguration, digest: Callable[[str], str]) -> Any:
 
     def hashed(value: Any, inside: bool) -> Any:
         if isinstance(value, dict):
-            inner = {
-                k: hashed(v, inside or k in ("scores", "guards", "gates")) for k, v in value.items()
-            }
+            inner = {k: hashed(v, inside or k == "scores") for k, v in value.items()}
             return {k: v for k, v in inner.items() if v not in ({}, None)}
         if isinstance(value, list):
             return [hashed(entry, inside) for entry in value]
         if inside and isinstance(value, str) and value.endswith(".safetensors"):
-            return [digest(part.strip()) for part in value.split(",") if part.strip()]
+            return digest(value)
         return value
 
     return hashed(data, False)

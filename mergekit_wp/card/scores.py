@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_link_out, written_whole
-from mergekit_wp.files.scorefile import Manifest
-from mergekit_wp.merging.recipe import Recipe, find_gates_file, find_score_file, gates_of
+from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.merging.recipe import Recipe, find_score_file
 
 FOLDER = "scores"
 
@@ -37,8 +37,8 @@ def copy_scores(recipe: Recipe, folder: Path) -> tuple[list[ScoreCopy], str]:
         folder: of the merged model.
 
     Returns:
-        The copies in the recipe's order, and the recipe's text with ``scores`` and ``guards``
-        relative to the folder; comments stay. References to the Hub stay as they are.
+        The copies in the recipe's order, and the recipe's text with ``scores`` relative to the
+        folder; comments stay. References to the Hub stay as they are.
 
     Raises:
         UserError: a file cannot be found, read or written.
@@ -46,9 +46,7 @@ def copy_scores(recipe: Recipe, folder: Path) -> tuple[list[ScoreCopy], str]:
     refuse_link_out(folder / FOLDER, folder)
     beside = recipe.path.absolute().parent
     data = yaml.safe_load(recipe.source)
-    paths = dict.fromkeys(part for text in _references(data) for part in _split(text))
-    find = find_gates_file if gates_of(recipe.config) else find_score_file
-    names_of = {reference: find(reference, beside) for reference in paths}
+    names_of = {text: find_score_file(text, beside) for text in dict.fromkeys(_references(data))}
     names = _names(names_of)
     copies: dict[str, ScoreCopy] = {}
     for reference, name in names.items():
@@ -58,20 +56,15 @@ def copy_scores(recipe: Recipe, folder: Path) -> tuple[list[ScoreCopy], str]:
             with written_whole(target) as temporary:
                 shutil.copyfile(found, temporary)
         content = hashlib.sha256(target.read_bytes()).hexdigest()
-        copies.setdefault(name, ScoreCopy(f"{FOLDER}/{name}", content, _manifest(target, recipe)))
+        copies.setdefault(
+            name, ScoreCopy(f"{FOLDER}/{name}", content, scorefile.read(target).manifest)
+        )
     moved = {
         reference: f"{FOLDER}/{name}"
         for reference, name in names.items()
         if not reference.startswith("hf://")
     }
     return list(copies.values()), _renamed(recipe.source, data, moved)
-
-
-def _manifest(path: Path, recipe: Recipe) -> Manifest:
-    """What a file says of itself; a gates file in its first expert's name."""
-    if gates_of(recipe.config):
-        return gatesfile.as_scores(gatesfile.read(path), 0).manifest
-    return scorefile.read(path).manifest
 
 
 def _names(found: dict[str, str]) -> dict[str, str]:
@@ -89,12 +82,8 @@ def _names(found: dict[str, str]) -> dict[str, str]:
     return names
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _references(data: Any) -> Iterator[str]:
-    """Every text under ``scores`` and ``guards``, however deep."""
+    """Every text under ``scores``, however deep."""
     found: list[str] = []
 
     def note(text: str) -> str:
@@ -106,12 +95,12 @@ def _references(data: Any) -> Iterator[str]:
 
 
 def _mapped(data: Any, change: Callable[[str], str], inside: bool = False) -> Any:
-    """The same structure, with every text under ``scores`` and ``guards`` changed."""
+    """The same structure, with every text under ``scores`` changed."""
     if isinstance(data, dict):
         return {
             key: value
             if inside and key == "filter"
-            else _mapped(value, change, inside or key in ("scores", "guards", "gates"))
+            else _mapped(value, change, inside or key == "scores")
             for key, value in data.items()
         }
     if isinstance(data, list):
@@ -121,11 +110,7 @@ def _mapped(data: Any, change: Callable[[str], str], inside: bool = False) -> An
 
 def _renamed(source: str, data: Any, moved: dict[str, str]) -> str:
     """The recipe's text with other paths: edited in place, written anew where that fails."""
-
-    def change(text: str) -> str:
-        return ", ".join(moved.get(part, part) for part in _split(text))
-
-    wanted = _mapped(data, change)
+    wanted = _mapped(data, lambda text: moved.get(text, text))
     if moved:
         longest = sorted(moved, key=len, reverse=True)
         pattern = "|".join(re.escape(reference) for reference in longest)

@@ -9,7 +9,7 @@ from mergekit_wp.card.contributions import Contributions
 from mergekit_wp.card.evaluation import Evaluation
 from mergekit_wp.card.scores import ScoreCopy
 from mergekit_wp.card.sources import Source
-from mergekit_wp.files.scorefile import Manifest
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.report.words import KIND_WORDS, clean, fidelity_rows
 from mergekit_wp.terms import CriterionName, Estimand
 
@@ -97,7 +97,7 @@ def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName
             said.append(f"{key} sums to {manifest.completeness[key]:.3f} of 1")
     for member in manifest.company or ():
         if member.reference == manifest.expert.reference:
-            said.append(f"recovery {member.recovery:.2f} where the path ended")
+            said.append(f"recovery {member.recovery:.2f} by path")
     return said
 
 

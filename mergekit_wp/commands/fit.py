@@ -39,16 +39,17 @@ from mergekit_wp.commands.options import running
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Gates file to write; a recipe that merges by it is written beside it. A killed run goes "
-    "on where it was.",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write into: a score file for each expert, and a recipe that merges by them. A "
+    "killed run goes on where it was.",
 )
 @click.option(
     "--start",
     default="0.5",
     show_default=True,
-    metavar="NUMBER|scores|FILE",
-    help="Gates to start from: one number, the recipe's own scores, or an earlier gates file.",
+    metavar="NUMBER|scores",
+    help="Gates to start from: one number, or those by which RECIPE merges. To go on from an "
+    "earlier fit, give its recipe and `--start scores`.",
 )
 @click.option(
     "--steps",
@@ -108,8 +109,8 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
 
     \b
       mergekit-wp fit recipe.yml --prompts inst=inst.jsonl --prompts math=math.jsonl \\
-          --guard plain.jsonl --out gates.safetensors
-      mergekit-wp merge gates.yml merged/
+          --guard plain.jsonl --out fitted
+      mergekit-wp merge fitted/recipe.yml merged/
     """
     import huggingface_hub
     import transformers
@@ -135,7 +136,10 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
         pairs.append((expert, Path(file)))
     progress = BarProgress()
     try:
-        recipe = run(FitRequest(prompts=tuple(pairs), **options), progress)
+        *files, merge = run(FitRequest(prompts=tuple(pairs), **options), progress)
     finally:
         progress.close()
-    click.echo(f"{options['out']} written; merge by it with: mergekit-wp merge {recipe} OUT")
+    click.echo(
+        f"{', '.join(str(file) for file in files)} written; merge by them with: "
+        f"mergekit-wp merge {merge} OUT"
+    )

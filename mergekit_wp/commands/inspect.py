@@ -7,10 +7,7 @@ import sys
 
 import click
 
-from mergekit_wp.errors import UserError
-from mergekit_wp.files import gatesfile
 from mergekit_wp.files.scorefile import read
-from mergekit_wp.report import gates as report_gates
 from mergekit_wp.report.ranking import rank, select, to_json
 from mergekit_wp.report.table import render
 from mergekit_wp.terms import ESTIMANDS, KINDS
@@ -46,8 +43,6 @@ def inspect(
 ) -> None:
     """Show what score FILE says: a summary, how far to trust it, and the leading components.
 
-    Or a gates file of `fit`: how the objective went, and what the gates became.
-
     A score of 1 means: this component alone does all that the expert does beyond the base, by
     the criterion; 0: nothing; below 0: it works against the behaviour. `share` adds up to 1 over
     the model, `gain` swaps one component into the base, `knockout` takes one out of the expert.
@@ -61,20 +56,7 @@ def inspect(
 
     JSON: {"manifest": {...}, "components": [{"kind", "layer", "index", "name", "estimand",
     "criterion", "score"}, ...]}, highest score first; layer is null outside the layers.
-    Of a gates file: {"manifest": {...}, "gates": [{"expert", "kind", "layer", "index", "name",
-    "gate"}, ...]}.
     """
-    if gatesfile.is_gates_file(file):
-        if estimand or criterion or kind:
-            raise UserError(f"{file} is a gates file; it has no estimands, criteria or kinds")
-        gates = gatesfile.read(file)
-        if as_json:
-            for piece in report_gates.to_json(gates):
-                click.echo(piece, nl=False)
-            return
-        for line in report_gates.render(gates, top or _DEFAULT_TOP):
-            click.echo(line)
-        return
     score_file = read(file)
     selection = select(score_file, estimand, criterion, kind)
     if as_json:

@@ -7,10 +7,9 @@ from pathlib import Path
 import click
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import circuitfile, gatesfile
+from mergekit_wp.files import circuitfile
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.circuitfile import TraceFile
-from mergekit_wp.files.gatesfile import GatesFile
 from mergekit_wp.files.scorefile import ScoreFile, read
 
 
@@ -28,7 +27,7 @@ from mergekit_wp.files.scorefile import ScoreFile, read
     help="What `trace` wrote for FILE: draws the circuit into the .html.",
 )
 def plot(file: str, out: Path, trace: Path | None) -> None:
-    """Draw score FILE, or a gates file of `fit`: layers, tensors, heads, K/V groups and neurons.
+    """Draw score FILE: layers, tensors, heads, K/V groups and neurons.
 
     A .png is one figure with a row for each estimand and criterion. A .html is one page that
     needs nothing else, not even a network: a summary in words, the figures, the leading
@@ -50,11 +49,6 @@ def plot(file: str, out: Path, trace: Path | None) -> None:
         raise UserError(f"--out {out}: plot writes .html or .png, not '{out.suffix}'")
     if trace is not None and out.suffix.lower() != ".html":
         raise UserError("--trace is drawn into a page; give --out FILE.html")
-    if gatesfile.is_gates_file(file):
-        if trace is not None:
-            raise UserError(f"{file} is a gates file, which has no circuit; leave --trace out")
-        _write(out, _render_gates(gatesfile.read(file), out.suffix.lower()))
-        return
     scores = read(file)
     circuit = None if trace is None else circuitfile.read(trace, scores)
     _write(out, _render(scores, circuit, out.suffix.lower()))
@@ -63,12 +57,6 @@ def plot(file: str, out: Path, trace: Path | None) -> None:
 def _write(out: Path, content: bytes) -> None:
     with written_whole(out) as temporary:
         temporary.write_bytes(content)
-
-
-def _render_gates(gates: GatesFile, suffix: str) -> bytes:
-    from mergekit_wp.report.gates_page import html, png
-
-    return png(gates) if suffix == ".png" else html(gates).encode()
 
 
 def _render(score_file: ScoreFile, trace: TraceFile | None, suffix: str) -> bytes:

@@ -17,8 +17,7 @@ from mergekit_wp.errors import UserError
 
 if TYPE_CHECKING:
     from mergekit_wp.files.circuitfile import TraceFile
-    from mergekit_wp.files.gatesfile import GatesManifest
-    from mergekit_wp.files.scorefile import Manifest, ModelId
+    from mergekit_wp.files.manifest import Manifest, ModelId
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Step:
     models: tuple[ModelId, ...] = ()
 
 
-@click.command(short_help="Print the command that made a score, gates or trace file.")
+@click.command(short_help="Print the command that made a score or trace file.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def reproduce(file: Path) -> None:
-    """Print the command that makes the score, gates or trace FILE again, byte for byte.
+    """Print the command that makes the score or trace FILE again, byte for byte.
 
     Every option that the numbers depend on is in it, and the date that the file states; it writes
     to FILE. Where `verify` wrote into a score file, its command follows. Run it in the folder
@@ -46,13 +45,11 @@ def reproduce(file: Path) -> None:
     \b
       mergekit-wp reproduce expert.safetensors > again.sh && sh again.sh
     """
-    from mergekit_wp.files import circuitfile, gatesfile, scorefile
+    from mergekit_wp.files import circuitfile, scorefile
 
     if circuitfile.is_trace_file(file):
         trace = circuitfile.read(file)
         steps, notes = [_traced(trace, file)], list(_other_scores(trace))
-    elif gatesfile.is_gates_file(file):
-        steps, notes = [_fitted(gatesfile.read(file).manifest, file)], []
     else:
         manifest = scorefile.read(file).manifest
         steps, notes = list(_scored(manifest, file)), []
@@ -71,11 +68,11 @@ def _stated(command: tuple[str, ...], file: Path) -> tuple[str, ...]:
 
 def _scored(manifest: Manifest, file: Path) -> Iterator[Step]:
     command = _stated(manifest.command, file)
-    out = file.parent if "--company" in command else file
+    out = file if manifest.company is None else file.parent
     yield Step(
         command=(*command, "--out", str(out)),
-        # a company's file knows only its own prompts
-        prompts=frozenset({manifest.prompts_sha256}),
+        # a company's file knows only its own prompts, and the guards of its fit
+        prompts=frozenset(manifest.known_prompts),
         versions=manifest.versions,
         created=manifest.created,
         models=(manifest.base, manifest.expert),
@@ -85,19 +82,6 @@ def _scored(manifest: Manifest, file: Path) -> Iterator[Step]:
         verb, *options = _stated(found.command, file)
         prompts = frozenset({found.prompts_sha256})
         yield Step((verb, str(file), *options), prompts, found.versions)
-
-
-def _fitted(manifest: GatesManifest, file: Path) -> Step:
-    return Step(
-        command=(*_stated(manifest.command, file), "--out", str(file)),
-        prompts=frozenset(
-            [e.prompts_sha256 for e in manifest.experts]
-            + [g.prompts_sha256 for g in manifest.guards]
-        ),
-        versions=manifest.versions,
-        created=manifest.created,
-        models=(manifest.base, *(expert.model for expert in manifest.experts)),
-    )
 
 
 def _traced(trace: TraceFile, file: Path) -> Step:

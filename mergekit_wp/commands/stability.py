@@ -12,7 +12,8 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 
 if TYPE_CHECKING:
-    from mergekit_wp.files.scorefile import Agreement, ScoreFile
+    from mergekit_wp.files.manifest import Agreement
+    from mergekit_wp.files.scorefile import ScoreFile
 
 
 @click.command(short_help="Compare the rankings of score files.")
@@ -55,7 +56,7 @@ def compared(own: ScoreFile, other: ScoreFile, path: Path, seed: int) -> list[Ag
     """
     import numpy as np
 
-    from mergekit_wp.files.scorefile import Agreement
+    from mergekit_wp.files.manifest import Agreement
     from mergekit_wp.statistics import between_files
 
     ours, theirs = own.manifest, other.manifest

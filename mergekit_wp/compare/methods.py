@@ -248,6 +248,5 @@ def read_grid(path: Path, methods: Mapping[str, Method]) -> dict[str, tuple[Sett
 
 def _parameters(method: Method) -> list[str]:
     spec = merge_methods.get(method.merge_method).spec
-    per_expert_files = ("scores", "guards", "gates")
-    names = [p.name for p in spec.parameters if p.name not in per_expert_files]
+    names = [p.name for p in spec.parameters if p.name != "scores"]
     return [*names, BASE_WEIGHT] if method.merge_method == "linear" else names

@@ -148,13 +148,9 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
     def recipe(config: MergeConfiguration) -> str:
         digest = hashlib.sha256(config.model_dump_json(exclude={"models"}).encode())
-        if gates := recipes.gates_of(config):
-            digest.update(Path(local_path(gates)).read_bytes())
         for model in config.models or []:
-            for key in ("scores", "guards"):
-                for path in str((model.parameters or {}).get(key, "")).split(","):
-                    if path.strip():
-                        digest.update(Path(local_path(path.strip())).read_bytes())
+            if scores := (model.parameters or {}).get("scores"):
+                digest.update(Path(local_path(str(scores))).read_bytes())
             rest = {k: v for k, v in (model.parameters or {}).items() if k != "scores"}
             digest.update(repr(sorted(rest.items())).encode())
         return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What score files and gates files share: small tensors and one JSON text in a safetensors file.
+"""What a score file is kept in: small tensors and one JSON text in a safetensors file.
 
 A header can claim anything: sizes and shapes are checked before a tensor is read.
 """

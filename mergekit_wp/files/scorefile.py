@@ -7,262 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ValidationError
 
-from mergekit_wp.architectures import Dims
 from mergekit_wp.components import layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import container
+from mergekit_wp.files.manifest import FORMAT_VERSION, Manifest
 from mergekit_wp.files.untrusted import complaint, parse_json
-from mergekit_wp.terms import (
-    SLICED_KINDS,
-    CriterionName,
-    Direction,
-    Estimand,
-    Kind,
-    ScoringMethod,
-    SetName,
-)
+from mergekit_wp.terms import SLICED_KINDS, Kind
 
-FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_wp"
 #: criteria of one file; a manifest of strangers names what is made of them before it is read
 MAX_CRITERIA = 64
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelId(_Strict):
-    """Which checkpoint was scored."""
-
-    reference: str
-    revision: str | None
-    config_hash: str
-    #: dtype the weights are stored in; merges cast down from it are compared less strictly
-    weights_dtype: str
-
-
-class Anchor(_Strict):
-    """The vector anchor: where it was taken and how well it separates.
-
-    ``separation`` is the effect size on held-out prompts, None with too few prompts to hold out.
-    """
-
-    layer: int
-    contrast: Literal["instruction", "checkpoint"]
-    separation: float | None
-    n_contrasts: int
-
-
-class Fidelity(_Strict):
-    """How the scores of one estimand/criterion/kind were computed, and how far to trust them.
-
-    For first-order scores, ``verified_top`` leaders and ``verified_random`` uniformly drawn
-    components were swapped exactly; the correlations are between the two, over all verified
-    components and over the random ones alone, and ``largest_missed`` is the largest exact
-    |score| among random components that are not leaders.
-    """
-
-    method: ScoringMethod
-    steps: int | None = None
-    verified_top: int = 0
-    verified_random: int = 0
-    pearson: float | None = None
-    spearman: float | None = None
-    pearson_random: float | None = None
-    largest_missed: float | None = None
-
-
-class Scale(_Strict):
-    """Raw criterion value at the base and at the expert (means over prompts)."""
-
-    base: float
-    expert: float
-
-
-class CompanyMember(_Strict):
-    """One of the experts that were scored together.
-
-    ``weights_sha256`` is over the content of its weight files; ``recovery`` is how far its
-    behaviour had come back where the guided path ended (0 at the base, 1 at the expert).
-    """
-
-    reference: str
-    weights_sha256: str
-    behavior: str
-    recovery: float
-
-
-class SetPoint(_Strict):
-    """One point of a verification: a set of components swapped together, with its 95% interval.
-
-    ``direction``: base plus the set (restoration: how far it gets, 0 to 1), or expert minus the set
-    (knockout: how much it loses). ``measure`` is a criterion or "behavior" (checked answers).
-    """
-
-    direction: Direction
-    set: SetName
-    size: PositiveInt
-    measure: CriterionName
-    value: float
-    low: float
-    high: float
-
-
-class Verification(_Strict):
-    """What the leading components do together, beside the last ones and random ones."""
-
-    estimand: Estimand
-    criterion: CriterionName
-    prompts_sha256: str
-    n_prompts: PositiveInt
-    n_items: int
-    draws: PositiveInt
-    points: tuple[SetPoint, ...]
-    seed: int
-    #: arguments of `mergekit-wp` but for the file, and versions, see `scoring.command`
-    command: tuple[str, ...]
-    versions: dict[str, str]
-
-    @model_validator(mode="after")
-    def _whole_curves(self) -> Self:
-        sizes: dict[tuple[str, str, str], list[int]] = {}
-        for point in self.points:
-            sizes.setdefault((point.measure, point.direction, point.set), []).append(point.size)
-        wanted = {
-            (point.measure, direction, name)
-            for point in self.points
-            for direction in get_args(Direction)
-            for name in get_args(SetName)
-        }
-        if set(sizes) != wanted:
-            raise ValueError("points: a curve is missing")
-        if any(
-            sorted(of) != sorted(set(sizes[key[0], "restoration", "top"]))
-            for key, of in sizes.items()
-        ):
-            raise ValueError("points: the curves have other sizes, or one twice")
-        return self
-
-
-class Agreement(_Strict):
-    """How alike two rankings of the same components are.
-
-    ``against``: "halves" are two random halves of the prompts (mean and 95% range over splits);
-    "run" is another scoring of this expert on this behaviour, "behavior" this expert on another
-    behaviour, "expert" another expert (of another training seed, say). There the interval is a
-    bootstrap over layers. ``name`` says which other file it was, "" for halves.
-    """
-
-    against: Literal["halves", "run", "behavior", "expert"]
-    name: str
-    estimand: Estimand
-    criterion: CriterionName
-    kind: Kind
-    spearman: float
-    low: float
-    high: float
-    #: Jaccard overlap of the two top `top`
-    jaccard: float
-    top: PositiveInt
-
-
-class Manifest(_Strict):
-    """The JSON under the metadata key ``mergekit_wp``.
-
-    ``responses`` says whose answers the prompts were continued with: the prompt file's, the
-    expert's own, or some of each. ``company`` names the experts that were scored together, this
-    one among them; None for an expert scored alone.
-    """
-
-    format_version: int = FORMAT_VERSION
-    base: ModelId
-    expert: ModelId
-    behavior: str
-    n_prompts: PositiveInt
-    prompts_sha256: str
-    responses: Literal["given", "expert", "mixed"]
-    architecture: str
-    n_layers: PositiveInt
-    n_heads: NonNegativeInt
-    n_kv_groups: NonNegativeInt
-    n_neurons: NonNegativeInt
-    hidden_size: PositiveInt
-    criteria: Annotated[tuple[CriterionName, ...], Field(max_length=MAX_CRITERIA)]
-    estimands: tuple[Estimand, ...]
-    kinds: tuple[Kind, ...]
-    anchor: Anchor | None
-    scale: dict[CriterionName, Scale]
-    fidelity: dict[str, Fidelity]
-    noise_floor: dict[CriterionName, float]
-    completeness: dict[str, float]
-    tensor_names: tuple[str, ...]
-    company: tuple[CompanyMember, ...] | None
-    verification: Verification | None = None
-    stability: tuple[Agreement, ...] = ()
-    dtype: str
-    seed: int
-    #: arguments of `mergekit-wp` that made the file, see `scoring.command`
-    command: tuple[str, ...] = ()
-    created: str
-    versions: dict[str, str]
-
-    @model_validator(mode="after")
-    def _tensors_fit(self) -> Self:
-        if len(set(self.tensor_names)) != len(self.tensor_names):
-            raise ValueError("tensor_names holds a name twice")
-        for field in (self.estimands, self.criteria, self.kinds):
-            if len(set(field)) != len(field):
-                raise ValueError(f"{', '.join(field)}: a name stands twice")
-        for kind in SLICED_KINDS:
-            if kind in self.kinds and not self.dims.count(kind):
-                raise ValueError(f"n_{kind}s is 0, but kinds has '{kind}'")
-        if ("path" in self.estimands) != (self.company is not None):
-            raise ValueError("'path' scores and a 'company' belong together")
-        if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
-            raise ValueError(f"the anchor lies in layer {self.anchor.layer} of {self.n_layers}")
-        for name in self.tensor_names:
-            layer = layout_of(name, self.dims).layer
-            if layer is not None and layer >= self.n_layers:
-                raise ValueError(f"tensor '{name}' lies in no layer of the model")
-        return self
-
-    @property
-    def dims(self) -> Dims:
-        """The dimensions that fix the components."""
-        return Dims.named(
-            self.architecture, self.n_layers, self.n_heads, self.n_kv_groups, self.n_neurons
-        )
-
-    def shape(self, kind: Kind) -> tuple[int, ...]:
-        """Shape of a score tensor of one kind."""
-        return {
-            "layer": (self.n_layers,),
-            "tensor": (len(self.tensor_names),),
-            "head": (self.n_layers, self.n_heads),
-            "kv_group": (self.n_layers, self.n_kv_groups),
-            "neuron": (self.n_layers, self.n_neurons),
-        }[kind]
-
-    def score_keys(self) -> list[str]:
-        """Names of all score tensors this manifest promises."""
-        return [f"{e}/{c}/{k}" for e in self.estimands for c in self.criteria for k in self.kinds]
 
 
 @dataclass(frozen=True)
@@ -334,16 +95,23 @@ def check(score_file: ScoreFile) -> None:
     """Refuse tensors that do not fit the manifest.
 
     Raises:
-        UserError: a missing, extra or misshapen tensor, another dtype, a NaN, or a negative norm.
+        UserError: a missing, extra or misshapen tensor, another dtype, a NaN, a negative norm, or
+            a ``path`` score out of bounds.
     """
     tensors = score_file.tensors
     container.check(tensors, _expected_shapes(score_file.manifest, tensors))
-    _check_norms(tensors)
+    _check_bounds(score_file)
 
 
-def _check_norms(tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_bounds(score_file: ScoreFile) -> None:
+    tensors, upper = score_file.tensors, score_file.manifest.path_bound
     if (tensors["delta_norm"] < 0).any():
         raise UserError("tensor 'delta_norm' holds a negative norm")
+    for key, tensor in tensors.items():
+        if not key.startswith("path/") or key.endswith(".se"):
+            continue
+        if (tensor < 0).any() or (tensor > upper * (1 + 1e-6)).any():
+            raise UserError(f"tensor '{key}' holds a score that is not within 0 and {upper:g}")
 
 
 def parse_manifest(text: str | None) -> Manifest:
@@ -382,15 +150,13 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
         )
     try:
         with container.opened(path) as handle:
-            metadata = handle.metadata() or {}
-            if f"{METADATA_KEY}_gates" in metadata:
-                raise UserError("it is a gates file: name it as the recipe's 'gates'")
-            manifest = parse_manifest(metadata.get(METADATA_KEY))
+            manifest = parse_manifest((handle.metadata() or {}).get(METADATA_KEY))
             tensors = container.load(handle, _expected_shapes(manifest, set(handle.keys())))
-        _check_norms(tensors)
+        score_file = ScoreFile(manifest, tensors)
+        _check_bounds(score_file)
     except UserError as error:
         raise UserError(f"score file {path}: {error}") from error
-    return ScoreFile(manifest, tensors)
+    return score_file
 
 
 def write(score_file: ScoreFile, path: str | os.PathLike[str]) -> None:

@@ -7,19 +7,17 @@ recoveries, and one score file is written for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import contributions
-from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.files.scorefile import CompanyMember, Fidelity, Manifest, ScoreFile, write
-from mergekit_wp.joint.guided import PathPosition
+from mergekit_wp.files.manifest import Fidelity
+from mergekit_wp.joint.files import recipe_beside, write_company
+from mergekit_wp.joint.guided import PathPosition, path_scores
 from mergekit_wp.joint.members import Member, inputs_of, measure, open_members
 from mergekit_wp.joint.merged_model import mix
 from mergekit_wp.joint.request import CompanyRequest
@@ -31,9 +29,7 @@ from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Block, Result, SweepContext
 from mergekit_wp.runs.references import References, values_of
 from mergekit_wp.runs.request import DTYPES
-from mergekit_wp.scoring.assemble import common_fields
 from mergekit_wp.scoring.shares import task_vector
-from mergekit_wp.terms import Estimand
 
 
 def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
@@ -45,6 +41,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
+    recipe = recipe_beside(request.out, request.recipe)
     members = open_members(request, request.out, progress)
     with Journal(request.out / "company", inputs_of(request, members), request.restart) as journal:
         if journal.resumed:
@@ -58,15 +55,25 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
             for member, value in zip(members, recoveries, strict=True)
         )
         progress.note(f"behaviours recovered at the end of the path: {reached}")
-        written = []
-        for e, member in enumerate(members):
-            tensors, total = _tensors(members, positions, e)
-            manifest = _manifest(
-                request, members, references, e, recoveries, total, journal.created
-            )
-            write(ScoreFile(manifest, tensors), member.request.out)
-            written.append(member.request.out)
-        written.append(_write_recipe(request, members))
+        total = sum(float(values.sum()) for here in positions for values in here.share.values())
+        recovered = sum(recoveries)
+        written = write_company(
+            recipe,
+            members,
+            references,
+            [
+                {
+                    "share": here.share_scores(),
+                    "path": path_scores(walk.partition, here.path),
+                }
+                for here in positions
+            ],
+            recoveries,
+            Fidelity(method="guided-path", steps=request.steps),
+            completeness={"share/kl": total / recovered} if recovered else {},
+            command=command_of(request),
+            created=journal.created,
+        )
         journal.discard()
     return written
 
@@ -177,76 +184,3 @@ class Walk:
     def _move_to(self, positions: Sequence[PathPosition]) -> None:
         """The merge as the method would write it with the present gates."""
         mix(self.resident, self.members, lambda e, name: positions[e].gate(name))
-
-
-def _tensors(
-    members: Sequence[Member], positions: Sequence[PathPosition], e: int
-) -> tuple[dict[str, torch.Tensor], float]:
-    """The tensors of expert e's file, and the sum of all experts' shares."""
-    tensors = {
-        f"{estimand}/kl/{kind}": value.float()
-        for estimand, scores in (
-            ("share", positions[e].share_scores()),
-            ("path", positions[e].path_scores()),
-        )
-        for kind, value in scores.items()
-    }
-    norms = list(members[e].pair.delta_norm.values())
-    tensors["delta_norm"] = torch.tensor(norms, dtype=torch.float32)
-    total = sum(float(values.sum()) for here in positions for values in here.share.values())
-    return tensors, total
-
-
-def _manifest(
-    request: CompanyRequest,
-    members: Sequence[Member],
-    references: Sequence[References],
-    e: int,
-    recoveries: Sequence[float],
-    total: float,
-    created: str,
-) -> Manifest:
-    member, recovered = members[e], sum(recoveries)
-    estimands: tuple[Estimand, ...] = ("share", "path")
-    return Manifest(
-        **common_fields(member.request, member.pair, member.prompts, references[e]),
-        criteria=("kl",),
-        estimands=estimands,
-        anchor=None,
-        fidelity={
-            f"{estimand}/kl/{kind}": Fidelity(method="guided-path", steps=request.steps)
-            for estimand in estimands
-            for kind in member.request.kinds
-        },
-        noise_floor={},
-        completeness={"share/kl": total / recovered} if recovered else {},
-        company=tuple(
-            CompanyMember(
-                reference=m.pair.expert.name,
-                weights_sha256=m.weights_sha256,
-                behavior=str(m.request.behavior),
-                recovery=recovery,
-            )
-            for m, recovery in zip(members, recoveries, strict=True)
-        ),
-        command=command_of(request),
-        created=created,
-    )
-
-
-def _write_recipe(request: CompanyRequest, members: Sequence[Member]) -> Path:
-    """A recipe that merges by the new files, beside them."""
-    recipe: Mapping[str, Any] = {
-        "merge_method": "weight_patching",
-        "base_model": members[0].request.base,
-        "models": [
-            {"model": m.request.expert, "parameters": {"scores": str(m.request.out)}}
-            for m in members
-        ],
-        "parameters": {"fusion": "path"},
-        "dtype": members[0].pair.base.weights_dtype,
-    }
-    path = request.out / "recipe.yml"
-    with written_whole(path) as temporary:
-        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path

@@ -10,6 +10,7 @@ arXiv 2106.09788; the rule and its use for merging are ours). How far a componen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,23 +76,6 @@ class PathPosition:
         }
         return PathPosition(self.partition, path, share)
 
-    def path_scores(self) -> dict[Kind, torch.Tensor]:
-        """``path`` in the shapes of a score file; a tensor or layer has its components' mean."""
-        partition, layers = self.partition, range(self.partition.dims.n_layers)
-        scores: dict[Kind, torch.Tensor] = {kind: self.path[kind] for kind in SLICED_KINDS}
-        scores["tensor"] = torch.stack([self.gate(n).mean() for n in partition.tensor_names])
-        whole = {name: self.gate(name) for name in partition.whole_tensors}
-        scores["layer"] = torch.stack(
-            [
-                torch.cat(
-                    [self.path[kind][layer] for kind in SLICED_KINDS]
-                    + [gate for n, gate in whole.items() if partition.layouts[n].layer == layer]
-                ).mean()
-                for layer in layers
-            ]
-        )
-        return scores
-
     def share_scores(self) -> dict[Kind, torch.Tensor]:
         """``share`` in the shapes of a score file."""
         partition = self.partition
@@ -105,3 +89,31 @@ class PathPosition:
             if layout.layer is not None:
                 scores["layer"][layout.layer] += sums[name]
         return scores
+
+
+def path_scores(
+    partition: Partition, path: Mapping[Kind, torch.Tensor]
+) -> dict[Kind, torch.Tensor]:
+    """Gates in the shapes of a score file; a tensor or layer has its components' mean.
+
+    Args:
+        partition: the components.
+        path: ``[layers, count]`` by sliced kind, ``[whole tensors]`` under ``tensor``.
+    """
+    scores: dict[Kind, torch.Tensor] = {kind: path[kind] for kind in SLICED_KINDS}
+    gates = {name: partition.of_tensor(path, name) for name in partition.tensor_names}
+    scores["tensor"] = torch.stack([gates[name].mean() for name in partition.tensor_names])
+    scores["layer"] = torch.stack(
+        [
+            torch.cat(
+                [path[kind][layer] for kind in SLICED_KINDS]
+                + [
+                    gates[name]
+                    for name in partition.whole_tensors
+                    if partition.layouts[name].layer == layer
+                ]
+            ).mean()
+            for layer in range(partition.dims.n_layers)
+        ]
+    )
+    return scores

@@ -11,14 +11,14 @@ import torch
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
-from mergekit_wp.joint.members import Member, measure
+from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, PromptFile, batches
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.references import logprobs, values_of
+from mergekit_wp.runs.references import References, logprobs, values_of
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.texts import encode_texts, with_responses
 
@@ -60,16 +60,13 @@ class Objective:
         return change / distance
 
 
-def objective_of(member: Member, journal: Journal, progress: Progress, size: int) -> Objective:
+def objective_of(member: Member, references: References) -> Objective:
     """What an expert does on its own prompts; 0 is the base.
 
     Args:
         member: the expert.
-        journal: keeps its answers.
-        progress: told how far it is.
-        size: prompts per batch.
+        references: it and the base on the prompts.
     """
-    references = measure(member, journal, progress, size)
     reference = references.values["kl"]
     return Objective(
         str(member.request.behavior),

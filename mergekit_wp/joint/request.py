@@ -36,8 +36,8 @@ class CompanyRequest(MembersRequest):
 class FitRequest(MembersRequest):
     """Everything `mergekit-wp fit` is asked for.
 
-    ``start`` is "scores", a number, or the path of a gates file; ``held_out`` is the part of the
-    prompts that is only looked at.
+    ``out`` is a folder; ``start`` is "scores" or a number; ``held_out`` is the part of the prompts
+    that is only looked at.
     """
 
     out: Path

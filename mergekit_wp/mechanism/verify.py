@@ -20,7 +20,8 @@ from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.scorefile import ScoreFile, SetPoint, Verification
+from mergekit_wp.files.manifest import SetPoint, Verification
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.sets import Members, extreme, matched, swapped
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce

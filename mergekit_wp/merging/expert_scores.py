@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -18,12 +18,10 @@ import torch
 from mergekit_wp.architectures import Dims, text_config
 from mergekit_wp.components import TensorLayout, layout_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.files import gatesfile, scorefile
+from mergekit_wp.files import scorefile
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE, rounding
-from mergekit_wp.files.gatesfile import GatesFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.merging.fusion import Normalised, delta_norm, ranked, with_harm
-from mergekit_wp.models.model_names import last_name
+from mergekit_wp.merging.fusion import Normalised, delta_norm, normalise, ranked
 
 LOG = logging.getLogger(__name__)
 
@@ -32,25 +30,19 @@ _LOCK = threading.Lock()
 
 
 class Choice(NamedTuple):
-    """Which of a file's scores a merge uses, and what is subtracted from them.
-
-    ``guards`` are paths of the same expert's scores on other behaviours, `harm` weights them.
-    """
+    """Which of a file's scores a merge uses."""
 
     estimand: str
     criterion: str
     granularity: str
-    guards: tuple[str, ...] = ()
-    harm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertScores:
-    """A score file, or one expert's part of a gates file, and what a merge asks of it."""
+    """A score file, and what a merge asks of it."""
 
     path: str
     file: ScoreFile
-    gates: bool = False
     _normalised: dict[Choice, Normalised] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -68,7 +60,7 @@ class ExpertScores:
     @property
     def called(self) -> str:
         """What errors call the file."""
-        return f"{'gates' if self.gates else 'score'} file {self.path}"
+        return f"score file {self.path}"
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -219,8 +211,7 @@ class ExpertScores:
             if choice.estimand == "path":
                 self._normalised[choice] = ranked({k: v.double() for k, v in scores.items()})
             else:
-                harms = [load(guard).effects(choice, self) for guard in choice.guards]
-                self._normalised[choice] = with_harm(scores, harms, choice.harm)
+                self._normalised[choice] = normalise(scores)
             if not any((part > 0).any() for part in scores.values()):
                 LOG.warning(
                     "%s has no positive %s/%s score: its expert adds nothing",
@@ -235,42 +226,6 @@ class ExpertScores:
             return {"tensor": self.file.scores(choice.estimand, choice.criterion, "tensor")}
         fine = self.file.fine_scores(choice.estimand, choice.criterion)
         return {str(kind): scores for kind, scores in fine.items()}
-
-    def require_guard_of(self, own: ExpertScores, choice: Choice) -> None:
-        """Refuse a file that cannot say what the scored expert does to another behaviour.
-
-        Raises:
-            UserError: another expert's, without ``logprob`` scores, or of the expert's own answers.
-        """
-        where = f"guard {self.path} of score file {own.path}"
-        if self.path == own.path:
-            raise UserError(f"{where} is that file itself; give scores on another behaviour")
-        mine, theirs = self._delta_norm, own._delta_norm
-        if mine.keys() != theirs.keys() or any(
-            abs(mine[n] - theirs[n]) > 1e-3 * theirs[n] for n in mine
-        ):
-            raise UserError(f"{where} was made for another expert or base")
-        if self.file.manifest.kinds != own.file.manifest.kinds:
-            raise UserError(
-                f"{where} has other kinds of component; score both with the same --kinds"
-            )
-        if self.file.manifest.responses != "given":
-            raise UserError(
-                f"{where} was scored on the expert's own answers; give every line of its prompt "
-                "file the 'response' that the other behaviour wants"
-            )
-        self.require(choice._replace(criterion="logprob"))
-
-    def effects(self, choice: Choice, own: ExpertScores) -> dict[str, torch.Tensor]:
-        """What each component does to this file's behaviour: change of its log-probability.
-
-        Raises:
-            UserError: see `require_guard_of`.
-        """
-        self.require_guard_of(own, choice)
-        scale = self.file.manifest.scale["logprob"]
-        scores = self._chosen(choice._replace(criterion="logprob"))
-        return {kind: part * (scale.expert - scale.base) for kind, part in scores.items()}
 
     def check_delta(
         self,
@@ -310,9 +265,8 @@ class ExpertScores:
         if not abs(got - want) <= allowed:
             raise UserError(
                 f"{shown_as}: its difference from the base has norm {got:.6g}, but "
-                f"{self.called} was made for {want:.6g}: these are "
-                f"{'gates' if self.gates else 'scores'} of another expert, base, revision or "
-                "shifted layers"
+                f"{self.called} was made for {want:.6g}: these are scores "
+                "of another expert, base, revision or shifted layers"
             )
 
 
@@ -329,32 +283,27 @@ def load(path: str) -> ExpertScores:
         return _load(path, os.path.realpath(path), _stamp(path))
 
 
-def load_gates(path: str, expert: str) -> ExpertScores:
-    """One expert's gates of a gates file, as ``path`` scores.
-
-    Args:
-        path: a `local_path`.
-        expert: the model as a recipe names it; its last name suffices.
+def check_company(files: Sequence[ExpertScores]) -> None:
+    """Refuse scores made in the company of other experts than those that are merged.
 
     Raises:
-        UserError: no such file or expert; the message names both.
+        UserError: names both companies.
     """
-    file = _read_gates(os.path.realpath(path), _stamp(path), path)
-    known = [e.model.reference for e in file.manifest.experts]
-    fitting = [i for i, name in enumerate(known) if name == expert]
-    if not fitting:
-        fitting = [i for i, name in enumerate(known) if last_name(name) == last_name(expert)]
-    if len(fitting) != 1:
-        raise UserError(
-            f"gates file {path} has no gates of model {expert}; it has those of {', '.join(known)}"
-        )
-    return _gates_of(os.path.realpath(path), _stamp(path), path, fitting[0])
-
-
-def gates_experts(path: str) -> list[str]:
-    """The experts of a gates file, as it names them."""
-    file = _read_gates(os.path.realpath(path), _stamp(path), path)
-    return [expert.model.reference for expert in file.manifest.experts]
+    here = sorted({file.file.manifest.expert.reference for file in files})
+    for file in files:
+        company = file.file.manifest.company
+        if company is None:
+            continue
+        scored = sorted(member.reference for member in company)
+        strangers = [f.path for f in files if f.file.manifest.company != company]
+        if scored != here or strangers:
+            raise UserError(
+                f"{file.called} was made in the company of {', '.join(scored)}, but this recipe "
+                f"merges {', '.join(here)}"
+                + (f", with other scores for some ({strangers[0]})" if strangers else "")
+                + "; score or fit these experts together: mergekit-wp score --company RECIPE, or "
+                "mergekit-wp fit RECIPE"
+            )
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
@@ -363,19 +312,6 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _read_gates(real: str, stamp: tuple[int, int, int] | None, path: str) -> GatesFile:
-    return gatesfile.read(path)
-
-
-@lru_cache(maxsize=64)
-def _gates_of(
-    real: str, stamp: tuple[int, int, int] | None, path: str, expert: int
-) -> ExpertScores:
-    file = _read_gates(real, stamp, path)
-    return ExpertScores(path, gatesfile.as_scores(file, expert), gates=True)
 
 
 @lru_cache(maxsize=64)

@@ -62,30 +62,6 @@ def normalise(scores: Mapping[str, torch.Tensor]) -> Normalised:
     return Normalised(values, ranked(wide).ranks)  # tiny scores may be equal after the division
 
 
-def with_harm(
-    scores: Mapping[str, torch.Tensor], harms: Sequence[Mapping[str, torch.Tensor]], harm: float
-) -> Normalised:
-    """Normalised scores less what each component does to other behaviours.
-
-    From the normalised scores, ``harm`` times the negative part of each guard's effects is
-    subtracted, that part divided by its own sum as the scores are by theirs: one expert's harm to
-    one behaviour weighs ``harm`` in all, whatever the behaviour is measured in. Effects that help
-    are not added.
-
-    Args:
-        scores: kind to scores, as for `normalise`.
-        harms: per guarded behaviour, the components' effects on it in the same shapes.
-        harm: the weight.
-    """
-    values = normalise(scores).values
-    for effects in harms:
-        worse = {kind: (-part).clamp(min=0).to(torch.float64) for kind, part in effects.items()}
-        total = sum(float(part.sum()) for part in worse.values())
-        if total > 0:
-            values = {kind: part - harm / total * worse[kind] for kind, part in values.items()}
-    return normalise(values)
-
-
 def ranked(wide: dict[str, torch.Tensor]) -> Normalised:
     """Values as they are, with their ranks."""
     flat = torch.cat([part.reshape(-1) for part in wide.values()])

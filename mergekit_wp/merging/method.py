@@ -23,11 +23,10 @@ from mergekit.merge_methods.base import (
 
 from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
-from mergekit_wp.merging.company import check_company
-from mergekit_wp.merging.expert_scores import Choice, ExpertScores, load, load_gates
+from mergekit_wp.merging.expert_scores import Choice, ExpertScores, check_company, load
 from mergekit_wp.merging.fusion import component_gates, fuse
 from mergekit_wp.merging.host import config_of, is_tied, refuse_unusable, shown, unwritten
-from mergekit_wp.merging.parameters import RECORDED, SPEC, guard_paths
+from mergekit_wp.merging.parameters import RECORDED, SPEC
 from mergekit_wp.merging.stored import Given, stored_pair
 from mergekit_wp.terms import Fusion
 
@@ -94,7 +93,6 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
     def __init__(self) -> None:
         """Start with nothing planned."""
         self._coverage = _Coverage()
-        self._guards: dict[Hashable, str] = {}
 
     def validate_inputs(
         self,
@@ -118,17 +116,12 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             refuse_unusable(input_ids, base_id)
             super().validate_inputs(input_ids, base_id, group_name=group_name)
             self._coverage.reset()
-            self._guards = {}
             return
         _TENSOR_CONTRACT.validate_ids(input_ids, base_id, group_name=group_name)
         others = [model for model in input_ids if model != base_id]
         if not others or "fusion" not in recorded:
             return
-        if "gates" in recorded:
-            files = [load_gates(path, str(m)) for path in recorded["gates"] for m in others]
-            recorded = recorded | {"fusion": {"path": None}, "criterion": {"kl": None}}
-        else:
-            files = [load(path) for path in recorded.get("scores", {})]
+        files = [load(path) for path in recorded.get("scores", {})]
         if not files:
             raise UserError(no_scores(others[0]))
         for file in files:
@@ -159,7 +152,6 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
     ) -> list[dict[str, Any]]:
         """Bind the parameters of a direct call, which is not planned, and note its coverage."""
         RECORDED.take()
-        self._guards = {}
         try:
             bound: list[dict[str, Any]] = super()._bind_parameters(groups, parameters)
         finally:
@@ -169,21 +161,6 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             base_id = group.base.id if group.base else None
             self._cover(group.metadata.name, files, base_id, [values["granularity"]])
         return bound
-
-    def _guards_of(self, expert: Hashable, parameters: Mapping[str, Any]) -> tuple[str, ...]:
-        given = parameters["guards"][expert] or ""
-        if given and parameters["fusion"] == "path":
-            raise UserError(
-                f"model {expert} has 'guards', which 'fusion: path' does not use: there every "
-                "behaviour of the company counts already; leave one of the two out"
-            )
-        if (first := self._guards.setdefault(expert, given)) != given:
-            raise UserError(
-                f"model {expert}: 'guards' is '{first}' for one tensor and '{given}' for another; "
-                "write all files as one text, separated by commas: mergekit reads a list as values "
-                "by depth"
-            )
-        return guard_paths(given)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge one tensor.
@@ -261,12 +238,11 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         parameters: Mapping[str, Any],
         tied: bool | None,
     ) -> Gated | None:
-        fusion: Fusion = "path" if parameters["gates"] else parameters["fusion"]
+        fusion: Fusion = parameters["fusion"]
         choice = Choice(
             "path" if fusion == "path" else parameters["estimand"],
-            "kl" if parameters["gates"] else parameters["criterion"],
-            "component" if parameters["gates"] else parameters["granularity"],
-            harm=parameters["harm"],
+            parameters["criterion"],
+            parameters["granularity"],
         )
         covering, scores, weights, layouts = [], [], [], []
         for expert in experts:
@@ -275,8 +251,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             if not file.covers(scored, choice.granularity):
                 continue
             covering.append(expert)
-            guarded = choice._replace(guards=self._guards_of(expert, parameters))
-            scores.append(file.scores(scored, guarded, parameters["density"][expert]))
+            scores.append(file.scores(scored, choice, parameters["density"][expert]))
             weights.append(parameters["weight"][expert])
             layouts.append(file.layout(scored, choice.granularity))
         if not covering:
@@ -296,28 +271,22 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
 def no_scores(expert: Hashable) -> str:
     """The error of a recipe that says nothing about an expert."""
     return (
-        f"model {expert} has no 'scores' and the recipe no 'gates'; give the score file that "
+        f"model {expert} has no 'scores'; give the score file that "
         "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
     )
 
 
 def source(parameters: Mapping[str, Any], expert: Hashable) -> ExpertScores:
-    """What says how much of an expert is taken: its score file, or its gates as ``path`` scores.
+    """What says how much of an expert is taken: its score file.
 
     Args:
         parameters: as mergekit hands them to `WeightPatchingMerge.merge_group`.
         expert: the model.
 
     Raises:
-        UserError: the recipe gives neither, or both.
+        UserError: the recipe gives none.
     """
     scores = parameters["scores"].get(expert, "")
-    if parameters["gates"]:
-        if scores:
-            raise UserError(
-                f"model {expert} has 'scores', which 'gates' do not use; leave one of the two out"
-            )
-        return load_gates(parameters["gates"], str(expert))
     if not scores:
         raise UserError(no_scores(expert))
     return load(scores)

@@ -21,7 +21,7 @@ from mergekit.merge_methods.base import (
 from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.merging.expert_scores import gates_experts, load
+from mergekit_wp.merging.expert_scores import load
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.terms import CRITERIA, FUSIONS, GRANULARITIES, WEIGHT_ESTIMANDS, CriterionName
 
@@ -91,15 +91,6 @@ _CRITERION = _parameter(
 )
 
 
-def _gates_file(value: str) -> str:
-    if not value:
-        return value
-    path = local_path(value, "gates")
-    gates_experts(path)
-    RECORDED.values.setdefault("gates", {})[path] = None
-    return path
-
-
 def _score_file(value: str) -> str:
     if not value:
         return value
@@ -109,26 +100,7 @@ def _score_file(value: str) -> str:
     return path
 
 
-def guard_paths(value: str) -> tuple[str, ...]:
-    """The score files named in a recipe's ``guards``: one or more, separated by commas."""
-    return tuple(local_path(part.strip()) for part in value.split(",") if part.strip())
-
-
-def _guards(value: str) -> str:
-    for path in guard_paths(value):
-        load(path)
-    return value
-
-
-#: Weight of the harm to guarded behaviours: the best of 0.1, 0.2, 0.3, 0.5, 1 on the zoo's
-#: development seeds (benchmarks/zoo/README.md).
-HARM = 0.1
-
-_GUARDS = _parameter(
-    "guards", Annotated[str, AfterValidator(_guards)], "one text, files separated by commas"
-)
 _SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")
-_GATES = _parameter("gates", Annotated[str, AfterValidator(_gates_file)], "a gates file's path")
 _SHARED, _EXPERT = ParameterScope.SHARED, ParameterScope.NON_BASE
 
 SPEC = MergeMethodSpec(
@@ -139,9 +111,6 @@ SPEC = MergeMethodSpec(
         ParameterSpec("scores", _SCORES, _EXPERT, default=""),
         ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
         ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
-        ParameterSpec("guards", _GUARDS, _EXPERT, default=""),
-        ParameterSpec("gates", _GATES, _SHARED, default=""),
-        ParameterSpec("harm", _number("harm", 0), _SHARED, default=HARM),
         ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
         ParameterSpec("power", _number("power", 0), _SHARED, default=0.5),
         ParameterSpec("lambda", _number("lambda"), _SHARED, default=1.0),

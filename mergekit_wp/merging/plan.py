@@ -32,7 +32,7 @@ def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:
         None where no score file covers the tensor, which then stays at the base.
 
     Raises:
-        UserError: score files or guards that do not fit the recipe or each other.
+        UserError: score files that do not fit the recipe or each other.
     """
     given = [model for model in task.input_parameters if model != task.base_model]
     name, tied = task.output_weight.name, is_tied(task.base_model)

@@ -44,7 +44,7 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
         _refuse_other_shapes(tasks)
         _refuse_lost_tensors(recipe, tasks)
         for task in tasks:
-            planned_gates(task)  # refuses score files and guards that do not fit
+            planned_gates(task)  # refuses score files that do not fit
         _sample(tasks)
     return tasks
 

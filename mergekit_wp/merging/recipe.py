@@ -26,16 +26,13 @@ from pydantic import BaseModel, ValidationError
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import complaint, parse_yaml
-from mergekit_wp.merging.company import check_company
-from mergekit_wp.merging.expert_scores import ExpertScores, gates_experts, load, load_gates
+from mergekit_wp.merging.expert_scores import ExpertScores, load
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import refuse_twice
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
-#: what a recipe with fitted gates may say of them
-BESIDE_GATES = ("gates", "weight", "lambda")
 
 
 @dataclass(frozen=True)
@@ -161,22 +158,6 @@ def find_score_file(reference: str, folder: Path) -> str:
     return os.path.abspath(found)
 
 
-def find_gates_file(reference: str, folder: Path) -> str:
-    """Absolute path of a gates file that a recipe in ``folder`` names.
-
-    Raises:
-        UserError: as `find_score_file`, or no gates file.
-    """
-    if reference.startswith("hf://"):
-        path = local_path(reference, "gates")
-    else:
-        given = os.path.expanduser(reference)
-        beside = os.path.join(folder, given)
-        path = os.path.abspath(beside if os.path.isfile(beside) else given)
-    gates_experts(path)
-    return path
-
-
 def score_files(recipe: Recipe) -> list[ExpertScores]:
     """Every score file that the recipe names, in order."""
     paths: dict[str, None] = {}
@@ -188,19 +169,11 @@ def score_files(recipe: Recipe) -> list[ExpertScores]:
             else:
                 paths[entry] = None
 
-    if gates := gates_of(recipe.config):
-        return [load_gates(gates, str(expert)) for expert in experts_in_order(recipe.config)]
     for scopes in _scopes(recipe.config):
         for scope in scopes:
             if "scores" in scope.parameters:
                 collect(scope.parameters["scores"])
     return [load(path) for path in paths]
-
-
-def gates_of(config: MergeConfiguration) -> str | None:
-    """The gates file that the recipe merges by, if it does."""
-    gates: str | None = (config.parameters or {}).get("gates") or None
-    return gates
 
 
 def experts_in_order(config: MergeConfiguration) -> list[ModelReference]:
@@ -269,10 +242,7 @@ def _check_parameters(recipe: Recipe) -> None:
     config = recipe.config
     if config.base_model is None:
         raise UserError(f"recipe {recipe.path}: weight_patching needs a 'base_model'")
-    experts, gates = 0, gates_of(config)
-    _refuse_gates_elsewhere(recipe)
-    if gates:
-        _check_gates(recipe, gates)
+    experts = 0
     for scopes in _scopes(config):
         own, *outer = scopes
         for scope in scopes:
@@ -280,37 +250,13 @@ def _check_parameters(recipe: Recipe) -> None:
         if own.model == config.base_model:
             continue
         experts += 1
-        if not gates and not any("scores" in scope.parameters for scope in (own, *outer)):
+        if not any("scores" in scope.parameters for scope in (own, *outer)):
             raise UserError(
                 f"recipe {recipe.path}: {own.where} has no 'scores'; give it the score file that "
                 "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors' writes"
             )
     if not experts:
         raise UserError(f"recipe {recipe.path} names no expert beside the base model")
-
-
-def _refuse_gates_elsewhere(recipe: Recipe) -> None:
-    """Refuse gates of a part of the recipe: one file has those of the whole model."""
-    for scopes in _scopes(recipe.config):
-        for scope in scopes[:-1]:
-            if "gates" in scope.parameters:
-                raise UserError(
-                    f"recipe {recipe.path}: {scope.where} has 'gates', which are of the whole "
-                    "merge; move it to the recipe's own 'parameters'"
-                )
-
-
-def _check_gates(recipe: Recipe, gates: str) -> None:
-    """Refuse what would have no effect beside fitted gates, and gates of other experts."""
-    for scopes in _scopes(recipe.config):
-        for scope in scopes:
-            for name in scope.parameters:
-                if name in SHARED + PER_EXPERT and name not in BESIDE_GATES:
-                    raise UserError(
-                        f"recipe {recipe.path}: {scope.where} has '{name}', which 'gates' do not "
-                        f"use; beside them go {', '.join(BESIDE_GATES[1:])}"
-                    )
-    check_company([load_gates(gates, str(e)) for e in experts_in_order(recipe.config)])
 
 
 def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:
@@ -347,26 +293,7 @@ def _resolve_score_files(recipe: Recipe) -> None:
         load(found)
         return found
 
-    def resolve_all(setting: Any) -> Any:
-        if isinstance(setting, ConditionalParameter):
-            return ConditionalParameter(value=resolve_all(setting.value), filter=setting.filter)
-        if isinstance(setting, list) and all(isinstance(e, ConditionalParameter) for e in setting):
-            return [resolve_all(entry) for entry in setting]
-        if not isinstance(setting, str):
-            raise UserError(
-                f"recipe {recipe.path}: 'guards' must be one text, files separated by commas, "
-                f"not {setting!r}; mergekit reads a list as values by depth"
-            )
-        return ", ".join(resolve(part.strip()) for part in setting.split(",") if part.strip())
-
-    top = recipe.config.parameters or {}
-    if "gates" in top:
-        if not isinstance(top["gates"], str):
-            raise UserError(f"recipe {recipe.path}: 'gates' must be a path, not {top['gates']!r}")
-        top["gates"] = find_gates_file(top["gates"], folder)
     for scopes in _scopes(recipe.config):
         for scope in scopes:
             if "scores" in scope.parameters:
                 scope.parameters["scores"] = resolve(scope.parameters["scores"])
-            if "guards" in scope.parameters:
-                scope.parameters["guards"] = resolve_all(scope.parameters["guards"])

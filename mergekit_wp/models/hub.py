@@ -1,4 +1,4 @@
-"""Checkpoints, score files and gates files on the Hugging Face Hub, and their commits."""
+"""Checkpoints and score files on the Hugging Face Hub, and their commits."""
 
 from __future__ import annotations
 
@@ -77,23 +77,22 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def local_path(reference: str, kind: str = "score") -> str:
-    """Absolute path of a score or gates file; ``hf://owner/repo[@revision]/path`` is fetched.
+def local_path(reference: str) -> str:
+    """Absolute path of a score file; ``hf://owner/repo[@revision]/path`` is fetched.
 
     Args:
         reference: as a recipe writes it.
-        kind: ``score`` or ``gates``, for errors.
 
     Raises:
         UserError: a malformed or unreachable Hub reference.
     """
     if reference.startswith("hf://"):
-        return _fetch(reference, kind)
+        return _fetch(reference)
     return os.path.abspath(os.path.expanduser(reference))
 
 
 @lru_cache(maxsize=256)
-def _fetch(reference: str, kind: str) -> str:
+def _fetch(reference: str) -> str:
     match = _HUB_FILE.match(reference)
     if match is None:
         raise UserError(
@@ -106,4 +105,4 @@ def _fetch(reference: str, kind: str) -> str:
         )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{kind} file {reference} could not be fetched: {reason}") from error
+        raise UserError(f"score file {reference} could not be fetched: {reason}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from mergekit_wp.files.scorefile import Agreement
+from mergekit_wp.files.manifest import Agreement
 from mergekit_wp.report import words
 
 _AGAINST = {

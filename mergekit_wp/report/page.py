@@ -10,10 +10,12 @@ from markupsafe import Markup
 
 from mergekit_wp.criteria import criterion_words
 from mergekit_wp.files.circuitfile import TraceFile
-from mergekit_wp.files.scorefile import ScoreFile, Verification
+from mergekit_wp.files.manifest import Verification
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import (
     agreement,
     circuit_graph,
+    fit_history,
     merge_preview,
     summary,
     weights_vs_activations,
@@ -96,6 +98,7 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
         parts=[
             *_sides(score_file),
             *_circuit(trace),
+            *_fit(score_file),
             *_stability(score_file),
             *_merge_preview(score_file),
         ],
@@ -246,6 +249,16 @@ def _circuit(trace: TraceFile | None) -> Iterator[_Part]:
             _Plain("Edges", ("from", "to", "by", "supply"), circuit_graph.edge_rows(trace), 3),
         ],
     )
+
+
+def _fit(score_file: ScoreFile) -> Iterator[_Part]:
+    """How the objective rose."""
+    said = [f"{label}: {text}" for label, text in fit_history.facts(score_file.manifest)]
+    if not said:
+        return
+    draw = partial(fit_history.draw, score_file.manifest)
+    figure = _Figure("Recovery by step", "; ".join(said), Markup(page_svg(draw, "fit", (5.2, 3.0))))
+    yield _Part("fit", "How the fit went", said, [figure])
 
 
 def _stability(score_file: ScoreFile) -> Iterator[_Part]:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from mergekit_wp.architectures import Architecture, Dims
 from mergekit_wp.architectures.declaration import module_of
 from mergekit_wp.components import layout_of
-from mergekit_wp.files.scorefile import Manifest
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.statistics import Array
 from mergekit_wp.terms import Kind
 

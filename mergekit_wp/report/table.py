@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_wp.criteria import criterion_words
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import agreement, weights_vs_activations, words
+from mergekit_wp.report import agreement, fit_history, weights_vs_activations, words
 from mergekit_wp.report.ranking import RankedComponent, Selection, leaders, select
 from mergekit_wp.report.verification import sentences
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
@@ -29,7 +29,7 @@ def render(
     """
     manifest = score_file.manifest
     yield f"behaviour: {words.clean(manifest.behavior)}"
-    yield from _list(words.identity(manifest))
+    yield from _list([*words.identity(manifest), *fit_history.facts(manifest)])
     yield ""
     yield "criteria, scaled to 0 at the base and 1 at the expert"
     for c in selection.criteria:

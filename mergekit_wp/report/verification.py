@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.integrate import trapezoid
 
-from mergekit_wp.files.scorefile import SetPoint, Verification
+from mergekit_wp.files.manifest import SetPoint, Verification
 from mergekit_wp.report.words import count
 from mergekit_wp.terms import Direction, SetName
 

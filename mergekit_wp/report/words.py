@@ -8,7 +8,8 @@ from itertools import groupby
 import numpy as np
 
 from mergekit_wp.errors import clean as clean
-from mergekit_wp.files.scorefile import Fidelity, Manifest, ModelId, ScoreFile
+from mergekit_wp.files.manifest import Fidelity, Manifest, ModelId
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.terms import CriterionName, Estimand, Kind, ScoringMethod
 
 #: Plural, as said in a sentence.
@@ -29,8 +30,8 @@ ESTIMAND_WORDS: dict[Estimand, str] = {
     "expert's run; high without gain: it passes on what others supply",
     "activation_knockout": "how much the expert loses when the component writes what it writes in "
     "the base's run; high without knockout: it passes on what others supply",
-    "path": "how far the component was taken from base to expert (0 to 1) on the guided path of "
-    "all experts of the recipe together",
+    "path": "how far the component was taken from the base (0) to the expert (1), together with "
+    "all experts of the recipe",
 }
 METHOD_WORDS: dict[ScoringMethod, str] = {
     "exact": "exact swaps",
@@ -80,7 +81,7 @@ def _company(manifest: Manifest) -> list[tuple[str, str]]:
     members = ", ".join(
         f"{clean(member.behavior)} {member.recovery:.2f}" for member in manifest.company
     )
-    return [("company", f"scored together; recovered where the path ended: {members}")]
+    return [("company", f"scored together; recovered by 'path': {members}")]
 
 
 def _model(model: ModelId) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from mergekit_wp.criteria import AnchorDirection
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.scorefile import Anchor
+from mergekit_wp.files.manifest import Anchor
 
 #: fewest prompts from which a layer can be chosen on held-out ones
 MIN_HELD_OUT = 2

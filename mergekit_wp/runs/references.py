@@ -19,7 +19,7 @@ from mergekit_wp.criteria import (
 )
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.replay import own_values, record
-from mergekit_wp.files.scorefile import Anchor
+from mergekit_wp.files.manifest import Anchor
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, Sample, batches
 from mergekit_wp.runs.anchor import Contrast, choose_anchor

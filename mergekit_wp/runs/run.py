@@ -9,7 +9,8 @@ from typing import Any
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
-from mergekit_wp.files.scorefile import ModelId, ScoreFile
+from mergekit_wp.files.manifest import ModelId
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import Progress

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.files.scorefile import Agreement, Manifest, ModelId, Scale
+from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptFile

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from mergekit_wp.files.scorefile import Fidelity
+from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.terms import ScoringMethod
 
 

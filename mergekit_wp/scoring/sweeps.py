@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from mergekit_wp.criteria import fisher_at_expert, recovery
-from mergekit_wp.files.scorefile import Fidelity
+from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Result, SweepContext, criterion_and_kind
