@@ -61,6 +61,18 @@ def test_no_recipe_is_overwritten(world: Path, tmp_path: Path) -> None:
     assert not list(world.glob("*.safetensors")) and not list(world.glob("*.partial"))
 
 
+def test_scores_of_others_are_no_start(world: Path, tmp_path: Path) -> None:
+    fitted(world, tmp_path / "gates", steps=1)
+    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
+    one, two = recipe["models"]
+    one["parameters"], two["parameters"] = two["parameters"], one["parameters"]
+    (tmp_path / "swapped.yml").write_text(yaml.safe_dump(recipe))
+    message = "east differs from .*west.safetensors was made for .*: these are other models; give"
+    with pytest.raises(UserError, match=message):
+        fitted(world, tmp_path / "no", recipe=tmp_path / "swapped.yml", start="scores")
+    assert not (tmp_path / "no").exists()
+
+
 def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "gates"
     file = fitted(world, out, steps=1)

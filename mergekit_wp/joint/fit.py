@@ -28,6 +28,7 @@ from mergekit_wp.prompts import PromptFile, read_prompts
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.run import check_norms
 
 
 def fit(request: FitRequest, progress: Progress) -> list[Path]:
@@ -52,7 +53,7 @@ def fit(request: FitRequest, progress: Progress) -> list[Path]:
     layout = Layout(partition, tuple(member.pair.changed for member in members))
     inputs = inputs_of(request, members)
     inputs |= {"guards": [prompts.sha256 for _, prompts in guards]}
-    start = _start(request, layout)
+    start = _start(request, members, layout)
     inputs |= {"start": hashlib.sha256(start.numpy().tobytes()).hexdigest()}
     with Journal(request.out / "fit", inputs, request.restart) as journal:
         if journal.resumed:
@@ -80,12 +81,16 @@ def fit(request: FitRequest, progress: Progress) -> list[Path]:
     return written
 
 
-def _start(request: FitRequest, layout: Layout) -> torch.Tensor:
+def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> torch.Tensor:
     """Flat gates to start from: a constant, or the recipe's own."""
     flat = torch.zeros(layout.size, dtype=torch.float64)
     if request.start == "scores":
-        for gates, found in zip(layout.unflat(flat), recipe_gates(request.recipe), strict=True):
-            for name, gate in found.items():
+        own = recipe_gates(request.recipe)
+        for member, gates, found in zip(members, layout.unflat(flat), own, strict=True):
+            for path, file in found.files.items():
+                way_out = "give the recipe the scores of its experts"
+                check_norms(file.file.delta_norm, member.pair, f"score file {path}", way_out)
+            for name, gate in found.gates.items():
                 layout.partition.put(gates, name, gate)
         return flat.clamp(0.0, request.upper)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.architecture import get_architecture_info
@@ -52,8 +52,20 @@ def _parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
     return {**task.parameters, **by_name}
 
 
-def recipe_gates(path: Path) -> list[dict[str, torch.Tensor]]:
-    """The gates of a weight_patching recipe, by tensor name, for each expert in order.
+class ExpertGates(NamedTuple):
+    """What a recipe takes of one expert.
+
+    Attributes:
+        gates: ``[components of the tensor]`` by tensor name.
+        files: the score files that say so, by path.
+    """
+
+    gates: dict[str, torch.Tensor]
+    files: dict[str, ExpertScores]
+
+
+def recipe_gates(path: Path) -> list[ExpertGates]:
+    """The gates of a weight_patching recipe, for each expert in order.
 
     Raises:
         UserError: a recipe of another method, or a mistake in it.
@@ -65,12 +77,14 @@ def recipe_gates(path: Path) -> list[dict[str, torch.Tensor]]:
             "give --start a number"
         )
     order = recipes.experts_in_order(recipe.config)
-    found: list[dict[str, torch.Tensor]] = [{} for _ in order]
+    found = [ExpertGates({}, {}) for _ in order]
     for task in plan_only(recipe):
         gated = planned_gates(task)
         if gated is not None:
             for expert, gates in zip(gated.experts, gated.gates, strict=True):
-                found[order.index(expert)][task.output_weight.name] = gates
+                own, file = found[order.index(expert)], planned_source(task, expert)
+                own.gates[task.output_weight.name] = gates
+                own.files[file.path] = file
     return found
 
 
