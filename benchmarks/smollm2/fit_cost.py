@@ -156,7 +156,7 @@ def fit(out: Path, steps: int) -> list[str]:
     pairs = [f"{e}={local(PROMPTS / f'{e}.jsonl')}" for e in SKILLS]
     program = str(Path(sys.executable).with_name("mergekit-wp"))
     return [
-        *(program, "fit", local(recipe_of(SKILLS)), "--out", str(out / f"{steps}.safetensors")),
+        *(program, "fit", local(recipe_of(SKILLS)), "--out", str(out / f"fitted-{steps}")),
         *(part for pair in pairs for part in ("--prompts", pair)),
         *("--steps", str(steps), "--held-out", "0", "--prompts-a-step", str(A_STEP)),
     ]
