@@ -51,7 +51,7 @@ def hostile_file() -> ScoreFile:
     bad = manifest.expert.model_copy(update={"reference": HOSTILE, "revision": HOSTILE})
     names = (*manifest.tensor_names[:-1], HOSTILE)
     fields = {"behavior": HOSTILE, "expert": bad, "tensor_names": names, "created": HOSTILE}
-    fields |= {"architecture": HOSTILE, "versions": {HOSTILE: HOSTILE}, "dtype": HOSTILE}
+    fields |= {"versions": {HOSTILE: HOSTILE}, "dtype": HOSTILE}
     return ScoreFile(manifest.model_copy(update=fields), score_file.tensors)
 
 

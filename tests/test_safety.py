@@ -190,9 +190,14 @@ def test_a_staged_folder_stays_inside(tmp_path: Path) -> None:
 def test_names_of_a_manifest_are_text_in_a_page() -> None:
     file = make_score_file()
     hostile = "<script>alert(1)</script>"
-    update = {"behavior": hostile, "architecture": hostile, "versions": {hostile: hostile},
+    update = {"behavior": hostile, "versions": {hostile: hostile},
               "base": file.manifest.base.model_copy(update={"reference": hostile}),
               "created": hostile}  # fmt: skip
     page = html(ScoreFile(file.manifest.model_copy(update=update), file.tensors))
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+    strange = {"architecture": hostile, "kinds": ("tensor",)}  # only a class without heads may be
+    bare = {"n_heads": 0, "n_kv_groups": 0, "n_neurons": 0}
+    plain = make_score_file(estimands=("share",), kinds=("tensor",))
+    page = html(ScoreFile(plain.manifest.model_copy(update=strange | bare), plain.tensors))
+    assert "<script>alert" not in page
