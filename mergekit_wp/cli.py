@@ -45,9 +45,26 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the subcommand; what it refuses is said with its own flags."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            command = self.get_command(ctx, str(ctx.invoked_subcommand))
+            if command is not None:
+                error.use_flags({str(each.name): _flag(each) for each in command.params})
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+def _flag(parameter: click.Parameter) -> str:
+    """What a user types: an option's flag, an argument's name in ``--help``."""
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return str(parameter.name).upper()
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

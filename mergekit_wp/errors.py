@@ -1,11 +1,15 @@
-"""Exceptions that the command line turns into one line."""
+"""Exceptions that the command line turns into one line, and how messages name options."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 #: characters of a message; a file from elsewhere may have names of any length
 _LONGEST = 2000
+#: an option within a message; its marks are no printable text, and no white space
+_OPTION = re.compile("\x01([a-z_]+)(?:\x02([^\x03]*))?\x03")
 
 
 def clean(text: str) -> str:
@@ -15,16 +19,54 @@ def clean(text: str) -> str:
     )
 
 
+def option(name: str, value: object = None) -> str:
+    """Name an option in a message. How it is spelt is for whoever shows the message to say.
+
+    Args:
+        name: of the request's field or the function's argument.
+        value: what it is or should be set to; None names the option alone.
+
+    Returns:
+        A mark that `UserError` and `spelled` turn into ``name=value``, or ``--name value``.
+    """
+    return f"\x01{name}\x03" if value is None else f"\x01{name}\x02{clean(str(value))}\x03"
+
+
+def spelled(message: str, flags: Mapping[str, str] | None = None) -> str:
+    """One printable line, with the options in it spelt out.
+
+    Args:
+        message: with marks of `option`.
+        flags: a command's own, by option; one that it does not have is its name in kebab case.
+            None for Python's spelling, ``name=value``.
+    """
+
+    def spelt(mark: re.Match[str]) -> str:
+        name, value = mark.groups()
+        if flags is None:
+            return name if value is None else f"{name}={value}"
+        flag = flags[name] if name in flags else "--" + name.replace("_", "-")
+        return flag if value in (None, "True") else f"{flag} {value}"
+
+    return clean(_OPTION.sub(spelt, " ".join(message.split())))[:_LONGEST]
+
+
 class UserError(Exception):
     """Bad input: one sentence that names the file or key, what was expected and what to do.
 
     The command line prints it as one line on stderr and exits with status 2. Whatever the message
-    quotes, it is one printable line.
+    quotes, it is one printable line. It names options by `option`, as arguments of Python until a
+    command calls them by its flags.
     """
 
     def __init__(self, message: str) -> None:
         """Take the message, made one line."""
-        super().__init__(clean(" ".join(message.split()))[:_LONGEST])
+        self._message = message
+        super().__init__(spelled(message))
+
+    def use_flags(self, flags: Mapping[str, str]) -> None:
+        """Spell the options that the message names as a command does; see `spelled`."""
+        self.args = (spelled(self._message, flags),)
 
 
 class OutOfMemory(UserError):

@@ -53,7 +53,7 @@ def test_noise_alone_does_not_separate() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match="--anchor-layer 4 is out of range: .* layers 0 to 3"):
+    with pytest.raises(UserError, match="anchor_layer=4 is out of range: .* layers 0 to 3"):
         choose_anchor(contrast(), 4)
     with pytest.raises(UserError, match="needs at least 2 prompts"):
         choose_anchor(contrast(1), None)

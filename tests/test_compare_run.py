@@ -126,7 +126,7 @@ def test_the_planted_setting_is_chosen_and_reported(
 def test_untuned_needs_no_validation(family: Family, tmp_path: Path) -> None:
     task = Distance("near", planted(family, 0.5), {"valid": 0, "test": 4})
     plan = make_plan(family, task, ("weight_patching", "task_arithmetic"))
-    with pytest.raises(UserError, match="task 'near' has no 'valid' items: .* --untuned"):
+    with pytest.raises(UserError, match="task 'near' has no 'valid' items: .* untuned=True"):
         plan.check()
     plan = replace(plan, tuned=False)
     plan.check()
@@ -144,7 +144,7 @@ def test_untuned_needs_no_validation(family: Family, tmp_path: Path) -> None:
 def test_aim_is_tuned_on_top_of_the_best_setting(family: Family, tmp_path: Path) -> None:
     task = Distance("near", planted(family, 0.7))
     plan = make_plan(family, task, ("task_arithmetic+aim",))
-    with pytest.raises(UserError, match="AIM needs --calibration"):
+    with pytest.raises(UserError, match="AIM needs calibration=PROMPTS.jsonl"):
         plan.check()
     plan = replace(plan, calibration=(Prompt(prompt="abc"),))
     rows = {row.name: row for row in run(plan, tmp_path).rows}
@@ -267,7 +267,7 @@ def test_results_of_another_configuration_are_refused(family: Family, tmp_path: 
     )
     inputs = {"dtype": "float32", "tasks": {"near": "1"}}
     run(plan, tmp_path, inputs)
-    with pytest.raises(UserError, match="another configuration; changed: dtype; add --restart"):
+    with pytest.raises(UserError, match="another configuration; changed: dtype; add restart=True"):
         run(plan, tmp_path, inputs | {"dtype": "bfloat16"})
     with pytest.raises(UserError, match="another configuration; changed: tasks: near; add"):
         run(plan, tmp_path, inputs | {"tasks": {"near": "2"}})
@@ -276,7 +276,7 @@ def test_results_of_another_configuration_are_refused(family: Family, tmp_path: 
         with pytest.raises(UserError, match="another comparison is writing"):
             Results(tmp_path, {"dtype": "float64"}).__enter__()
     (tmp_path / "results.jsonl").write_text('{"model": 3}\n')
-    with pytest.raises(UserError, match=r"results.jsonl, line 1 is damaged; add --restart"):
+    with pytest.raises(UserError, match=r"results.jsonl, line 1 is damaged; add restart=True"):
         Results(tmp_path, {"dtype": "float64"}).__enter__()
     (tmp_path / "comparison.json").unlink()
     with pytest.raises(UserError, match="without its comparison.json"):

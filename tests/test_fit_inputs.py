@@ -207,7 +207,7 @@ def test_adapters_of_one_base(world: Path, tmp_path: Path, merged: Merged, start
     assert_close(found, reference(world, file), 1e-5)
     recipe["models"][0]["model"] = f"{world / 'base'}+{tmp_path / 'elsewhere' / 'to-east'}"
     shutil.copytree(tmp_path / "to-west", tmp_path / "elsewhere" / "to-east")
-    with pytest.raises(UserError, match=r"east \(as merged in --lora-merge-cache\): its diff"):
+    with pytest.raises(UserError, match=r"east \(as merged in lora_merge_cache\): its diff"):
         merged(recipe, tmp_path / "no", tmp_path / "cache")
 
 

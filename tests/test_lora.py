@@ -260,7 +260,7 @@ def test_small_changes_of_a_bfloat16_base(
     shutil.copytree(adapter, tmp_path / "other" / "adapter")
     change_weights(lambda w: [t.mul_(1.5) for t in w.values()])(tmp_path / "other" / "adapter")
     other = recipe_of(base, f"{base}+{tmp_path}/other/adapter", scores)
-    with pytest.raises(UserError, match=r"\(as merged in --lora-merge-cache\): its difference"):
+    with pytest.raises(UserError, match=r"\(as merged in lora_merge_cache\): its difference"):
         merged(other, tmp_path / "no", tmp_path / "c", **options)
 
 

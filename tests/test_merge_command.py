@@ -15,8 +15,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.cli import main
-from mergekit_wp.commands.merge import merge
+from mergekit_wp.cli import cli, main
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from tests.merging import (
@@ -49,7 +48,7 @@ def write(recipe: Any, path: Path) -> Path:
 
 def invoke(recipe: Path, out: Path, *options: str) -> Result:
     arguments = [str(recipe), str(out), "--quiet", "--no-copy-tokenizer", *options]
-    return CliRunner().invoke(merge, arguments)
+    return CliRunner().invoke(cli, ["merge", *arguments])
 
 
 def refused(recipe: Path, out: Path, *options: str) -> str:
@@ -168,7 +167,7 @@ def test_uncovered_tensors_are_told(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_help_says_where_scores_are_looked_up() -> None:
-    shown = " ".join(CliRunner().invoke(merge, ["--help"]).output.split())
+    shown = " ".join(CliRunner().invoke(cli, ["merge", "--help"]).output.split())
     assert "looked up in the recipe's folder first, then in the current one" in shown
     assert "--lora-merge-cache" in shown
 

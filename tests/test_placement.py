@@ -88,13 +88,13 @@ def test_limits_as_a_user_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("texts", "device", "message"),
     [
-        (["cpu"], "cpu", "--max-memory cpu: expected DEVICE=SIZE"),
+        (["cpu"], "cpu", "max_memory=cpu: expected DEVICE=SIZE"),
         (["cpu=20"], "cpu", "as in 0=20GiB or cpu=60GiB"),
         (["cpu=20gb"], "cpu", "expected DEVICE=SIZE"),  # to accelerate, gigabits
         (["cuda:0=20GiB"], "cuda", "'cpu' or the number of a GPU"),
         (["disk=20GiB"], "cuda", "expected DEVICE=SIZE"),
         (["cpu=1GiB", "cpu=2GiB"], "cpu", "'cpu' is given twice"),
-        (["0=1GiB"], "cpu", "--max-memory 0=1GiB: with --device cpu"),
+        (["0=1GiB"], "cpu", "max_memory=0=1GiB: with device=cpu"),
         (["99=1GiB"], "cuda", "device 'cuda:99' cannot be used here"),
     ],
 )
@@ -105,5 +105,5 @@ def test_limits_that_are_none(texts: list[str], device: str, message: str) -> No
 
 def test_devices_without_a_map() -> None:
     check_places("cuda:1")
-    with pytest.raises(UserError, match="--device-map works with --device cpu and cuda, not with"):
+    with pytest.raises(UserError, match="device_map works with device=cpu and cuda, not with"):
         check_places("mps")

@@ -138,5 +138,5 @@ def test_workers_have_one_gpu(tmp_path: Path) -> None:
 def test_a_model_without_a_map_is_refused(tmp_path: Path) -> None:
     given = world(tmp_path, "stablelm") | {"estimands": ("share",)}
     request = ScoreRequest(**given, out=tmp_path / "a", max_memory={"cpu": 0})
-    with pytest.raises(UserError, match="--device-map needs"):
+    with pytest.raises(UserError, match="device_map needs"):
         score(request, Quiet())

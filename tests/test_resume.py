@@ -135,7 +135,7 @@ def test_resuming_with_other_inputs_is_refused_by_name(request_of, monkeypatch) 
     with pytest.raises(UserError, match="changed: expert weights .*prompts"):
         score(request, Quiet())
     (request.out.with_name("out.safetensors.partial") / "inputs.json").write_text("{")
-    with pytest.raises(UserError, match=r"inputs.json is damaged .* add --restart"):
+    with pytest.raises(UserError, match=r"inputs.json is damaged .* add restart=True"):
         score(request, Quiet())
     assert not request.out.exists()
     score(request_of("out.safetensors", restart=True), Quiet())

@@ -17,7 +17,7 @@ from mergekit_wp.compare.reading import read_comparison
 from mergekit_wp.compare.resampling import Resampled
 from mergekit_wp.compare.rows import recipe_name
 from mergekit_wp.compare.table import markdown_table
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _same_recipe(
             return row
     raise UserError(
         f"none of the recipes in {folder / 'recipes'} is that of this merge; if one of its rows is "
-        f"this model nevertheless, say --row NAME, one of {', '.join(rows)}"
+        f"this model nevertheless, say {option('row', 'NAME')}, one of {', '.join(rows)}"
     )
 
 

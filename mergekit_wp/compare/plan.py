@@ -10,7 +10,7 @@ import torch
 from mergekit.config import MergeConfiguration
 
 from mergekit_wp.compare.methods import Method
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import Split
@@ -65,9 +65,9 @@ class Plan:
                 if not task.count(split):
                     why = {
                         "valid": "parameters are chosen on them; mark some items as such, or "
-                        "compare with --untuned",
+                        f"compare with {option('untuned', True)}",
                         "test": "they are what is reported",
                     }[split]
                     raise UserError(f"task '{task.name}' has no '{split}' items: {why}")
         if any(method.aim for method in self.methods) and not self.calibration:
-            raise UserError("AIM needs --calibration PROMPTS.jsonl")
+            raise UserError(f"AIM needs {option('calibration', 'PROMPTS.jsonl')}")

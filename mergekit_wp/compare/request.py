@@ -15,7 +15,7 @@ from mergekit.config import MergeConfiguration
 import mergekit_wp
 from mergekit_wp.compare.methods import DEFAULT_METHODS, OURS, Method, methods_of, read_grid
 from mergekit_wp.compare.plan import Plan
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     """
     read = [recipes.read(path) for path in request.recipes]
     first = _first(request, read)
-    experts = Experts.of(first, request.recipes[0] if read else "--base and --expert")
+    experts = Experts.of(first, request.recipes[0] if read else f"of {option('experts')}")
     fixed = {}
     for path, other in zip(request.recipes[1:], read[1:], strict=True):
         theirs = Experts.of(other.config, path)
@@ -81,7 +81,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         wanted = DEFAULT_METHODS
         if not calibration:
             wanted = tuple(name for name in wanted if not name.endswith("+aim"))
-            notes.append("AIM is left out: it needs --calibration PROMPTS.jsonl")
+            notes.append(f"AIM is left out: it needs {option('calibration', 'PROMPTS.jsonl')}")
     methods = methods_of(wanted, len(experts.models), first)
     if request.grid:
         grids = read_grid(request.grid, {method.name: method for method in methods})
@@ -172,8 +172,8 @@ def _first(request: CompareRequest, read: Sequence[recipes.Recipe]) -> MergeConf
     """Our own recipe: the first one given, or one of listed experts."""
     if bool(read) == bool(request.base or request.experts):
         raise UserError(
-            "give either a weight_patching RECIPE, or --base BASE with --expert EXPERT SCORES for "
-            "every expert"
+            f"give either a weight_patching RECIPE, or {option('base', 'BASE')} with "
+            f"{option('experts', 'EXPERT SCORES')} for every expert"
         )
     if read:
         if not read[0].is_weight_patching:
@@ -183,7 +183,7 @@ def _first(request: CompareRequest, read: Sequence[recipes.Recipe]) -> MergeConf
             )
         return read[0].config
     if not request.base or not request.experts:
-        raise UserError("--base and --expert EXPERT SCORES go together")
+        raise UserError(f"{option('base')} and {option('experts', 'EXPERT SCORES')} go together")
     return MergeConfiguration.model_validate(
         {
             "merge_method": OURS,
@@ -215,5 +215,5 @@ def _dtype(name: str) -> torch.dtype:
     try:
         found: torch.dtype = dtype_from_name(name)
     except RuntimeError as error:
-        raise UserError(f"--eval-dtype {name}: {error}") from error
+        raise UserError(f"{option('eval_dtype', name)}: {error}") from error
     return found

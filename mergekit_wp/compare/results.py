@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import ValidationError
 
 from mergekit_wp.compare.rows import ResultLine, Setting
-from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
 from mergekit_wp.tasks.task import ItemScore
@@ -109,16 +109,19 @@ class Results:
                     if key in earlier and key in self.inputs:
                         self.inputs[key] = earlier[key] | self.inputs[key]
             except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"{stated} is damaged; add --restart to begin anew") from error
+                raise UserError(
+                    f"{stated} is damaged; add {option('restart', True)} to begin anew"
+                ) from error
             if changed:
                 raise UserError(
                     f"{self.folder} holds a comparison with another configuration; changed: "
-                    f"{', '.join(changed)}; add --restart to begin anew, or choose another --out"
+                    f"{', '.join(changed)}; add {option('restart', True)} to begin anew, or "
+                    f"choose another {option('out')}"
                 )
         elif self.path.exists():
             raise UserError(
                 f"{self.path} is there without its comparison.json, so nobody knows what it "
-                "belongs to; choose another --out, or add --restart"
+                f"belongs to; choose another {option('out')}, or add {option('restart', True)}"
             )
         with written_whole(stated) as temporary:
             temporary.write_text(json.dumps(self.inputs, indent=1, sort_keys=True))
@@ -135,7 +138,8 @@ class Results:
                 result = ResultLine.model_validate_json(line)
             except ValidationError as error:
                 raise UserError(
-                    f"{self.path}, line {number} is damaged; add --restart to begin anew"
+                    f"{self.path}, line {number} is damaged; add {option('restart', True)} to "
+                    "begin anew"
                 ) from error
             if result.failed is not None:
                 failures += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mergekit_wp.compare.rows import Setting
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 
 #: by task: scores of the items
 ByTask = Mapping[str, Sequence[float]]
@@ -27,7 +27,7 @@ def ceilings(experts: Sequence[ByTask], tasks: Sequence[str], split: str) -> dic
         if value <= 0:
             raise UserError(
                 f"task '{task}': no expert gets any {split} item right, so nothing can be relative "
-                "to it; leave --relative out, or give items that an expert solves"
+                f"to it; leave {option('relative')} out, or give items that an expert solves"
             )
     return found
 

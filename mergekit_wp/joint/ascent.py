@@ -14,7 +14,7 @@ from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.replay import own_values, record
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.engine.task_vector import TaskVector
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.joint.gates import Climb, Layout, penalty_slope, weights
 from mergekit_wp.joint.members import Member
@@ -124,7 +124,8 @@ class Fitting:
         if n < 2:
             raise UserError(
                 f"'{objective.name}' has prompts for one step only, so none can be held out; give "
-                "more prompts, a smaller --prompts-a-step, or --held-out 0 to fit without"
+                f"more prompts, a smaller {option('prompts_a_step')}, or {option('held_out', 0)} "
+                "to fit without"
             )
         generator = torch.Generator().manual_seed(self.request.seed)
         order = torch.randperm(n, generator=generator).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
@@ -35,8 +35,8 @@ def recipe_beside(folder: Path, read: Path) -> Path:
     path = folder / "recipe.yml"
     if path.resolve() == read.resolve():
         raise UserError(
-            f"--out {folder}: the recipe that merges by the new scores is written to {path}, where "
-            "the recipe is that is read; give another folder"
+            f"{option('out', folder)}: the recipe that merges by the new scores is written to "
+            f"{path}, where the recipe is that is read; give another folder"
         )
     return path
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Fidelity, Fit, Guard, Moment
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import recipe_beside, write_company
@@ -42,8 +42,8 @@ def fit(request: FitRequest, progress: Progress) -> list[Path]:
     """
     if request.guard_weight != GUARD_WEIGHT and not request.guards:
         raise UserError(
-            f"--guard-weight {request.guard_weight:g} weighs guards, and none is given; add "
-            "--guard FILE.jsonl"
+            f"{option('guard_weight', f'{request.guard_weight:g}')} weighs guards, and none is "
+            f"given; add {option('guards', 'FILE.jsonl')}"
         )
     recipe = recipe_beside(request.out, request.recipe)
     members = open_members(request, request.out, progress)
@@ -97,11 +97,11 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
         value = float(request.start)
     except ValueError:
         raise UserError(
-            f"--start {request.start}: give a number, or 'scores' for the gates by which the "
-            "recipe merges, such as those of an earlier fit"
+            f"{option('start', request.start)}: give a number, or 'scores' for the gates by which "
+            "the recipe merges, such as those of an earlier fit"
         ) from None
     if not 0 <= value <= request.upper:
-        raise UserError(f"--start {value:g} is not within 0 and {request.upper:g}")
+        raise UserError(f"{option('start', f'{value:g}')} is not within 0 and {request.upper:g}")
     return flat.fill_(value)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_wp
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.joint.request import MembersRequest
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.backoff import fitting
@@ -123,15 +123,14 @@ def _requests(request: MembersRequest, folder: Path) -> list[ScoreRequest]:
     experts = Experts.read(request.recipe)
     files: dict[str, Path] = {}
     for key, path in request.prompts:
+        given = option("prompts", f"{key}={path}")
         fitting = [m for m in experts.models if key in (m, last_name(m), m.split("@")[0])]
         if len(fitting) != 1:
             known = ", ".join(experts.models)
             what = "several experts" if fitting else "no expert"
-            raise UserError(
-                f"--prompts {key}={path}: '{key}' is {what} of the recipe; it has {known}"
-            )
+            raise UserError(f"{given}: '{key}' is {what} of the recipe; it has {known}")
         if fitting[0] in files:
-            raise UserError(f"--prompts {key}={path}: '{key}' has prompts already")
+            raise UserError(f"{given}: '{key}' has prompts already")
         files[fitting[0]] = path
     names = [last_name(model) for model in experts.models]
     found = []
@@ -139,7 +138,7 @@ def _requests(request: MembersRequest, folder: Path) -> list[ScoreRequest]:
         if model not in files:
             raise UserError(
                 f"recipe {request.recipe}: expert '{model}' has no prompts; add "
-                f"--prompts {name}=FILE.jsonl"
+                f"{option('prompts', f'{name}=FILE.jsonl')}"
             )
         if names.count(name) > 1:
             raise UserError(

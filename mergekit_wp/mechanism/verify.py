@@ -18,7 +18,7 @@ import torch
 import mergekit_wp
 from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import SetPoint, Verification
 from mergekit_wp.files.scorefile import ScoreFile
@@ -311,8 +311,8 @@ def _sizes(top: Sequence[str], total: int) -> list[int]:
             number = float(text.removesuffix("%"))
             size = math.ceil(number / 100 * total) if percent else int(text)
         except (ValueError, OverflowError):
-            raise UserError(f"--top: '{text}' is no size; write a count or 5%") from None
+            raise UserError(f"{option('top')}: '{text}' is no size; write a count or 5%") from None
         if not 0 < size <= total:
-            raise UserError(f"--top {text}: the file scores {total} components")
+            raise UserError(f"{option('top', text)}: the file scores {total} components")
         sizes.append(size)
     return sorted(set(sizes))

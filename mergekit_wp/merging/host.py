@@ -11,6 +11,7 @@ from typing import Any
 from mergekit.common import ModelReference
 
 from mergekit_wp.architectures import text_config
+from mergekit_wp.errors import option
 from mergekit_wp.models.model_names import refuse_twice
 from mergekit_wp.models.refusals import refuse_quantised, refuse_quantised_weights
 
@@ -18,7 +19,9 @@ from mergekit_wp.models.refusals import refuse_quantised, refuse_quantised_weigh
 def shown(name: str, model: Hashable) -> str:
     """What errors call a tensor; mergekit reads a model with an adapter from its cache."""
     adapter = isinstance(model, ModelReference) and model.lora is not None
-    return f"tensor {name} of {model}" + (" (as merged in --lora-merge-cache)" if adapter else "")
+    return f"tensor {name} of {model}" + (
+        f" (as merged in {option('lora_merge_cache')})" if adapter else ""
+    )
 
 
 def refuse_unusable(input_ids: Sequence[Hashable], base_id: Hashable | None) -> None:

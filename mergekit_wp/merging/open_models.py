@@ -17,7 +17,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging.recipe import Recipe, score_files
 from mergekit_wp.models.lora import require_safetensors
 from mergekit_wp.models.refusals import headers, refuse_pickles
@@ -43,7 +43,9 @@ def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = F
     base, models = recipe.config.base_model, recipe.config.referenced_models()
     for model in models:
         if model.lora and not options.lora_merge_cache and not only_to_plan:
-            raise UserError(f"model {model} has a LoRA: give --lora-merge-cache FOLDER to merge it")
+            raise UserError(
+                f"model {model} has a LoRA: give {option('lora_merge_cache', 'FOLDER')} to merge it"
+            )
     LoaderCache().setup(options)
     configs = {
         model: _reading(model, lambda m: m.config(trust_remote_code=options.trust_remote_code))

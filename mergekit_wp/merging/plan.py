@@ -13,7 +13,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.expert_scores import ExpertScores
 from mergekit_wp.merging.host import is_tied
@@ -74,7 +74,7 @@ def recipe_gates(path: Path) -> list[ExpertGates]:
     if not recipe.is_weight_patching:
         raise UserError(
             f"recipe {path} is of '{recipe.config.merge_method}' and has no scores to start from; "
-            "give --start a number"
+            f"give {option('start')} a number"
         )
     order = recipes.experts_in_order(recipe.config)
     found = [ExpertGates({}, {}) for _ in order]

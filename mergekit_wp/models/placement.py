@@ -14,7 +14,7 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.models.memory import free_memory
 
 #: the place of weights that are read from the checkpoints whenever they are needed
@@ -41,16 +41,16 @@ def parse_max_memory(texts: Iterable[str], device: str) -> dict[str, int]:
         name, equals, size = text.partition("=")
         if not equals or not _SIZE.fullmatch(size) or not (name == "cpu" or name.isdecimal()):
             raise UserError(
-                f"--max-memory {text}: expected DEVICE=SIZE with 'cpu' or the number of a GPU, and "
-                "KiB, MiB, GiB, KB, MB or GB, as in 0=20GiB or cpu=60GiB"
+                f"{option('max_memory', text)}: expected DEVICE=SIZE with 'cpu' or the number of "
+                "a GPU, and KiB, MiB, GiB, KB, MB or GB, as in 0=20GiB or cpu=60GiB"
             )
         if name in found:
-            raise UserError(f"--max-memory: '{name}' is given twice")
+            raise UserError(f"{option('max_memory')}: '{name}' is given twice")
         if name != "cpu":
             if torch.device(device).type == "cpu":
                 raise UserError(
-                    f"--max-memory {text}: with --device cpu, weights are kept on the cpu or read "
-                    "from the checkpoints"
+                    f"{option('max_memory', text)}: with {option('device', 'cpu')}, weights are "
+                    "kept on the cpu or read from the checkpoints"
                 )
             check_device(f"cuda:{name}")
         found[name] = convert_file_size_to_int(size)
@@ -64,7 +64,10 @@ def check_places(device: str) -> None:
         UserError: names it.
     """
     if torch.device(device).type not in ("cpu", "cuda"):
-        raise UserError(f"--device-map works with --device cpu and cuda, not with '{device}'")
+        raise UserError(
+            f"{option('device_map')} works with {option('device', 'cpu')} and cuda, not with "
+            f"'{device}'"
+        )
 
 
 def free_places(device: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from mergekit_wp.architectures import Dims
+from mergekit_wp.errors import option
 from mergekit_wp.models.load import skeleton
 from mergekit_wp.models.memory import in_gib
 from mergekit_wp.models.offloaded import Offloaded, fetch_when_called
@@ -61,7 +62,7 @@ class ResidentModel:
         if self.max_memory is None:
             return {}
         dims = Dims.from_config(self.pair.base.config)
-        dims.require_map("--device-map")
+        dims.require_map(option("device_map"))
         layer = type(self.model.get_submodule(f"{dims.architecture.layers}.0"))
         return placement(self.model, layer, self.dtype, self.device, self.max_memory)
 

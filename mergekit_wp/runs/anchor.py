@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_wp.criteria import AnchorDirection
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Anchor
 
 #: fewest prompts from which a layer can be chosen on held-out ones
@@ -88,13 +88,14 @@ def choose_anchor(contrast: Contrast, layer: int | None) -> tuple[AnchorDirectio
     if layer is None:
         if separations is None:
             raise UserError(
-                f"--anchor-layer auto needs at least {MIN_HELD_OUT} prompts to choose on held-out "
-                f"ones, not {n}; give more prompts or set the layer"
+                f"{option('anchor_layer', 'auto')} needs at least {MIN_HELD_OUT} prompts to "
+                f"choose on held-out ones, not {n}; give more prompts or set the layer"
             )
         layer = int(separations.argmax())
     elif not 0 <= layer < n_layers:
         raise UserError(
-            f"--anchor-layer {layer} is out of range: the model has layers 0 to {n_layers - 1}"
+            f"{option('anchor_layer', layer)} is out of range: the model has layers 0 to "
+            f"{n_layers - 1}"
         )
     vector = direction(contrast.towards[:, layer], contrast.away[:, layer])
     if not vector.any():

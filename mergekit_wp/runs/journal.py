@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, synced
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
 
@@ -87,7 +87,7 @@ class Journal:
                 earlier, self.created = header["inputs"], header["created"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{stated} is damaged ({error}); add --restart to begin anew"
+                    f"{stated} is damaged ({error}); add {option('restart', True)} to begin anew"
                 ) from error
             keys = sorted(set(earlier) | set(self.inputs))
             changed = [key for key in keys if earlier.get(key) != self.inputs.get(key)]
@@ -98,7 +98,8 @@ class Journal:
                 )
                 raise UserError(
                     f"{self.folder} holds a run with other inputs; changed: {what}; "
-                    "add --restart to begin anew, or choose another --out"
+                    f"add {option('restart', True)} to begin anew, or choose another "
+                    f"{option('out')}"
                 )
             return
         for block in self.folder.glob("*.safetensors"):  # nobody knows what they belong to
@@ -149,7 +150,9 @@ class Journal:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); add --restart to begin anew") from error
+            raise UserError(
+                f"{path} is damaged ({error}); add {option('restart', True)} to begin anew"
+            ) from error
 
     def save(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         """Keep a finished block.

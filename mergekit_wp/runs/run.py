@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import ModelId
 from mergekit_wp.files.scorefile import ScoreFile
@@ -81,8 +81,8 @@ def check_scores(
         if f"{estimand}/{criterion}" not in have:
             raise UserError(
                 f"score file {path} has no '{estimand}/{criterion}' scores; it has "
-                f"{', '.join(have)}; `score` with --estimand {','.join(estimands)} "
-                f"--criterion {criterion} makes them"
+                f"{', '.join(have)}; `score` with {option('estimand', ','.join(estimands))} "
+                f"{option('criterion', criterion)} makes them"
             )
 
 
@@ -92,7 +92,7 @@ def check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
     Raises:
         UserError: names the first tensor whose task vector has another norm.
     """
-    way_out = "give the right ones as --base and --expert"
+    way_out = f"give the right ones as {option('base')} and {option('expert')}"
     check_norms(file.delta_norm, pair, f"score file {path}", way_out)
 
 

@@ -27,7 +27,7 @@ import torch
 from mergekit_wp.architectures import register
 from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing, stopping
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.model_names import absolute
@@ -252,7 +252,7 @@ def installed() -> ModuleType:
         import ray
     except ImportError as error:
         raise UserError(
-            "--ray needs Ray, which is not installed: pip install 'mergekit-wp[ray]'"
+            f"{option('ray')} needs Ray, which is not installed: pip install 'mergekit-wp[ray]'"
         ) from error
     module: ModuleType = ray
     return module

@@ -10,7 +10,7 @@ import torch
 
 import mergekit_wp
 from mergekit_wp.criteria import Criteria, CriterionFunction, named, source_sha256
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.scorefile import ScoreFile, read, write
 from mergekit_wp.models.backoff import fitting
 from mergekit_wp.models.memory import (
@@ -134,7 +134,7 @@ def _fitting(
             raise
     raise UserError(
         f"this run was begun with {size} sequences per forward pass, for which there is "
-        "no memory now; free some, or add --restart to begin anew"
+        f"no memory now; free some, or add {option('restart', True)} to begin anew"
     )
 
 
@@ -193,16 +193,20 @@ def _check_request(
     """Refuse what would fail or surprise after hours of work."""
     if request.ray:
         if request.max_memory is not None and set(request.max_memory) - {"0", "cpu"}:
-            raise UserError("--max-memory: with --ray every worker has one GPU, which it calls 0")
+            raise UserError(
+                f"{option('max_memory')}: with {option('ray')} every worker has one GPU, which it "
+                "calls 0"
+            )
         if request.max_memory == {}:
             raise UserError(
-                "--device-map with --ray needs --max-memory: the workers of one machine do not "
-                "know of each other what they take"
+                f"{option('device_map')} with {option('ray')} needs {option('max_memory')}: "
+                "the workers of one machine do not know of each other what they take"
             )
         installed()
     if request.anchor_layer is not None and "anchor" not in criteria:
         raise UserError(
-            "--anchor-layer is set, but the anchor is not scored: add --criterion anchor"
+            f"{option('anchor_layer')} is set, but the anchor is not scored: add "
+            f"{option('criteria', 'anchor')}"
         )
     if request.criteria is None and sum(p.usable_contrast for p in prompts) == 1:
         progress.note("only one prompt has a contrast, too few for an anchor; scoring kl alone")
@@ -215,7 +219,7 @@ def _check_request(
             read(request.out)
         except UserError as error:
             raise UserError(
-                f"--out {request.out} exists and is no score file; choose another name"
+                f"{option('out', request.out)} exists and is no score file; choose another name"
             ) from error
 
 
@@ -230,10 +234,10 @@ def _within_the_map(request: ScoreRequest, pair: Pair, progress: Progress) -> Sc
         return request
     kinds = tuple(kind for kind in request.kinds if kind not in SLICED_KINDS)
     if not kinds:
-        dims.require_map(f"--kinds {','.join(request.kinds)}")
+        dims.require_map(option("kinds", ",".join(request.kinds)))
     for estimand in request.estimands:
         if of_activations(estimand):
-            dims.require_map(f"--estimand {estimand}")
+            dims.require_map(option("estimands", estimand))
     progress.note(
         f"'{dims.architecture.class_name}' has no component map: scoring "
         f"{' and '.join(f'{kind}s' for kind in kinds)} only, by whole forward passes"

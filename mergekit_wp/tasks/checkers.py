@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.tasks import ifeval
 
 #: an item's own line, and what the model wrote: a score, or whether it is right
@@ -79,13 +79,13 @@ class Checkers:
             return cls(BUILT_IN, "")
         spec = importlib.util.spec_from_file_location("mergekit_wp_checkers", path)
         if not path.is_file() or spec is None or spec.loader is None:
-            raise UserError(f"--checkers {path}: no such Python file")
+            raise UserError(f"{option('checkers', path)}: no such Python file")
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise UserError(
-                f"--checkers {path} fails when it is run: {type(error).__name__}: {error}"
+                f"{option('checkers', path)} fails when it is run: {type(error).__name__}: {error}"
             ) from error
         own = {
             name: value

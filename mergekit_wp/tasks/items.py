@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import end_tokens, greedy
 from mergekit_wp.prompts import Message, Text, encode_prompt
@@ -205,7 +205,7 @@ def _parse(line: str, where: str, checkers: Checkers) -> dict[str, Any]:
     if item["checker"] not in checkers.known:
         raise UserError(
             f"{where}: unknown checker '{item['checker']}'; known are "
-            f"{', '.join(checkers.known)}; others come from --checkers FILE.py"
+            f"{', '.join(checkers.known)}; others come from {option('checkers', 'FILE.py')}"
         )
     for key in NEEDS.get(item["checker"], ()):
         if key not in item:
