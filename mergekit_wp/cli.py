@@ -8,6 +8,7 @@ import sys
 import click
 
 import mergekit_wp
+from mergekit_wp.commands.flags import flags
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.interrupts import Interrupted, listening
 
@@ -52,19 +53,12 @@ class _LazyGroup(click.Group):
         except UserError as error:
             command = self.get_command(ctx, str(ctx.invoked_subcommand))
             if command is not None:
-                error.use_flags({str(each.name): _flag(each) for each in command.params})
+                error.use_flags(flags(command))
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-def _flag(parameter: click.Parameter) -> str:
-    """What a user types: an option's flag, an argument's name in ``--help``."""
-    if isinstance(parameter, click.Option):
-        return max(parameter.opts, key=len)
-    return str(parameter.name).upper()
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

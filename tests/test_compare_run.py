@@ -19,15 +19,17 @@ from safetensors.torch import load_file
 
 from mergekit_wp import interrupts
 from mergekit_wp.cli import cli
+from mergekit_wp.compare.compare import compare
 from mergekit_wp.compare.merging import merge_in_memory
 from mergekit_wp.compare.methods import methods_of
 from mergekit_wp.compare.plan import Plan
+from mergekit_wp.compare.request import CompareRequest
 from mergekit_wp.compare.resampling import Resampled
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.rows import Comparison, Row
 from mergekit_wp.compare.run import Runner
 from mergekit_wp.compare.table import markdown_table, summary, terminal_table
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, spelled
 from mergekit_wp.interrupts import Interrupted
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.load import load_folder
@@ -214,12 +216,12 @@ def test_half_a_job_is_done_again(family: Family, tmp_path: Path) -> None:
 
 
 def test_a_merge_that_fails_is_recorded_and_tried_again(family: Family, tmp_path: Path) -> None:
-    task = Distance("near", planted(family, 0.5))
+    task = Distance("near", planted(family, 0.5), error=UserError("no\nway"))
     bad = planted(family, 0.5)  # where untuned task arithmetic lands
     task.fail_when = lambda weight: torch.allclose(weight, bad, atol=1e-6)
     plan = replace(make_plan(family, task, ("task_arithmetic", "ties")), tuned=False)
     rows = {row.name: row for row in run(plan, tmp_path).rows}
-    assert rows["task_arithmetic (untuned)"].failed == "ValueError: no way"
+    assert rows["task_arithmetic (untuned)"].failed == "no way"
     assert rows["ties (untuned)"].failed is None
     task.fail_when = None
     task.asked.clear()
@@ -227,6 +229,60 @@ def test_a_merge_that_fails_is_recorded_and_tried_again(family: Family, tmp_path
     assert rows["task_arithmetic (untuned)"].failed is None
     assert len(task.asked) == 1
     assert "failed" not in (tmp_path / "results.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "error"),
+    [
+        ("ram", "mergekit.merge_methods.ram._prepare_ram_vectors", ValueError("no\nway")),
+        ("ram", "mergekit.merge_methods.ram._prepare_ram_vectors", RuntimeError("no shape")),
+        ("weight_patching", "mergekit_wp.merging.method.fuse", UserError("no scores")),
+        ("weight_patching", "mergekit_wp.merging.method.fuse", RuntimeError("CUDA out of memory")),
+    ],
+)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_mergekit_refuses_is_a_failed_row(
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    where: str,
+    error: Exception,
+    in_memory: bool,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(where, refuse)
+    plan = make_plan(family, Distance("near", planted(family, 0.5)), (method, "ties"))
+    rows = {r.name: r for r in run(replace(plan, tuned=False, in_memory=in_memory), tmp_path).rows}
+    said = rows[f"{method} (untuned)"].failed
+    assert said is not None and said.endswith(" ".join(str(error).split())), said
+    assert rows["ties (untuned)"].failed is None
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, AssertionError, ValueError])
+@pytest.mark.parametrize("where", ["the task", "our method"])
+def test_a_bug_of_ours_is_no_failed_row(
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: type[Exception],
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error("ours")
+
+    task = Distance("near", planted(family, 0.5), error=error("ours"))
+    if where == "the task":
+        task.fail_when = lambda _: True
+    else:
+        monkeypatch.setattr("mergekit_wp.merging.method.fuse", broken)
+    plan = replace(make_plan(family, task, ("weight_patching",)), tuned=False)
+    with pytest.raises(error, match="ours"):
+        run(plan, tmp_path)
+    results = tmp_path / "results.jsonl"
+    assert not results.exists() or "failed" not in results.read_text()
 
 
 def test_an_interrupted_merge_is_no_failed_one(
@@ -468,6 +524,41 @@ def test_a_failed_merge_ends_with_one(world: Path) -> None:
     assert done.exit_code == 1
     assert "failed: expert expert1, weight_patching (untuned), ram (untuned)" in done.stderr
     assert "checker 'flaky' fails on item" in (world / "out" / "table.md").read_text()
+
+
+def test_from_python(world: Path, family: Family) -> None:
+    pandas = pytest.importorskip("pandas")
+    tasks = (str(world / "one.jsonl"), f"zwei={world / 'two.jsonl'}")
+    said: list[str] = []
+
+    class Listener:
+        def job(self, model: str, done: int, total: int) -> None:
+            said.append(model)
+
+        def note(self, text: str) -> None:
+            said.append(spelled(text))
+
+    recipe = yaml.safe_load((world / "recipe.yml").read_text())
+    request = CompareRequest(recipes=(recipe,), tasks=tasks, max_new_tokens=3, untuned=True)
+    before = sorted(world.iterdir())
+    found = compare(request, Listener())
+    assert sorted(world.iterdir()) == before, "nothing is written unless a path is given"
+    assert "AIM is left out: it needs calibration=PROMPTS.jsonl" in said and "ties" in said
+    done = invoke(world, str(world / "recipe.yml"), "--untuned")
+    assert found.table() in done.stdout and "<svg" in found.report() and not found.failed
+    frame = found.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    rows = json.loads((world / "out" / "summary.json").read_text())["rows"]
+    assert list(frame["name"]) == [row["name"] for row in rows]
+    assert list(frame["zwei"]) == [row["tasks"]["zwei"]["value"] for row in rows]
+    assert list(frame["mean_low"]) == [row["mean"]["low"] for row in rows]
+    for given, message in (
+        ({"keep": True}, "keep keeps merges in out=FOLDER"),
+        ({"recipes": (recipe | {"models": []},)}, "recipe in memory"),
+        ({"recipes": ()}, "or base=BASE with experts=EXPERT SCORES for every expert"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(request.model_copy(update=given), Listener())
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from mergekit_wp.compare.plan import Plan
-    from mergekit_wp.compare.resampling import Resampled
-    from mergekit_wp.compare.run import Runner
 
 
 @click.command(short_help="Is it better than TIES, DARE and the rest, for your experts?")
@@ -107,68 +99,23 @@ def compare(context: click.Context, /, **options: Any) -> None:
     with the chosen parameters. Start the same command again after a crash: finished work is kept.
     """
     import transformers
-    from tqdm import tqdm
 
-    from mergekit_wp.autoload import ensure_registered
-    from mergekit_wp.compare.request import KEPT, CompareRequest, fingerprint, make_plan
-    from mergekit_wp.compare.resampling import Resampled
-    from mergekit_wp.compare.results import Results
-    from mergekit_wp.compare.run import Runner
-    from mergekit_wp.compare.table import terminal_table
-    from mergekit_wp.models.placement import choose_device
+    from mergekit_wp.commands.flags import flags
+    from mergekit_wp.compare.compare import compare as run
+    from mergekit_wp.compare.progress import ComparisonBar
+    from mergekit_wp.compare.request import CompareRequest
 
     transformers.logging.set_verbosity_error()
-    ensure_registered()
-    options["device"] = choose_device(options["device"])
     if options["methods"] is not None:
         names = (name.strip() for name in options["methods"].split(","))
         options["methods"] = tuple(dict.fromkeys(name for name in names if name))
-    request = CompareRequest(**options)
-    plan, notes = make_plan(request)
-    for note in notes:
-        click.echo(f"mergekit-wp: {note}", err=True)
-    with (
-        Results(request.out, fingerprint(plan), request.restart) as results,
-        tqdm(desc="comparing", unit="job", total=1, mininterval=0.5) as bar,
-    ):
-
-        def said(name: str, done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(name, refresh=False)
-            bar.refresh()
-
-        def told(note: str) -> None:
-            bar.write(f"mergekit-wp: {note}", file=sys.stderr)
-
-        if request.restart:
-            shutil.rmtree(request.out / KEPT, ignore_errors=True)
-        runner = Runner(plan, results, said, told)
-        comparison = runner.run()
-    resampled = Resampled(comparison)
-    click.echo(terminal_table(resampled))
-    _write(request.out, plan, runner, resampled)
-    click.echo(f"\nreport: {request.out / 'report.html'}")
-    if failed := [row.name for row in comparison.rows if row.failed]:
+    with ComparisonBar(flags(context.command)) as progress:
+        found = run(CompareRequest(**options), progress)
+    click.echo(found.table())
+    click.echo(f"\nreport: {options['out'] / 'report.html'}")
+    if found.failed:
         click.echo(
-            f"mergekit-wp: failed: {', '.join(failed)}; the same command tries them again", err=True
+            f"mergekit-wp: failed: {', '.join(found.failed)}; the same command tries them again",
+            err=True,
         )
         context.exit(1)
-
-
-def _write(out: Path, plan: Plan, runner: Runner, resampled: Resampled) -> None:
-    from mergekit_wp.compare.page import html_page
-    from mergekit_wp.compare.rows import recipe_name
-    from mergekit_wp.compare.table import markdown_table, summary
-    from mergekit_wp.files.atomic import written_whole
-
-    title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
-    texts = {
-        "summary.json": json.dumps(summary(resampled), indent=1),
-        "table.md": markdown_table(resampled),
-        "report.html": html_page(resampled, title),
-    }
-    for name, config in runner.chosen.items():
-        texts[f"recipes/{recipe_name(name)}.yml"] = config.to_yaml()
-    for path, text in texts.items():
-        with written_whole(out / path) as temporary:
-            temporary.write_text(text, encoding="utf-8")

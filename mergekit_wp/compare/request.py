@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
+from pydantic import BaseModel, ConfigDict, Field
 
 import mergekit_wp
 from mergekit_wp.compare.methods import DEFAULT_METHODS, OURS, Method, methods_of, read_grid
@@ -20,6 +21,7 @@ from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
+from mergekit_wp.models.placement import choose_device
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
@@ -29,27 +31,30 @@ from mergekit_wp.tasks.task import Task
 KEPT = "merged"
 
 
-@dataclass(frozen=True)
-class CompareRequest:
-    """Everything `mergekit-wp compare` is asked for; see its ``--help``."""
+class CompareRequest(BaseModel):
+    """Everything `mergekit-wp compare` is asked for; see its ``--help``.
 
-    recipes: tuple[Path, ...]
+    ``recipes`` are files, or what such a file holds. Without ``out`` nothing is kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    recipes: tuple[Path | dict[str, Any], ...] = ()
     tasks: tuple[str, ...]
-    out: Path
+    out: Path | None = None
     base: str | None = None
     experts: tuple[tuple[str, str], ...] = ()
     methods: tuple[str, ...] | None = None
     grid: Path | None = None
     untuned: bool = False
     relative: bool = False
-    seeds: int = 1
+    seeds: int = Field(1, ge=1)
     calibration: Path | None = None
     checkers: Path | None = None
-    max_new_tokens: int = 64
-    batch_size: int | None = None
-    device: str = "cpu"
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    device: str = "auto"
     eval_dtype: str | None = None
-    merge_in: str = "auto"
+    merge_in: Literal["auto", "memory", "disk"] = "auto"
     keep: bool = False
     restart: bool = False
 
@@ -60,20 +65,23 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    read = [recipes.read(path) for path in request.recipes]
+    device = choose_device(request.device)
+    if request.keep and request.out is None:
+        raise UserError(f"{option('keep')} keeps merges in {option('out', 'FOLDER')}; give both")
+    read = [recipes.read(given) for given in request.recipes]
     first = _first(request, read)
-    experts = Experts.of(first, request.recipes[0] if read else f"of {option('experts')}")
-    fixed = {}
-    for path, other in zip(request.recipes[1:], read[1:], strict=True):
-        theirs = Experts.of(other.config, path)
+    experts = Experts.of(first, read[0].path if read else f"of {option('experts')}")
+    fixed: dict[str, MergeConfiguration] = {}
+    for other in read[1:]:
+        theirs = Experts.of(other.config, other.path)
         if (theirs.base, set(theirs.models)) != (experts.base, set(experts.models)):
             raise UserError(
-                f"recipe {path} has other models than {request.recipes[0]}; all recipes of a "
+                f"recipe {other.path} has other models than {read[0].path}; all recipes of a "
                 "comparison merge the same experts into the same base"
             )
-        if path.stem in fixed:
-            raise UserError(f"two recipes are called '{path.stem}'; rename one")
-        fixed[path.stem] = other.config
+        if other.path.stem in fixed:
+            raise UserError(f"two recipes are called '{other.path.stem}'; rename one")
+        fixed[other.path.stem] = other.config
     notes: list[str] = []
     calibration = read_prompts(request.calibration, None).prompts if request.calibration else ()
     wanted = request.methods
@@ -87,7 +95,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         grids = read_grid(request.grid, {method.name: method for method in methods})
         methods = tuple(_with_grid(method, grids) for method in methods)
     dtype = first.dtype or "float32"
-    eval_dtype = request.eval_dtype or ("float32" if request.device == "cpu" else dtype)
+    eval_dtype = request.eval_dtype or ("float32" if device == "cpu" else dtype)
     plan = Plan(
         base=experts.base,
         experts=experts.models,
@@ -101,10 +109,10 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         seeds=request.seeds,
         calibration=tuple(calibration),
         dtype=dtype,
-        device=request.device,
+        device=device,
         eval_dtype=_dtype(eval_dtype),
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
-        keep=request.out / KEPT if request.keep else None,
+        keep=request.out / KEPT if request.keep and request.out else None,
     )
     plan.check()
     return plan, notes
@@ -178,7 +186,7 @@ def _first(request: CompareRequest, read: Sequence[recipes.Recipe]) -> MergeConf
     if read:
         if not read[0].is_weight_patching:
             raise UserError(
-                f"recipe {request.recipes[0]} merges by {read[0].config.merge_method}; the first "
+                f"recipe {read[0].path} merges by {read[0].config.merge_method}; the first "
                 "recipe must be the weight_patching one that the others are compared with"
             )
         return read[0].config

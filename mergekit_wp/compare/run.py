@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_wp.compare import select
+from mergekit_wp.compare.failures import MAY_FAIL, why_failed
 from mergekit_wp.compare.merging import (
     IN_MEMORY,
     EvaluationModel,
@@ -24,19 +25,18 @@ from mergekit_wp.compare.methods import OMEGA, OURS, Method, configuration, peer
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Job, Results
 from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, Setting, recipe_name
-from mergekit_wp.errors import DiskError, OutOfMemory, UserError
+from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import staged_folder
-from mergekit_wp.interrupts import Interrupted, finishing, unmasked
+from mergekit_wp.interrupts import finishing
 from mergekit_wp.merging.aim import activation_importance, apply_aim
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
+from mergekit_wp.models.memory import is_out_of_memory
 from mergekit_wp.terms import RowRole, Split
 
 #: what a run reports to: method's name, and jobs done and known so far
 OnJob = Callable[[str, int, int], None]
-#: a full disk or a small memory is no property of a merge: these stop the comparison
-NOT_THE_MERGES_FAULT = (OSError, MemoryError, DiskError, OutOfMemory)
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Runner:
         load: Callable[[], Any],
         tokenizer: Any = None,
     ) -> None:
-        """Evaluate one model on the tasks that are not done yet; failures are recorded."""
+        """Evaluate one model on the tasks that are not done yet; record how merges fail."""
         todo = []
         for task in self.plan.tasks:
             job = Job.of(model, setting, seed, task.name, split)
@@ -237,22 +237,22 @@ class Runner:
                                 self.at_once[task.name],
                             )
                             self.results.add(job, found)
-                    except NOT_THE_MERGES_FAULT:
-                        raise
-                    except Exception as error:
-                        if isinstance(unmasked(error), Interrupted):
-                            raise
-                        self.results.add_failure(job, _sentence(error))
-                    self._said(model, 1)
-        except NOT_THE_MERGES_FAULT:
-            raise
-        except Exception as error:
-            if isinstance(unmasked(error), Interrupted):
-                raise
-            for _, job in todo:
-                if job not in self.results.done and job not in self.results.failed:
-                    self.results.add_failure(job, _sentence(error))
-                    self._said(model, 1)
+                    except MAY_FAIL as error:
+                        self._record_failure(error, model, [job])
+                    else:
+                        self._said(model, 1)
+        except MAY_FAIL as error:
+            self._record_failure(error, model, [job for _, job in todo])
+
+    def _record_failure(self, error: Exception, model: str, jobs: Sequence[Job]) -> None:
+        """Record why jobs have no scores, or raise what is not the merge's fault."""
+        reason = why_failed(error)
+        if reason is None:
+            raise error
+        for job in jobs:
+            if job not in self.results.done and job not in self.results.failed:
+                self.results.add_failure(job, reason)
+                self._said(model, 1)
 
     def _said(self, model: str, jobs: int) -> None:
         self._count += jobs
@@ -316,7 +316,13 @@ def _on_disk(runner: Runner, config: MergeConfiguration, seed: int) -> Iterator[
     """A merge in a folder of its own while it is evaluated."""
     plan = runner.plan
     with merged_on_disk(config, runner._options(seed), runner.results.folder) as folder:
-        yield load_folder(folder, plan.eval_dtype, plan.device)
+        try:
+            model = load_folder(folder, plan.eval_dtype, plan.device)
+        except (ValueError, RuntimeError) as error:  # by transformers
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"the merge cannot be loaded: {error}") from error
+        yield model
 
 
 def plan_best(runner: Runner, name: str) -> tuple[Setting, float] | None:
@@ -329,7 +335,3 @@ def plan_best(runner: Runner, name: str) -> tuple[Setting, float] | None:
 
 def _fixed(config: MergeConfiguration, _setting: Setting) -> MergeConfiguration:
     return config
-
-
-def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"[:500]

@@ -150,6 +150,23 @@ def summary(resampled: Resampled) -> dict[str, Any]:
     }
 
 
+def records(resampled: Resampled) -> list[dict[str, Any]]:
+    """The same again, flat: one record a row, its tasks and intervals in columns of their own."""
+    found = []
+    for row in summary(resampled)["rows"]:
+        record = {key: row[key] for key in ("name", "role", "setting", "valid", "failed")}
+        for task in resampled.comparison.tasks:
+            record[task] = row["tasks"][task]["value"] if task in row["tasks"] else None
+        for key in ("mean", "difference"):
+            estimate = row[key] or {"value": None, "low": None, "high": None}
+            record |= {key: estimate["value"]}
+            record |= {f"{key}_{end}": estimate[end] for end in ("low", "high")}
+        for key in ("won", "lost", "verdict"):
+            record[key] = row["difference"] and row["difference"][key]
+        found.append(record)
+    return found
+
+
 def _verdict(difference: Difference) -> str:
     text = signed(difference.estimate)
     return text if difference.verdict == "unclear" else f"{text} {difference.verdict}"

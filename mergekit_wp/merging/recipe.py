@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeAlias
 
+import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import (
@@ -33,6 +34,18 @@ from mergekit_wp.models.model_names import refuse_twice
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
+
+#: a recipe's file, or what it holds
+RecipeLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+#: what errors call a recipe that is in no file
+_IN_MEMORY = Path("in memory")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML, in which a path is its text."""
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,13 @@ class Experts:
     models: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Experts:
+    def read(cls, given: RecipeLike) -> Experts:
         """Read only what a recipe says of its models; score files need not exist.
 
         Raises:
             UserError: unreadable, or not a recipe of a base and whole experts.
         """
-        _, data = _load_yaml(path)
+        path, _, data = _load(given)
         try:
             config = MergeConfiguration.model_validate(data)
         except (ValueError, RuntimeError, TypeError) as error:
@@ -99,14 +112,17 @@ class Scope:
     model: ModelReference | None = None
 
 
-def read(path: str | os.PathLike[str]) -> Recipe:
+def read(given: RecipeLike) -> Recipe:
     """Read a recipe; for weight patching also resolve and read the score files it names.
+
+    Args:
+        given: a file, or what such a file holds; then score files are looked for from here.
 
     Raises:
         UserError: unreadable, not a recipe, with keys or parameters that mergekit would silently
             ignore, or with a score file that is missing, unreadable or not given.
     """
-    source, data = _load_yaml(path)
+    path, source, data = _load(given)
     try:
         config = MergeConfiguration.model_validate(data)
         merge_methods.get(config.merge_method)
@@ -114,7 +130,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
             dtype_from_name(dtype)
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"recipe {path}: {one_line(error)}") from error
-    recipe = Recipe(Path(path), source, config)
+    recipe = Recipe(path, source, config)
     if recipe.is_weight_patching:
         _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
         _refuse_twice(config, path)
@@ -123,18 +139,27 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     return recipe
 
 
-def _load_yaml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from error
+def _load(given: RecipeLike) -> tuple[Path, str, dict[str, Any]]:
+    """What errors call the recipe, its text, and what that says."""
+    if isinstance(given, Mapping):
+        path = _IN_MEMORY
+        try:
+            source = yaml.dump(dict(given), Dumper=_Dumper, sort_keys=False)
+        except yaml.YAMLError as error:
+            raise UserError(f"recipe {path} cannot be written as YAML: {error}") from error
+    else:
+        path = Path(given)
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path} cannot be read: {error}") from error
     try:
         data = parse_yaml(source)
     except ValueError as error:
         raise UserError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
-    return source, data
+    return path, source, data
 
 
 def find_score_file(reference: str, folder: Path) -> str:

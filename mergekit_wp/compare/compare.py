@@ -1,0 +1,117 @@
+"""A comparison from request to result: what the command line and Python both call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.compare.page import html_page
+from mergekit_wp.compare.progress import CompareProgress
+from mergekit_wp.compare.request import KEPT, CompareRequest, fingerprint, make_plan
+from mergekit_wp.compare.resampling import Resampled
+from mergekit_wp.compare.results import Results
+from mergekit_wp.compare.rows import Comparison, recipe_name
+from mergekit_wp.compare.run import Runner
+from mergekit_wp.compare.table import markdown_table, records, summary, terminal_table
+from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.report.frame import frame
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison found, to be shown or written.
+
+    Attributes:
+        comparison: every row with its scores.
+        title: of the report.
+        recipes: of the merges by row name, with the parameters that were chosen.
+    """
+
+    comparison: Comparison
+    title: str
+    recipes: Mapping[str, MergeConfiguration]
+
+    @cached_property
+    def resampled(self) -> Resampled:
+        """The comparison with its intervals."""
+        return Resampled(self.comparison)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the rows without scores."""
+        return tuple(row.name for row in self.comparison.rows if row.failed)
+
+    def table(self) -> str:
+        """The table as plain text, for a terminal."""
+        return terminal_table(self.resampled)
+
+    def frame(self) -> Any:
+        """The table as a pandas frame, one row a model; intervals are columns of their own.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame(records(self.resampled))
+
+    def report(self) -> str:
+        """The comparison as one offline HTML page."""
+        return html_page(self.resampled, self.title)
+
+    def write(self, out: Path) -> None:
+        """Write summary.json, table.md, report.html and recipes/ into a folder."""
+        texts = {
+            "summary.json": json.dumps(summary(self.resampled), indent=1),
+            "table.md": markdown_table(self.resampled),
+            "report.html": self.report(),
+        }
+        for name, config in self.recipes.items():
+            texts[f"recipes/{recipe_name(name)}.yml"] = config.to_yaml()
+        for path, text in texts.items():
+            with written_whole(out / path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def compare(request: CompareRequest, progress: CompareProgress) -> ComparisonResult:
+    """Merge by every method, measure the merges, and write what came out where ``out`` says.
+
+    Raises:
+        UserError: any mistake that shows before the first merge, or memory that does not suffice.
+        DiskError: the disk is full; what is done is kept.
+    """
+    ensure_registered()
+    plan, notes = make_plan(request)
+    for note in notes:
+        progress.note(note)
+    with (
+        _folder(request) as folder,
+        Results(folder, fingerprint(plan), request.restart) as results,
+    ):
+        if request.restart:
+            shutil.rmtree(folder / KEPT, ignore_errors=True)
+        runner = Runner(plan, results, progress.job, progress.note)
+        comparison = runner.run()
+    title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
+    found = ComparisonResult(comparison, title, runner.chosen)
+    if request.out is not None:
+        found.write(request.out)
+    return found
+
+
+@contextmanager
+def _folder(request: CompareRequest) -> Iterator[Path]:
+    """Where results are kept as they come: for good, or until the comparison ends."""
+    if request.out is not None:
+        yield request.out
+        return
+    with TemporaryDirectory() as scratch:
+        yield Path(scratch)
