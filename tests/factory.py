@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures import LLAMA, Dims
 from mergekit_wp.components import layout_of
 from mergekit_wp.files.manifest import (
     Anchor,
@@ -50,7 +50,7 @@ def make_score_file(
     fit: Fit | None = None,
 ) -> ScoreFile:
     """A consistent score file with random scores."""
-    dims = dims or Dims(n_layers=2, n_heads=4, n_kv_groups=2, n_neurons=6)
+    dims = dims or Dims(n_layers=2, n_heads=4, n_kv_groups=2, n_neurons=6, architecture=LLAMA)
     names = tuple(delta_norm) if delta_norm else llama_tensor_names(dims.n_layers)
     assert all(layout_of(name, dims) for name in names)
     generator = torch.Generator().manual_seed(seed)

@@ -235,6 +235,8 @@ def compared(world: Path, out: Path, told: Callable[[str], None]) -> list[str]:
         tasks=(task(world, 3, 2),),
         tuned=False,
         calibration=tuple(Prompt(prompt=p) for p, _ in PROMPTS),
+        dtype="float32",
+        device="cpu",
         eval_dtype=torch.float64,
     )
     with Results(out, {}) as results:

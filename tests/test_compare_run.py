@@ -87,6 +87,9 @@ def make_plan(family: Family, task: Distance, names: tuple[str, ...], **options:
         "extra": {},
         "methods": methods_of(names, 2, recipe),
         "tasks": (task,),
+        "dtype": "float32",
+        "device": "cpu",
+        "eval_dtype": torch.float32,
     }
     return Plan(**(settings | options))
 
@@ -331,9 +334,15 @@ def test_results_of_another_configuration_are_refused(family: Family, tmp_path: 
         assert not results.done
         with pytest.raises(UserError, match="another comparison is writing"):
             Results(tmp_path, {"dtype": "float64"}).__enter__()
-    (tmp_path / "results.jsonl").write_text('{"model": 3}\n')
-    with pytest.raises(UserError, match=r"results.jsonl, line 1 is damaged; add restart=True"):
-        Results(tmp_path, {"dtype": "float64"}).__enter__()
+    line = {"model": "base", "task": "near", "split": "test", "item": "0"}
+    for damaged in ({"model": 3}, line, line | {"score": 1.0, "failed": "no way"}):
+        (tmp_path / "results.jsonl").write_text(json.dumps(damaged) + "\n")
+        with pytest.raises(UserError, match=r"results.jsonl, line 1 is damaged; add restart=True"):
+            run(plan, tmp_path, {"dtype": "float64"})
+    for damaged in ([], {"tasks": []}):
+        (tmp_path / "comparison.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"comparison.json is damaged; add restart=True"):
+            run(plan, tmp_path, {"dtype": "float64"})
     (tmp_path / "comparison.json").unlink()
     with pytest.raises(UserError, match="without its comparison.json"):
         Results(tmp_path, {"dtype": "float64"}).__enter__()

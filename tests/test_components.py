@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures import LLAMA, Dims
 from mergekit_wp.components import Partition, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.load import parameter_names, skeleton
@@ -124,13 +124,19 @@ def test_an_architecture_without_a_map_has_layers_and_tensors() -> None:
     assert layout_of("model.layers.0.self_attn.q_proj.weight", dims).whole
 
 
+def test_dimensions_without_an_architecture_are_nobodys() -> None:
+    """There is no map to fall back to: whoever forgets it would get another family's."""
+    with pytest.raises(TypeError, match="architecture"):
+        Dims(n_layers=1, n_heads=3, n_kv_groups=3, n_neurons=2)  # type: ignore[call-arg]
+
+
 def test_a_config_that_is_no_decoders_is_refused() -> None:
     with pytest.raises(UserError, match="'clip' is no text decoder: its config has no num_hidden"):
         Dims.from_config(CLIPConfig())
 
 
 def test_a_size_that_does_not_fit_is_refused() -> None:
-    dims = Dims(n_layers=1, n_heads=3, n_kv_groups=3, n_neurons=2)
+    dims = Dims(n_layers=1, n_heads=3, n_kv_groups=3, n_neurons=2, architecture=LLAMA)
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(UserError, match=r"q_proj.weight: dimension 0 has 8 entries, not a mult"):
         layout_of(name, dims).block((8, 4))

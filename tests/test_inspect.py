@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures import LLAMA, Dims
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
@@ -21,7 +21,7 @@ from mergekit_wp.report import table, words
 from mergekit_wp.report.ranking import rank, select, to_json
 from tests.factory import llama_tensor_names, make_score_file
 
-DIMS = Dims(n_layers=3, n_heads=4, n_kv_groups=2, n_neurons=6)
+DIMS = Dims(n_layers=3, n_heads=4, n_kv_groups=2, n_neurons=6, architecture=LLAMA)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_many_components_are_fast() -> None:
-    dims = Dims(n_layers=80, n_heads=1, n_kv_groups=1, n_neurons=5000)
+    dims = Dims(n_layers=80, n_heads=1, n_kv_groups=1, n_neurons=5000, architecture=LLAMA)
     big = make_score_file(dims=dims, estimands=("share",), kinds=("neuron", "tensor"))
     begin = time.perf_counter()
     list(table.render(big, select(big), 20))

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures import LLAMA, Dims
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.commands.plot import plot
 from mergekit_wp.errors import DiskError, UserError
@@ -77,9 +77,11 @@ def parse(page: str) -> Tags:
 @pytest.mark.parametrize(
     "score_file",
     [
-        make_score_file(dims=Dims(1, 1, 1, 1), estimands=("gain",)),
-        make_score_file(dims=Dims(2, 2, 1, 3), kinds=("tensor",), estimands=("share",)),
-        make_score_file(dims=Dims(80, 64, 8, 12), estimands=("knockout",), kinds=("head", "layer")),
+        make_score_file(dims=Dims(1, 1, 1, 1, LLAMA), estimands=("gain",)),
+        make_score_file(dims=Dims(2, 2, 1, 3, LLAMA), kinds=("tensor",), estimands=("share",)),
+        make_score_file(
+            dims=Dims(80, 64, 8, 12, LLAMA), estimands=("knockout",), kinds=("head", "layer")
+        ),
         make_score_file(criteria=("kl", "anchor"), kinds=("kv_group", "neuron")),
     ],
     ids=["one of each", "tensors only", "80 by 64", "two criteria"],

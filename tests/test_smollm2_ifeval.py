@@ -11,7 +11,7 @@ from benchmarks.smollm2.control import random_control
 from benchmarks.smollm2.curve import Point, table
 from benchmarks.smollm2.evaluate import capital_fraction, mcnemar
 from benchmarks.smollm2.ifeval import CAPITALS, identity, request_of, split_of, split_requests
-from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures import LLAMA, Dims
 from mergekit_wp.files import scorefile
 from tests.factory import make_score_file
 
@@ -60,7 +60,7 @@ def test_mcnemar_against_the_binomial() -> None:
 
 
 def test_random_control_moves_scores_but_keeps_each_kinds_own(tmp_path: Path) -> None:
-    dims = Dims(n_layers=4, n_heads=8, n_kv_groups=4, n_neurons=6)
+    dims = Dims(n_layers=4, n_heads=8, n_kv_groups=4, n_neurons=6, architecture=LLAMA)
     file = make_score_file(dims=dims, criteria=("kl", "anchor"))
     control = random_control(file, seed=0)
     scorefile.write(control, tmp_path / "control.safetensors")

@@ -217,6 +217,9 @@ def compare(
         tasks=tuple(task(folder, seed, e) for e in experts),
         relative=True,
         calibration=tuple(calibration),
+        dtype="float32",
+        device="cpu",
+        eval_dtype=torch.float32,
     )
     plan.check()
     inputs = {"seed": seed, "experts": list(experts), "label": label}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_wp.architectures.declaration import Architecture, without_map
-from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.architectures.known import named, of_type, text_config
 from mergekit_wp.errors import UserError
 from mergekit_wp.terms import FineKind
@@ -20,7 +19,7 @@ class Dims:
     n_heads: int
     n_kv_groups: int
     n_neurons: int
-    architecture: Architecture = field(default=LLAMA, repr=False)
+    architecture: Architecture = field(repr=False)
 
     def count(self, kind: FineKind) -> int:
         """Components of a sliced kind in one layer."""

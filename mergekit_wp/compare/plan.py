@@ -26,11 +26,13 @@ class Plan:
         extra: further fixed recipes by name.
         methods: what to merge by.
         tasks: what to measure on.
+        dtype: of the peers' merges.
+        device: that merges and evaluates.
+        eval_dtype: of weights and activations while evaluating.
         tuned: whether to choose settings on validation items too.
         relative: whether a task counts relative to its best expert.
         seeds: draws of methods that draw.
         calibration: prompts for AIM.
-        dtype: of the peers' merges.
     """
 
     base: str
@@ -40,13 +42,13 @@ class Plan:
     extra: Mapping[str, MergeConfiguration]
     methods: tuple[Method, ...]
     tasks: tuple[Task, ...]
+    dtype: str
+    device: str
+    eval_dtype: torch.dtype
     tuned: bool = True
     relative: bool = False
     seeds: int = 1
     calibration: tuple[Prompt, ...] = ()
-    dtype: str = "float32"
-    device: str = "cpu"
-    eval_dtype: torch.dtype = torch.float32
     in_memory: bool | None = None
     keep: Path | None = None
 

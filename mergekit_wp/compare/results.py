@@ -25,6 +25,7 @@ from mergekit_wp.terms import Split
 
 #: inputs by name that a later run may add to: results of one do not depend on another
 GROWING = ("tasks", "other recipes")
+
 #: how folders begin that hold a merge while it is evaluated
 MERGE = ".merge."
 
@@ -103,15 +104,15 @@ class Results:
             stated.unlink(missing_ok=True)
         if stated.exists():
             try:
-                earlier = json.loads(stated.read_text())
-                changed = _changed(earlier, self.inputs)
-                for key in GROWING:
-                    if key in earlier and key in self.inputs:
-                        self.inputs[key] = earlier[key] | self.inputs[key]
-            except (ValueError, TypeError, AttributeError) as error:
+                earlier = _stated(stated.read_text())
+            except ValueError as error:
                 raise UserError(
                     f"{stated} is damaged; add {option('restart', True)} to begin anew"
                 ) from error
+            changed = _changed(earlier, self.inputs)
+            for key in GROWING:
+                if key in earlier and key in self.inputs:
+                    self.inputs[key] = earlier[key] | self.inputs[key]
             if changed:
                 raise UserError(
                     f"{self.folder} holds a comparison with another configuration; changed: "
@@ -162,7 +163,7 @@ class Results:
     def scores(self, job: Job) -> list[float] | None:
         """The items' scores of a finished job, in the task's order."""
         lines = self.done.get(job)
-        return None if lines is None else [float(line.score or 0.0) for line in lines]
+        return None if lines is None else [line.known for line in lines]
 
     def add(self, job: Job, found: Sequence[ItemScore]) -> None:
         """Append a finished job."""
@@ -209,6 +210,20 @@ class Results:
             if self.path.exists():
                 os.truncate(self.path, size)  # nothing half-written stays
             raise
+
+
+def _stated(text: str) -> dict[str, Any]:
+    """The inputs of an earlier run.
+
+    Raises:
+        ValueError: it does not state them.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("expected a mapping")
+    if any(not isinstance(found[key], dict) for key in GROWING if key in found):
+        raise ValueError(f"{' and '.join(GROWING)} are mappings")
+    return found
 
 
 def _changed(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

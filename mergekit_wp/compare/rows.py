@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from mergekit_wp.terms import RowRole, Split
 
@@ -37,6 +38,18 @@ class ResultLine(BaseModel):
     output: str | None = None
     #: set instead of item and score when the merge or its evaluation failed
     failed: str | None = None
+
+    @model_validator(mode="after")
+    def _scored_or_failed(self) -> Self:
+        if (self.item is None or self.score is None) == (self.failed is None):
+            raise ValueError("a line has an item and its score, or says why it has none")
+        return self
+
+    @property
+    def known(self) -> float:
+        """The score of an item that has one."""
+        assert self.score is not None
+        return self.score
 
 
 @dataclass(frozen=True)
