@@ -294,7 +294,7 @@ def test_wrong_scores_are_found_before_merging(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("merging began")
 
-    monkeypatch.setattr("mergekit_wp.commands.merge.run_merge", refuse)
+    monkeypatch.setattr("mergekit_wp.merging.merge.run_merge", refuse)
     family.paths.reverse()
     message = refused(write(family.recipe(), tmp_path / "recipe.yml"), tmp_path / "out")
     assert "these are scores of another expert, base, revision or shifted layers" in message
@@ -336,7 +336,7 @@ def test_an_interruption_leaves_nothing(
         Path(out, "model-1.safetensors").write_text("half")
         raise interruption
 
-    monkeypatch.setattr("mergekit_wp.commands.merge.run_merge", stop)
+    monkeypatch.setattr("mergekit_wp.merging.merge.run_merge", stop)
     recipe = write(family.recipe(), tmp_path / "recipe.yml")
     before = tree(tmp_path)
     assert invoke(recipe, tmp_path / "new" / "out").exception is not None

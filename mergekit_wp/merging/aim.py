@@ -10,17 +10,98 @@ so that channels the base uses most keep most of the base's weights.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.prompts import Prompt, encode_prompt, encode_response
+from mergekit_wp.files.atomic import staged_folder
+from mergekit_wp.models.backoff import fitting
+from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.load import load_folder
+from mergekit_wp.models.placement import choose_device
+from mergekit_wp.prompts import Prompt, encode_prompt, encode_response, read_prompts
+from mergekit_wp.runs.progress import Progress
 
 #: in the range that the paper explores, 0.2 to 0.6
 DEFAULT_OMEGA = 0.4
+
+_LEFT_OUT = ("mergekit_config.yml",)  # it describes another model than the one written here
+_NOTE = """
+## Activation-Informed Merging
+
+Afterwards the weights of input channels that the base uses most were drawn back to the base by
+[AIM](https://arxiv.org/abs/2502.02421) with omega {omega:g}, calibrated on {count} prompts
+(`mergekit-wp aim`).
+"""
+
+
+def aim(
+    merged: str,
+    out: Path,
+    *,
+    base: str,
+    calibration: Path,
+    omega: float,
+    batch_size: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Apply AIM to a checkpoint, into a folder that appears only when it is complete.
+
+    Args:
+        merged: the checkpoint, a folder or Hub id.
+        out: the folder.
+        base: of the merge.
+        calibration: prompt file whose texts the base's activations are measured on.
+        omega: see `apply_aim`.
+        batch_size: texts at once; halved where memory runs out.
+        device: that runs the base, or "auto".
+        progress: told of files, and of every step back.
+
+    Raises:
+        UserError: the checkpoints do not belong together, there is no prompt or no tokenizer, the
+            folder is a file or an input, or not even one text fits into memory.
+        DiskError: the disk is full.
+    """
+    device = choose_device(device)
+    prompts = read_prompts(calibration, None).prompts
+    start, end = Checkpoint(base), Checkpoint(merged)
+    for checkpoint in (start, end):
+        checkpoint.require_whole("aim")
+    target = out.absolute()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{out} is a file; give a folder for the model")
+    for source in (start, end):
+        if target.exists() and target.samefile(source.path):
+            raise UserError(f"{out} is an input; give another folder")
+    if start.architecture != end.architecture:
+        raise UserError(
+            f"'{merged}' is {end.architecture}, but its base '{base}' {start.architecture}"
+        )
+    tokenizer = start.tokenizer() or end.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"neither '{base}' nor '{merged}' has a tokenizer")
+    model = load_folder(start.path, "auto", device)
+    _, importance = fitting(
+        min(batch_size, max(1, len(prompts))),
+        partial(activation_importance, model, tokenizer, prompts),
+        progress.note,
+    )
+    del model
+    with staged_folder(target) as folder:
+        _write(start, end, importance, omega, folder, progress)
+        readme = folder / "README.md"
+        if readme.exists():
+            note = _NOTE.format(omega=omega, count=len(prompts))
+            readme.write_text(readme.read_text(encoding="utf-8").rstrip() + "\n" + note)
 
 
 @torch.no_grad()
@@ -120,3 +201,34 @@ def apply_aim(
         kept = 1 - s.to(theirs.device) * (1 - omega)
         result[name] = (start + delta * kept).to(theirs.dtype)
     return result
+
+
+def _write(
+    base: Checkpoint,
+    merged: Checkpoint,
+    importance: Mapping[str, torch.Tensor],
+    omega: float,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """The merge's files with other weights: one weight file in memory at a time."""
+    stored = set(merged.headers)
+    if missing := sorted(set(importance) - stored):
+        raise UserError(f"'{merged.name}' has no tensor {missing[0]}; is '{base.name}' its base?")
+    names = {path.name for path in merged.weight_files}
+    folder.mkdir(parents=True)
+    for path in Path(merged.path).iterdir():
+        if path.is_file() and path.name not in (*names, *_LEFT_OUT):
+            shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and path.name == "scores":
+            shutil.copytree(path, folder / path.name)
+    progress.stage("AIM", len(merged.weight_files), "file")
+    for file in merged.weight_files:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        here = {name: importance[name] for name in tensors if name in importance}
+        start = {name: base.tensor(name, torch.float32) for name in here}
+        changed = apply_aim(start, tensors, here, omega)
+        save_file(changed, folder / file.name, metadata=metadata or {"format": "pt"})
+        progress.advance(1)

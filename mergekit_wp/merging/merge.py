@@ -1,0 +1,133 @@
+"""A merge, from recipe to checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from mergekit.merge import run_merge
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.atomic import disk_trouble, staged_folder
+from mergekit_wp.merging import preflight
+from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.parameters import SPEC
+from mergekit_wp.models.hub import local_path
+from mergekit_wp.models.placement import check_device
+
+#: writes what belongs beside the weights, given the folder, the recipe and mergekit's plan of it
+Completion: TypeAlias = Callable[[Path, recipes.Recipe, Sequence[ExecuteMergeMethodTask]], None]
+
+
+def merge(
+    recipe: recipes.RecipeLike,
+    out: str | os.PathLike[str],
+    options: MergeOptions,
+    complete: Completion,
+) -> None:
+    """Merge into a folder, which appears only when it is complete.
+
+    mergekit knows our method once `autoload.ensure_registered` was called.
+
+    Args:
+        recipe: of any method of mergekit.
+        out: the folder.
+        options: mergekit's.
+        complete: writes the model card, unless the options want none.
+
+    Raises:
+        UserError: any mistake in the recipe, its score files and its models that shows before
+            merging; a device that cannot be used; a folder that is a file or an input.
+        DiskError: the disk is full.
+    """
+    options.apply_global_options()
+    if options.device:
+        check_device(options.device)
+    if options.multi_gpu and not _has_accelerator():
+        raise UserError(f"{option('multi_gpu')} needs a GPU, and there is none here; leave it out")
+    target = Path(os.path.abspath(out))
+    checked = recipes.read(recipe)
+    _check_target(target, checked)
+    tasks = preflight.check(checked, options)
+    # the card is written here: mergekit's asks the network about folders with one slash
+    bare = options.model_copy(update={"write_model_card": False})
+    with staged_folder(target) as folder, _nothing_missing():
+        run_merge(checked.config, str(folder), options=bare, config_source=checked.source)
+        if options.write_model_card:
+            complete(folder, checked, tasks)
+
+
+def recipe_of(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """A recipe that merges the experts of score files into the base of the first, by their scores.
+
+    Args:
+        files: one an expert, here or ``hf://...``; of experts scored together all of them.
+
+    Raises:
+        UserError: no file, or one that cannot be read.
+    """
+    if not files:
+        raise UserError("a merge by scores needs a score file for every expert; give some")
+    paths = [local_path(os.fspath(file)) for file in files]
+    manifests = [scorefile.read(path).manifest for path in paths]
+    together = {} if manifests[0].company is None else {"parameters": {"fusion": "path"}}
+    return {
+        "merge_method": SPEC.name,
+        "base_model": manifests[0].base.reference,
+        "models": [
+            {"model": manifest.expert.reference, "parameters": {"scores": path}}
+            for path, manifest in zip(paths, manifests, strict=True)
+        ],
+        **together,
+        "dtype": manifests[0].base.weights_dtype,
+    }
+
+
+def _has_accelerator() -> bool:
+    """What mergekit's multi-GPU executor takes for granted."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available()  # torch before 2.6
+
+
+def _check_target(target: Path, checked: recipes.Recipe) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give a folder for the merged model")
+    for model in checked.config.referenced_models():
+        source = model.model.path
+        if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
+            raise UserError(f"{target} is an input of the merge; give another folder")
+
+
+@contextmanager
+def _nothing_missing() -> Iterator[None]:
+    """Mergekit logs a tokenizer that it could not copy and goes on; a full disk must end the run.
+
+    Raises:
+        Exception: what mergekit logged.
+    """
+    found: list[BaseException] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or disk_trouble(error) is None:
+            return True
+        found.append(error)
+        return False
+
+    logger = logging.getLogger("mergekit.merge")
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
+    if found:
+        raise found[0]
