@@ -15,12 +15,12 @@ from benchmarks.mechanism.paths import (
     WORK,
     verified,
 )
-from mergekit_wp.commands.stability import compared
 from mergekit_wp.files import circuitfile
 from mergekit_wp.files.manifest import SetPoint
 from mergekit_wp.files.scorefile import ScoreFile, read
-from mergekit_wp.report.agreement import cells, label
+from mergekit_wp.mechanism.stability import compared
 from mergekit_wp.report.circuit_graph import sentences
+from mergekit_wp.report.mechanism import agreement_cells, agreement_label
 from mergekit_wp.report.verification import area, curve
 from mergekit_wp.report.weights_vs_activations import weights_vs_activations
 from mergekit_wp.report.words import KIND_WORDS
@@ -166,7 +166,12 @@ def stability() -> Iterator[str]:
     yield "### Stability of the rankings\n"
     file = read(verified("share"))
     rows = [
-        (label(a).split(", ")[0], f"{a.estimand}/{a.criterion}", KIND_WORDS[a.kind], *cells(a))
+        (
+            agreement_label(a).split(", ")[0],
+            f"{a.estimand}/{a.criterion}",
+            KIND_WORDS[a.kind],
+            *agreement_cells(a),
+        )
         for a in file.manifest.stability
         if a.kind in ("head", "neuron")
     ]
@@ -177,7 +182,7 @@ def stability() -> Iterator[str]:
     for i, one in enumerate(BEHAVIORS):
         for two in BEHAVIORS[i + 1 :]:
             found = {a.kind: a for a in compared(files[one], files[two], WORK / two, 0)}
-            shown = (cells(found[kind]) for kind in ("head", "neuron"))
+            shown = (agreement_cells(found[kind]) for kind in ("head", "neuron"))
             pairs.append((one, two, *(cell for kind in shown for cell in kind)))
     head = ("", "", "heads", "overlap", "neurons", "overlap")
     yield from markdown(head, pairs)

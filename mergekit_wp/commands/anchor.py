@@ -7,14 +7,11 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mergekit_wp.commands.options import prompt_file, prompted, running
-
-if TYPE_CHECKING:
-    from mergekit_wp.mechanism.anchors import LayerAnchor
 
 
 @click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
@@ -46,6 +43,7 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     from mergekit_wp.mechanism.anchors import best_anchor, find_anchors
     from mergekit_wp.mechanism.request import AnchorRequest
     from mergekit_wp.models.placement import choose_device
+    from mergekit_wp.report.mechanism import anchor_table
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
@@ -65,23 +63,10 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
         layers = [asdict(layer) | {"usable": layer.usable} for layer in found]
         click.echo(json.dumps({"usable_layer": chosen and chosen.layer, "layers": layers}))
         return
-    click.echo(table(found))
+    click.echo(anchor_table(found))
     click.echo(
         "\nno layer has a usable anchor for this behaviour: localise it by kl instead"
         if chosen is None
         else f"\nusable; the layer that separates best_anchor is {chosen.layer}: "
         f"score with --criterion anchor --anchor-layer {chosen.layer}"
     )
-
-
-def table(found: list[LayerAnchor]) -> str:
-    """One line a layer."""
-    output = [f"{'layer':>5}  {'separation':>10}  {'stability':<21}{'steering (kl)':<22}usable"]
-    for layer in found:
-        both = (layer.stability, layer.steering)
-        cells = [f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in both]
-        output.append(
-            f"{layer.layer:>5}  {layer.separation:>10.2f}  {cells[0]:<21}{cells[1]:<22}"
-            f"{'yes' if layer.usable else '-'}"
-        )
-    return "\n".join(output)

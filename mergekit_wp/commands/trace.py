@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mergekit_wp.commands.options import prompt_file, prompted, rescored, running
 
-if TYPE_CHECKING:
-    from mergekit_wp.files.circuitfile import Edge, Measured, Node, TraceFile
-
 _FRACTION = click.FloatRange(0, 1, min_open=True)
-_EDGES = 20
 
 
 @click.command(short_help="Who supplies the components that matter?")
@@ -120,6 +116,7 @@ def trace(
     from mergekit_wp.mechanism.circuit import trace as run
     from mergekit_wp.mechanism.request import TraceRequest
     from mergekit_wp.models.placement import choose_device
+    from mergekit_wp.report.mechanism import circuit_table
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
@@ -136,46 +133,5 @@ def trace(
             )
     finally:
         progress.close()
-    click.echo(table(found))
+    click.echo(circuit_table(found))
     click.echo(f"\nwritten to {options['out']}")
-
-
-def table(found: TraceFile) -> str:
-    """Components with their roles, and the strongest edges."""
-    lines = [
-        f"recovery of {found.criterion} over {found.n_prompts} prompts, ± standard error",
-        "",
-        f"{'component':<24}{'role':<10}{'by weights':<17}{'by activations':<17}{'direct':<17}"
-        "supplied by",
-    ]
-    strong = found.strong
-    for node in found.nodes:
-        arriving = len({edge.source for edge in strong if edge.target == node.name})
-        supplied = str(arriving) if node.target else "not traced"
-        cells = "".join(f"{_cell(m):<17}" for m in (node.gain, node.activation, node.direct))
-        lines.append(f"{node.name:<24}{node.role or '-':<10}{cells}{supplied}")
-    lines += ["", f"{len(strong)} edges; the strongest:" if strong else "no edges"]
-    lines += [_edge(edge, found.nodes) for edge in strong[:_EDGES]]
-    screen = found.screen
-    if screen.pearson is not None:
-        lines += [
-            "",
-            f"first-order screen against {screen.leading + screen.random} exact supplies:",
-        ]
-        lines[-1] += f" Pearson {screen.pearson:.3f}"
-        if screen.largest_missed is not None:
-            lines[-1] += f", largest missed {screen.largest_missed:.2g}"
-    return "\n".join(lines)
-
-
-def _edge(edge: Edge, nodes: tuple[Node, ...]) -> str:
-    effect = next(node.activation.value for node in nodes if node.name == edge.target)
-    return (
-        f"  {edge.source} -> {edge.target}, by {edge.via}: {_cell(edge.supply)} "
-        f"({edge.supply.value / effect:.0%} of its effect)"
-    )
-
-
-def _cell(measured: Measured) -> str:
-    se = "" if measured.se is None else f" ± {measured.se:.3f}"
-    return f"{measured.value:+.3f}{se}"

@@ -13,9 +13,9 @@ from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.manifest import Verification
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import (
-    agreement,
     circuit_graph,
     fit_history,
+    mechanism,
     merge_preview,
     summary,
     weights_vs_activations,
@@ -268,10 +268,10 @@ def _stability(score_file: ScoreFile) -> Iterator[_Part]:
         return
     rows = [
         (
-            agreement.label(one),
+            mechanism.agreement_label(one),
             f"{one.estimand}/{one.criterion}",
             words.KIND_WORDS[one.kind],
-            *agreement.cells(one),
+            *mechanism.agreement_cells(one),
         )
         for one in found
     ]

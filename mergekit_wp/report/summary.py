@@ -6,7 +6,7 @@ import numpy as np
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import agreement, circuit_graph, weights_vs_activations, words
+from mergekit_wp.report import circuit_graph, mechanism, weights_vs_activations, words
 from mergekit_wp.report.ranking import leaders
 from mergekit_wp.report.verification import curve, measures
 from mergekit_wp.terms import SLICED_KINDS
@@ -46,7 +46,9 @@ def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str
         and a.kind in SLICED_KINDS
     ]
     if halves:
-        said.append(f"the order is stable to this degree between {agreement.sentence(halves)}")
+        said.append(
+            f"the order is stable to this degree between {mechanism.agreement_sentence(halves)}"
+        )
     if trace is not None:
         said += circuit_graph.sentences(trace)[1:4]
     return said

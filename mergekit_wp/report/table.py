@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_wp.criteria import criterion_words
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import agreement, fit_history, weights_vs_activations, words
+from mergekit_wp.report import fit_history, mechanism, weights_vs_activations, words
 from mergekit_wp.report.ranking import RankedComponent, Selection, leaders, select
 from mergekit_wp.report.verification import sentences
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
@@ -72,8 +72,8 @@ def _facts(
     rows = words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds)
     facts += [("method", f"{', '.join(row.kinds)}: {row.words}") for row in rows]
     facts += [
-        ("stability", agreement.sentence(group))
-        for group in agreement.groups(score_file.manifest.stability, estimand, criterion)
+        ("stability", mechanism.agreement_sentence(group))
+        for group in mechanism.agreement_groups(score_file.manifest.stability, estimand, criterion)
     ]
     verified = score_file.manifest.verification
     if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
