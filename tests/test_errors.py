@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError, option, spelled
+from mergekit_wp.report.page import plot
 
 PACKAGE = Path(__file__).parents[1] / "mergekit_wp"
 #: what a user is told to type into a shell, whole
@@ -45,7 +46,9 @@ def test_a_command_says_its_own_flags(tmp_path: Path) -> None:
     arguments = ["plot", "none.safetensors", "--trace", "t.json", "--out", str(tmp_path / "p.png")]
     done = CliRunner().invoke(cli, arguments)
     assert isinstance(done.exception, UserError)
-    assert "--trace is drawn into a page; give --out FILE.html" in str(done.exception)
+    assert str(done.exception) == "--trace is drawn into a page; give --out FILE.html"
+    with pytest.raises(UserError, match=r"^trace is drawn into a page; give out=FILE.html$"):
+        plot("none.safetensors", tmp_path / "p.png", tmp_path / "t.json")
     done = CliRunner().invoke(cli, ["behaviors", "--out", str(tmp_path / "b.jsonl")])
     assert "mergekit-wp behaviors NAME --out FILE" in str(done.exception)
 

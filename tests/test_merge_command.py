@@ -15,9 +15,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.card.write import write_card
 from mergekit_wp.cli import cli, main
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
+from mergekit_wp.merging.merge import merge, recipe_of
 from tests.merging import (
     Family,
     State,
@@ -357,6 +360,41 @@ def test_from_the_command_line(
         main(arguments)
     assert failed.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_from_python(family: Family, tmp_path: Path) -> None:
+    """A recipe in memory, with paths that are paths; and one made of score files."""
+    wanted = done(write(family.recipe(), tmp_path / "recipe.yml"), tmp_path / "out")
+    ensure_registered()
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    models = [
+        {"model": str(expert.path), "parameters": {"scores": path}}
+        for expert, path in zip(family.experts, family.paths, strict=True)
+    ]
+    merge(family.recipe() | {"models": models}, tmp_path / "mine", options, write_card)
+    found = load_file(tmp_path / "mine" / "model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in found)
+    assert "weight_patching" in (tmp_path / "mine" / "README.md").read_text()
+    for checkpoint, path in zip(family.experts, family.paths, strict=True):
+        file = scorefile.read(path)
+        of = {"expert": checkpoint, "base": family.base}
+        names = {
+            key: getattr(file.manifest, key).model_copy(update={"reference": str(model.path)})
+            for key, model in of.items()
+        }
+        scorefile.write(replace(file, manifest=file.manifest.model_copy(update=names)), path)
+    merge(recipe_of(family.paths), tmp_path / "of", options, write_card)
+    found = load_file(tmp_path / "of" / "model.safetensors")
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="recipe in memory: model .* has no 'scores'"):
+        bare = [{"model": str(expert.path)} for expert in family.experts]
+        merge(family.recipe() | {"models": bare}, tmp_path / "no", options, write_card)
+    with pytest.raises(UserError, match="recipe in memory cannot be written as YAML"):
+        merge(family.recipe() | {"dtype": object()}, tmp_path / "no", options, write_card)
+    with pytest.raises(UserError, match="needs a score file for every expert"):
+        recipe_of([])
+    assert tree(tmp_path) == before
 
 
 def test_a_stored_dtype_is_not_a_mistake(tmp_path: Path) -> None:

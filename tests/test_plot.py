@@ -189,9 +189,7 @@ def test_out_is_replaced_and_its_folder_made(small: Path, tmp_path: Path) -> Non
 def test_other_suffixes_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         run(tmp_path / "nowhere.safetensors", tmp_path / "scores.pdf")
-    assert str(error.value) == (
-        f"--out {tmp_path}/scores.pdf: plot writes .html or .png, not '.pdf'"
-    )
+    assert str(error.value) == (f"out={tmp_path}/scores.pdf: plot writes .html or .png, not '.pdf'")
 
 
 def test_nothing_is_left_behind_by_a_failure(

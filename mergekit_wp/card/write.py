@@ -16,17 +16,20 @@ from mergekit.card import generate_card
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
 
 import mergekit_wp
+from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card import text
 from mergekit_wp.card.chart import chart
 from mergekit_wp.card.contributions import contributions, used_scores
 from mergekit_wp.card.evaluation import evaluation
 from mergekit_wp.card.scores import ScoreCopy, copy_scores
 from mergekit_wp.card.sources import common_licence, sources
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.merging.recipe import Recipe, experts_in_order
+from mergekit_wp.merging.plan import plan
+from mergekit_wp.merging.recipe import Recipe, experts_in_order, read
 
 README, CONFIG, CHART = "README.md", "mergekit_config.yml", "contributions.png"
 BEGIN, END = "<!-- mergekit-wp: begin -->", "<!-- mergekit-wp: end -->"
@@ -90,6 +93,34 @@ def write_card(
         temporary.write_text(config_text, encoding="utf-8")
     with written_whole(folder / README) as temporary:
         card.save(temporary)
+
+
+def complete_card(folder: Path, results: Path | None, row: str | None) -> bool:
+    """Write or complete README.md of a merge by mergekit, whose inputs are still readable.
+
+    Args:
+        folder: of the merged model, with its mergekit_config.yml.
+        results: as for `write_card`.
+        row: as for `write_card`.
+
+    Returns:
+        Whether the card names an input by its Hub id.
+
+    Raises:
+        UserError: there is no recipe, an input cannot be read, or as `write_card`.
+    """
+    if row is not None and results is None:
+        raise UserError(f"{option('row')} names a row of {option('results')}; give both")
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} has no {CONFIG}, which mergekit writes beside a merge; give the merged "
+            "model's folder"
+        )
+    ensure_registered()
+    recipe = read(folder / CONFIG)
+    # also of ".", so that the card has a name
+    write_card(folder.resolve(), recipe, plan(recipe, MergeOptions()), results, row)
+    return any(source.on_hub for source in sources(recipe.config))
 
 
 def _digest(path: str) -> str:

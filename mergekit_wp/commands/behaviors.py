@@ -29,7 +29,6 @@ def behaviors(name: str | None, out: Path | None, items: Path | None) -> None:
       mergekit-wp score base/ expert/ --prompts capitals.jsonl --out capitals.safetensors
     """
     from mergekit_wp.errors import UserError
-    from mergekit_wp.files.atomic import written_whole
     from mergekit_wp.tasks import behaviors as built_in
 
     if name is None:
@@ -37,13 +36,8 @@ def behaviors(name: str | None, out: Path | None, items: Path | None) -> None:
             raise UserError("name the behaviour to write: mergekit-wp behaviors NAME --out FILE")
         for each, found in built_in.behaviors().items():
             click.echo(f"{each:<12}{found.says} ({found.instruction_id})")
-        return
-    chosen = built_in.behavior(name)
-    if not (out or items):
-        click.echo(built_in.jsonl(chosen.prompts()), nl=False)
-        return
-    for path, lines in ((out, chosen.prompts()), (items, chosen.items())):
-        if path is not None:
-            with written_whole(path) as temporary:
-                temporary.write_text(built_in.jsonl(lines), encoding="utf-8")
+    elif not (out or items):
+        click.echo(built_in.jsonl(built_in.behavior(name).prompts()), nl=False)
+    else:
+        for path in built_in.export(name, out, items):
             click.echo(f"{path} written")

@@ -35,27 +35,11 @@ def card(out: Path, results: Path | None, row: str | None) -> None:
       mergekit-wp card merged/ --results comparison/
     """
     import transformers
-    from mergekit.options import MergeOptions
 
-    from mergekit_wp.autoload import ensure_registered
-    from mergekit_wp.card.sources import sources
-    from mergekit_wp.card.write import CONFIG, write_card
-    from mergekit_wp.errors import UserError
-    from mergekit_wp.merging import recipe as recipes
-    from mergekit_wp.merging.plan import plan
+    from mergekit_wp.card.write import README, complete_card
 
-    if row is not None and results is None:
-        raise UserError("--row names a row of --results; give both")
-    if not (out / CONFIG).is_file():
-        raise UserError(
-            f"{out} has no {CONFIG}, which mergekit writes beside a merge; give the merged "
-            "model's folder"
-        )
     transformers.logging.set_verbosity_error()
-    ensure_registered()
-    checked = recipes.read(out / CONFIG)
-    out = out.resolve()  # also of ".", so that the card has a name
-    write_card(out, checked, plan(checked, MergeOptions()), results, row)
-    click.echo(f"model card written to {out / 'README.md'}")
-    if not any(source.on_hub for source in sources(checked.config)):
+    on_hub = complete_card(out, results, row)
+    click.echo(f"model card written to {out.resolve() / README}")
+    if not on_hub:
         click.echo("before you upload: add the Hub ids of your inputs to its 'base_model'")

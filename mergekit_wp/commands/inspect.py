@@ -8,7 +8,7 @@ import sys
 import click
 
 from mergekit_wp.files.scorefile import read
-from mergekit_wp.report.ranking import rank, select, to_json
+from mergekit_wp.report.ranking import select, to_json
 from mergekit_wp.report.table import render
 from mergekit_wp.terms import ESTIMANDS, KINDS
 
@@ -60,7 +60,7 @@ def inspect(
     score_file = read(file)
     selection = select(score_file, estimand, criterion, kind)
     if as_json:
-        for piece in to_json(score_file, rank(score_file, selection, top=top)):
+        for piece in to_json(score_file, selection, top):
             click.echo(piece, nl=False)
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -6,12 +6,6 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.errors import UserError
-from mergekit_wp.files import circuitfile
-from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.files.circuitfile import TraceFile
-from mergekit_wp.files.scorefile import ScoreFile, read
-
 
 @click.command(short_help="Draw a score file as a picture or a page.")
 @click.argument("file", type=click.Path())
@@ -45,27 +39,6 @@ def plot(file: str, out: Path, trace: Path | None) -> None:
       mergekit-wp plot caps.safetensors --out caps.html
       mergekit-wp plot caps.safetensors --trace trace.json --out caps.html
     """
-    if out.suffix.lower() not in (".html", ".png"):
-        raise UserError(f"--out {out}: plot writes .html or .png, not '{out.suffix}'")
-    if trace is not None and out.suffix.lower() != ".html":
-        raise UserError("--trace is drawn into a page; give --out FILE.html")
-    scores = read(file)
-    circuit = None if trace is None else circuitfile.read(trace, scores)
-    _write(out, _render(scores, circuit, out.suffix.lower()))
+    from mergekit_wp.report.page import plot as run
 
-
-def _write(out: Path, content: bytes) -> None:
-    with written_whole(out) as temporary:
-        temporary.write_bytes(content)
-
-
-def _render(score_file: ScoreFile, trace: TraceFile | None, suffix: str) -> bytes:
-    # drawing libraries are slow to import and of no use to the other commands
-    try:
-        from mergekit_wp.report.figures import png
-        from mergekit_wp.report.page import html
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"plot needs {error.name}, which is not installed: pip install {error.name}"
-        ) from error
-    return png(score_file) if suffix == ".png" else html(score_file, trace).encode()
+    run(file, out, trace)

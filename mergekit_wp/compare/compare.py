@@ -24,7 +24,7 @@ from mergekit_wp.compare.rows import Comparison, recipe_name
 from mergekit_wp.compare.run import Runner
 from mergekit_wp.compare.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.report.frame import frame
+from mergekit_wp.report.table import frame
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
+from pathlib import Path
 
 from markupsafe import Markup
 
 from mergekit_wp.criteria import criterion_words
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.files import circuitfile
+from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.manifest import Verification
-from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.report import (
     circuit_graph,
     fit_history,
@@ -21,7 +25,7 @@ from mergekit_wp.report import (
     weights_vs_activations,
     words,
 )
-from mergekit_wp.report.figures import page_svg, panel_list, svg
+from mergekit_wp.report.figures import page_svg, panel_list, png, svg
 from mergekit_wp.report.html import filled
 from mergekit_wp.report.ranking import Leaders, RankedComponent, leaders, select
 from mergekit_wp.report.table import ScoreFormat
@@ -117,6 +121,32 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
         sections=[_section(score_file, e, c) for e, c in selection.pairs],
         versions=", ".join(words.clean(f"{k} {v}") for k, v in sorted(manifest.versions.items())),
     )
+
+
+def plot(file: str | Path, out: Path, trace: Path | None) -> None:
+    """Draw a score file as a picture or a page; an existing file is replaced.
+
+    Args:
+        file: the score file.
+        out: a .png or .html.
+        trace: what `trace` wrote for the file, for a page.
+
+    Raises:
+        UserError: another ending, a trace for a picture, or a file that cannot be read; a trace
+            that is not of these scores.
+    """
+    ending = out.suffix.lower()
+    if ending not in (".html", ".png"):
+        raise UserError(f"{option('out', out)}: plot writes .html or .png, not '{out.suffix}'")
+    if trace is not None and ending != ".html":
+        raise UserError(
+            f"{option('trace')} is drawn into a page; give {option('out', 'FILE.html')}"
+        )
+    scores = read(file)
+    circuit = None if trace is None else circuitfile.read(trace, scores)
+    content = png(scores) if ending == ".png" else html(scores, circuit).encode()
+    with written_whole(out) as temporary:
+        temporary.write_bytes(content)
 
 
 def _section(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> _Section:

@@ -233,8 +233,9 @@ def leaders(
     ]
 
 
-def to_json(score_file: ScoreFile, ranking: Ranking) -> Iterator[str]:
-    """One JSON object with ``manifest`` and ``components``, piece by piece."""
+def to_json(score_file: ScoreFile, selection: Selection, top: int | None) -> Iterator[str]:
+    """One JSON object with ``manifest`` and the ``top`` ``components``, piece by piece."""
+    ranking = rank(score_file, selection, top=top)
     yield f'{{"manifest": {score_file.manifest.model_dump_json()}, "components": ['
     for start in range(0, len(ranking), _CHUNK):
         rows = ranking.rows(start, start + _CHUNK)

@@ -1,12 +1,17 @@
-"""The text of ``mergekit-wp inspect``: a summary, then the leaders; plain, for pipes too."""
+"""The text of ``mergekit-wp inspect``: a summary, then the leaders; plain, for pipes too.
+
+And tables for pandas.
+"""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mergekit_wp.criteria import criterion_words
+from mergekit_wp.errors import UserError
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import fit_history, mechanism, weights_vs_activations, words
 from mergekit_wp.report.ranking import RankedComponent, Selection, leaders, select
@@ -150,3 +155,18 @@ class ScoreFormat:
         """One score."""
         score += 0.0  # no minus zero
         return f"{score:{sign}.3e}" if self.scientific else f"{score:{sign}.{self.decimals}f}"
+
+
+def frame(records: Sequence[Mapping[str, Any]]) -> Any:
+    """A pandas frame with a row for each record, and its keys as columns.
+
+    Raises:
+        UserError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise UserError(
+            "a frame needs pandas, which is not installed: pip install 'mergekit-wp[frame]'"
+        ) from error
+    return pandas.DataFrame.from_records(list(records))

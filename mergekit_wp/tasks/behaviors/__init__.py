@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.atomic import written_whole
 
 #: of the requests, one in three is kept for items; prompts and items share none
 _EVERY = 3
@@ -64,6 +66,26 @@ def behavior(name: str) -> Behavior:
     if name not in behaviors():
         raise UserError(f"no built-in behaviour '{name}'; there are {', '.join(behaviors())}")
     return behaviors()[name]
+
+
+def export(name: str, prompts: Path | None, items: Path | None) -> list[Path]:
+    """Write the files of a built-in behaviour, and say which were written.
+
+    Args:
+        name: of the behaviour.
+        prompts: its prompt file; None for none.
+        items: the items that check it.
+
+    Raises:
+        UserError: no such behaviour.
+    """
+    chosen, written = behavior(name), []
+    for path, lines in ((prompts, chosen.prompts()), (items, chosen.items())):
+        if path is not None:
+            with written_whole(path) as temporary:
+                temporary.write_text(jsonl(lines), encoding="utf-8")
+            written.append(path)
+    return written
 
 
 def jsonl(lines: Iterator[dict[str, Any]]) -> str:
