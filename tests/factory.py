@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mergekit_wp.architectures import LLAMA, Dims
+from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.components import layout_of
 from mergekit_wp.files.manifest import (
     Anchor,

@@ -15,7 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from mergekit_wp.architectures import LLAMA, Dims
+from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.components import Partition, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.load import parameter_names, skeleton

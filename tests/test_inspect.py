@@ -11,7 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mergekit_wp.architectures import LLAMA, Dims
+from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mergekit_wp.architectures import LLAMA, Dims
+from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.commands.plot import plot
 from mergekit_wp.errors import DiskError, UserError

@@ -11,7 +11,8 @@ from benchmarks.smollm2.control import random_control
 from benchmarks.smollm2.curve import Point, table
 from benchmarks.smollm2.evaluate import capital_fraction, mcnemar
 from benchmarks.smollm2.ifeval import CAPITALS, identity, request_of, split_of, split_requests
-from mergekit_wp.architectures import LLAMA, Dims
+from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.files import scorefile
 from tests.factory import make_score_file
 
