@@ -157,6 +157,10 @@ def test_the_command_goes_on_with_little_memory(
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(small_one[name], tensor)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (files["base"] / name).rename(files["merged"] / name)
+    result = run_aim(files["merged"], tmp_path / "other", *options(files))
+    assert f"has no tokenizer; that of '{files['merged']}' is used" in result.stderr
     most = 0
     result = run_aim(files["merged"], tmp_path / "none", *options(files))
     assert "out of memory with one sequence at a time" in str(result.exception)

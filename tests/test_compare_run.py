@@ -554,6 +554,7 @@ def test_from_python(world: Path, family: Family) -> None:
     assert sorted(world.iterdir()) == before, "nothing is written unless a path is given"
     assert "AIM is left out: it needs calibration=PROMPTS.jsonl" in said and "ties" in said
     done = invoke(world, str(world / "recipe.yml"), "--untuned")
+    assert f"'{family.experts[0].path}' has no tokenizer; that of the merges is used" in said
     assert found.table() in done.stdout and "<svg" in found.report() and not found.failed
     frame = found.frame()
     assert isinstance(frame, pandas.DataFrame)

@@ -110,6 +110,12 @@ def test_own_checkers(tmp_path: Path) -> None:
     assert own.judge({"checker": "half", "id": "1"}, "") == 0.5
     with pytest.raises(UserError, match="checker 'breaks' fails on item 7: ZeroDivisionError"):
         own.judge({"checker": "breaks", "id": "7"}, "")
+    with pytest.raises(UserError, match="checker 'number' fails on item 7: ValueError"):
+        own.judge({"checker": "number", "id": "7", "answer": "many"}, "3")
+    with pytest.raises(UserError, match="checker 'regex' fails on item 7: error: unterminated"):
+        own.judge({"checker": "regex", "id": "7", "pattern": "[a"}, "3")
+    with pytest.raises(KeyError, match="answer"):  # a reader of ours let it through: no user's
+        own.judge({"checker": "exact", "id": "7"}, "3")
     task = write(tmp_path / "t.jsonl", {"prompt": "a", "split": "test", "checker": "half"})
     first = JsonlTask.read(task, own).fingerprint
     file.write_text(file.read_text() + "\n")

@@ -13,11 +13,15 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
 from huggingface_hub.utils import filter_repo_objects
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from safetensors.torch import load_file
 
 from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.card import sources as card_sources
+from mergekit_wp.card.sources import NOT_READ
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -330,3 +334,42 @@ def test_what_is_not_there_is_said_in_one_line(pair: Cache, tmp_path: Path, capf
     scored(tmp_path, "owner/base@v1", "owner/expert", status=2)
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "'owner/expert' has no model.safetensors" in line
+
+
+@pytest.mark.parametrize(
+    "error", [HfHubHTTPError.__bases__[0]("no network"), XetDownloadError("broken")]
+)
+def test_what_the_client_raises_is_no_crash(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error
+
+    hub._fetch.cache_clear()
+    for where in (huggingface_hub, card_sources):
+        monkeypatch.setattr(where, "hf_hub_download", refuse)
+    with pytest.raises(UserError, match=f"score file hf://a/b/c could not be fetched: {error}"):
+        hub.local_path("hf://a/b/c")
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "linear", "models": [{"model": "a/b", "parameters": {"weight": 1}}]}
+    )
+    assert [source.licence for source in card_sources.sources(config)] == [NOT_READ]
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, AssertionError, AttributeError])
+def test_a_bug_is_not_taken_for_the_network(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> str:
+        raise error("ours")
+
+    hub._fetch.cache_clear()
+    for where in (huggingface_hub, card_sources):
+        monkeypatch.setattr(where, "hf_hub_download", broken)
+    with pytest.raises(error, match="ours"):
+        hub.local_path("hf://a/b/c")
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "linear", "models": [{"model": "a/b", "parameters": {"weight": 1}}]}
+    )
+    with pytest.raises(error, match="ours"):
+        card_sources.sources(config)

@@ -408,3 +408,17 @@ def test_a_stored_dtype_is_not_a_mistake(tmp_path: Path) -> None:
     save_file(small, family.experts[0].path / "model.safetensors", metadata={"format": "pt"})
     recipe = write(family.recipe(dtype="bfloat16"), tmp_path / "recipe.yml")
     assert done(recipe, tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("error", [KeyError, RuntimeError])
+def test_a_bug_of_ours_is_no_mistake_of_the_recipe(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """mergekit's planner calls our method, whose bugs must not be taken for its refusals."""
+
+    def broken(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr("mergekit_wp.merging.method.check_fit", broken)
+    result = invoke(write(family.recipe(), tmp_path / "recipe.yml"), tmp_path / "out")
+    assert type(result.exception) is error and "ours" in str(result.exception)

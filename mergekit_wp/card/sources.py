@@ -63,13 +63,14 @@ def _source(path: ModelPath, role: str) -> Source:
 
 def _hub_licence(path: ModelPath) -> str:
     try:
-        return _licence(Path(hf_hub_download(path.path, "README.md", revision=path.revision)))
+        readme = hf_hub_download(path.path, "README.md", revision=path.revision)
     except LocalEntryNotFoundError:
         return NOT_READ
     except EntryNotFoundError:
         return NOT_STATED
-    except Exception:  # no network, a private repository: a card must not lose a finished merge
+    except hub.CLIENT_ERRORS:  # no network, a private repository: that loses no finished merge
         return NOT_READ
+    return _licence(Path(readme))
 
 
 def _licence(readme: Path) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
-
 from safetensors import SafetensorError
 
 from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.interrupts import Interrupted, unmasked
+from mergekit_wp.merging.host import raised_by_mergekit
 from mergekit_wp.models.memory import is_out_of_memory
 
 #: how mergekit refuses a merge, by torch or by itself
@@ -32,17 +31,6 @@ def why_failed(error: Exception) -> str | None:
         return None
     if isinstance(error, UserError):
         return str(error)
-    if not (is_out_of_memory(error) or _raised_by_mergekit(error)):
+    if not (is_out_of_memory(error) or raised_by_mergekit(error)):
         return None
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"[:500]
-
-
-def _raised_by_mergekit(error: Exception) -> bool:
-    """Whether mergekit called what failed last, not we: our method runs within it."""
-    packages = [
-        str(frame.f_globals.get("__name__")).partition(".")[0]
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    return (
-        next((p for p in reversed(packages) if p in ("mergekit", "mergekit_wp")), "") == "mergekit"
-    )

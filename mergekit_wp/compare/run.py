@@ -108,13 +108,19 @@ class Runner:
     def _tokenizer(self) -> Any:
         for reference in (self.plan.base, *self.plan.experts):
             if (tokenizer := Checkpoint(reference).tokenizer()) is not None:
+                if reference != self.plan.base:
+                    self.told(f"'{self.plan.base}' has no tokenizer; that of '{reference}' is used")
                 return tokenizer
         raise UserError(f"neither '{self.plan.base}' nor its experts have a tokenizer")
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
     ) -> Row:
-        tokenizer = checkpoint.tokenizer() or self.tokenizer
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            if role == "expert":
+                self.told(f"'{checkpoint.name}' has no tokenizer; that of the merges is used")
+            tokenizer = self.tokenizer
         for split in splits:
             self._measure(
                 name, {}, 0, split, lambda: self.evaluation.load_checkpoint(checkpoint), tokenizer

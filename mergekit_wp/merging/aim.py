@@ -86,9 +86,12 @@ def aim(
         raise UserError(
             f"'{merged}' is {end.architecture}, but its base '{base}' {start.architecture}"
         )
-    tokenizer = start.tokenizer() or end.tokenizer()
+    tokenizer = start.tokenizer()
     if tokenizer is None:
-        raise UserError(f"neither '{base}' nor '{merged}' has a tokenizer")
+        tokenizer = end.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"neither '{base}' nor '{merged}' has a tokenizer")
+        progress.note(f"'{base}' has no tokenizer; that of '{merged}' is used")
     model = load_folder(start.path, "auto", device)
     _, importance = fitting(
         min(batch_size, max(1, len(prompts))),

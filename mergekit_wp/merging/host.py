@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -86,3 +87,13 @@ def _config(model: ModelReference, stamp: int | None) -> Any:
     from mergekit.io.tasks import LoaderCache
 
     return model.config(trust_remote_code=LoaderCache().trust_remote_code)
+
+
+def raised_by_mergekit(error: Exception) -> bool:
+    """Whether mergekit called what failed, and not we: our method runs within it."""
+    packages = [
+        str(frame.f_globals["__name__"]).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    ours_or_its = [name for name in packages if name in ("mergekit", "mergekit_wp")]
+    return ours_or_its[-1:] == ["mergekit"]

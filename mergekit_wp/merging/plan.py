@@ -16,7 +16,7 @@ from mergekit.plan import MergePlanner
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.expert_scores import ExpertScores
-from mergekit_wp.merging.host import is_tied
+from mergekit_wp.merging.host import is_tied, raised_by_mergekit
 from mergekit_wp.merging.method import Gated, source, weight_patching
 from mergekit_wp.merging.open_models import MISTAKES, forget_adapters, open_models
 from mergekit_wp.merging.recipe import Recipe, one_line
@@ -121,5 +121,7 @@ def _dry_plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodT
         # planning writes nothing: only executing a task does (and plan_in_memory raises in 0.1.5)
         planned = planner.plan_to_disk("")
     except MISTAKES as error:
+        if not raised_by_mergekit(error):
+            raise
         raise UserError(f"recipe {recipe.path}: {one_line(error)}") from error
     return [task.tensor_task for task in planned if isinstance(task, SaveTensor)]

@@ -25,6 +25,19 @@ _ADAPTER = [
     "vocab.json",
     "*.jinja",
 ]
+#: what the Hub's client raises: for the network (by whichever HTTP library it uses) and the disk,
+#: for what it was asked, and errors of its own
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    *huggingface_hub.errors.HfHubHTTPError.__bases__,
+    *(
+        error
+        for error in vars(huggingface_hub.errors).values()
+        if isinstance(error, type) and issubclass(error, Exception)
+    ),
+)
 
 
 def config_folder(repository: str, revision: str | None) -> Path:
@@ -103,6 +116,6 @@ def _fetch(reference: str) -> str:
         return huggingface_hub.hf_hub_download(
             repo, filename, revision=unquote(revision) if revision else None
         )
-    except Exception as error:
+    except CLIENT_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"score file {reference} could not be fetched: {reason}") from error

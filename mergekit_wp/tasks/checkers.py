@@ -51,6 +51,8 @@ BUILT_IN: dict[str, Checker] = {
     "regex": regex,
     "ifeval": follows,
 }
+#: what a built-in checker raises where an item's answer or pattern is none
+_UNFIT = (UserError, ValueError, re.error)
 #: keys without which a checker has nothing to compare with
 NEEDS = {
     "exact": ("answer",),
@@ -103,9 +105,12 @@ class Checkers:
             UserError: the checker fails on it.
         """
         name = item["checker"]
+        checker = self.known[name]
         try:
-            return float(self.known[name](item, output))
+            return float(checker(item, output))
         except Exception as error:
+            if checker in BUILT_IN.values() and not isinstance(error, _UNFIT):
+                raise  # a bug of ours, not of an item or a user's file
             raise UserError(
                 f"checker '{name}' fails on item {item['id']}: {type(error).__name__}: {error}"
             ) from error
