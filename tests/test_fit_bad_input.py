@@ -30,12 +30,12 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"start": "2.0"}, "--start 2 is not within 0 and 1.5"),
-        ({"start": "none.safetensors"}, "--start none.safetensors: give a number, or 'scores'"),
+        ({"start": "2.0"}, "start=2 is not within 0 and 1.5"),
+        ({"start": "none.safetensors"}, "start=none.safetensors: give a number, or 'scores'"),
         ({"start": "scores"}, "is of 'ties' and has no scores to start from"),
-        ({"prompts": ()}, "has no prompts; add --prompts east=FILE.jsonl"),
+        ({"prompts": ()}, "has no prompts; add prompts=east=FILE.jsonl"),
         ({"max_prompts": 2}, "has prompts for one step only"),
-        ({"guard_weight": 2.0}, "--guard-weight 2 weighs guards, and none is given"),
+        ({"guard_weight": 2.0}, "guard_weight=2 weighs guards, and none is given"),
     ],
 )
 def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
