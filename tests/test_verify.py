@@ -326,12 +326,12 @@ def test_a_built_in_behaviour(world: Path, file: Path) -> None:
     ("change", "message"),
     [
         ({"top": ("many",)}, "'many' is no size"),
-        ({"top": ("0",)}, "--top 0: the file scores"),
+        ({"top": ("0",)}, "top=0: the file scores"),
         ({"top": ("inf%",)}, "'inf%' is no size"),
-        ({"top": ("101%",)}, "--top 101%: the file scores"),
+        ({"top": ("101%",)}, "top=101%: the file scores"),
         ({"estimand": "gain"}, "has no 'gain/kl' scores; it has share/kl"),
         ({"expert": "BASE"}, "nothing to score"),
-        ({"base": "EXPERT", "expert": "OTHER"}, "give the right ones as --base and --expert"),
+        ({"base": "EXPERT", "expert": "OTHER"}, "give the right ones as base and expert"),
     ],
 )
 def test_bad_input(world: Path, file: Path, change: dict[str, Any], message: str) -> None:
