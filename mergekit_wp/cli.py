@@ -8,7 +8,6 @@ import sys
 import click
 
 import mergekit_wp
-from mergekit_wp.commands.flags import flags
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.interrupts import Interrupted, listening
 
@@ -51,6 +50,8 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
+            from mergekit_wp.commands.derive import flags
+
             command = self.get_command(ctx, str(ctx.invoked_subcommand))
             if command is not None:
                 error.use_flags(flags(command))

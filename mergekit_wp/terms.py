@@ -19,9 +19,10 @@ FINE_KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
 
 # what is measured, and how
 Estimand = Literal["share", "gain", "knockout", "path", "activation_gain", "activation_knockout"]
-ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 #: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
-LONE_ESTIMANDS: tuple[Estimand, ...] = tuple(e for e in ESTIMANDS if e != "path")
+LoneEstimand = Literal["share", "gain", "knockout", "activation_gain", "activation_knockout"]
+ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
+LONE_ESTIMANDS: tuple[LoneEstimand, ...] = get_args(LoneEstimand)
 #: what a merge can go by: what weights do, not what passes through them
 WEIGHT_ESTIMANDS: tuple[Estimand, ...] = ("share", "gain", "knockout")
 BuiltInCriterion = Literal["kl", "anchor", "logprob"]

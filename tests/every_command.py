@@ -30,12 +30,12 @@ score base west --prompts open.jsonl --out west.safetensors --share-steps 2 \
     --max-new-tokens 2 --kinds layer,tensor,head
 score plain odd --prompts open.jsonl --out odd.safetensors --share-steps 2 --max-new-tokens 2
 score --company recipe.yml --prompts east=east.jsonl --prompts west=west.jsonl \
-    --out together --share-steps 2
+    --out together --path-steps 2
 fit recipe.yml --prompts east=east.jsonl --prompts west=west.jsonl --guard open.jsonl \
     --out fitted --steps 2 --prompts-a-step 2 --max-new-tokens 2
 verify east.safetensors --top 3,50% --prompts open.jsonl --draws 2 --max-new-tokens 2 \
     --task items.jsonl
-verify open.safetensors --top 3 --behavior capitals --draws 2 --max-new-tokens 2 --max-prompts 2
+verify open.safetensors --top 3 --builtin capitals --draws 2 --max-new-tokens 2 --max-prompts 2
 trace east.safetensors --prompts east.jsonl --out trace.json --targets 2 --suppliers 2
 stability open.safetensors west.safetensors
 anchor base east --prompts open.jsonl --max-new-tokens 2 --json

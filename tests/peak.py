@@ -56,13 +56,14 @@ def run(folder: Path, name: str, max_memory: dict[str, int] | None = None) -> st
         expert=str(folder / "expert"),
         prompts=prompts,
         out=folder / f"{name}.safetensors",
-        estimands=("share", "gain", "activation_gain"),
+        estimand=("share", "gain", "activation_gain"),
         kinds=("layer", "head", "kv_group", "neuron"),
         exact_budget=0.0,
         share_steps=1,
         verify=1,
         batch_size=2,
         max_new_tokens=2,
+        device_map=None if max_memory is None else "auto",
         max_memory=max_memory,
     )
     score(request, said)

@@ -120,8 +120,8 @@ def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_preci
         base,
         expert,
         prompts=prompts,
-        estimands=("gain", "knockout", "share"),
-        criteria=("kl", "anchor"),
+        estimand=("gain", "knockout", "share"),
+        criterion=("kl", "anchor"),
         anchor_layer=0,
         max_new_tokens=3,
         share_steps=1,
@@ -159,7 +159,7 @@ def test_a_mixture_in_float32_multiplies_in_groups_and_scores_alike(tmp_path) ->
     expert = perturbed(base)
     options = {
         "prompts": write_prompts(tmp_path / "p.jsonl", 2, response=True),
-        "estimands": ("gain", "share"),
+        "estimand": ("gain", "share"),
         "share_steps": 1,
     }
     exact = run(tmp_path / "64", base, expert, **options)
@@ -174,8 +174,8 @@ def test_activation_patches_equal_naive_ones(tmp_path, family, double_precision_
     expert = perturbed(base)
     prompts = write_prompts(tmp_path / "p.jsonl", 2)
     estimands = ("activation_gain", "activation_knockout")
-    options = {"prompts": prompts, "criteria": ("kl",), "max_new_tokens": 2, "batch_size": 7}
-    result = run(tmp_path, base, expert, estimands=estimands, **options)
+    options = {"prompts": prompts, "criterion": ("kl",), "max_new_tokens": 2, "batch_size": 7}
+    result = run(tmp_path, base, expert, estimand=estimands, **options)
     (scores,) = double_precision_file
     partition = partition_of(base, result)
     naive = Naive(base, expert, partition, sequences_of(prompts, expert, 2))
@@ -195,7 +195,7 @@ def test_shares_sum_to_one(tmp_path, family) -> None:
             if hasattr(module, "top_k"):
                 module.top_k = 3
         base.config.num_experts_per_tok = 3
-    result = run(tmp_path, base, perturbed(base, 0.003), estimands=("share",), criteria=("kl",))
+    result = run(tmp_path, base, perturbed(base, 0.003), estimand=("share",), criterion=("kl",))
     assert result.manifest.completeness["share/kl"] == pytest.approx(1.0, abs=0.02)
 
 
@@ -444,10 +444,10 @@ def test_without_a_map_layers_and_tensors_are_scored(
     base = make_model(family)
     expert = perturbed(base)
     prompts = write_prompts(tmp_path / "p.jsonl", 2)
-    options = {"prompts": prompts, "criteria": ("kl", "anchor"), "max_new_tokens": 3}
+    options = {"prompts": prompts, "criterion": ("kl", "anchor"), "max_new_tokens": 3}
     estimands = ("gain", "knockout", "share")
     result = run(
-        tmp_path, base, expert, estimands=estimands, anchor_layer=0, share_steps=1, **options
+        tmp_path, base, expert, estimand=estimands, anchor_layer=0, share_steps=1, **options
     )
     note, memory = said
     assert memory.startswith("peak memory")
@@ -474,7 +474,7 @@ def test_without_a_map_layers_and_tensors_are_scored(
     with pytest.raises(UserError, match="kinds head,neuron needs a component map, which"):
         run(tmp_path, base, expert, kinds=("head", "neuron"), **options)
     with pytest.raises(UserError, match="activation_gain needs a component map"):
-        run(tmp_path, base, expert, estimands=("activation_gain",), **options)
+        run(tmp_path, base, expert, estimand=("activation_gain",), **options)
 
 
 def test_configs_that_compute_otherwise_are_refused_without_a_map(tmp_path) -> None:

@@ -53,8 +53,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ScoreRequest(
             **pair(root),
             out=root / "scores.safetensors",
-            estimands=("gain", "activation_gain"),
-            criteria=("kl",),
+            estimand=("gain", "activation_gain"),
+            criterion=("kl",),
             dtype="float64",
             verify=0,
         ),
@@ -95,7 +95,7 @@ Numbers = dict[str, torch.Tensor]
 
 
 def company(world: Path, out: Path, said: Quiet) -> Numbers:
-    request = CompanyRequest(**members(world), out=out, batch_size=4, steps=2)
+    request = CompanyRequest(**members(world), out=out, batch_size=4, path_steps=2)
     *files, _ = score_company(request, said)
     found = [scorefile.read(file) for file in files]
     numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
@@ -208,7 +208,7 @@ def test_answers_of_the_expert_tell_of_it(
         request = ScoreRequest(
             **pair(world) | {"prompts": prompts},
             out=tmp_path / f"{name}.safetensors",
-            estimands=("share",),
+            estimand=("share",),
             share_steps=1,
             dtype="float64",
             max_new_tokens=2,

@@ -74,7 +74,7 @@ def request_for(world: Path, out: Path, **options: object) -> CompanyRequest:
         "dtype": "float64",
         "device": DEVICE,
         "batch_size": 3,
-        "steps": 4,
+        "path_steps": 4,
         **options,
     }
     return CompanyRequest(**settings)
@@ -190,7 +190,7 @@ def test_the_path_equals_a_naive_walk(world: Path, tmp_path: Path) -> None:
 
 
 def test_shares_of_all_experts_add_up_to_what_came_back(world: Path, tmp_path: Path) -> None:
-    *files, _ = score_company(request_for(world, tmp_path / "out", steps=40), Quiet())
+    *files, _ = score_company(request_for(world, tmp_path / "out", path_steps=40), Quiet())
     read = [scorefile.read(path) for path in files]
     total = sum(
         float(scores.sum()) for file in read for scores in file.fine_scores("share", "kl").values()
@@ -282,7 +282,7 @@ def test_scores_of_another_company_are_refused(world: Path, tmp_path: Path) -> N
     done = CliRunner().invoke(cli, ["merge", str(alone), str(tmp_path / "x")])
     assert isinstance(done.exception, UserError)
     assert "in the company of" in str(done.exception) and "west" in str(done.exception)
-    other = score_company(request_for(world, tmp_path / "other", steps=3), Quiet())
+    other = score_company(request_for(world, tmp_path / "other", path_steps=3), Quiet())
     mixed = [models[0], {**models[1], "parameters": {"scores": str(other[1])}}]
     done = CliRunner().invoke(
         cli, ["merge", str(rewrite(recipe, {"models": mixed})), str(tmp_path / "x")]

@@ -470,11 +470,9 @@ def test_the_command(world: Path, family: Family) -> None:
     again = invoke(world, *recipes, *options)
     assert again.exit_code == 0
     assert again.stdout.splitlines()[-10:] == done.stdout.splitlines()[-10:]
-    base, experts = str(family.base.path), [str(e.path) for e in family.experts]
-    pairs = [x for e, s in zip(experts, family.paths, strict=True) for x in ("--expert", e, str(s))]
-    listed = invoke(world, "--base", base, *pairs, "--methods", "ram", "--restart")
-    assert listed.exit_code == 0, listed.output
-    assert "ram " in listed.output and "AIM" not in listed.output
+    anew = invoke(world, str(world / "recipe.yml"), "--methods", "ram", "--restart")
+    assert anew.exit_code == 0, anew.output
+    assert "ram " in anew.output and "AIM" not in anew.output
     assert not (out / "merged").exists(), "--restart throws kept merges away"
 
 
@@ -565,7 +563,6 @@ def test_from_python(world: Path, family: Family) -> None:
     for given, message in (
         ({"keep": True}, "keep keeps merges in out=FOLDER"),
         ({"recipes": (recipe | {"models": []},)}, "recipe in memory"),
-        ({"recipes": ()}, "or base=BASE with experts=EXPERT SCORES for every expert"),
     ):
         with pytest.raises(UserError, match=message):
             compare(request.model_copy(update=given), Listener())
@@ -574,16 +571,13 @@ def test_from_python(world: Path, family: Family) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either a weight_patching RECIPE, or --base BASE"),
         (["fixed.yml"], "merges by ties; the first recipe must be the weight_patching one"),
         (["recipe.yml", "--methods", "tise"], "unknown method 'tise'; known are weight_patching"),
         (["recipe.yml", "--methods", "ties+aim"], "AIM needs --calibration"),
-        (["recipe.yml", "--base", "x"], "give either a weight_patching RECIPE"),
         (["recipe.yml", "fixed.yml", "fixed.yml"], "two recipes are called 'fixed'"),
         (["recipe.yml", "--task", "one.jsonl"], "two tasks are called 'one'"),
         (["recipe.yml", "--task", "none.jsonl"], "none.jsonl cannot be read"),
         (["recipe.yml", "--grid", "none.yml"], "none.yml cannot be read"),
-        (["recipe.yml", "--eval-dtype", "int3"], "--eval-dtype int3"),
         (["recipe.yml", "--calibration", "none.jsonl"], "none.jsonl cannot be read"),
     ],
 )

@@ -68,7 +68,7 @@ class World:
             ],
             "company": [
                 *("score", f"--company={root / 'recipe.yml'}", *both, "--batch-size=2"),
-                *("--share-steps=8", f"--out={out / 'together'}"),
+                *("--path-steps=8", f"--out={out / 'together'}"),
             ],
             "fit": [
                 *("fit", str(root / "recipe.yml"), *both, "--prompts-a-step=2", "--steps=25"),

@@ -99,7 +99,9 @@ def test_weights_kept_elsewhere_change_no_bit(
     whole = score(ScoreRequest(**given, out=tmp_path / "a.safetensors"), Quiet())
     elsewhere(monkeypatch, DISK, "cpu", "cuda")
     said = Quiet()
-    request = ScoreRequest(**given, out=tmp_path / "b.safetensors", max_memory={"0": 1})
+    request = ScoreRequest(
+        **given, out=tmp_path / "b.safetensors", device_map="auto", max_memory={"0": 1}
+    )
     spread = score(request, said)
     assert said.notes[0].startswith("weights: ") and said.notes[0].count(" on ") == 3
     assert "GiB of weights were fetched" in said.notes[-1]
@@ -109,10 +111,12 @@ def test_weights_kept_elsewhere_change_no_bit(
 
 def test_limits_are_held(tmp_path: Path) -> None:
     """The map is accelerate's: what fits stays on the GPU, the rest goes to main memory."""
-    given = world(tmp_path, "llama-tied") | {"device": "cuda", "estimands": ("share",)}
+    given = world(tmp_path, "llama-tied") | {"device": "cuda", "estimand": ("share",)}
     said, alone = Quiet(), Quiet()
     limits = {"0": 16_000, "cpu": 2**30}
-    spread = score(ScoreRequest(**given, out=tmp_path / "a", max_memory=limits), said)
+    spread = score(
+        ScoreRequest(**given, out=tmp_path / "a", device_map="auto", max_memory=limits), said
+    )
     assert "on cuda" in said.notes[0] and "on cpu" in said.notes[0], said.notes
     whole = score(ScoreRequest(**given, out=tmp_path / "b"), alone)
     for key, tensor in whole.tensors.items():
@@ -143,7 +147,7 @@ def wide_vocabulary(tmp_path: Path) -> dict[str, object]:
         "base": str(tmp_path / "base"),
         "expert": str(tmp_path / "expert"),
         "prompts": tmp_path / "p.jsonl",
-        "estimands": ("gain", "share"),
+        "estimand": ("gain", "share"),
         "kinds": ("head", "layer"),
         "share_steps": 2,
         "dtype": "float32",

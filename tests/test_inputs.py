@@ -166,7 +166,7 @@ def score_together(base: Path, experts: tuple[Path, ...], out: Path) -> None:
     prompts = tuple((e.name, write_prompts(out.parent / f"{e.name}.jsonl", 2)) for e in experts)
     request = CompanyRequest(
         recipe=out.with_suffix(".yml"), prompts=prompts, out=out,
-        dtype="float64", max_new_tokens=2, steps=2,
+        dtype="float64", max_new_tokens=2, path_steps=2,
     )  # fmt: skip
     score_company(request, Quiet())
 

@@ -151,12 +151,13 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     found = json.loads(CliRunner().invoke(cli, [*start, *given, "--json"]).output)
     assert [layer["layer"] for layer in found["layers"]] == [0, 1]
     for arguments, message in (
-        ([], "either --prompts FILE.jsonl or --behavior NAME"),
-        ([*given, "--behavior", "capitals"], "either --prompts"),
-        (["--behavior", "shouting"], "no built-in behaviour 'shouting'"),
-        ([*given, "--strength", "0"], "--strength must be above zero"),
+        ([], "either --prompts FILE.jsonl or --builtin NAME"),
+        ([*given, "--builtin", "capitals"], "either --prompts"),
+        (["--builtin", "shouting"], "no built-in behaviour 'shouting'"),
         ([*given, "--max-prompts", "3"], "has 3 usable contrasts"),
     ):
         refused = CliRunner().invoke(cli, [*start, *arguments])
         assert isinstance(refused.exception, UserError), refused.output
         assert message in str(refused.exception)
+    refused = CliRunner().invoke(cli, [*start, *given, "--strength", "0"])
+    assert refused.exit_code == 2 and "'--strength': 0.0 is not in the range x>0" in refused.output

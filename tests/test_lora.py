@@ -375,7 +375,7 @@ def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None
     prompts = [(f"to-{n}", write_prompts(tmp_path / f"{n}.jsonl", 2)) for n in ("east", "west")]
     request = CompanyRequest(
         recipe=tmp_path / "recipe.yml", prompts=tuple(prompts), out=tmp_path / "scores",
-        dtype="float64", max_new_tokens=2, steps=2,
+        dtype="float64", max_new_tokens=2, path_steps=2,
     )  # fmt: skip
     files = score_company(request, Quiet())
     assert [file.stem for file in files[:2]] == ["to-east", "to-west"]

@@ -24,7 +24,7 @@ from tests.test_scoring import run
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("biased")
     base = make_model("llama")
-    run(folder, base, perturbed(base), estimands=("share",), dtype="float32")
+    run(folder, base, perturbed(base), estimand=("share",), dtype="float32")
     model = {"model": str(folder / "expert")}
     content = {
         "merge_method": "weight_patching",
@@ -60,7 +60,7 @@ def test_stock_mergekit_is_made_to_say_it(recipe, tmp_path, caplog) -> None:
 def test_what_mergekit_asks_for_in_vain_is_said_before(tmp_path, family, missing) -> None:
     ensure_registered()
     base = make_model(family)
-    run(tmp_path, base, perturbed(base), estimands=("share",), dtype="float32")
+    run(tmp_path, base, perturbed(base), estimand=("share",), dtype="float32")
     scores = {"scores": str(tmp_path / "scores.safetensors")}
     content = {
         "merge_method": "weight_patching",

@@ -63,7 +63,7 @@ def request_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     paths = {name: str(save(model, folder / name)) for name, model in sides.items()}
 
     def make(out: Path, **options: Any) -> ScoreRequest:
-        given = {"dtype": "float64", "estimands": ("share", "gain", "knockout"), "verify": 2}
+        given = {"dtype": "float64", "estimand": ("share", "gain", "knockout"), "verify": 2}
         return ScoreRequest(**paths, prompts=prompts, out=out, **given | options)
 
     return make
@@ -120,7 +120,7 @@ def test_memory_is_measured(request_of, tmp_path) -> None:
     assert peak_memory() >= before + block.numel() and free_memory("cpu") > 0
     del held
     said = Quiet()
-    score(request_of(tmp_path / "a.safetensors", estimands=("share",)), said)
+    score(request_of(tmp_path / "a.safetensors", estimand=("share",)), said)
     assert any(note.startswith("peak memory") and "weights" in note for note in said.notes)
 
 

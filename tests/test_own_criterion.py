@@ -75,8 +75,8 @@ def test_gains_and_knockouts_equal_naive_swapping(tmp_path, family, double_preci
         base,
         expert,
         prompts=prompts,
-        estimands=("gain", "knockout"),
-        criteria=("kl", margin),
+        estimand=("gain", "knockout"),
+        criterion=("kl", margin),
         **SMALL,
     )
     (exact,) = double_precision_file
@@ -107,8 +107,8 @@ def test_shares_equal_autograd_and_first_order_its_linear_part(
         base,
         expert,
         prompts=prompts,
-        estimands=("share", "gain", "knockout"),
-        criteria=(margin,),
+        estimand=("share", "gain", "knockout"),
+        criterion=(margin,),
         exact_budget=0,
         verify=4,
         **SMALL,
@@ -146,7 +146,7 @@ def test_memory_backoff_and_batches_change_nothing(tmp_path, monkeypatch) -> Non
     base = make_model("llama-tied")
     options = {
         "prompts": write_prompts(tmp_path / "p.jsonl", 5),
-        "criteria": (margin,),
+        "criterion": (margin,),
         "max_new_tokens": 3,
     }
     whole = run(tmp_path / "whole", base, perturbed(base), batch_size=5, **options)
@@ -171,7 +171,7 @@ def test_memory_backoff_and_batches_change_nothing(tmp_path, monkeypatch) -> Non
 
 def test_the_file_is_read_shown_and_made_by_no_command(tmp_path) -> None:
     base = make_model("llama-tied")
-    result = run(tmp_path, base, perturbed(base), criteria=(margin, "kl"), estimands=("gain",))
+    result = run(tmp_path, base, perturbed(base), criterion=(margin, "kl"), estimand=("gain",))
     read = scorefile.read(tmp_path / "scores.safetensors")
     assert read.manifest == result.manifest
     assert read.manifest.command == ()
@@ -183,7 +183,7 @@ def test_the_file_is_read_shown_and_made_by_no_command(tmp_path) -> None:
 def test_verify_takes_its_sets_and_measures_them_by_the_others(tmp_path) -> None:
     base = make_model("llama-tied")
     prompts = write_prompts(tmp_path / "p.jsonl", 3, response=True)
-    run(tmp_path, base, perturbed(base), criteria=(margin,), estimands=("gain",), prompts=prompts)
+    run(tmp_path, base, perturbed(base), criterion=(margin,), estimand=("gain",), prompts=prompts)
     file, told = tmp_path / "scores.safetensors", Quiet()
     found = verify(VerifyRequest(file=file, prompts=prompts, top=("2",)), None, told)
     assert found.criterion == "margin" and {point.measure for point in found.points} == {"kl"}
@@ -211,8 +211,8 @@ def top1(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
 
 def test_what_has_no_gradient_is_swapped_exactly_and_nothing_else(tmp_path) -> None:
     base = make_model("llama-tied")
-    options = {"criteria": (top1,), "max_new_tokens": 3}
-    result = run(tmp_path, base, perturbed(base, 0.3), estimands=("gain",), **options)
+    options = {"criterion": (top1,), "max_new_tokens": 3}
+    result = run(tmp_path, base, perturbed(base, 0.3), estimand=("gain",), **options)
     assert result.manifest.fidelity["gain/top1/head"].method == "exact"
     for estimand in ("share", "gain"):
         with pytest.raises(UserError, match="criterion 'top1' has no gradient, which shares and"):
@@ -220,7 +220,7 @@ def test_what_has_no_gradient_is_swapped_exactly_and_nothing_else(tmp_path) -> N
                 tmp_path / estimand,
                 base,
                 perturbed(base, 0.3),
-                estimands=(estimand,),
+                estimand=(estimand,),
                 exact_budget=0,
                 **options,
             )
@@ -263,7 +263,7 @@ def _refused(name: str, function) -> object:
 def test_a_function_that_is_no_criterion_is_refused(tmp_path, function, why) -> None:
     base = make_model("llama-tied")
     with pytest.raises(UserError, match=why):
-        run(tmp_path, base, perturbed(base), criteria=(function,), estimands=("gain",))
+        run(tmp_path, base, perturbed(base), criterion=(function,), estimand=("gain",))
     assert not (tmp_path / "scores.safetensors").exists()
 
 
@@ -287,7 +287,7 @@ def test_a_resumed_run_refuses_another_function_of_the_same_name(tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr("mergekit_wp.scoring.score.write", stop)
         with pytest.raises(RuntimeError, match="killed"):
-            run(tmp_path, base, perturbed(base), criteria=(margin,), estimands=("gain",))
+            run(tmp_path, base, perturbed(base), criterion=(margin,), estimand=("gain",))
 
     def other(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         return -margin(logits, batch)
@@ -297,8 +297,8 @@ def test_a_resumed_run_refuses_another_function_of_the_same_name(tmp_path, monke
             tmp_path,
             base,
             perturbed(base),
-            criteria=(_refused("margin", other),),
-            estimands=("gain",),
+            criterion=(_refused("margin", other),),
+            estimand=("gain",),
         )
 
 

@@ -129,7 +129,7 @@ def test_activations_of_packed_and_plain_runs_are_kept_apart(tmp_path) -> None:
                 **sides,
                 prompts=prompts,
                 out=tmp_path / f"{size}.safetensors",
-                estimands=("activation_gain",),
+                estimand=("activation_gain",),
                 kinds=("layer", "neuron"),
                 dtype="float64",
                 exact_budget=0.0,

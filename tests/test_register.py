@@ -194,8 +194,8 @@ def test_scores_equal_naive_swapping_and_autograd(
         base,
         expert,
         prompts=prompts,
-        estimands=("gain", "knockout", "share"),
-        criteria=("kl", "anchor"),
+        estimand=("gain", "knockout", "share"),
+        criterion=("kl", "anchor"),
         anchor_layer=0,
         share_steps=1,
         batch_size=7,
@@ -238,7 +238,7 @@ def test_prompts_that_begin_alike_are_not_packed_where_no_mask_says_so(
     expert = perturbed(base)
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(f'{{"prompt": "abcdefgh{x}", "response": "{x}a"}}\n' for x in "ijk"))
-    result = run(tmp_path, base, expert, prompts=prompts, estimands=("gain",), criteria=("kl",))
+    result = run(tmp_path, base, expert, prompts=prompts, estimand=("gain",), criterion=("kl",))
     partition = partition_of(base, result)
     naive = Naive(base, expert, partition, sequences_of(prompts))
     for component in partition.components("head"):
@@ -283,7 +283,7 @@ def test_a_score_file_of_an_unregistered_architecture_is_refused(
         register(toy())
         base = make_toy()
         prompts = with_responses(tmp_path / "p.jsonl")
-        run(tmp_path, base, perturbed(base), prompts=prompts, estimands=("gain",))
+        run(tmp_path, base, perturbed(base), prompts=prompts, estimand=("gain",))
     with pytest.raises(
         UserError,
         match=r"scores.safetensors: architecture 'ToyForCausalLM' is not declared here: import",

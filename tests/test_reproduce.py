@@ -55,7 +55,7 @@ COMMANDS = {
         [scoring("it's.safetensors", "share", "gain", "knockout")], "it's.safetensors", 1,
     ),
     "company": (
-        [["score", "--company", "recipe.yml", "--out", "together", "--share-steps", "2",
+        [["score", "--company", "recipe.yml", "--out", "together", "--path-steps", "2",
           *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))]],
         f"together/{NAMES[0]}.safetensors", 1,
     ),
@@ -67,7 +67,7 @@ COMMANDS = {
     ),
     "verify, built-in": (
         [scoring("built-in.safetensors", "gain"),
-         ["verify", "built-in.safetensors", "--top", "3", "--behavior", "capitals", "--draws", "2",
+         ["verify", "built-in.safetensors", "--top", "3", "--builtin", "capitals", "--draws", "2",
           "--max-prompts", "2", "--max-new-tokens", "2", "--expert", NAMES[0]]],
         "built-in.safetensors", 2,
     ),

@@ -33,7 +33,7 @@ def world(folder: Path, family: str) -> dict[str, Any]:
         "base": str(folder / "base"),
         "expert": str(folder / "expert"),
         "prompts": prompts,
-        "estimands": LONE_ESTIMANDS,
+        "estimand": LONE_ESTIMANDS,
         "exact_budget": 0.0,  # heads, groups and neurons to first order, then exactly
         "dtype": "float64",
         "max_new_tokens": 2,
@@ -64,7 +64,9 @@ def test_scores_are_those_of_a_model_on_one_device(
     # to torch, cpu:0 is another device than cpu: it stands for main memory beside a GPU
     elsewhere(monkeypatch, DISK, "cpu:0", "cpu")
     said = Quiet()
-    request = ScoreRequest(**given, out=tmp_path / "b.safetensors", max_memory={"cpu": 0})
+    request = ScoreRequest(
+        **given, out=tmp_path / "b.safetensors", device_map="auto", max_memory={"cpu": 0}
+    )
     spread = score(request, said)
     assert said.notes[0].startswith("weights: ") and said.notes[0].count(" on ") == 3
     assert "GiB of weights were fetched" in said.notes[-1]
@@ -93,7 +95,7 @@ def test_exact_sweeps_from_the_checkpoints_are_the_same_file(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Journal, "save", die)
-        score(ScoreRequest(**given, out=other, max_memory={"cpu": 0}), Quiet())
+        score(ScoreRequest(**given, out=other, device_map="auto", max_memory={"cpu": 0}), Quiet())
     said = Quiet()
     score(ScoreRequest(**given, out=other), said)  # a run goes on with a device map or without
     assert any(note.startswith("continuing the run") for note in said.notes)
@@ -102,8 +104,11 @@ def test_exact_sweeps_from_the_checkpoints_are_the_same_file(
 
 def test_a_model_with_room_is_held_as_ever(tmp_path: Path) -> None:
     given, said = world(tmp_path, "llama-tied"), Quiet()
-    given |= {"estimands": ("share",), "kinds": SLICED_KINDS}
-    score(ScoreRequest(**given, out=tmp_path / "a", max_memory={"cpu": 2**30}), said)
+    given |= {"estimand": ("share",), "kinds": SLICED_KINDS}
+    score(
+        ScoreRequest(**given, out=tmp_path / "a", device_map="auto", max_memory={"cpu": 2**30}),
+        said,
+    )
     assert said.notes[0] == "weights: 0.00 GiB on cpu"
     assert "fetched" not in said.notes[-1]
 
@@ -129,14 +134,18 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capfd) -> 
 
 def test_workers_have_one_gpu(tmp_path: Path) -> None:
     request = ScoreRequest(
-        **world(tmp_path, "llama-tied"), out=tmp_path / "a", ray=True, max_memory={"1": 1}
+        **world(tmp_path, "llama-tied"),
+        out=tmp_path / "a",
+        ray=True,
+        device_map="auto",
+        max_memory={"1": 1},
     )
     with pytest.raises(UserError, match="every worker has one GPU, which it calls 0"):
         score(request, Quiet())
 
 
 def test_a_model_without_a_map_is_refused(tmp_path: Path) -> None:
-    given = world(tmp_path, "stablelm") | {"estimands": ("share",)}
-    request = ScoreRequest(**given, out=tmp_path / "a", max_memory={"cpu": 0})
+    given = world(tmp_path, "stablelm") | {"estimand": ("share",)}
+    request = ScoreRequest(**given, out=tmp_path / "a", device_map="auto", max_memory={"cpu": 0})
     with pytest.raises(UserError, match="device_map needs"):
         score(request, Quiet())

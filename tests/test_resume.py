@@ -37,7 +37,7 @@ def request_of(tmp_path, monkeypatch):
             "expert": str(tmp_path / "expert"),
             "prompts": prompts,
             "out": tmp_path / out,
-            "estimands": ("share", "gain", "knockout"),
+            "estimand": ("share", "gain", "knockout"),
             "max_new_tokens": 3,
             "exact_budget": 8.0,  # some kinds exact, some first-order and verified
             "verify": 3,
@@ -97,7 +97,7 @@ def test_killed_at_random_points_and_resumed_gives_the_same_file(request_of, mon
 
 
 def test_a_finished_block_is_not_computed_again(request_of, monkeypatch) -> None:
-    request = request_of("out.safetensors", estimands=("gain",))
+    request = request_of("out.safetensors", estimand=("gain",))
     original = Journal.save
     saved: list[str] = []
 

@@ -116,8 +116,8 @@ def test_exact_scores_equal_naive_patching(
         base,
         expert,
         prompts=prompts,
-        estimands=(f"{patched}gain", f"{patched}knockout"),
-        criteria=("kl", "anchor", "logprob"),
+        estimand=(f"{patched}gain", f"{patched}knockout"),
+        criterion=("kl", "anchor", "logprob"),
         batch_size=7,  # two prompts' batches of unequal length, several patches each
         anchor_layer=None if family == "llama" else 0,
     )
@@ -144,8 +144,8 @@ def test_shares_sum_to_one_and_tensors_add_up(tmp_path, family) -> None:
         tmp_path,
         base,
         perturbed(base, 0.03),
-        criteria=("kl", "anchor", "logprob"),
-        estimands=("share",),
+        criterion=("kl", "anchor", "logprob"),
+        estimand=("share",),
     )
     partition = partition_of(base, result)
     for criterion in ("kl", "anchor", "logprob"):
@@ -177,7 +177,7 @@ def test_share_equals_weight_gradient_dot_delta(tmp_path) -> None:
     expert = perturbed(base)
     prompts = write_prompts(tmp_path / "p.jsonl", 3, response=True)
     result = run(
-        tmp_path, base, expert, prompts=prompts, share_steps=1, estimands=("share",), batch_size=2
+        tmp_path, base, expert, prompts=prompts, share_steps=1, estimand=("share",), batch_size=2
     )
     halfway = perturbed(base, 0.0)
     halfway.requires_grad_(True)
@@ -226,7 +226,7 @@ def test_gain_of_a_single_component_expert_is_one(tmp_path) -> None:
         mlp.gate_proj.weight[2] += 1
         mlp.up_proj.weight[2] -= 1
         mlp.down_proj.weight[:, 2] += 1
-    result = run(tmp_path, base, expert, estimands=("gain", "knockout"))
+    result = run(tmp_path, base, expert, estimand=("gain", "knockout"))
     for estimand in ("gain", "knockout"):
         neuron = result.scores(estimand, "kl", "neuron")
         assert float(neuron[1, 2]) == pytest.approx(1, abs=1e-6)
@@ -270,7 +270,7 @@ def test_planted_components_lead_the_ranking(tmp_path, method) -> None:
             base,
             expert,
             prompts=write_prompts(tmp_path / "p.jsonl", 8, response=True),
-            estimands=("gain",),
+            estimand=("gain",),
             kinds=("head", "kv_group", "neuron"),
             exact_budget=1e9 if method == "exact" else 0.0,
             verify=0,
@@ -296,9 +296,7 @@ def test_where_the_input_is_the_same_both_patches_are(tmp_path) -> None:
     with torch.no_grad():
         for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             linear.weight.add_(0.2 * torch.randn_like(linear.weight))
-    result = run(
-        tmp_path, base, expert, estimands=("gain", "knockout", "activation_gain"), verify=0
-    )
+    result = run(tmp_path, base, expert, estimand=("gain", "knockout", "activation_gain"), verify=0)
     weights, activations = (result.scores(e, "kl", "neuron") for e in ("gain", "activation_gain"))
     assert activations[0].tolist() == pytest.approx(weights[0].tolist(), abs=1e-6)
     assert not result.scores("activation_gain", "kl", "head")[0].any()
@@ -320,7 +318,7 @@ def test_first_order_predicts_exact_and_says_how_well(tmp_path, estimand, least)
     base = make_model("llama-tied")
     prompts = write_prompts(tmp_path / "p.jsonl", 16, response=True)
     expert = finetuned(base, prompts)
-    options = {"prompts": prompts, "estimands": (estimand,), "criteria": ("kl",)}
+    options = {"prompts": prompts, "estimand": (estimand,), "criterion": ("kl",)}
     exact = run(tmp_path / "exact", base, expert, exact_budget=1e9, **options)
     first = run(tmp_path / "first", base, expert, exact_budget=0.0, verify=8, **options)
     for kind in ("head", "neuron"):
@@ -347,8 +345,8 @@ def test_a_prompts_numbers_do_not_depend_on_its_batch(tmp_path) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl", 5, contrast=True)
     options = {
         "prompts": prompts,
-        "estimands": ("share", "gain", "knockout"),
-        "criteria": ("kl", "anchor", "logprob"),
+        "estimand": ("share", "gain", "knockout"),
+        "criterion": ("kl", "anchor", "logprob"),
         "anchor_layer": 1,
         "exact_budget": 8.0,  # so that first- and second-order scores are among them
         "verify": 2,
@@ -363,7 +361,7 @@ def test_standard_errors_are_those_of_a_ratio_of_means(tmp_path) -> None:
     base = make_model("llama-tied")
     expert = perturbed(base)
     prompts = write_prompts(tmp_path / "p.jsonl", 6)
-    result = run(tmp_path, base, expert, prompts=prompts, estimands=("gain",), criteria=("kl",))
+    result = run(tmp_path, base, expert, prompts=prompts, estimand=("gain",), criterion=("kl",))
     sequences = sequences_of(prompts, expert, 4)
     partition = partition_of(base, result)
     component = next(partition.components("layer"))
@@ -390,7 +388,7 @@ def test_anchor_contrasts(tmp_path) -> None:
     assert result.manifest.criteria == ("kl", "anchor"), "contrasts bring the anchor in"
     assert result.manifest.anchor.contrast == "instruction"
     assert result.manifest.anchor.n_contrasts == 6
-    plain = run(tmp_path / "m", base, expert, criteria=("anchor",))
+    plain = run(tmp_path / "m", base, expert, criterion=("anchor",))
     assert plain.manifest.anchor.contrast == "checkpoint"
     assert plain.manifest.scale["anchor"].expert > plain.manifest.scale["anchor"].base
     assert float(plain.tensors["anchor/vector"].norm()) == pytest.approx(1, abs=1e-6)
@@ -412,7 +410,7 @@ def test_progress_reaches_its_total_and_no_end_token_is_no_trouble(tmp_path) -> 
         expert=str(tmp_path / "expert"),
         prompts=write_prompts(tmp_path / "p.jsonl", 5),
         out=tmp_path / "s.safetensors",
-        estimands=("share", "gain", "knockout"),
+        estimand=("share", "gain", "knockout"),
         batch_size=2,
         max_new_tokens=3,
         exact_budget=8.0,

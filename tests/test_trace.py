@@ -43,8 +43,8 @@ def name(place: Place) -> str:
 
 def scored(root: Path, *estimands: str, **options: Any) -> ScoreFile:
     settings: dict[str, Any] = {
-        "estimands": estimands,
-        "criteria": ("kl",),
+        "estimand": estimands,
+        "criterion": ("kl",),
         "dtype": "float64",
         "device": DEVICE,
         "verify": 0,
@@ -243,7 +243,7 @@ def test_small_changes_add_up_and_the_screen_is_exact(tmp_path: Path) -> None:
     save(base, tmp_path / "base")
     save(expert, tmp_path / "expert")
     write_prompts(tmp_path / "prompts.jsonl", 4, response=True)
-    scored(tmp_path, "activation_gain", criteria=("logprob",))
+    scored(tmp_path, "activation_gain", criterion=("logprob",))
     found = traced(tmp_path, targets=6, suppliers=4)
     targets = [node for node in found.nodes if node.target]
     assert {node.layer for node in targets} == {0, 1}

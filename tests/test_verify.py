@@ -51,8 +51,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             expert=str(root / "expert"),
             prompts=prompts,
             out=root / "scores.safetensors",
-            estimands=("share",),
-            criteria=("kl", "logprob", "anchor"),
+            estimand=("share",),
+            criterion=("kl", "logprob", "anchor"),
             dtype="float64",
             verify=0,
         ),
@@ -187,8 +187,8 @@ def test_planted_components_are_the_whole_difference(world: Path, tmp_path: Path
         expert=str(tmp_path / "expert"),
         prompts=world / "prompts.jsonl",
         out=out,
-        estimands=("gain",),
-        criteria=("logprob",),
+        estimand=("gain",),
+        criterion=("logprob",),
         dtype="float64",
         verify=0,
     )
@@ -311,11 +311,11 @@ def test_the_command(world: Path, file: Path) -> None:
 
 def test_a_built_in_behaviour(world: Path, file: Path) -> None:
     options = ["--top", "3", "--draws", "2", "--max-prompts", "3", "--max-new-tokens", "2"]
-    both = ["--behavior", "capitals", "--prompts", str(world / "prompts.jsonl")]
+    both = ["--builtin", "capitals", "--prompts", str(world / "prompts.jsonl")]
     for given in ([], both):
         done = CliRunner().invoke(cli, ["verify", str(file), *options, *given])
-        assert "give either --prompts FILE.jsonl or --behavior NAME" in str(done.exception)
-    done = CliRunner().invoke(cli, ["verify", str(file), *options, "--behavior", "capitals"])
+        assert "give either --prompts FILE.jsonl or --builtin NAME" in str(done.exception)
+    done = CliRunner().invoke(cli, ["verify", str(file), *options, "--builtin", "capitals"])
     assert done.exception is None, done.exception
     found = scorefile.read(file).manifest.verification
     assert found is not None and found.n_prompts == 3

@@ -30,7 +30,7 @@ def scored(expert: str, out: Path, **options) -> ScoreFile:
         expert=str(ZOO / expert),
         prompts=ZOO / "prompts" / f"{expert}.jsonl",
         out=out,
-        criteria=("kl",),
+        criterion=("kl",),
         **options,
     )
     return score(request, Quiet())
@@ -38,7 +38,7 @@ def scored(expert: str, out: Path, **options) -> ScoreFile:
 
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_first_order_against_exact(tmp_path, expert) -> None:
-    options = {"estimands": ("gain",), "kinds": ("head", "neuron"), "max_prompts": 32}
+    options = {"estimand": ("gain",), "kinds": ("head", "neuron"), "max_prompts": 32}
     first = scored(expert, tmp_path / "first.safetensors", exact_budget=0, verify=40, **options)
     neurons = first.manifest.fidelity["gain/kl/neuron"]
     assert neurons.method == "first-order"
@@ -67,7 +67,7 @@ def test_share_fusion_beats_ties_on_three_experts(tmp_path) -> None:
     own = {e: evaluate(ZOO / e, ZOO / "eval")[e] for e in EXPERTS}
     scores = {}
     for e in EXPERTS:
-        result = scored(e, tmp_path / f"{e}.safetensors", estimands=("share",))
+        result = scored(e, tmp_path / f"{e}.safetensors", estimand=("share",))
         assert result.manifest.completeness["share/kl"] == pytest.approx(1, abs=0.02)
         scores[e] = {"scores": str(tmp_path / f"{e}.safetensors")}
     ours = relative_accuracy(recipe("weight_patching", scores), tmp_path / "ours", own)

@@ -64,8 +64,8 @@ def score() -> None:
             prompts=PROMPTS,
             out=SCORES,
             max_prompts=N_PROMPTS,
-            estimands=("share", "gain", "activation_gain", "knockout", "activation_knockout"),
-            criteria=("kl", "anchor"),
+            estimand=("share", "gain", "activation_gain", "knockout", "activation_knockout"),
+            criterion=("kl", "anchor"),
             kinds=("layer", "head", "kv_group", "neuron"),
             verify=24,
             exact_budget=EXACT,
@@ -105,7 +105,7 @@ def anchors() -> None:
         out = WORK / f"anchor-{name}.json"
         if not out.exists():
             found = command(
-                *("mergekit-wp", "anchor", str(BASE), str(EXPERT), "--behavior", name),
+                *("mergekit-wp", "anchor", str(BASE), str(EXPERT), "--builtin", name),
                 *("--max-prompts", str(N_ANCHOR), "--max-new-tokens", "32", "--json"),
                 quiet=True,
             )

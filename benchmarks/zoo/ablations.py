@@ -106,8 +106,8 @@ def rows(seed: int) -> dict[str, MergeConfiguration]:
         by_own(f"alone: {n} prompts", n)
     for steps in (2, 10):
         by_own(f"alone: {steps} share steps", share_steps=steps)
-    every = {"estimands": ("share", "gain", "knockout"), "criteria": CRITERIA}
-    for estimand in every["estimands"]:
+    every = {"estimand": ("share", "gain", "knockout"), "criterion": CRITERIA}
+    for estimand in every["estimand"]:
         for criterion in CRITERIA:
             if (estimand, criterion) != ("share", "kl"):
                 chosen = {"estimand": estimand, "criterion": criterion}

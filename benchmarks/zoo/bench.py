@@ -158,7 +158,7 @@ def company(folder: Path, seed: int, experts: Sequence[str], n: int, steps: int)
             )
         )
         pairs = tuple((e, prompts(folder, seed, e, n)) for e in experts)
-        request = CompanyRequest(recipe=recipe, prompts=pairs, out=out, steps=steps)
+        request = CompanyRequest(recipe=recipe, prompts=pairs, out=out, path_steps=steps)
         score_company(request, Silent())
     return out
 
@@ -173,7 +173,7 @@ def alone(folder: Path, seed: int, expert: str, n: int = N_PROMPTS, **options: A
             expert=str(folder / expert),
             prompts=prompts(folder, seed, expert, n),
             out=out,
-            **{"estimands": ("share",), "criteria": ("kl",), **options},
+            **{"estimand": ("share",), "criterion": ("kl",), **options},
         )
         score(request, Silent())
     return out

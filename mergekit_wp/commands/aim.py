@@ -7,33 +7,12 @@ from typing import Any
 
 import click
 
+from mergekit_wp.commands.derive import options_of
+from mergekit_wp.merging.request import AimRequest
+
 
 @click.command(short_help="Apply Activation-Informed Merging to a merge.")
-@click.argument("merged")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="The merge's base: a folder or Hub id.")
-@click.option(
-    "--calibration",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Prompt file (JSONL with 'prompt', optional 'response') whose texts the base's "
-    "activations are measured on.",
-)
-@click.option(
-    "--omega",
-    type=click.FloatRange(0, 1),
-    default=0.4,
-    show_default=True,
-    help="How much of the change stays in the base's most active channel; 1 changes nothing.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Texts per forward pass; halved when memory runs out.",
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@options_of(AimRequest)
 def aim(merged: str, out: Path, **options: Any) -> None:
     """Apply Activation-Informed Merging (arXiv 2502.02421) to the checkpoint MERGED, into OUT.
 

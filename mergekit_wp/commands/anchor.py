@@ -11,19 +11,15 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.options import prompt_file, prompted, running
+from mergekit_wp.commands.derive import asked, options_of
+from mergekit_wp.commands.prompts import prompt_file
+from mergekit_wp.mechanism.request import AnchorRequest
+from mergekit_wp.options import PrintRequest
 
 
 @click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
-@click.argument("base")
-@click.argument("expert")
-@prompted
-@click.option(
-    "--strength", type=float, default=1.0, show_default=True, help="Factor on the added vector."
-)
-@running
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options: Any) -> None:
+@options_of(AnchorRequest, PrintRequest, optional=("prompts",))
+def anchor(as_json: bool, **options: Any) -> None:
     """Look for a direction that stands for a behaviour, layer by layer; prompts need contrasts.
 
     The direction is the mean difference of EXPERT's residual stream at the last prompt token, with
@@ -34,27 +30,21 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
     steering's 95% interval above zero; `score --anchor-layer N` takes it.
 
     \b
-      mergekit-wp anchor base/ expert/ --behavior capitals
+      mergekit-wp anchor base/ expert/ --builtin capitals
     """
     import huggingface_hub
     import transformers
 
-    from mergekit_wp.errors import UserError
     from mergekit_wp.mechanism.anchors import best_anchor, find_anchors
-    from mergekit_wp.mechanism.request import AnchorRequest
-    from mergekit_wp.models.placement import choose_device
     from mergekit_wp.report.mechanism import anchor_table
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
-    if options["strength"] <= 0:
-        raise UserError(f"--strength must be above zero, not {options['strength']:g}")
-    options["device"] = choose_device(options["device"])
     progress = BarProgress()
-    with TemporaryDirectory() as scratch, prompt_file(prompts, behavior) as path:
+    with TemporaryDirectory() as scratch, prompt_file(options) as path:
         try:
-            request = AnchorRequest(prompts=path, **options)
+            request = asked(AnchorRequest, options | {"prompts": path})
             found = find_anchors(request, progress, Path(scratch, "anchor"))
         finally:
             progress.close()

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import click
 
+from mergekit_wp.commands.derive import options_of
+from mergekit_wp.tasks.request import BehaviorsRequest
+
 
 @click.command("behaviors", short_help="List the built-in behaviours, or export one.")
-@click.argument("name", required=False)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Prompt file to write (JSONL)."
-)
-@click.option(
-    "--items",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Items to write (JSONL): other requests, with the rule that checks an answer.",
-)
+@options_of(BehaviorsRequest)
 def behaviors(name: str | None, out: Path | None, items: Path | None) -> None:
     """List the built-in behaviours, or write the files of the behaviour NAME.
 

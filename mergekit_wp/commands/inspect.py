@@ -7,32 +7,15 @@ import sys
 
 import click
 
+from mergekit_wp.commands.derive import options_of
 from mergekit_wp.files.scorefile import read
 from mergekit_wp.report.ranking import select, to_json
+from mergekit_wp.report.request import TOP, InspectRequest
 from mergekit_wp.report.table import render
-from mergekit_wp.terms import ESTIMANDS, KINDS
-
-_DEFAULT_TOP = 20
 
 
 @click.command(short_help="Show what a score file says.")
-@click.argument("file", type=click.Path())
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help=f"Leaders to show for each estimand and criterion [default: {_DEFAULT_TOP}]; with "
-    "--json the length of the whole list [default: all].",
-)
-@click.option("--estimand", type=click.Choice(ESTIMANDS), help="Only this estimand.")
-@click.option("--criterion", metavar="NAME", help="Only this criterion.")
-@click.option(
-    "--kind",
-    type=click.Choice(KINDS),
-    help="Only components of this kind. Without it heads, K/V groups, neurons and the remaining "
-    "tensors are ranked together, so that no weight is listed twice.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+@options_of(InspectRequest)
 def inspect(
     file: str,
     top: int | None,
@@ -64,5 +47,5 @@ def inspect(
             click.echo(piece, nl=False)
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in render(score_file, selection, top or _DEFAULT_TOP, width=width):
+    for line in render(score_file, selection, top or TOP, width=width):
         click.echo(line)

@@ -8,12 +8,13 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
+from mergekit_wp.commands.derive import options_of
 from mergekit_wp.merging.merge import merge as run
+from mergekit_wp.merging.request import MergeRequest
 
 
 @click.command("merge", cls=PrettyPrintHelp, short_help="Merge experts as a recipe says.")
-@click.argument("recipe", type=click.Path())
-@click.argument("out", type=click.Path())
+@options_of(MergeRequest)
 @add_merge_options  # type: ignore[untyped-decorator]
 def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     """Merge the models of RECIPE into the folder OUT.

@@ -6,20 +6,12 @@ from pathlib import Path
 
 import click
 
+from mergekit_wp.commands.derive import options_of
+from mergekit_wp.report.request import PlotRequest
+
 
 @click.command(short_help="Draw a score file as a picture or a page.")
-@click.argument("file", type=click.Path())
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="What to write: FILE.png or FILE.html. An existing file is replaced.",
-)
-@click.option(
-    "--trace",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="What `trace` wrote for FILE: draws the circuit into the .html.",
-)
+@options_of(PlotRequest)
 def plot(file: str, out: Path, trace: Path | None) -> None:
     """Draw score FILE: layers, tensors, heads, K/V groups and neurons.
 

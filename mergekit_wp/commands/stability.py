@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from mergekit_wp.commands.derive import options_of
+from mergekit_wp.mechanism.request import StabilityRequest
+
 
 @click.command(short_help="Compare the rankings of score files.")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.argument("others", nargs=-1, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the resampling.")
+@options_of(StabilityRequest)
 def stability(file: Path, others: tuple[Path, ...], seed: int) -> None:
     """Compare score FILE with OTHERS of the same architecture, component by component.
 

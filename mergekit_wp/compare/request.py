@@ -6,57 +6,100 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 import mergekit_wp
-from mergekit_wp.compare.methods import DEFAULT_METHODS, OURS, Method, methods_of, read_grid
+from mergekit_wp.compare.methods import DEFAULT_METHODS, Method, methods_of, read_grid
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
-from mergekit_wp.models.placement import choose_device
+from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts import read_prompts
+from mergekit_wp.runs.request import (
+    CALIBRATION,
+    BatchSize,
+    CheckersFile,
+    Device,
+    MaxNewTokens,
+    Restart,
+)
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.task import Task
+from mergekit_wp.terms import DTypeName
 
 #: folder of kept merges, inside --out
 KEPT = "merged"
 
 
-class CompareRequest(BaseModel):
-    """Everything `mergekit-wp compare` is asked for; see its ``--help``.
+class CompareRequest(Request):
+    """Everything `mergekit-wp compare` is asked for.
 
     ``recipes`` are files, or what such a file holds. Without ``out`` nothing is kept.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    recipes: tuple[Path | dict[str, Any], ...] = ()
-    tasks: tuple[str, ...]
-    out: Path | None = None
-    base: str | None = None
-    experts: tuple[tuple[str, str], ...] = ()
-    methods: tuple[str, ...] | None = None
-    grid: Path | None = None
-    untuned: bool = False
-    relative: bool = False
-    seeds: int = Field(1, ge=1)
-    calibration: Path | None = None
-    checkers: Path | None = None
-    max_new_tokens: int = Field(64, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    device: str = "auto"
-    eval_dtype: str | None = None
-    merge_in: Literal["auto", "memory", "disk"] = "auto"
-    keep: bool = False
-    restart: bool = False
+    recipes: Annotated[tuple[Path | dict[str, Any], ...], Argument()] = Field(
+        min_length=1,
+        description="The weight_patching recipe in question, and any others of the same models.",
+    )
+    tasks: Annotated[tuple[str, ...], Option(flag="task", metavar="SPEC", repeated=True)] = Field(
+        description="What to measure on; once per task. FILE.jsonl or NAME=FILE.jsonl: lines of "
+        "'prompt', 'answer', 'split' (valid or test), 'checker' (exact, contains, number, regex, "
+        "ifeval). Anything else is an lm-eval task, by name or YAML file (pip install "
+        "'mergekit-wp[eval]').",
+    )
+    out: Annotated[Path | None, Option(path="any")] = Field(
+        default=None, description="Folder for results."
+    )
+    methods: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            metavar="A,B,...",
+            default=f"{', '.join(m for m in DEFAULT_METHODS if not m.endswith('+aim'))}; with "
+            f"{option('calibration')} also "
+            f"{', '.join(m for m in DEFAULT_METHODS if m.endswith('+aim'))}",
+        ),
+    ] = Field(default=None, description="Methods to compare.")
+    grid: Path | None = Field(
+        default=None,
+        description="YAML that replaces grids: `ties: {density: [0.2, 0.5], lambda: [0.7, 1.0]}`.",
+    )
+    untuned: bool = Field(
+        default=False,
+        description="Merge by every method's usual parameters only; needs no validation items.",
+    )
+    relative: bool = Field(
+        default=False, description="Count each task relative to the expert that is best at it."
+    )
+    repeats: int = Field(
+        default=1,
+        ge=1,
+        description="Merges by methods that draw (DARE, DELLA), each with another seed.",
+    )
+    calibration: Path | None = Field(default=None, description=CALIBRATION)
+    checkers: CheckersFile = None
+    max_new_tokens: MaxNewTokens = 64
+    batch_size: BatchSize = None
+    device: Device = Field(default="auto", validate_default=True)
+    eval_dtype: Annotated[DTypeName | None, Option(default="the recipe's; float32 on a CPU")] = (
+        Field(default=None, description="Of weights and activations while a merge is evaluated.")
+    )
+    merge_in: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="Where merges go; auto: in memory up to 2 GB of float32 weights, else into a "
+        f"folder in {option('out')} that is removed after evaluation. AIM's are always made in "
+        "memory.",
+    )
+    keep: bool = Field(default=False, description="Keep the reported merges in OUT/merged.")
+    restart: Restart = False
 
 
 def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
@@ -65,12 +108,11 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    device = choose_device(request.device)
     if request.keep and request.out is None:
         raise UserError(f"{option('keep')} keeps merges in {option('out', 'FOLDER')}; give both")
     read = [recipes.read(given) for given in request.recipes]
     first = _first(request, read)
-    experts = Experts.of(first, read[0].path if read else f"of {option('experts')}")
+    experts = Experts.of(first, read[0].path)
     fixed: dict[str, MergeConfiguration] = {}
     for other in read[1:]:
         theirs = Experts.of(other.config, other.path)
@@ -95,7 +137,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         grids = read_grid(request.grid, {method.name: method for method in methods})
         methods = tuple(_with_grid(method, grids) for method in methods)
     dtype = first.dtype or "float32"
-    eval_dtype = request.eval_dtype or ("float32" if device == "cpu" else dtype)
+    eval_dtype = request.eval_dtype or ("float32" if request.device == "cpu" else dtype)
     plan = Plan(
         base=experts.base,
         experts=experts.models,
@@ -106,10 +148,10 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         tasks=load_tasks(request),
         tuned=not request.untuned,
         relative=request.relative,
-        seeds=request.seeds,
+        seeds=request.repeats,
         calibration=tuple(calibration),
         dtype=dtype,
-        device=device,
+        device=request.device,
         eval_dtype=_dtype(eval_dtype),
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
         keep=request.out / KEPT if request.keep and request.out else None,
@@ -177,32 +219,13 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
 
 def _first(request: CompareRequest, read: Sequence[recipes.Recipe]) -> MergeConfiguration:
-    """Our own recipe: the first one given, or one of listed experts."""
-    if bool(read) == bool(request.base or request.experts):
+    """Our own recipe: the first one given."""
+    if not read[0].is_weight_patching:
         raise UserError(
-            f"give either a weight_patching RECIPE, or {option('base', 'BASE')} with "
-            f"{option('experts', 'EXPERT SCORES')} for every expert"
+            f"recipe {read[0].path} merges by {read[0].config.merge_method}; the first "
+            "recipe must be the weight_patching one that the others are compared with"
         )
-    if read:
-        if not read[0].is_weight_patching:
-            raise UserError(
-                f"recipe {read[0].path} merges by {read[0].config.merge_method}; the first "
-                "recipe must be the weight_patching one that the others are compared with"
-            )
-        return read[0].config
-    if not request.base or not request.experts:
-        raise UserError(f"{option('base')} and {option('experts', 'EXPERT SCORES')} go together")
-    return MergeConfiguration.model_validate(
-        {
-            "merge_method": OURS,
-            "base_model": request.base,
-            "models": [
-                {"model": expert, "parameters": {"scores": local_path(scores)}}
-                for expert, scores in request.experts
-            ],
-            "dtype": "float32",
-        }
-    )
+    return read[0].config
 
 
 def _with_grid(method: Method, grids: dict[str, tuple[Any, ...]]) -> Method:

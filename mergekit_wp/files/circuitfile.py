@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -12,6 +12,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.files.untrusted import complaint, parse_json
+from mergekit_wp.options import Option
 from mergekit_wp.terms import CriterionName, FineKind, Role, Via
 
 
@@ -34,12 +35,37 @@ class Rules(_Strict):
       ``suppliers`` or more components lead to it
     """
 
-    least: float = Field(default=0.05, gt=0, le=1)
-    edge: float = Field(default=0.05, gt=0, le=1)
-    own: float = Field(default=0.5, gt=0, le=1)
-    shallow: float = Field(default=0.5, ge=0, le=1)
-    direct: float = Field(default=0.5, gt=0, le=1)
-    suppliers: int = Field(default=1, ge=1)
+    least: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="A component has a role from this part of the circuit's largest effect on.",
+    )
+    edge: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="A supply counts from this part of its target's effect on.",
+    )
+    own: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="A carrier's weights alone have at least this part of its effect, a router's "
+        "less.",
+    )
+    shallow: float = Field(
+        default=0.5, ge=0, le=1, description="Carriers lie in this first part of the layers."
+    )
+    direct: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="An executor has at least this part of its effect without later components.",
+    )
+    suppliers: Annotated[int, Option(flag="min-suppliers")] = Field(
+        default=1, ge=1, description="Components that have to supply a router."
+    )
 
 
 class Measured(_Strict):

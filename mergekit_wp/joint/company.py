@@ -69,7 +69,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
                 for here in positions
             ],
             recoveries,
-            Fidelity(method="guided-path", steps=request.steps),
+            Fidelity(method="guided-path", steps=request.path_steps),
             completeness={"share/kl": total / recovered} if recovered else {},
             command=command_of(request),
             created=journal.created,
@@ -108,11 +108,11 @@ class Walk:
         """Take all steps; returns how far each expert's components came."""
         positions = [PathPosition.at_the_base(self.partition) for _ in self.members]
         n_prompts = sum(len(m.texts.prompts) for m in self.members)
-        self.progress.stage("guided path", self.request.steps * n_prompts, "prompt")
-        for step in range(self.request.steps):
+        self.progress.stage("guided path", self.request.path_steps * n_prompts, "prompt")
+        for step in range(self.request.path_steps):
             slopes = self._slopes(step, positions)
             positions = [
-                here.step(slope, 1 / self.request.steps)
+                here.step(slope, 1 / self.request.path_steps)
                 for here, slope in zip(positions, slopes, strict=True)
             ]
         return positions

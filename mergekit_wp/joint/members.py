@@ -152,7 +152,7 @@ def _requests(request: MembersRequest, folder: Path) -> list[ScoreRequest]:
                 prompts=files[model],
                 out=folder / f"{name}.safetensors",
                 behavior=files[model].stem,
-                criteria=("kl",),
+                criterion=("kl",),
                 max_prompts=request.max_prompts,
                 batch_size=request.batch_size,
                 dtype=request.dtype,

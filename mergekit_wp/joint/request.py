@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from mergekit_wp.runs.command import RUN, command_of, options_of
-from mergekit_wp.runs.request import RunRequest
+from mergekit_wp.errors import option
+from mergekit_wp.options import Argument, Option
+from mergekit_wp.runs.request import PROMPTS_OF_EACH, Restart, RunRequest
 
-#: steps of a company's guided path
-PATH_STEPS = 10
-#: steps of a fit of component gates
-FIT_STEPS, FIT_RATE, GUARD_WEIGHT = 60, 0.1, 0.5
+#: weight of all guards of a fit together
+GUARD_WEIGHT = 0.5
 
 
 class MembersRequest(RunRequest):
@@ -21,16 +21,28 @@ class MembersRequest(RunRequest):
     ``prompts`` pairs a name of an expert with its prompt file.
     """
 
-    recipe: Path
-    prompts: tuple[tuple[str, Path], ...]
+    recipe: Annotated[Path, Argument()] = Field(description="Names the base and its experts.")
+    prompts: Annotated[tuple[tuple[str, Path], ...], Option(metavar="EXPERT=FILE")] = Field(
+        description=PROMPTS_OF_EACH
+    )
 
 
 class CompanyRequest(MembersRequest):
     """Everything `mergekit-wp score --company` is asked for; ``out`` is a folder."""
 
-    out: Path
-    steps: int = Field(PATH_STEPS, ge=1)
-    restart: bool = False
+    command: ClassVar[str] = "score"
+
+    recipe: Annotated[Path, Option(flag="company", metavar="RECIPE")] = Field(
+        description="Instead of BASE and EXPERT: score all experts of a recipe together, for "
+        "merging them with `fusion: path`."
+    )
+    out: Annotated[Path, Option(path="any")] = Field(
+        description="Folder for a score file of every expert, and a recipe that merges by them."
+    )
+    path_steps: int = Field(
+        default=10, ge=1, description=f"With {option('recipe')}, steps of the guided path."
+    )
+    restart: Restart = False
 
 
 class FitRequest(MembersRequest):
@@ -40,29 +52,50 @@ class FitRequest(MembersRequest):
     that is only looked at.
     """
 
-    out: Path
-    guards: tuple[Path, ...] = ()
-    guard_weight: float = Field(default=GUARD_WEIGHT, gt=0)
-    start: str = "0.5"
-    steps: int = Field(default=FIT_STEPS, ge=1)
-    rate: float = Field(default=FIT_RATE, gt=0)
-    prompts_a_step: int = Field(default=8, ge=1)
-    held_out: float = Field(default=0.25, ge=0, lt=1)
-    penalty: float = Field(default=0.01, ge=0)
-    upper: float = Field(default=1.5, gt=0)
-    restart: bool = False
+    command: ClassVar[str] = "fit"
 
-
-@command_of.register
-def _company(request: CompanyRequest) -> tuple[str, ...]:
-    options = options_of(request, ("prompts", "steps", *RUN), {"steps": "share-steps"})
-    return ("score", "--company", str(request.recipe), *options)
-
-
-@command_of.register
-def _fit(request: FitRequest) -> tuple[str, ...]:
-    objective = ("prompts", "guards", "guard_weight", "penalty", "upper")
-    climb = ("start", "steps", "rate", "prompts_a_step", "held_out")
-    run = tuple(name for name in RUN if name != "batch_size")
-    options = options_of(request, (*objective, *climb, *run), {"guards": "guard"})
-    return ("fit", str(request.recipe), *options)
+    out: Annotated[Path, Option(path="folder")] = Field(
+        description="Folder to write into: a score file for each expert, and a recipe that merges "
+        "by them. A killed run goes on where it was."
+    )
+    guards: Annotated[tuple[Path, ...], Option(flag="guard")] = Field(
+        default=(),
+        description="Prompt file on which the merge is to stay like the base; may be given several "
+        "times.",
+    )
+    guard_weight: float = Field(
+        default=GUARD_WEIGHT,
+        gt=0,
+        description="Weight of all guards together, beside 1 for all experts together.",
+    )
+    penalty: float = Field(
+        default=0.01,
+        ge=0,
+        description="Pull towards few gates and round ones: times the mean of g + g|1 - g|, beside "
+        "an objective of about 1.",
+    )
+    upper: float = Field(default=1.5, gt=0, description="Largest gate; the smallest is 0.")
+    start: Annotated[str, Option(metavar="NUMBER|scores")] = Field(
+        default="0.5",
+        description="Gates to start from: one number, or those by which RECIPE merges. To go on "
+        f"from an earlier fit, give its recipe and {option('start', 'scores')}.",
+    )
+    steps: int = Field(default=60, ge=1, description="Most steps of the fit.")
+    rate: float = Field(
+        default=0.1,
+        gt=0,
+        description="How far a gate moves in the first step, about; it falls evenly to 0 at the "
+        "last.",
+    )
+    prompts_a_step: int = Field(
+        default=8, ge=1, description="Prompts of every behaviour in one step."
+    )
+    held_out: float = Field(
+        default=0.25,
+        ge=0,
+        lt=1,
+        description="Part of the prompts that is only looked at, every five steps: the gates that "
+        "do best there are kept, and six looks in vain end the fit. 0 fits on all, and keeps the "
+        "last.",
+    )
+    restart: Restart = False

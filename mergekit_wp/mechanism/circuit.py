@@ -81,7 +81,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     check_pair(file, opened.pair, request.file)
     check_traceable(opened.pair.partition, opened.pair.base.text_config)
     inputs = {
-        **request.model_dump(mode="json", exclude={"restart", "file", "out", "behavior", "rules"}),
+        **request.model_dump(mode="json", exclude={"restart", "file", "out", "builtin", "rules"}),
         "scores": file.digest(),
         "prompts": prompts.sha256,
         "tokens": opened.texts.sha256(),

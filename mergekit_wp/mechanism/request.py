@@ -2,80 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from mergekit_wp.errors import option
 from mergekit_wp.files.circuitfile import Rules
-from mergekit_wp.runs.command import RUN, command_of, options_of
-from mergekit_wp.runs.request import RunRequest
-from mergekit_wp.terms import CriterionName, Estimand
+from mergekit_wp.options import Argument, Option, Request
+from mergekit_wp.runs.request import (
+    PROMPTS,
+    REFERENCE,
+    CheckersFile,
+    PairRequest,
+    Restart,
+    RunRequest,
+    Seed,
+)
+from mergekit_wp.terms import BuiltInCriterion, Estimand
+
+BuiltIn = Annotated[
+    str | None,
+    Option(instead_of="prompts", metavar="NAME"),
+    Field(description=f"Instead of {option('prompts')}: a built-in behaviour, see `behaviors`."),
+]
 
 
 class RescoreRequest(RunRequest):
     """What commands that take a score file, and measure its models again, are asked for.
 
-    ``behavior`` names the built-in one that ``prompts`` hold, if it is one.
+    ``builtin`` names the built-in behaviour that ``prompts`` hold, if it is one.
     """
 
-    file: Path
-    prompts: Path
-    behavior: str | None = None
-    base: str | None = None
-    expert: str | None = None
-    criterion: CriterionName | None = None
-    restart: bool = False
+    file: Annotated[Path, Argument()] = Field(description="A score file.")
+    prompts: Path = Field(description=PROMPTS)
+    builtin: BuiltIn = None
+    base: Annotated[str | None, Option(default="the file's")] = Field(
+        default=None, description=f"The base model: {REFERENCE}."
+    )
+    expert: Annotated[str | None, Option(default="the file's")] = Field(
+        default=None, description=f"The expert: {REFERENCE}, or MODEL+ADAPTER."
+    )
+    criterion: Annotated[BuiltInCriterion | None, Option(default="the file's first")] = Field(
+        default=None, description="What to measure by."
+    )
+    restart: Restart = False
 
 
 class VerifyRequest(RescoreRequest):
-    """Everything `mergekit-wp verify` is asked for; ``top`` are sizes of sets.
+    """Everything `mergekit-wp verify` is asked for; its result goes into the file."""
 
-    ``task`` and ``checkers`` are where its items and their checkers lie, if the user named them.
-    """
+    command: ClassVar[str] = "verify"
+    writes: ClassVar[str] = "file"
 
-    top: tuple[str, ...]
-    estimand: Estimand | None = None
-    draws: int = Field(5, ge=2)
-    task: Path | None = None
-    checkers: Path | None = None
+    top: Annotated[tuple[str, ...], Option(metavar="K[,K...]")] = Field(
+        description="Sizes of the sets: counts of components, or parts such as 1%,5%,20%."
+    )
+    task: Path | None = Field(
+        default=None,
+        description="Items for `compare` (JSONL): how many test answers are right is measured, "
+        f"too. With {option('builtin')} its own items are taken, checked by the IFEval rule.",
+    )
+    checkers: CheckersFile = None
+    estimand: Annotated[Estimand | None, Option(default="first")] = Field(
+        default=None, description="Scores to rank by."
+    )
+    draws: int = Field(default=5, ge=2, description="Random sets of every size.")
 
 
 class TraceRequest(RescoreRequest):
-    """Everything `mergekit-wp trace` is asked for.
+    """Everything `mergekit-wp trace` is asked for."""
 
-    ``targets``: components whose suppliers are looked for; ``suppliers``: of each, how many are
-    measured exactly by weights and by activations, and as many random ones.
-    """
+    command: ClassVar[str] = "trace"
 
-    out: Path
-    targets: int = Field(12, ge=1)
-    suppliers: int = Field(8, ge=1)
+    out: Path = Field(
+        description="JSON to write; `plot` draws it. A killed run goes on where it was."
+    )
+    targets: int = Field(
+        default=12,
+        ge=1,
+        description="Components whose suppliers are looked for: those with the largest "
+        "activation_gain.",
+    )
+    suppliers: int = Field(
+        default=8,
+        ge=1,
+        description="Suppliers of each target to measure exactly, by weights and by activations; "
+        "as many random ones judge the first-order screen.",
+    )
     rules: Rules = Rules()
 
 
-class AnchorRequest(RunRequest):
+class AnchorRequest(PairRequest):
     """Everything `mergekit-wp anchor` is asked for."""
 
-    base: str
-    expert: str
-    prompts: Path
-    strength: float = Field(1.0, gt=0)
+    command: ClassVar[str] = "anchor"
+
+    prompts: Path = Field(description=PROMPTS)
+    builtin: BuiltIn = None
+    strength: float = Field(default=1.0, gt=0, description="Factor on the added vector.")
 
 
-@command_of.register
-def _verify(request: VerifyRequest) -> tuple[str, ...]:
-    own = ("top", "task", "checkers", "estimand", "draws")
-    return ("verify", *_rescored(request, own))
+class StabilityRequest(Request):
+    """Everything `mergekit-wp stability` is asked for."""
 
-
-@command_of.register
-def _trace(request: TraceRequest) -> tuple[str, ...]:
-    rules = options_of(request.rules, tuple(Rules.model_fields), {"suppliers": "min_suppliers"})
-    own = _rescored(request, ("targets", "suppliers"))
-    return ("trace", str(request.file), *own, *rules)
-
-
-def _rescored(request: RescoreRequest, own: tuple[str, ...]) -> Iterator[str]:
-    prompts = "prompts" if request.behavior is None else "behavior"
-    return options_of(request, (prompts, *own, "base", "expert", "criterion", *RUN), {})
+    file: Annotated[Path, Argument()] = Field(description="A score file.")
+    others: Annotated[tuple[Path, ...], Argument()] = Field(
+        default=(), description="Score files of the same architecture to compare it with."
+    )
+    seed: Seed = 0

@@ -86,7 +86,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
     check_pair(file, pair, request.file)
     inputs = {
-        **request.model_dump(mode="json", exclude={"restart", "file", "behavior", "checkers"}),
+        **request.model_dump(mode="json", exclude={"restart", "file", "builtin", "checkers"}),
         "scores": file.digest(),
         "prompts": prompts.sha256,
         "tokens": texts.sha256(),

@@ -30,6 +30,8 @@ from mergekit_wp.models.placement import choose_device
 from mergekit_wp.prompts import Prompt, encode_prompt, encode_response, read_prompts
 from mergekit_wp.runs.progress import Progress
 
+#: texts in a forward pass, where nobody says how many
+AT_ONCE = 16
 #: in the range that the paper explores, 0.2 to 0.6
 DEFAULT_OMEGA = 0.4
 
@@ -50,7 +52,7 @@ def aim(
     base: str,
     calibration: Path,
     omega: float,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     progress: Progress,
 ) -> None:
@@ -62,7 +64,7 @@ def aim(
         base: of the merge.
         calibration: prompt file whose texts the base's activations are measured on.
         omega: see `apply_aim`.
-        batch_size: texts at once; halved where memory runs out.
+        batch_size: texts at once, None for `AT_ONCE`; halved where memory runs out.
         device: that runs the base, or "auto".
         progress: told of files, and of every step back.
 
@@ -94,7 +96,7 @@ def aim(
         progress.note(f"'{base}' has no tokenizer; that of '{merged}' is used")
     model = load_folder(start.path, "auto", device)
     _, importance = fitting(
-        min(batch_size, max(1, len(prompts))),
+        min(batch_size or AT_ONCE, max(1, len(prompts))),
         partial(activation_importance, model, tokenizer, prompts),
         progress.note,
     )

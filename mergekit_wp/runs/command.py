@@ -4,48 +4,61 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 import mergekit_wp
-from mergekit_wp.runs.request import RunRequest
-
-RUN = ("max_prompts", "batch_size", "dtype", "device", "seed", "max_new_tokens")
+from mergekit_wp.options import Declared, Request, declared
 
 
-@singledispatch
-def command_of(request: RunRequest) -> tuple[str, ...]:
+def command_of(request: Request) -> tuple[str, ...]:
     """The arguments of `mergekit-wp` that ask for this, but for the file that it writes.
 
-    A file's content does not depend on where it is put.
-
-    Raises:
-        TypeError: no command makes a file from such a request.
+    A file's content does not depend on where it is put. Empty where no command can ask for it:
+    with a caller's own function, or prompts that are in no file.
     """
-    raise TypeError(type(request).__name__)
+    fields = declared(type(request))
+    given = {name: _value(request, name) for name in fields}
+    replaced = {f.option.instead_of for name, f in fields.items() if given[name] is not None}
+    kept = [
+        (field, given[name])
+        for name, field in fields.items()
+        if field.option.stored and name != request.writes and name not in replaced
+    ]
+    if not all(_in_words(value) for _, value in kept):
+        return ()
+    places = [str(value) for field, value in kept if field.positional]
+    options = [x for field, value in kept if not field.positional for x in _option(field, value)]
+    return (request.command, *places, *options)
 
 
-def options_of(request: BaseModel, fields: tuple[str, ...], names: dict[str, str]) -> Iterator[str]:
-    """The options that give some fields their values; ``names`` are those spelt otherwise."""
-    for field in fields:
-        for value in _values(getattr(request, field)):
-            yield f"--{names.get(field, field).replace('_', '-')}"
-            yield value
+def _value(request: Request, name: str) -> Any:
+    found: Any = request
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
-def _values(value: Any) -> Iterator[str]:
-    """What the option is given: nothing for None, several times for paths, commas for names."""
-    if isinstance(value, tuple) and value and not isinstance(value[0], str):
+def _in_words(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_in_words(part) for part in value)
+    return value is None or isinstance(value, str | int | float | Path)
+
+
+def _option(field: Declared, value: Any) -> Iterator[str]:
+    """Nothing for None, several times for what is repeated, commas for names."""
+    if value is None or value is False:
+        return
+    if value is True:
+        yield field.flag
+    elif field.element is None:
+        yield from (field.flag, repr(value) if isinstance(value, float) else str(value))
+    elif field.repeated:
         for part in value:
-            yield str(part) if isinstance(part, Path) else "=".join(map(str, part))
-    elif isinstance(value, tuple):
-        if value:
-            yield ",".join(value)
-    elif value is not None:
-        yield repr(value) if isinstance(value, float) else str(value)
+            yield field.flag
+            yield "=".join(map(str, part)) if isinstance(part, tuple) else str(part)
+    elif value:
+        yield from (field.flag, ",".join(value))
 
 
 def versions() -> dict[str, str]:

@@ -134,7 +134,7 @@ def _prompts_here(command: tuple[str, ...]) -> Iterator[str | None]:
     for option, value in pairwise(command):
         if option in ("--prompts", "--guard"):
             yield from (_sha256(Path(part)) for part in (value, value.partition("=")[2]) if part)
-        elif option == "--behavior" and command[0] != "score":  # there it is only a name
+        elif option == "--builtin":
             text = behaviors.jsonl(behaviors.behavior(value).prompts())
             yield hashlib.sha256(text.encode()).hexdigest()
 

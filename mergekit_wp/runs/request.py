@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pathlib import Path
+from typing import Annotated
 
+import torch
+from pydantic import AfterValidator, Field
+
+from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.terms import DTypeName
 
 DTYPES = {
@@ -15,13 +19,79 @@ DTYPES = {
 }
 
 
-class RunRequest(BaseModel):
+def _usable(device: str) -> str:
+    from mergekit_wp.models.placement import choose_device
+
+    return choose_device(device)
+
+
+# fields that requests of several rooms have
+Device = Annotated[
+    str,
+    AfterValidator(_usable),
+    Field(description="cpu, cuda, cuda:1, ...; auto takes the GPU, where there is one."),
+]
+BatchSize = Annotated[
+    int | None,
+    Option(auto=True),
+    Field(
+        ge=1,
+        description="Sequences per forward pass; auto takes what should fit. Halved when memory "
+        "runs out.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int,
+    Field(ge=1, description="Most tokens of an answer that a model gives itself."),
+]
+Seed = Annotated[int, Field(description="Of random draws.")]
+Restart = Annotated[
+    bool,
+    Option(stored=False),
+    Field(description="Throw away what an earlier run left, begin anew."),
+]
+CheckersFile = Annotated[
+    Path | None,
+    Field(description="Python file with checkers of your own: f(item, output) -> bool or score."),
+]
+PROMPTS = (
+    "JSONL: 'prompt' (text or chat messages), optional 'contrast' (the same request without the "
+    "instruction), optional 'response' (else the expert's own greedy answer)."
+)
+PROMPTS_OF_EACH = (
+    f"{PROMPTS} For several experts once each, as EXPERT=FILE, where EXPERT is its folder's or "
+    "repository's last name."
+)
+CALIBRATION = "Prompt file whose texts AIM measures the base's activations on."
+REFERENCE = "a folder or a Hub id (owner/name@revision)"
+
+
+class RunRequest(Request):
     """How to run: what every command that measures models is asked for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    max_prompts: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    dtype: DTypeName = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    max_new_tokens: int = Field(64, ge=1)
+    max_prompts: Annotated[int | None, Option(metavar="N", default="all")] = Field(
+        default=None, ge=1, description="Use the first N."
+    )
+    batch_size: BatchSize = None
+    dtype: DTypeName = Field(
+        default="float32",
+        description="Of weights and activations; criteria are always computed in float32 or finer.",
+    )
+    device: Device = Field(default="auto", validate_default=True)
+    seed: Seed = 0
+    max_new_tokens: MaxNewTokens = 64
+
+
+class PairRequest(RunRequest):
+    """What is asked about one expert and its base."""
+
+    base: Annotated[str, Argument()] = Field(description=f"The base model: {REFERENCE}.")
+    expert: Annotated[str, Argument()] = Field(
+        description=f"The expert: {REFERENCE}, or MODEL+ADAPTER."
+    )
+
+
+class ReproduceRequest(Request):
+    """Everything `mergekit-wp reproduce` is asked for."""
+
+    file: Annotated[Path, Argument()] = Field(description="A score or trace file.")

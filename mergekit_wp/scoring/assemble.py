@@ -49,7 +49,7 @@ def make_manifest(
     return Manifest(
         **common_fields(request, pair, prompts, references),
         criteria=criteria,
-        estimands=request.estimands,
+        estimands=request.estimand,
         anchor=references.anchor,
         fidelity=run.fidelity,
         noise_floor=run.noise,

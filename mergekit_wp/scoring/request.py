@@ -1,51 +1,120 @@
-"""What a scoring run is asked for, and where it reports how far it is."""
+"""What a scoring run is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mergekit_wp.criteria import CriterionFunction
-from mergekit_wp.runs.command import RUN, command_of, options_of
-from mergekit_wp.runs.request import RunRequest
-from mergekit_wp.terms import KINDS, BuiltInCriterion, Estimand, Kind
+from mergekit_wp.criteria import CriterionFunction, criterion_words
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.options import INTERNAL, Option
+from mergekit_wp.runs.request import PROMPTS, PairRequest, Restart
+from mergekit_wp.terms import CRITERIA, KINDS, BuiltInCriterion, Kind, LoneEstimand
 
 #: a kind is swapped exactly when that costs at most this many forward passes over the prompts
 EXACT_BUDGET = 256.0
-#: midpoints of the share integral
-SHARE_STEPS = 5
 
 
-class ScoreRequest(RunRequest):
-    """Everything `mergekit-wp score` is asked for; see its ``--help``.
+class ScoreRequest(PairRequest):
+    """Everything `mergekit-wp score` is asked for about one expert.
 
-    ``criteria``: by name, or functions of the caller's, see `criteria.CriterionFunction`.
-    ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`.
+    ``criterion``: by name, or functions of the caller's, see `criteria.CriterionFunction`.
+    ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`,
+    empty for what is free.
     """
 
-    base: str
-    expert: str
-    prompts: Path
-    out: Path
-    behavior: str | None = None
-    estimands: tuple[Estimand, ...] = ("share", "gain")
-    criteria: tuple[BuiltInCriterion | CriterionFunction, ...] | None = None
-    kinds: tuple[Kind, ...] = KINDS
-    anchor_layer: int | None = None
-    verify: int = Field(32, ge=0)
-    restart: bool = False
-    share_steps: int = Field(SHARE_STEPS, ge=1)
-    exact_budget: float = EXACT_BUDGET
-    ray: bool = False
-    max_memory: dict[str, int] | None = None
+    command: ClassVar[str] = "score"
 
+    prompts: Annotated[Path, Option(metavar="FILE")] = Field(description=PROMPTS)
+    out: Annotated[Path, Option(path="any")] = Field(
+        description="Score file to write; appears only when complete. A killed run keeps its "
+        f"finished blocks in FILE.partial and goes on from there. With {option('recipe')} a folder."
+    )
+    behavior: Annotated[str | None, Option(default="the prompt file's")] = Field(
+        default=None, description="Name of what the prompts elicit."
+    )
+    estimand: tuple[LoneEstimand, ...] = Field(
+        default=("share", "gain"),
+        description="share: integrated gradients from base to expert, sums to 1, what a merge "
+        "wants. gain: what the component brings to the base. knockout: what the expert loses "
+        "without it. activation_gain, activation_knockout: the same for what it writes in the "
+        "other's run, to tell sources from what only passes a signal on.",
+    )
+    criterion: Annotated[
+        tuple[BuiltInCriterion | CriterionFunction, ...] | None,
+        Option(default="kl, and anchor too when two or more contrasts are given"),
+    ] = Field(
+        default=None,
+        description=" ".join(f"{name}: {criterion_words(name)}." for name in CRITERIA),
+    )
+    kinds: tuple[Kind, ...] = Field(default=KINDS, description="Kinds of component to score.")
+    anchor_layer: Annotated[int | None, Option(auto=True)] = Field(
+        default=None,
+        ge=0,
+        description="Layer the anchor is read after; auto takes the one that separates best on "
+        "held-out prompts.",
+    )
+    verify: Annotated[int, Option(metavar="K")] = Field(
+        default=32,
+        ge=0,
+        description="Where a kind is scored to first order, swap the top K and K random ones "
+        "exactly and write how well they agree.",
+    )
+    share_steps: int = Field(default=5, ge=1, description="Midpoints of the share integral.")
+    device_map: Annotated[Literal["auto"] | None, Option(stored=False)] = Field(
+        default=None,
+        description="For models larger than the device: spread the weights over it, other GPUs, "
+        "main memory and, where they do not fit there either, leave them in the checkpoints. All "
+        f"computing is on {option('device')}, where weights come for the moment that they are "
+        "used.",
+    )
+    max_memory: Annotated[
+        dict[str, int] | None,
+        Option(
+            metavar="DEVICE=SIZE",
+            default=f"half of what is free on {option('device')}, nine tenths on the others",
+            repeated=True,
+            stored=False,
+        ),
+    ] = Field(
+        default=None,
+        description=f"With {option('device_map')}, most memory for weights on a GPU, by its "
+        "number, or on cpu, as in 0=20GiB; once per device, others are not used.",
+    )
+    ray: Annotated[bool, Option(stored=False)] = Field(
+        default=False,
+        description="Compute on a Ray cluster: that of RAY_ADDRESS, a running one of this machine, "
+        "or a new one. pip install 'mergekit-wp[ray]'",
+    )
+    restart: Restart = False
+    exact_budget: Annotated[float, INTERNAL] = EXACT_BUDGET
 
-@command_of.register
-def _score(request: ScoreRequest) -> tuple[str, ...]:
-    if any(not isinstance(criterion, str) for criterion in request.criteria or ()):
-        return ()  # no command has a caller's function
-    names = {"estimands": "estimand", "criteria": "criterion"}
-    own = ("prompts", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
-    options = options_of(request, (*own, "share_steps", *RUN), names)
-    return ("score", request.base, request.expert, *options)
+    @model_validator(mode="before")
+    @classmethod
+    def _places(cls, given: Any) -> Any:
+        """A device map without limits goes by free memory, limits without one by nothing."""
+        if isinstance(given, dict):
+            if given.get("device_map") is not None:
+                return given | {"max_memory": given.get("max_memory") or {}}
+            if given.get("max_memory"):
+                needed = option("device_map", "auto")
+                raise UserError(f"{option('max_memory')} says where weights go with {needed}")
+            return given | {"max_memory": None}
+        return given
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _limits(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is None or "device" not in info.data:
+            return given
+        from mergekit_wp.models.placement import check_places, parse_max_memory
+
+        check_places(info.data["device"])
+        if isinstance(given, str):
+            given = [given]
+        if isinstance(given, dict) or not isinstance(given, Iterable):
+            return given
+        return parse_max_memory(given, info.data["device"])

@@ -50,7 +50,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     """
     before = resident_memory()
     prompt_file = read_prompts(request.prompts, request.max_prompts)
-    criteria, functions = named(choose_criteria(request.criteria, prompt_file.prompts))
+    criteria, functions = named(choose_criteria(request.criterion, prompt_file.prompts))
     _check_request(request, criteria, prompt_file.prompts, progress)
     opened = open_inputs(
         request.base, request.expert, prompt_file.prompts, request.prompts, progress
@@ -206,9 +206,9 @@ def _check_request(
     if request.anchor_layer is not None and "anchor" not in criteria:
         raise UserError(
             f"{option('anchor_layer')} is set, but the anchor is not scored: add "
-            f"{option('criteria', 'anchor')}"
+            f"{option('criterion', 'anchor')}"
         )
-    if request.criteria is None and sum(p.usable_contrast for p in prompts) == 1:
+    if request.criterion is None and sum(p.usable_contrast for p in prompts) == 1:
         progress.note("only one prompt has a contrast, too few for an anchor; scoring kl alone")
     try:
         exists = request.out.is_file()
@@ -235,9 +235,9 @@ def _within_the_map(request: ScoreRequest, pair: Pair, progress: Progress) -> Sc
     kinds = tuple(kind for kind in request.kinds if kind not in SLICED_KINDS)
     if not kinds:
         dims.require_map(option("kinds", ",".join(request.kinds)))
-    for estimand in request.estimands:
+    for estimand in request.estimand:
         if of_activations(estimand):
-            dims.require_map(option("estimands", estimand))
+            dims.require_map(option("estimand", estimand))
     progress.note(
         f"'{dims.architecture.class_name}' has no component map: scoring "
         f"{' and '.join(f'{kind}s' for kind in kinds)} only, by whole forward passes"
@@ -258,9 +258,8 @@ def _inputs(
     texts: Encoded,
 ) -> dict[str, Any]:
     """All that the results depend on, by the names a user knows."""
-    options = request.model_dump(
-        mode="json", exclude={"out", "restart", "prompts", "criteria", "ray", "max_memory"}
-    )
+    places = {"out", "restart", "ray", "device_map", "max_memory"}
+    options = request.model_dump(mode="json", exclude={*places, "prompts", "criterion"})
     return {
         **options,
         "criterion": list(criteria),

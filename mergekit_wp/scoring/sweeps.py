@@ -54,8 +54,8 @@ class SweepRun:
 
     def all(self) -> None:
         """Every sweep that was asked for."""
-        swaps: list[Estimand] = [e for e in self.request.estimands if e != "share"]
-        if "share" in self.request.estimands:
+        swaps: list[Estimand] = [e for e in self.request.estimand if e != "share"]
+        if "share" in self.request.estimand:
             self._share()
         for estimand in swaps:
             if not of_activations(estimand):

@@ -1,0 +1,36 @@
+"""What is asked about merges themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mergekit_wp.options import Argument, Request
+from mergekit_wp.runs.request import CALIBRATION, REFERENCE, BatchSize, Device
+
+
+class MergeRequest(Request):
+    """What `mergekit-wp merge` is asked for beside mergekit's own options."""
+
+    recipe: Annotated[str, Argument(path="any")] = Field(description="A mergekit recipe.")
+    out: Annotated[str, Argument(path="any")] = Field(description="Folder for the merged model.")
+
+
+class AimRequest(Request):
+    """Everything `mergekit-wp aim` is asked for."""
+
+    merged: Annotated[str, Argument()] = Field(description=f"The merge: {REFERENCE}.")
+    out: Annotated[Path, Argument(path="any")] = Field(description="Folder for the model.")
+    base: str = Field(description=f"The base model: {REFERENCE}.")
+    calibration: Path = Field(description=CALIBRATION)
+    omega: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="How much of the change stays in the base's most active channel; 1 changes "
+        "nothing.",
+    )
+    batch_size: BatchSize = None
+    device: Device = Field(default="auto", validate_default=True)
