@@ -471,7 +471,7 @@ def test_without_a_map_layers_and_tensors_are_scored(
                     found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
                     want = naive.score(estimand, component)[criterion]
                     assert found == pytest.approx(want, abs=EXACT), component
-    with pytest.raises(UserError, match="kinds head,neuron needs a component map, which"):
+    with pytest.raises(UserError, match="kinds=head,neuron needs a component map, which"):
         run(tmp_path, base, expert, kinds=("head", "neuron"), **options)
     with pytest.raises(UserError, match="activation_gain needs a component map"):
         run(tmp_path, base, expert, estimand=("activation_gain",), **options)

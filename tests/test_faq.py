@@ -12,7 +12,7 @@ import torch
 from mergekit.merge_methods import registry
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option, spelled
 from mergekit_wp.files.untrusted import parse_yaml
 from mergekit_wp.models.pair import open_pair
 from tests.models import make_model, perturbed, save
@@ -35,10 +35,22 @@ def texts(folder: str) -> Iterator[str]:
         skipped = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         skipped |= {id(part) for node in formatted for part in node.values}
         for node in formatted:
-            yield "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
+            yield "".join(_said(part) for part in node.values)
         for node in nodes:
             if isinstance(node, ast.Constant) and id(node) not in skipped:
                 yield str(node.value)
+
+
+def _said(part: ast.expr) -> str:
+    """A piece of a formatted text; options by name as the command line spells them."""
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    call = getattr(part, "value", None)
+    if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "option":
+        given = [a.value for a in call.args if isinstance(a, ast.Constant)]
+        if len(given) == len(call.args):
+            return spelled(option(*given), {})
+    return "…"
 
 
 RAISED = set(texts("mergekit_wp"))
