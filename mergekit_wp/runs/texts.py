@@ -1,4 +1,4 @@
-"""From a prompt file to token ids with responses, for one expert."""
+"""From prompts to token ids with responses, for one expert."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import end_tokens, greedy
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
+from mergekit_wp.prompts import PromptSet, Sample, encode_prompt, encode_response
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.request import RunRequest
@@ -25,7 +24,7 @@ from mergekit_wp.runs.request import RunRequest
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of everything a prompt file holds; responses and contrasts by prompt index."""
+    """Token ids of all prompts; responses and contrasts by prompt index."""
 
     prompts: list[list[int]]
     responses: dict[int, list[int]]
@@ -48,14 +47,14 @@ class Encoded:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def encode_texts(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Encoded:
-    """Tokenise a prompt file.
+def encode_texts(tokenizer: Any, prompts: PromptSet) -> Encoded:
+    """Tokenise prompts.
 
     Raises:
         UserError: a response without tokens.
     """
     encoded = Encoded([], {}, {})
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts.prompts):
         encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
         if prompt.response is not None:
             encoded.responses[i] = encode_response(tokenizer, prompt.response)
@@ -64,7 +63,7 @@ def encode_texts(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Enc
             encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
     if any(not ids for ids in encoded.responses.values()):
         raise UserError(
-            f"prompt file {source}: a response has no tokens, and the tokenizer has no "
+            f"{prompts.source}: a response has no tokens, and the tokenizer has no "
             "end-of-sequence token"
         )
     return encoded
@@ -128,7 +127,7 @@ def with_responses(
 
     Args:
         request: the run.
-        texts: token ids of the prompt file.
+        texts: token ids of the prompts.
         tokenizer: the expert's.
         resident: the model in memory; moved to the expert where answers are missing.
         journal: keeps finished answers.
