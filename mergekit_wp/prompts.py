@@ -96,15 +96,13 @@ def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts")
         lines = enumerate(text.split("\n"), start=1)  # splitlines() would cut at U+2028 too
         prompts = [_parse(line, f"{where}, line {n}") for n, line in lines if line.strip()]
     else:
-        where = f"prompts '{name}'"
-        prompts = [_checked(prompt, f"{where}, number {n}") for n, prompt in enumerate(source, 1)]
+        where = f"'{name}'"
+        prompts = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
         content = canonical(prompts).encode()
     if not prompts:
         raise UserError(
-            f"{where} holds no prompts; expected one JSON object a line, "
+            f"{where} holds no prompts; expected at least one, in a file one JSON object a line, "
             'such as {"prompt": "..."}'
-            if isinstance(source, Path)
-            else f"{where} are none; give at least one"
         )
     return PromptSet(tuple(prompts[:limit]), hashlib.sha256(content).hexdigest(), where, name)
 

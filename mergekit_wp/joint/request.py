@@ -59,12 +59,17 @@ class FitRequest(MembersRequest):
 
 @command_of.register
 def _company(request: CompanyRequest) -> tuple[str, ...]:
+    if not all(isinstance(prompts, Path) for _, prompts in request.prompts):
+        return ()
     options = options_of(request, ("prompts", "steps", *RUN), {"steps": "share-steps"})
     return ("score", "--company", str(request.recipe), *options)
 
 
 @command_of.register
 def _fit(request: FitRequest) -> tuple[str, ...]:
+    sources = (*(prompts for _, prompts in request.prompts), *request.guards)
+    if not all(isinstance(source, Path) for source in sources):
+        return ()
     objective = ("prompts", "guards", "guard_weight", "penalty", "upper")
     climb = ("start", "steps", "rate", "prompts_a_step", "held_out")
     run = tuple(name for name in RUN if name != "batch_size")

@@ -67,12 +67,16 @@ class AnchorRequest(RunRequest):
 
 @command_of.register
 def _verify(request: VerifyRequest) -> tuple[str, ...]:
+    if not isinstance(request.prompts, Path):
+        return ()
     own = ("top", "task", "checkers", "estimand", "draws")
     return ("verify", *_rescored(request, own))
 
 
 @command_of.register
 def _trace(request: TraceRequest) -> tuple[str, ...]:
+    if not isinstance(request.prompts, Path):
+        return ()
     rules = options_of(request.rules, tuple(Rules.model_fields), {"suppliers": "min_suppliers"})
     own = _rescored(request, ("targets", "suppliers"))
     return ("trace", str(request.file), *own, *rules)

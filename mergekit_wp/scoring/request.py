@@ -45,8 +45,9 @@ class ScoreRequest(RunRequest):
 
 @command_of.register
 def _score(request: ScoreRequest) -> tuple[str, ...]:
-    if any(not isinstance(criterion, str) for criterion in request.criteria or ()):
-        return ()  # no command has a caller's function
+    functions = any(not isinstance(criterion, str) for criterion in request.criteria or ())
+    if functions or not isinstance(request.prompts, Path):
+        return ()  # no command has a caller's function, or prompts that are in no file
     names = {"estimands": "estimand", "criteria": "criterion"}
     own = ("prompts", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
     options = options_of(request, (*own, "share_steps", *RUN), names)
