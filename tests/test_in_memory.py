@@ -14,7 +14,8 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.company import score_company
-from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import CompanyRequest, FitRequest
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import TraceRequest
 from mergekit_wp.prompts import Message, Prompt, read_prompts
@@ -88,6 +89,24 @@ def test_a_company_is_scored_without_files(
     for name in NAMES:
         assert_alike(alone[name], written[name], "prompts_sha256", "command")
         assert alone[name].manifest.behavior == name
+
+
+def test_gates_are_fitted_without_files(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"recipe": world / "recipe.yml", "steps": 2, "prompts_a_step": 2}
+    guard = world / "p.jsonl"
+    given = tuple((name, prompts_of(world / f"{name}.jsonl")) for name in NAMES)
+    alone = fit(FitRequest(prompts=given, guards=(prompts_of(guard),), **options), Quiet())
+    assert not list(tmp_path.iterdir())
+    files = tuple((name, world / f"{name}.jsonl") for name in NAMES)
+    out = tmp_path / "out"
+    written = fit(FitRequest(prompts=files, guards=(guard,), out=out, **options), Quiet())
+    for name in NAMES:
+        assert_alike(alone[name], written[name], "prompts_sha256", "command", "fit")
+    how = alone[NAMES[0]].manifest.fit
+    assert how is not None and [one.behavior for one in how.guards] == ["guard 1"]
 
 
 def test_a_circuit_is_traced_without_a_file(world: Path, tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import mergekit_wp
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import ModelId
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import end_tokens, greedy
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.models.placement import MaxMemory
 from mergekit_wp.models.resident import ResidentModel
@@ -27,7 +31,6 @@ from mergekit_wp.runs.texts import (
     encode_texts,
     find_tokenizer,
     refuse_other_tokens,
-    with_responses,
 )
 from mergekit_wp.terms import CriterionName, Estimand
 
@@ -109,16 +112,35 @@ class Run:
             prefix: sets one expert's journal entries apart from another's.
             position: who answers, the expert (1) or the base (0).
         """
-        return with_responses(
-            self.request,
-            self.texts,
-            self.tokenizer,
-            resident,
-            journal,
-            self.progress,
-            prefix,
-            position,
-        )
+        prompts, responses = self.texts.prompts, dict(self.texts.responses)
+        missing = [i for i in range(len(prompts)) if i not in responses]
+        size = self.request.batch_size or 32
+        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+        at_once = AtOnce(min(size, max(1, len(missing))), self.progress.note)
+
+        def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
+            resident.move_to(position)
+            ends = end_tokens(self.pair.expert.path, self.tokenizer)
+            length = self.request.max_new_tokens
+
+            def continued(together: int) -> list[list[int]]:
+                found: list[list[int]] = []
+                for start in range(0, len(chunk), together):
+                    some = [prompts[i] for i in chunk[start : start + together]]
+                    found += greedy(resident.model, some, length, ends, resident.device)
+                return found
+
+            found = at_once.run(continued)
+            return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
+
+        if chunks:
+            self.progress.stage("expert answers", len(missing), "prompt")
+        for number, chunk in enumerate(chunks):
+            key = f"responses.{prefix}batch{number:04d}"
+            saved, resumed = journal.block(key, partial(answers, chunk))
+            responses |= {int(i): ids.tolist() for i, ids in saved.items()}
+            self.progress.advance(len(chunk), resumed=resumed)
+        return [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
 
     def batch_size(self, samples: Sequence[Sample]) -> int:
         """Sequences a forward: as asked, or what their length and the vocabulary let through."""
