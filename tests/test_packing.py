@@ -18,7 +18,7 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, Sample
-from mergekit_wp.runs.recordings import Recordings
+from mergekit_wp.runs.recordings import Portion, Recordings
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
@@ -108,7 +108,7 @@ def test_models_with_a_window_are_not_packed(tmp_path) -> None:
         batch = PromptBatch.of(SAMPLES, range(len(SAMPLES)), "cpu")
         references = References([batch], [Targets()], {}, None)
         recordings = Recordings(resident, references, ("logprob",))
-        whole = recordings.whole(0, 8)
+        whole = Portion(0, 0, batch.size, 8)
         folders[window] = recordings.receiver(0.0, whole).batch
         assert recordings.receiver(0.0, whole, packs=False).batch is batch
     assert folders[None].n_rows < batch.n_rows

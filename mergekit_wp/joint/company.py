@@ -1,7 +1,7 @@
 """All experts of a recipe scored together: what each component does in the others' company.
 
 What restores a behaviour in the base is not what survives beside another expert. Here all experts
-move at once along the guided path (`engine.guided`), towards the sum of their behaviours' ``kl``
+move at once along the guided path (`guided`), towards the sum of their behaviours' ``kl``
 recoveries, and one score file is written for each.
 """
 

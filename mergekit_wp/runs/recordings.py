@@ -88,10 +88,6 @@ class Recordings:
         """Number of prompts."""
         return sum(batch.size for batch in self.references.batches)
 
-    def whole(self, batch: int, at_once: int) -> Portion:
-        """All prompts of a batch."""
-        return Portion(batch, 0, self.references.batches[batch].size, at_once)
-
     def prompts(self, portion: Portion) -> tuple[PromptBatch, Targets]:
         """Prompts, one a row, and what they are measured against."""
         batch = self.references.batches[portion.batch]
