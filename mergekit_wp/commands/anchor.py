@@ -6,7 +6,6 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -52,10 +51,10 @@ def anchor(prompts: Path | None, behavior: str | None, as_json: bool, **options:
         raise UserError(f"--strength must be above zero, not {options['strength']:g}")
     options["device"] = choose_device(options["device"])
     progress = BarProgress()
-    with TemporaryDirectory() as scratch, prompt_file(prompts, behavior) as path:
+    with prompt_file(prompts, behavior) as path:
         try:
             request = AnchorRequest(prompts=path, **options)
-            found = find_anchors(request, progress, Path(scratch, "anchor"))
+            found = find_anchors(request, progress)
         finally:
             progress.close()
     chosen = best_anchor(found)

@@ -117,6 +117,7 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
 
     from mergekit_wp.autoload import ensure_registered
     from mergekit_wp.errors import UserError
+    from mergekit_wp.joint.files import RECIPE
     from mergekit_wp.joint.fit import fit as run
     from mergekit_wp.joint.request import FitRequest
     from mergekit_wp.models.placement import choose_device
@@ -136,10 +137,11 @@ def fit(prompts: tuple[str, ...], **options: Any) -> None:
         pairs.append((expert, Path(file)))
     progress = BarProgress()
     try:
-        *files, merge = run(FitRequest(prompts=tuple(pairs), **options), progress)
+        found = run(FitRequest(prompts=tuple(pairs), **options), progress)
     finally:
         progress.close()
+    out = options["out"]
     click.echo(
-        f"{', '.join(str(file) for file in files)} written; merge by them with: "
-        f"mergekit-wp merge {merge} OUT"
+        f"{', '.join(str(out / f'{name}.safetensors') for name in found)} written; merge by them "
+        f"with: mergekit-wp merge {out / RECIPE} OUT"
     )

@@ -267,6 +267,7 @@ _ALONE = ("base", "expert", "behavior", "estimands", "criteria", "kinds", "ancho
 def _together(context: click.Context, options: dict[str, Any], progress: Progress) -> str:
     from mergekit_wp.errors import UserError
     from mergekit_wp.joint.company import score_company
+    from mergekit_wp.joint.files import RECIPE
     from mergekit_wp.joint.request import CompanyRequest
 
     for parameter in context.command.params:
@@ -294,8 +295,9 @@ def _together(context: click.Context, options: dict[str, Any], progress: Progres
     kept = {k: v for k, v in options.items() if k not in _ALONE}
     recipe, steps = kept.pop("company"), kept.pop("share_steps") or PATH_STEPS
     kept["prompts"] = tuple(pairs)
-    *files, merge = score_company(CompanyRequest(**kept, recipe=recipe, steps=steps), progress)
+    out = kept["out"]
+    found = score_company(CompanyRequest(**kept, recipe=recipe, steps=steps), progress)
     return (
-        f"{', '.join(str(file) for file in files)} written; merge by them with: "
-        f"mergekit-wp merge {merge} OUT"
+        f"{', '.join(str(out / f'{name}.safetensors') for name in found)} written; merge by them "
+        f"with: mergekit-wp merge {out / RECIPE} OUT"
     )

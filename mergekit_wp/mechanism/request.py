@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from mergekit_wp.files.circuitfile import Rules
+from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.command import RUN, command_of, options_of
 from mergekit_wp.runs.request import RunRequest
 from mergekit_wp.terms import CriterionName, Estimand
@@ -20,7 +21,7 @@ class RescoreRequest(RunRequest):
     """
 
     file: Path
-    prompts: Path
+    prompts: PromptSource
     behavior: str | None = None
     base: str | None = None
     expert: str | None = None
@@ -45,10 +46,11 @@ class TraceRequest(RescoreRequest):
     """Everything `mergekit-wp trace` is asked for.
 
     ``targets``: components whose suppliers are looked for; ``suppliers``: of each, how many are
-    measured exactly by weights and by activations, and as many random ones.
+    measured exactly by weights and by activations, and as many random ones. ``out``: None writes
+    nothing.
     """
 
-    out: Path
+    out: Path | None = None
     targets: int = Field(12, ge=1)
     suppliers: int = Field(8, ge=1)
     rules: Rules = Rules()
@@ -59,18 +61,22 @@ class AnchorRequest(RunRequest):
 
     base: str
     expert: str
-    prompts: Path
+    prompts: PromptSource
     strength: float = Field(1.0, gt=0)
 
 
 @command_of.register
 def _verify(request: VerifyRequest) -> tuple[str, ...]:
+    if not isinstance(request.prompts, Path):
+        return ()
     own = ("top", "task", "checkers", "estimand", "draws")
     return ("verify", *_rescored(request, own))
 
 
 @command_of.register
 def _trace(request: TraceRequest) -> tuple[str, ...]:
+    if not isinstance(request.prompts, Path):
+        return ()
     rules = options_of(request.rules, tuple(Rules.model_fields), {"suppliers": "min_suppliers"})
     own = _rescored(request, ("targets", "suppliers"))
     return ("trace", str(request.file), *own, *rules)

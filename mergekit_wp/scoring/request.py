@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from mergekit_wp.criteria import CriterionFunction
+from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.command import RUN, command_of, options_of
 from mergekit_wp.runs.request import RunRequest
 from mergekit_wp.terms import KINDS, BuiltInCriterion, Estimand, Kind
@@ -21,13 +22,14 @@ class ScoreRequest(RunRequest):
     """Everything `mergekit-wp score` is asked for; see its ``--help``.
 
     ``criteria``: by name, or functions of the caller's, see `criteria.CriterionFunction`.
-    ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`.
+    ``out``: None writes nothing. ``max_memory``: of weights on each device, see `placement`; None
+    for all of them on `device`.
     """
 
     base: str
     expert: str
-    prompts: Path
-    out: Path
+    prompts: PromptSource
+    out: Path | None = None
     behavior: str | None = None
     estimands: tuple[Estimand, ...] = ("share", "gain")
     criteria: tuple[BuiltInCriterion | CriterionFunction, ...] | None = None
@@ -43,8 +45,9 @@ class ScoreRequest(RunRequest):
 
 @command_of.register
 def _score(request: ScoreRequest) -> tuple[str, ...]:
-    if any(not isinstance(criterion, str) for criterion in request.criteria or ()):
-        return ()  # no command has a caller's function
+    functions = any(not isinstance(criterion, str) for criterion in request.criteria or ())
+    if functions or not isinstance(request.prompts, Path):
+        return ()  # no command has a caller's function, or prompts that are in no file
     names = {"estimands": "estimand", "criteria": "criterion"}
     own = ("prompts", "behavior", "estimands", "criteria", "kinds", "anchor_layer", "verify")
     options = options_of(request, (*own, "share_steps", *RUN), names)
