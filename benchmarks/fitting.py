@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from mergekit_wp.joint.members import measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.prompts import read_prompts
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.runs.progress import Progress
 
 
@@ -39,17 +37,20 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     """
     members = open_members(request, request.out, progress)
     coarse = [
-        replace(m, pair=replace(m.pair, partition=WholeTensors(p.dims, p.shapes)))
+        replace(
+            m, run=replace(m.run, pair=replace(m.pair, partition=WholeTensors(p.dims, p.shapes)))
+        )
         for m in members
         for p in [m.pair.partition]
     ]
     layout = Layout(coarse[0].pair.partition, tuple(m.pair.changed for m in coarse))
-    with TemporaryDirectory() as scratch, Journal(Path(scratch, "out"), {}, False) as journal:
-        references = [measure(m, journal, progress, request.prompts_a_step) for m in coarse]
+    size = request.prompts_a_step
+    with Unwritten() as journal:
+        references = [measure(member, journal, size) for member in coarse]
         objectives = [objective_of(m, own) for m, own in zip(coarse, references, strict=True)]
-        for path in request.guards:
-            prompts = read_prompts(path, request.max_prompts)
-            objectives.append(guard_of(path, prompts, coarse, request, journal, progress))
+        for guard in request.guards:
+            prompts = read_prompts(guard, request.max_prompts)
+            objectives.append(guard_of(prompts, coarse, journal, size))
         fitting = Fitting(request, coarse, objectives, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
     fitting.move_to(state.best)

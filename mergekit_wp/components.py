@@ -248,6 +248,12 @@ class Partition:
         """Tensors of one decoder layer."""
         return tuple(n for n, layout in self.layouts.items() if layout.layer == layer)
 
+    def within_layer(self, layer: int) -> dict[str, str]:
+        """The same by their names within the layer."""
+        start = self.dims.architecture.within_layer
+        places = {name: start(name) for name in self.layer_tensors(layer)}
+        return {place[1]: name for name, place in places.items() if place is not None}
+
     def owned_by(self, kind: FineKind, layer: int) -> tuple[TensorLayout, ...]:
         """Layouts whose slices belong to a sliced kind in one layer."""
         return tuple(

@@ -261,7 +261,7 @@ def declared(model: type[BaseModel]) -> dict[str, Declared]:
 def _complaint(error: ValidationError) -> UserError:
     """The first thing that is wrong with a request, in one sentence that names the field."""
     first = error.errors()[0]
-    place = [part for part in first["loc"] if isinstance(part, str)]
+    place = [part for part in first["loc"] if isinstance(part, str) and part.isidentifier()]
     if not place:
         return UserError(first["msg"].removeprefix("Value error, "))
     name = option(place[-1])

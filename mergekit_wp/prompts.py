@@ -1,4 +1,4 @@
-"""Prompt files and their tokens.
+"""Prompts, from a file or from memory, and their tokens.
 
 A prompt file is JSONL: ``prompt`` (text or chat messages), optional ``contrast`` (the same request
 without the instruction), optional ``response``. The text is the prompt, then the response, then
@@ -10,6 +10,7 @@ depend on what it is batched with.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,20 @@ class Prompt(BaseModel):
 
 
 @dataclass(frozen=True)
-class PromptFile:
-    """The prompts to use and the hash of the file they came from."""
+class PromptSet:
+    """The prompts to use.
+
+    Attributes:
+        prompts: in order.
+        sha256: of the file they came from, or of their canonical lines if they were given.
+        source: where they came from, for messages.
+        name: what their behaviour is called where nobody says otherwise.
+    """
 
     prompts: tuple[Prompt, ...]
     sha256: str
+    source: str
+    name: str
 
     @property
     def responses(self) -> Literal["given", "expert", "mixed"]:
@@ -61,31 +71,46 @@ class PromptFile:
         return "given" if given == len(self.prompts) else "mixed" if given else "expert"
 
 
-def read_prompts(path: Path, limit: int | None) -> PromptFile:
-    """Read a prompt file.
+#: a prompt file, or the prompts themselves
+PromptSource = Path | tuple[Prompt, ...]
+
+
+def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts") -> PromptSet:
+    """Read a prompt file, or take prompts as they are given: the one entrance for both.
 
     Args:
-        path: the JSONL file.
+        source: the JSONL file, or prompts in memory.
         limit: use the first `limit` prompts only.
+        name: of prompts in memory; a file's is its own.
 
     Raises:
-        UserError: no such file, a broken line (its number), or no prompts.
+        UserError: no such file, a broken line (its number), an empty prompt, or no prompts.
     """
-    try:
-        content = path.read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            prompts.append(_parse(line, f"prompt file {path}, line {number}"))
+    if isinstance(source, Path):
+        where, name = f"prompt file {source}", source.stem
+        try:
+            content = source.read_bytes()
+            text = content.decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{where} cannot be read: {error}") from error
+        lines = enumerate(text.split("\n"), start=1)  # splitlines() would cut at U+2028 too
+        prompts = [_parse(line, f"{where}, line {n}") for n, line in lines if line.strip()]
+    else:
+        where = f"'{name}'"
+        prompts = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
+        content = canonical(prompts).encode()
     if not prompts:
         raise UserError(
-            f"prompt file {path} holds no prompts; expected one JSON object a line, "
+            f"{where} holds no prompts; expected at least one, in a file one JSON object a line, "
             'such as {"prompt": "..."}'
         )
-    return PromptFile(tuple(prompts[:limit]), hashlib.sha256(content).hexdigest())
+    return PromptSet(tuple(prompts[:limit]), hashlib.sha256(content).hexdigest(), where, name)
+
+
+def canonical(prompts: Sequence[Prompt]) -> str:
+    """Prompts as a prompt file, one line each: sorted keys, nothing that is not there."""
+    found = [prompt.model_dump(mode="json", exclude_none=True) for prompt in prompts]
+    return "".join(json.dumps(p, sort_keys=True, ensure_ascii=False) + "\n" for p in found)
 
 
 def _parse(line: str, where: str) -> Prompt:
@@ -98,6 +123,10 @@ def _parse(line: str, where: str) -> Prompt:
         ) from error
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
+    return _checked(prompt, where)
+
+
+def _checked(prompt: Prompt, where: str) -> Prompt:
     if not prompt.prompt:
         raise UserError(f"{where}: 'prompt' is empty")
     return prompt

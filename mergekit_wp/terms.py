@@ -32,6 +32,7 @@ CriterionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_
 ScoringMethod = Literal[
     "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
 ]
+SweepName = Literal["share", "first-order", "exact", "verify", "noise"]
 DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
 
 # how scores are merged

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.runs.anchor import Contrast, choose_anchor, held_out_separation
+from mergekit_wp.runs.references import Contrast, choose_anchor, held_out_separation
 
 
 def contrast(n: int = 8, layer: int = 2) -> Contrast:

@@ -18,7 +18,6 @@ from mergekit_wp.compare.plan import Plan
 from mergekit_wp.compare.results import Results
 from mergekit_wp.compare.run import Runner
 from mergekit_wp.errors import OutOfMemory, UserError
-from mergekit_wp.files import scorefile
 from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import CompanyRequest, FitRequest
@@ -96,8 +95,7 @@ Numbers = dict[str, torch.Tensor]
 
 def company(world: Path, out: Path, said: Quiet) -> Numbers:
     request = CompanyRequest(**members(world), out=out, batch_size=4, path_steps=2)
-    *files, _ = score_company(request, said)
-    found = [scorefile.read(file) for file in files]
+    found = list(score_company(request, said).values())
     numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
     reached = found[0].manifest.company
     assert reached is not None
@@ -107,8 +105,8 @@ def company(world: Path, out: Path, said: Quiet) -> Numbers:
 def fitted(world: Path, out: Path, said: Quiet) -> Numbers:
     options = {"steps": 3, "prompts_a_step": 2, "held_out": 0.5}
     guard = world / "prompts.jsonl"
-    *files, _ = fit(FitRequest(**members(world), out=out, guards=(guard,), **options), said)
-    found = [scorefile.read(file) for file in files]
+    request = FitRequest(**members(world), out=out, guards=(guard,), **options)
+    found = list(fit(request, said).values())
     numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
     how = found[0].manifest.fit
     assert how is not None
@@ -152,9 +150,8 @@ def verified(world: Path, out: Path, said: Quiet) -> Numbers:
 
 
 def anchored(world: Path, out: Path, said: Quiet) -> Numbers:
-    out.mkdir()
     request = AnchorRequest(**pair(world), dtype="float64", batch_size=4)
-    found = find_anchors(request, said, out / "anchor")
+    found = find_anchors(request, said)
     rows = [(x.separation, x.stability.value, x.steering.value) for x in found]
     return {"layers": torch.tensor(rows)}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import Interrupted, listening
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
-from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import measure_references
+from mergekit_wp.scoring.blocks import Block, noise_blocks, share_blocks
 from mergekit_wp.scoring.cluster import ATTEMPTS, Assignment, Cluster, Worker, moved
-from mergekit_wp.scoring.shares import share_blocks
+from mergekit_wp.scoring.measure import measure
 from tests.models import make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 
@@ -41,41 +44,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def context(world: Path, max_memory: dict[str, int] | None = None) -> SweepContext:
+def recorded(world: Path, max_memory: dict[str, int] | None = None) -> Recordings:
     pair = open_pair(str(world / "base"), str(world / "expert"), lambda *_: None)
     resident = ResidentModel(pair, torch.float32, "cpu", max_memory)
     samples = [Sample((1, 2, 3), (4, 5)), Sample((6, 7), (8,)), Sample((9,), (1, 2))]
     references = measure_references(resident, samples, ([], []), ("kl",), None, 2)
-    return SweepContext(resident, references, ("kl",), 2)
+    return Recordings(resident, references, ("kl",))
+
+
+def two_at_once(recordings: Recordings) -> AtOnce:
+    return AtOnce(2, print, recordings.forget)
 
 
 @pytest.mark.parametrize("max_memory", [None, {"cpu": 0}], ids=["held", "offloaded"])
 def test_a_worker_computes_the_drivers_blocks_bit_by_bit(
     world: Path, max_memory: dict[str, int] | None
 ) -> None:
-    ours, sweep = context(world), partial(share_blocks, steps=3)
-    worker = Worker(Assignment.of(context(world, max_memory)))
-    blocks = list(sweep(ours))
+    ours, theirs = recorded(world), recorded(world, max_memory)
+    worker = Worker(Assignment.of(theirs, two_at_once(theirs)))
+    blocks = [*share_blocks(ours, 3), *noise_blocks(ours, "gain")]
     for block in [*blocks[::2], *blocks[1::2][::-1]]:  # in another order
-        found, want = worker.run(sweep, block.key), block.run()
+        sent: Block = pickle.loads(pickle.dumps(block))
+        found, want = worker.run(sent), measure(block, ours, two_at_once(ours))
         assert found.keys() == want.keys()
         assert all(torch.equal(found[name], want[name]) for name in want)
-    assert worker._context is not None
-    assert bool(worker._context.resident.fetched) is (max_memory is not None)
+    assert worker._opened is not None
+    assert bool(worker._opened[0].resident.fetched) is (max_memory is not None)
 
 
 def test_a_worker_refuses_other_weights_under_the_same_path(world: Path, tmp_path: Path) -> None:
-    ours = context(world)
-    assignment = Assignment.of(ours)
+    ours = recorded(world)
+    assignment = Assignment.of(ours, two_at_once(ours))
     other = perturbed(make_model("llama-tied"), seed=9)
     save(other, tmp_path / "expert", torch.float32)
     elsewhere = Assignment(**(vars(assignment) | {"expert": str(tmp_path / "expert")}))
     with pytest.raises(UserError, match="expert' has other weights on .* same checkpoints"):
-        Worker(elsewhere).run(partial(share_blocks, steps=1), "share.step0000.batch0000")
+        Worker(elsewhere).run(next(share_blocks(ours, 1)))
 
 
 def test_everything_is_moved(world: Path) -> None:
-    references = moved(context(world).references, "meta")
+    references = moved(recorded(world).references, "meta")
     assert references.batches[0].ids.is_meta and references.values["kl"].base.is_meta
     logprobs = references.targets[1].expert_logprobs
     assert logprobs is not None and logprobs.is_meta
@@ -92,8 +100,15 @@ class Wrong(Exception):
         self.cause = cause
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A block that a worker is at."""
+
+    block: Block
+
+
 class FakeRay:
-    """Ray's calls, one after the other in this process; ``kills`` says how often a key's dies."""
+    """Ray's calls, one after the other in this process; ``kills`` says how often a block's dies."""
 
     def __init__(self, cpus: int, kills: dict[str, int]) -> None:
         self.cpus, self.kills, self.at_once, self.started = cpus, kills, 0, 0
@@ -117,7 +132,7 @@ class FakeRay:
             @staticmethod
             def remote(assignment: Any) -> Any:
                 ray.started += 1
-                run = type("Run", (), {"remote": staticmethod(lambda sweep, key: (sweep, key))})
+                run = type("Run", (), {"remote": staticmethod(lambda block: Task(block))})
                 return type("Handle", (), {"run": run})
 
         return Actor
@@ -127,58 +142,70 @@ class FakeRay:
         return busy[-1:], busy[:-1]
 
     def get(self, task: Any) -> Any:
-        _, key = task
+        key = "abcdefw"[task.block.layer]
         if self.kills.get(key, 0) > 0:
             self.kills[key] -= 1
             raise Lost(f"{key} died")
-        if key == "wrong":
+        if key == "w":
             raise Wrong(UserError("told as it is"))
         return {key: torch.ones(1)}
 
 
-def on(ray: FakeRay, keys: list[str], world: Path) -> tuple[dict[str, Any], list[str]]:
+def blocks_of(letters: str) -> list[Block]:
+    return [Block("noise", "gain", 0, "abcdefw".index(letter)) for letter in letters]
+
+
+def cluster_on(ray: FakeRay, world: Path, progress: Quiet) -> Cluster:
+    ours = recorded(world)
+    return Cluster(ray, ours, two_at_once(ours), progress)  # type: ignore[arg-type]
+
+
+def on(ray: FakeRay, letters: str, world: Path) -> tuple[dict[str, Any], list[str]]:
     progress, found = Quiet(), {}
-    workers = Cluster(ray, context(world), progress)  # type: ignore[arg-type]
-    workers.run(lambda _: [], keys, lambda key, result: found.update({key: result}))
+    workers = cluster_on(ray, world, progress)
+    workers.run(blocks_of(letters), lambda _, result: found.update(result))
     return found, progress.notes
 
 
 def test_a_killed_workers_block_is_computed_again(world: Path) -> None:
     ray = FakeRay(2, {"b": ATTEMPTS - 1})
-    found, notes = on(ray, list("abcde"), world)
+    found, notes = on(ray, "abcde", world)
     assert sorted(found) == list("abcde") and ray.at_once == 2
     assert ray.started == 2 + 2, "a killed worker is replaced, the others go on"
-    assert notes == ["a worker has ended; its block b is computed again"] * 2
+    assert (
+        notes
+        == ["a worker has ended; its block noise.gain.batch0000.layer0001 is computed again"] * 2
+    )
 
 
 def test_a_block_that_kills_its_workers_is_given_up(world: Path) -> None:
-    with pytest.raises(RuntimeError, match="block b ended 3 workers, last: b died"):
-        on(FakeRay(2, {"b": ATTEMPTS}), list("abc"), world)
+    with pytest.raises(RuntimeError, match=r"block noise.*layer0001 ended 3 workers, last: b died"):
+        on(FakeRay(2, {"b": ATTEMPTS}), "abc", world)
 
 
 def test_a_mistake_in_a_worker_is_told_as_it_is(world: Path) -> None:
     with pytest.raises(UserError, match="^told as it is$"):
-        on(FakeRay(1, {}), ["a", "wrong"], world)
+        on(FakeRay(1, {}), "aw", world)
 
 
 def test_a_cluster_that_is_too_small(world: Path) -> None:
     with pytest.raises(UserError, match="has no worker with 1 CPUs, as this process uses"):
-        on(FakeRay(0, {}), ["a"], world)
+        on(FakeRay(0, {}), "a", world)
 
 
 def test_a_signal_waits_for_the_blocks_that_are_being_computed(world: Path) -> None:
     ray, found = FakeRay(2, {}), []
-    workers = Cluster(ray, context(world), Quiet())  # type: ignore[arg-type]
+    workers = cluster_on(ray, world, Quiet())
 
-    def on_result(key: str, _: Any) -> None:
+    def on_result(_: Block, result: Any) -> None:
         if not found:
             os.kill(os.getpid(), signal.SIGINT)
-        found.append(key)
+        found.extend(result)
 
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(Interrupted), listening():
-            workers.run(lambda _: [], list("abcde"), on_result)
+            workers.run(blocks_of("abcde"), on_result)
     finally:
         signal.signal(signal.SIGINT, before)
     assert found == ["b", "a"], "both that had begun are kept, and no other is begun"

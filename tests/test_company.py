@@ -17,6 +17,7 @@ from mergekit_wp.components import Component, Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.files import RECIPE
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.runs.journal import Journal
@@ -163,6 +164,17 @@ def load_like(model: PreTrainedModel) -> PreTrainedModel:
     return copy
 
 
+def written(request: CompanyRequest, progress: Quiet) -> tuple[list[Path], Path]:
+    """The score files and the recipe of a company, which are what was returned."""
+    found = score_company(request, progress)
+    assert request.out is not None
+    files = [request.out / f"{name}.safetensors" for name in found]
+    for file, kept in zip(files, found.values(), strict=True):
+        assert scorefile.read(file).digest() == kept.digest()
+    assert sorted(request.out.iterdir()) == sorted([*files, request.out / RECIPE])
+    return files, request.out / RECIPE
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_fused_and_stacked_weights_walk_alike(tmp_path: Path, family: str) -> None:
     test_the_path_equals_a_naive_walk(make_world(family, tmp_path), tmp_path)
@@ -170,7 +182,7 @@ def test_fused_and_stacked_weights_walk_alike(tmp_path: Path, family: str) -> No
 
 def test_the_path_equals_a_naive_walk(world: Path, tmp_path: Path) -> None:
     naive = NaiveWalk(world, steps=4)
-    *files, _ = score_company(request_for(world, tmp_path / "out"), Quiet())
+    files, _ = written(request_for(world, tmp_path / "out"), Quiet())
     for e, path in enumerate(files):
         file = scorefile.read(path)
         for estimand, want in (("path", naive.reached[e]), ("share", naive.brought[e])):
@@ -190,7 +202,7 @@ def test_the_path_equals_a_naive_walk(world: Path, tmp_path: Path) -> None:
 
 
 def test_shares_of_all_experts_add_up_to_what_came_back(world: Path, tmp_path: Path) -> None:
-    *files, _ = score_company(request_for(world, tmp_path / "out", path_steps=40), Quiet())
+    files, _ = written(request_for(world, tmp_path / "out", path_steps=40), Quiet())
     read = [scorefile.read(path) for path in files]
     total = sum(
         float(scores.sum()) for file in read for scores in file.fine_scores("share", "kl").values()
@@ -212,7 +224,7 @@ def test_shares_of_all_experts_add_up_to_what_came_back(world: Path, tmp_path: P
 
 def test_the_written_recipe_merges_to_the_end_of_the_path(world: Path, tmp_path: Path) -> None:
     naive = NaiveWalk(world, steps=4)
-    *_, recipe = score_company(request_for(world, tmp_path / "out"), Quiet())
+    _, recipe = written(request_for(world, tmp_path / "out"), Quiet())
     done = CliRunner().invoke(cli, ["merge", str(recipe), str(tmp_path / "merged"), "--quiet"])
     assert done.exit_code == 0, done.output
     got = load(tmp_path / "merged").state_dict()
@@ -222,7 +234,7 @@ def test_the_written_recipe_merges_to_the_end_of_the_path(world: Path, tmp_path:
 
 
 def test_lambda_and_weight_scale_the_path(world: Path, tmp_path: Path) -> None:
-    *_, recipe = score_company(request_for(world, tmp_path / "out"), Quiet())
+    _, recipe = written(request_for(world, tmp_path / "out"), Quiet())
     data = yaml.safe_load(recipe.read_text())
     data["parameters"]["lambda"] = 0.5
     data["models"][1]["parameters"]["weight"] = 0.0
@@ -243,7 +255,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    *whole, _ = score_company(request_for(world, tmp_path / "whole"), Quiet())
+    whole, _ = written(request_for(world, tmp_path / "whole"), Quiet())
     request, saved, original = request_for(world, tmp_path / "killed"), [], Journal.save
 
     class Killed(BaseException):
@@ -261,7 +273,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
             score_company(request, Quiet())
         assert not list(request.out.glob("*.safetensors"))
     progress = Quiet()
-    *files, _ = score_company(request, progress)
+    files, _ = written(request, progress)
     assert len(saved) == len(set(saved))
     assert [f.read_bytes() for f in files] == [f.read_bytes() for f in whole]
     assert progress.done == sum(total for _, total in progress.stages)
@@ -276,13 +288,13 @@ def rewrite(recipe: Path, change: dict[str, object]) -> Path:
 
 
 def test_scores_of_another_company_are_refused(world: Path, tmp_path: Path) -> None:
-    *_, recipe = score_company(request_for(world, tmp_path / "out"), Quiet())
+    _, recipe = written(request_for(world, tmp_path / "out"), Quiet())
     models = yaml.safe_load(recipe.read_text())["models"]
     alone = rewrite(recipe, {"models": models[:1]})
     done = CliRunner().invoke(cli, ["merge", str(alone), str(tmp_path / "x")])
     assert isinstance(done.exception, UserError)
     assert "in the company of" in str(done.exception) and "west" in str(done.exception)
-    other = score_company(request_for(world, tmp_path / "other", path_steps=3), Quiet())
+    other, _ = written(request_for(world, tmp_path / "other", path_steps=3), Quiet())
     mixed = [models[0], {**models[1], "parameters": {"scores": str(other[1])}}]
     done = CliRunner().invoke(
         cli, ["merge", str(rewrite(recipe, {"models": mixed})), str(tmp_path / "x")]
@@ -336,7 +348,7 @@ def test_bad_recipes(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_company_file_can_be_looked_at(world: Path, tmp_path: Path) -> None:
-    east, *_ = score_company(request_for(world, tmp_path / "out"), Quiet())
+    (east, _), _ = written(request_for(world, tmp_path / "out"), Quiet())
     table = CliRunner().invoke(cli, ["inspect", str(east)])
     assert table.exception is None, table.exception
     assert (

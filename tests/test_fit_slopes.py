@@ -10,17 +10,18 @@ import torch
 
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.integrated_gradients import contributions
-from mergekit_wp.engine.replay import own_values, record
+from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
+from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
-from mergekit_wp.engine.task_vector import TaskVector
 from mergekit_wp.joint.ascent import Fitting
+from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import batches
 from mergekit_wp.runs.references import logprobs
+from mergekit_wp.runs.run import Run
 from mergekit_wp.terms import FINE_KINDS
 from tests.fitting import divergence, fitted, layout_of, load, merged, sequences
 from tests.models import FAMILIES, make_model, perturbed, save
@@ -46,12 +47,10 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
         zero = torch.full((4,), -apart, dtype=torch.float64)
         objectives.append(Objective(name, every, targets, zero, -zero))
 
-    class Member:
-        def __init__(self, pair: Any) -> None:
-            self.pair = pair
-
     request = FitRequest(recipe=world, prompts=(), out=world, dtype="float64", held_out=0)
-    members: Any = [Member(pair) for pair in pairs]
+    unread: Any = None
+    runs = [Run(request, unread, pair, unread, unread, Quiet()) for pair in pairs]
+    members = [Member(name, unread, run) for name, run in zip(NAMES, runs, strict=True)]
     fitting = Fitting(request, members, objectives, layout, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
@@ -100,7 +99,7 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     for name, each in apart.items():
         torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-5, atol=1e-7)
     assert not any(p.requires_grad for p in resident.model.parameters())
-    own = own_values(decoder, record(decoder, batch), ("kl",), targets)["kl"]
+    own = Receiver(decoder, record(decoder, batch), ("kl",), targets).own["kl"]
     torch.testing.assert_close(values, own)
 
 

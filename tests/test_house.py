@@ -6,9 +6,16 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
+
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.score import score
+from tests.models import make_model, perturbed, save, write_prompts
+from tests.test_scoring import Quiet
 
 ROOT = Path(__file__).parents[1] / "mergekit_wp"
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -68,3 +75,40 @@ def test_importing_the_package_costs_nothing() -> None:
     command = [sys.executable, "-I", "-S", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["mergekit_wp", "mergekit_wp.autoload"]
+
+
+#: what every room stands on: words, errors, files, how checkpoints are opened and read
+FOUNDATION = ("terms", "errors", "interrupts", "files", "models", "architectures")
+
+
+def passed_through(call: Callable[[], object]) -> set[str]:
+    """Modules of the package whose functions run during a call, as ``room/module.py``."""
+    found: set[str] = set()
+
+    def seen(frame: FrameType, event: str, _arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            found.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    sys.setprofile(seen)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found - {"autoload.py"}  # looks at every import, whoever imports
+
+
+def test_a_score_passes_through_few_modules(tmp_path: Path) -> None:
+    """Every estimand and criterion that is the default, from the request to the file."""
+    base = make_model("llama-tied")
+    request = ScoreRequest(
+        base=str(save(base, tmp_path / "base")),
+        expert=str(save(perturbed(base), tmp_path / "expert")),
+        prompts=write_prompts(tmp_path / "p.jsonl", 4, contrast=True),
+        out=tmp_path / "scores.safetensors",
+        max_new_tokens=2,
+    )
+    every = passed_through(lambda: score(request, Quiet()))
+    assert len(every) <= 46, sorted(every)
+    above = {m for m in every if not m.removesuffix(".py").startswith(FOUNDATION)}
+    assert {"scoring/score.py", "runs/run.py", "engine/replay.py"} < above
+    assert len(above) <= 24, sorted(above)

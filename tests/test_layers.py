@@ -59,8 +59,11 @@ def ids_of(text: str) -> list[int]:
     return [LETTERS.index(c) for c in text]
 
 
-def test_steering_equals_a_hook_on_the_whole_model(world: Path, tmp_path: Path) -> None:
-    found = find_anchors(request_for(world), Quiet(), tmp_path / "w")
+def test_steering_equals_a_hook_on_the_whole_model(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = find_anchors(request_for(world), Quiet())
     base, expert = (
         AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float64).eval()
         for name in ("base", "expert")
@@ -111,7 +114,7 @@ def test_steering_equals_a_hook_on_the_whole_model(world: Path, tmp_path: Path) 
         start = values(base).mean()
         want = (torch.stack(steered).mean() - start) / (0 - start)
         assert layer.steering.value == pytest.approx(float(want), abs=1e-9)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()), "nothing is written"
 
 
 def test_stability_sees_a_direction_and_its_absence() -> None:

@@ -378,7 +378,7 @@ def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None
         dtype="float64", max_new_tokens=2, path_steps=2,
     )  # fmt: skip
     files = score_company(request, Quiet())
-    assert [file.stem for file in files[:2]] == ["to-east", "to-west"]
+    assert list(files) == ["to-east", "to-west"]
     made = yaml.safe_load((tmp_path / "scores" / "recipe.yml").read_text())
     for model in made["models"]:
         model["parameters"]["scores"] = str(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mergekit_wp import criteria
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.components import Component
+from mergekit_wp.criteria import Targets
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.mechanism.request import VerifyRequest
@@ -24,7 +25,7 @@ from mergekit_wp.mechanism.verify import verify
 from mergekit_wp.prompts import PromptBatch, Sample
 from mergekit_wp.report.ranking import Selection, select
 from mergekit_wp.report.table import render
-from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.recordings import Portion, Recordings
 from mergekit_wp.scoring.cluster import moved
 from mergekit_wp.terms import KINDS
 from tests.factory import make_score_file
@@ -151,17 +152,16 @@ def test_memory_backoff_and_batches_change_nothing(tmp_path, monkeypatch) -> Non
     }
     whole = run(tmp_path / "whole", base, perturbed(base), batch_size=5, **options)
     single = run(tmp_path / "single", base, perturbed(base), batch_size=1, **options)
-    original = SweepContext.batch
+    original = Recordings.prompts
     refused = []
 
-    def short_of_memory(context: SweepContext, b: int) -> PromptBatch:
-        batch = original(context, b)
-        if batch.size > 2:
-            refused.append(b)
+    def short_of_memory(recordings: Recordings, portion: Portion) -> tuple[PromptBatch, Targets]:
+        if portion.stop - portion.start > 2:
+            refused.append(portion)
             raise MemoryError
-        return batch
+        return original(recordings, portion)
 
-    monkeypatch.setattr(SweepContext, "batch", short_of_memory)
+    monkeypatch.setattr(Recordings, "prompts", short_of_memory)
     halved = run(tmp_path / "halved", base, perturbed(base), batch_size=5, **options)
     assert refused
     for key in whole.manifest.score_keys():
@@ -191,7 +191,7 @@ def test_verify_takes_its_sets_and_measures_them_by_the_others(tmp_path) -> None
 
 
 def test_a_recipe_may_merge_by_it(tmp_path) -> None:
-    family = Family.make(tmp_path, llama_config(), criteria=("kl", "margin"))
+    family = Family.make(tmp_path, llama_config(), criterion=("kl", "margin"))
     recipe = family.recipe(parameters={"criterion": "margin"})
     merged = by_mergekit(recipe, tmp_path / "out")
     states = [expert.state for expert in family.experts]

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from mergekit_wp.criteria import AnchorDirection, Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.packing import TokenCost, packed
-from mergekit_wp.engine.replay import own_values, record
+from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, Sample
-from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.recordings import Portion, Recordings
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
@@ -48,8 +48,8 @@ def test_packed_rows_have_the_values_of_padded_ones(family: str) -> None:
     targets = Targets(target, AnchorDirection(direction, 0))
     criteria = ("kl", "logprob", "anchor")
     with torch.no_grad():
-        one = own_values(decoder, record(decoder, batch), criteria, targets)
-        many = own_values(decoder, record(decoder, row), criteria, targets)
+        one = Receiver(decoder, record(decoder, batch), criteria, targets).own
+        many = Receiver(decoder, record(decoder, row), criteria, targets).own
     for criterion in criteria:
         torch.testing.assert_close(many[criterion], one[criterion], rtol=1e-10, atol=1e-12)
 
@@ -107,9 +107,10 @@ def test_models_with_a_window_are_not_packed(tmp_path) -> None:
         resident.move_to(0.0)
         batch = PromptBatch.of(SAMPLES, range(len(SAMPLES)), "cpu")
         references = References([batch], [Targets()], {}, None)
-        context = SweepContext(resident, references, ("logprob",), 8)
-        folders[window] = context.packed_trace(0.0, 0).batch
-        assert context.trace(0.0, 0).batch is batch
+        recordings = Recordings(resident, references, ("logprob",))
+        whole = Portion(0, 0, batch.size, 8)
+        folders[window] = recordings.receiver(0.0, whole).batch
+        assert recordings.receiver(0.0, whole, packs=False).batch is batch
     assert folders[None].n_rows < batch.n_rows
     assert folders[2] is batch
 

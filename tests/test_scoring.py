@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from mergekit_wp.components import Partition
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.scoring import assemble
 from mergekit_wp.scoring.request import ScoreRequest
-from mergekit_wp.scoring.score import score
+from mergekit_wp.scoring.score import score, score_tensors
 from mergekit_wp.terms import KINDS
 from tests.models import (
     CONFIGS,
@@ -85,9 +84,9 @@ def run(tmp_path: Path, base: PreTrainedModel, expert: PreTrainedModel, **option
 def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """The scores before they are rounded to the file's float32."""
     kept: list[dict[str, torch.Tensor]] = []
-    original = assemble.score_tensors
+    original = score_tensors
 
-    def keep(sweep, pair, references):
+    def keep(sweep):
         kept.append(
             {
                 f"{e}/{c}/{k}": sweep.scores(e, c, k)[0]
@@ -95,9 +94,10 @@ def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tor
                 if k in sweep.request.kinds
             }
         )
-        if references.targets[0].anchor is not None:
-            kept[0]["anchor"] = references.targets[0].anchor.vector.cpu()
-        return original(sweep, pair, references)
+        anchor = sweep.recordings.references.targets[0].anchor
+        if anchor is not None:
+            kept[0]["anchor"] = anchor.vector.cpu()
+        return original(sweep)
 
     monkeypatch.setattr("mergekit_wp.scoring.score.score_tensors", keep)
     return kept

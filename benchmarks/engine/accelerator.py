@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.engine.measure import counted, profiled, timed
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
-from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import measure_references
 from mergekit_wp.runs.texts import auto_batch_size
-from mergekit_wp.scoring.exact import exact_blocks
-from mergekit_wp.scoring.first_order import first_order_blocks
-from mergekit_wp.scoring.shares import share_blocks
+from mergekit_wp.scoring.blocks import Block, exact_blocks, first_order_blocks, share_blocks
+from mergekit_wp.scoring.measure import measure
 from mergekit_wp.terms import SLICED_KINDS, Kind
 
 _LLAMA = {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None}
@@ -116,8 +117,11 @@ def run(
         size = auto_batch_size(prompts, config.vocab_size, device)
         references = measure_references(resident, prompts, ([], []), ("kl",), None, size)
 
-        def context() -> SweepContext:
-            return SweepContext(resident, references, ("kl",), size)
+        def run_all(blocks_of: Callable[[Recordings], Iterable[Block]]) -> None:
+            recordings = Recordings(resident, references, ("kl",))
+            at_once = AtOnce(size, print, recordings.forget)
+            for block in blocks_of(recordings):
+                measure(block, recordings, at_once)
 
         spread = max(1, config.num_hidden_layers // layers)
         chosen = range(0, config.num_hidden_layers, spread)
@@ -129,19 +133,13 @@ def run(
         }
 
         def exact() -> None:
-            at = context()
-            for block in exact_blocks(at, "gain", heads, "bench"):
-                at.fitting(block, print)
+            run_all(lambda recordings: exact_blocks(recordings, "gain", heads))
 
         def first_order() -> None:
-            at = context()
-            for block in first_order_blocks(at, "gain", list(SLICED_KINDS), 0):
-                at.fitting(block, print)
+            run_all(lambda recordings: first_order_blocks(recordings, "gain", SLICED_KINDS, 0))
 
         def share() -> None:
-            at = context()
-            for block in share_blocks(at, 1):
-                at.fitting(block, print)
+            run_all(lambda recordings: share_blocks(recordings, 1))
 
         for what, work in (
             (f"exact heads of {len(chosen)} layers", exact),

@@ -13,10 +13,10 @@ from mergekit_wp.criteria import Criteria
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, read_prompts
 from mergekit_wp.runs.progress import BarProgress
-from mergekit_wp.runs.recordings import SweepContext
+from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import References, measure_references
-from mergekit_wp.runs.run import open_inputs
-from mergekit_wp.runs.texts import auto_batch_size
+from mergekit_wp.runs.request import DTYPES, RunRequest
+from mergekit_wp.runs.run import Run
 from mergekit_wp.terms import Kind
 
 ZOO = REPO / "benchmarks" / "zoo" / "checkpoints"
@@ -75,21 +75,22 @@ class Inputs:
             for row in range(batch.size)
         )
 
-    def context(self, criteria: Criteria) -> SweepContext:
-        """A fresh sweep: nothing is recorded yet."""
-        return SweepContext(self.resident, self.references, criteria, self.batch_size)
+    def recordings(self, criteria: Criteria) -> Recordings:
+        """Of a fresh sweep: nothing is recorded yet."""
+        return Recordings(self.resident, self.references, criteria)
 
 
 def open_case(case: Case, n_prompts: int, dtype: torch.dtype, device: str) -> Inputs:
     """Open a case, with the anchor at 60% of the depth."""
     progress = BarProgress()
-    prompts = read_prompts(case.prompts, n_prompts).prompts
-    opened = open_inputs(str(case.base), str(case.expert), prompts, case.prompts, progress)
-    texts = opened.texts
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    request = RunRequest.model_validate({"dtype": name, "device": device})
+    prompts = read_prompts(case.prompts, n_prompts)
+    run = Run.open(request, str(case.base), str(case.expert), prompts, progress)
+    texts, resident = run.texts, run.load()
     samples = [Sample(tuple(p), tuple(texts.responses[i])) for i, p in enumerate(texts.prompts)]
-    resident = ResidentModel(opened.pair, dtype, device)
-    size = auto_batch_size(samples, opened.vocabulary, device)
-    layer = round(0.6 * opened.pair.partition.dims.n_layers) - 1
+    size = run.batch_size(samples)
+    layer = round(0.6 * run.pair.partition.dims.n_layers) - 1
     references = measure_references(resident, samples, ([], []), CRITERIA, layer, size)
     progress.close()
     return Inputs(case, resident, references, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -10,9 +10,10 @@ from benchmarks.engine.inputs import Inputs
 from benchmarks.engine.naive import Scores
 from mergekit_wp.components import Component
 from mergekit_wp.criteria import Criteria
-from mergekit_wp.scoring.exact import exact_blocks
-from mergekit_wp.scoring.first_order import first_order_blocks
-from mergekit_wp.scoring.shares import share_blocks
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.runs.recordings import Recordings
+from mergekit_wp.scoring.blocks import Block, exact_blocks, first_order_blocks, share_blocks
+from mergekit_wp.scoring.measure import measure
 from mergekit_wp.terms import SLICED_KINDS, Kind
 
 
@@ -29,12 +30,12 @@ def exact(inputs: Inputs, components: Sequence[Component], criteria: Criteria) -
     }
     place = {(c.kind, c.layer, c.index): i for i, c in enumerate(components)}
     totals = {name: torch.zeros(len(components), dtype=torch.float64) for name in criteria}
-    for block in exact_blocks(inputs.context(criteria), "gain", selected, "bench"):
-        layer = int(block.key.split(".layer")[-1])
-        for key, change in block.run().items():
-            criterion, kind = key.split("/")
-            where = [place[kind, layer, i] for i in selected[kind][layer]]
-            totals[criterion][where] += change.double().sum(-1).cpu()
+    recordings = inputs.recordings(criteria)
+    for block, result in _computed(inputs, recordings, exact_blocks(recordings, "gain", selected)):
+        for kind, indices in block.chosen:
+            where = [place[kind, block.layer, i] for i in indices]
+            for criterion in criteria:
+                totals[criterion][where] += result[f"{criterion}/{kind}"].double().sum(-1).cpu()
     n = sum(batch.size for batch in inputs.references.batches)
     distances = {c: inputs.references.values[c].distance.double().mean() for c in criteria}
     return {c: total / n / distances[c] for c, total in totals.items()}
@@ -42,11 +43,22 @@ def exact(inputs: Inputs, components: Sequence[Component], criteria: Criteria) -
 
 def first_order(inputs: Inputs, criteria: Criteria) -> None:
     """First-order gains of all heads, K/V groups and neurons."""
-    for block in first_order_blocks(inputs.context(criteria), "gain", list(SLICED_KINDS), 0):
-        block.run()
+    recordings = inputs.recordings(criteria)
+    blocks = first_order_blocks(recordings, "gain", SLICED_KINDS, 0)
+    for _ in _computed(inputs, recordings, blocks):
+        pass
 
 
 def share_step(inputs: Inputs, criteria: Criteria) -> None:
     """One step of the share integral: every component of the fine partition, norms and all."""
-    for block in share_blocks(inputs.context(criteria), 1):
-        block.run()
+    recordings = inputs.recordings(criteria)
+    for _ in _computed(inputs, recordings, share_blocks(recordings, 1)):
+        pass
+
+
+def _computed(
+    inputs: Inputs, recordings: Recordings, blocks: Iterable[Block]
+) -> Iterator[tuple[Block, dict[str, torch.Tensor]]]:
+    at_once = AtOnce(inputs.batch_size, print, recordings.forget)
+    for block in blocks:
+        yield block, measure(block, recordings, at_once)

@@ -31,8 +31,8 @@ from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, REPO, read_jsonl
 from benchmarks.smollm2.tasks import SKILLS
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
+from mergekit_wp.engine.integrated_gradients import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
-from mergekit_wp.engine.task_vector import TaskVector
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, batches, read_prompts
@@ -200,7 +200,7 @@ def fitted_on() -> Prompts:
     steps, every = [], 0
     for skill in SKILLS:
         path = PROMPTS / f"{skill}.jsonl"
-        texts = encode_texts(tokenizer, read_prompts(path, None).prompts, path)
+        texts = encode_texts(tokenizer, read_prompts(path, None))
         pairs = zip(texts.prompts, texts.responses.values(), strict=True)
         samples = [Sample(tuple(prompt), tuple(response)) for prompt, response in pairs]
         found = list(batches(samples, A_STEP, "cpu"))

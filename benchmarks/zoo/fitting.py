@@ -48,6 +48,7 @@ from benchmarks.zoo.tasks import distinct_items
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.joint.files import RECIPE
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
 
@@ -127,11 +128,10 @@ class Seed:
     def fitted(self, experts: tuple[str, ...], n: int = N, **options: Any) -> Measured:
         """Fit, merge by stock mergekit, measure; with the history, and how it meets scores."""
         request = self.request(experts, n, **options)
-        *files, recipe = fit(request, Silent())
-        found = merged(
-            MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text())), self.seed
-        )
-        read = [scorefile.read(file) for file in files]
+        read = list(fit(request, Silent()).values())
+        assert request.out is not None
+        recipe = yaml.safe_load((request.out / RECIPE).read_text())
+        found = merged(MergeConfiguration.model_validate(recipe), self.seed)
         how = read[0].manifest.fit
         assert how is not None
         looks = [(m.step, m.held_out) for m in how.history if m.held_out is not None]

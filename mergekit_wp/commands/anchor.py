@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -42,10 +40,10 @@ def anchor(as_json: bool, **options: Any) -> None:
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
     progress = BarProgress()
-    with TemporaryDirectory() as scratch, prompt_file(options) as path:
+    with prompt_file(options) as path:
         try:
             request = asked(AnchorRequest, options | {"prompts": path})
-            found = find_anchors(request, progress, Path(scratch, "anchor"))
+            found = find_anchors(request, progress)
         finally:
             progress.close()
     chosen = best_anchor(found)

@@ -12,7 +12,7 @@ from mergekit_wp.joint.request import FitRequest
 
 
 @click.command(short_help="Fit component gates jointly, by gradient.")
-@options_of(FitRequest, exclude=("batch_size",))
+@options_of(FitRequest, exclude=("batch_size",), required=("out",))
 def fit(**options: Any) -> None:
     """Fit one gate for every component of every expert of a RECIPE, all together.
 
@@ -32,6 +32,7 @@ def fit(**options: Any) -> None:
     import transformers
 
     from mergekit_wp.autoload import ensure_registered
+    from mergekit_wp.joint.files import RECIPE
     from mergekit_wp.joint.fit import fit as run
     from mergekit_wp.runs.progress import BarProgress
 
@@ -40,10 +41,11 @@ def fit(**options: Any) -> None:
     ensure_registered()
     progress = BarProgress()
     try:
-        *files, merge = run(asked(FitRequest, options), progress)
+        found = run(asked(FitRequest, options), progress)
     finally:
         progress.close()
+    out = options["out"]
     click.echo(
-        f"{', '.join(str(file) for file in files)} written; merge by them with: "
-        f"mergekit-wp merge {merge} OUT"
+        f"{', '.join(str(out / f'{name}.safetensors') for name in found)} written; merge by them "
+        f"with: mergekit-wp merge {out / RECIPE} OUT"
     )

@@ -27,7 +27,7 @@ _ALONE = (
 
 
 @click.command(short_help="Measure what each component of an expert does.")
-@options_of(ScoreRequest, CompanyRequest, optional=("base", "expert", "recipe"))
+@options_of(ScoreRequest, CompanyRequest, optional=("base", "expert", "recipe"), required=("out",))
 @click.pass_context
 def score(context: click.Context, /, **options: Any) -> None:
     """Measure how much of EXPERT's behaviour each component of its weights carries.
@@ -101,12 +101,14 @@ def _alone(options: dict[str, Any], progress: Progress) -> str:
 def _together(options: dict[str, Any], progress: Progress) -> str:
     from mergekit_wp.errors import UserError
     from mergekit_wp.joint.company import score_company
+    from mergekit_wp.joint.files import RECIPE
 
     request = asked(CompanyRequest, options)
-    if request.out.is_file():
-        raise UserError(f"--out {request.out} is a file; --company writes into a folder")
-    *files, merge = score_company(request, progress)
+    out = options["out"]
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; --company writes into a folder")
+    found = score_company(request, progress)
     return (
-        f"{', '.join(str(file) for file in files)} written; merge by them with: "
-        f"mergekit-wp merge {merge} OUT"
+        f"{', '.join(str(out / f'{name}.safetensors') for name in found)} written; merge by them "
+        f"with: mergekit-wp merge {out / RECIPE} OUT"
     )

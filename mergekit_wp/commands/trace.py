@@ -13,7 +13,7 @@ from mergekit_wp.mechanism.request import TraceRequest
 
 
 @click.command(short_help="Who supplies the components that matter?")
-@options_of(TraceRequest, optional=("prompts",))
+@options_of(TraceRequest, optional=("prompts",), required=("out",))
 def trace(**options: Any) -> None:
     """Trace which components supply those that matter, for a score FILE with activation_gain.
 

@@ -14,80 +14,43 @@ activation of a component, at every position:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.declaration import module_of
-from mergekit_wp.criteria import Criteria, Targets, logit_values
+from mergekit_wp.criteria import logit_values
 from mergekit_wp.engine.block_changes import (
     BlockInputs,
     Changes,
-    LayerWeights,
     OneByOne,
     attention_of,
     layer_layout,
     outputs_of,
 )
-from mergekit_wp.engine.decoder import Decoder, first, returning
-from mergekit_wp.engine.replay import Trace, own_values, replay
-from mergekit_wp.engine.weight_swaps import Values, joined
+from mergekit_wp.engine.decoder import first, returning
+from mergekit_wp.engine.donor import Donor
+from mergekit_wp.engine.replay import Receiver, Values
+from mergekit_wp.engine.weight_swaps import joined
 from mergekit_wp.engine.writers import Writer, read_by
 from mergekit_wp.terms import SLICED_KINDS, FineKind
 
 
-@dataclass(frozen=True)
-class DonorRun:
-    """The donor's residual stream on the receiver's input.
-
-    ``hidden[l]`` enters layer l, the last one leaves the last layer; each ``[n, T, hidden]``.
-    """
-
-    hidden: list[torch.Tensor]
-
-
-def donor_run(
-    decoder: Decoder,
-    trace: Trace,
-    entrance: LayerWeights,
-    state_of: Callable[[int], LayerWeights],
-) -> DonorRun:
-    """Run the donor layer by layer through the receiver's modules; one layer is held at a time.
-
-    Args:
-        decoder: the receiving model.
-        trace: its recorded run, for the arguments of the layers.
-        entrance: the donor's weights that make what enters the first layer, by name.
-        state_of: the donor's weights of a layer, by name within the layer.
-    """
-    hidden = [decoder.entering(trace.batch, entrance)]
-    for index, layer in enumerate(decoder.layers):
-        call = trace.calls[index]
-        output = functional_call(layer, dict(state_of(index)), (hidden[-1],), call.kwargs)
-        hidden.append(first(output))
-    return DonorRun(hidden)
-
-
-def activation_inputs(
-    decoder: Decoder, index: int, trace: Trace, donor: DonorRun, state: LayerWeights, dims: Dims
-) -> dict[FineKind, Changes]:
+def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[FineKind, Changes]:
     """The changes that activation patches of heads, K/V groups and neurons make in one layer.
 
     Args:
-        decoder: the receiving model.
+        receiver: the model with its recorded run.
         index: which layer.
-        trace: its recorded run.
-        donor: the donor's run.
-        state: the donor's weights of this layer, by name within the layer.
-        dims: component counts.
+        donor: whose run on the same input the activations are of.
     """
-    layer, call, architecture = decoder.layers[index], trace.calls[index], decoder.architecture
+    decoder, call = receiver.decoder, receiver.recording.calls[index]
+    layer, dims, architecture = decoder.layers[index], decoder.dims, decoder.architecture
+    entering, state = donor.run(receiver)[index], donor.layer(index)
     writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
     blocks = [writers["head"], writers["neuron"]]
     # a module that makes keys or values, with how its output is shared out
@@ -110,7 +73,7 @@ def activation_inputs(
 
     def run_donor() -> None:
         with outputs_of(list(made), theirs):
-            functional_call(layer, dict(state), (donor.hidden[index],), call.kwargs)
+            functional_call(layer, dict(state), (entering,), call.kwargs)
 
     own = dict(zip(("head", "neuron"), read_by(blocks, run_own, call.hidden), strict=True))
     their = dict(zip(("head", "neuron"), read_by(blocks, run_donor, call.hidden), strict=True))
@@ -147,71 +110,43 @@ def activation_inputs(
     return {"head": written("head"), "kv_group": by_groups(), "neuron": written("neuron")}
 
 
-def put_layer(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    donor: DonorRun,
-    criteria: Criteria,
-    targets: Targets,
-) -> Values:
+def put_layer(receiver: Receiver, index: int, donor: Donor) -> Values:
     """Let a layer add to the residual stream what it adds in the donor's run: ``[1, n]``."""
-    added = donor.hidden[index + 1] - donor.hidden[index]
-    hidden = (trace.calls[index].hidden + added).unsqueeze(0)
-    return replay(decoder, trace, hidden, index, criteria, targets)
+    theirs = donor.run(receiver)
+    added = theirs[index + 1] - theirs[index]
+    hidden = (receiver.recording.calls[index].hidden + added).unsqueeze(0)
+    return receiver.replay(hidden, index)
 
 
-def put_modules(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    donor: DonorRun,
-    state: LayerWeights,
-    names: Sequence[str],
-    criteria: Criteria,
-    targets: Targets,
-    copies: int,
-) -> Values:
+def put_modules(receiver: Receiver, index: int, donor: Donor, names: Sequence[str]) -> Values:
     """Let the modules that tensors of one layer belong to return what they return in the donor.
 
     Args:
-        decoder: the receiving model.
+        receiver: the model with its recorded run.
         index: the layer.
-        trace: the receiver's recorded run.
-        donor: the donor's run.
-        state: the donor's weights of this layer.
+        donor: whose modules they are.
         names: of tensors, within the layer; one patch each.
-        criteria: which criteria to read.
-        targets: what they are measured against.
-        copies: patches per replay.
 
     Returns:
         Values ``[len(names), n]`` per criterion.
     """
-    layer, call = decoder.layers[index], trace.calls[index]
-    modules = [layer.get_submodule(name.rpartition(".")[0]) for name in names]
+    layer, call = receiver.decoder.layers[index], receiver.recording.calls[index]
+    modules = [layer.get_submodule(module_of(name)) for name in names]
     theirs: dict[nn.Module, Any] = {}
+    entering, state = donor.run(receiver)[index], dict(donor.layer(index))
     with outputs_of(modules, theirs):
-        functional_call(layer, dict(state), (donor.hidden[index],), call.kwargs)
+        functional_call(layer, state, (entering,), call.kwargs)
     parts = []
-    for start in range(0, len(modules), copies):
+    for start in range(0, len(modules), receiver.copies):
         outputs = []
-        for module in modules[start : start + copies]:
+        for module in modules[start : start + receiver.copies]:
             with returning(module, theirs[module], as_tuple=False):
                 outputs.append(first(layer(call.hidden, **call.kwargs)))
-        parts.append(replay(decoder, trace, torch.stack(outputs), index, criteria, targets))
-    return joined(parts, criteria)
+        parts.append(receiver.replay(torch.stack(outputs), index))
+    return joined(parts, receiver.criteria)
 
 
-def put_outside_layers(
-    decoder: Decoder,
-    trace: Trace,
-    donor: DonorRun,
-    donor_tensor: Callable[[str], torch.Tensor],
-    name: str,
-    criteria: Criteria,
-    targets: Targets,
-) -> Values:
+def put_outside_layers(receiver: Receiver, donor: Donor, name: str) -> Values:
     """Let the embedding, the final norm or the unembedding return what it returns in the donor.
 
     A tied tensor counts as the embedding. The output of the unembedding is the answer itself, so
@@ -220,15 +155,15 @@ def put_outside_layers(
     Returns:
         Values ``[1, n]`` per criterion.
     """
+    decoder, batch = receiver.decoder, receiver.batch
     if decoder.architecture.enters(name):
-        hidden = decoder.entering(trace.batch, {name: donor_tensor(name)})
-        return replay(decoder, trace, hidden.unsqueeze(0), -1, criteria, targets)
-    batch = trace.batch
-    final = donor.hidden[-1][batch.rows, batch.cols]
+        hidden = decoder.entering(batch, donor.tensors([name]))
+        return receiver.replay(hidden.unsqueeze(0), -1)
+    final = donor.run(receiver)[-1][batch.rows, batch.cols]
     names = [name for name, _ in decoder.model.named_parameters()]
     above = [n for n in names if module_of(n) == decoder.architecture.norm]
     if module_of(name) != decoder.architecture.norm:
         above += [n for n in names if module_of(n) == module_of(name)]
-    logits = decoder.logits(final, {n: donor_tensor(n) for n in above})
-    values = {c: v.unsqueeze(0) for c, v in own_values(decoder, trace, criteria, targets).items()}
-    return values | logit_values(logits.unsqueeze(0), batch, criteria, targets)
+    logits = decoder.logits(final, donor.tensors(above)).unsqueeze(0)
+    values = {c: v.unsqueeze(0) for c, v in receiver.own.items()}
+    return values | logit_values(logits, batch, receiver.criteria, receiver.targets)

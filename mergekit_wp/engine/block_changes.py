@@ -7,7 +7,7 @@ then a low-rank product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,11 @@ from torch.func import functional_call
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import TensorLayout, layout_of
 from mergekit_wp.engine.decoder import Decoder, first, hooked, returning
-from mergekit_wp.engine.replay import Trace
+from mergekit_wp.engine.donor import LayerWeights
+from mergekit_wp.engine.replay import Receiver
 from mergekit_wp.engine.writers import Writer, read_by
 from mergekit_wp.models.offloaded import here
 from mergekit_wp.terms import SLICED_KINDS, FineKind
-
-LayerWeights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -130,45 +129,40 @@ def layer_layout(dims: Dims, index: int, name: str) -> TensorLayout:
     return layout_of(f"{dims.architecture.layers}.{index}.{name}", dims)
 
 
-def attention_by_head(decoder: Decoder, index: int, trace: Trace, dims: Dims) -> torch.Tensor:
+def attention_by_head(receiver: Receiver, index: int) -> torch.Tensor:
     """The receiver's own attention output, added up head by head, ``[n, T, hidden]``.
 
     Equal to the recorded one but for rounding: an identity patch whose effect is the noise floor.
     """
-    layer, call = decoder.layers[index], trace.calls[index]
+    decoder, call = receiver.decoder, receiver.recording.calls[index]
+    layer, heads = decoder.layers[index], decoder.dims.n_heads
     writer = Writer.of(decoder, index, "head")
     (own,) = read_by([writer], lambda: layer(call.hidden, **call.kwargs), call.hidden)
     total, weight, bias = torch.zeros_like(call.attention), writer.weight, writer.bias
-    width = own.shape[-1] // dims.n_heads
-    for head in range(dims.n_heads):
+    width = own.shape[-1] // heads
+    for head in range(heads):
         cut = slice(head * width, (head + 1) * width)
         total = total + own[..., cut] @ weight[:, cut].T
     return total if bias is None else total + bias
 
 
 def block_inputs(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    donor: LayerWeights,
-    dims: Dims,
-    kinds: Sequence[FineKind] = SLICED_KINDS,
+    receiver: Receiver, index: int, donor: LayerWeights, kinds: Sequence[FineKind] = SLICED_KINDS
 ) -> dict[FineKind, Changes]:
     """The kinds of local change in one layer.
 
     Args:
-        decoder: the receiving model.
+        receiver: the model with its recorded run.
         index: which layer.
-        trace: its recorded run.
         donor: the donor's weights that the kinds compute with, by name within the layer.
-        dims: component counts.
         kinds: of ``head``, ``kv_group`` and ``neuron``, those that are asked for.
 
     Returns:
         Changes of the block output by kind.
     """
-    layer, call = decoder.layers[index], trace.calls[index]
-    hidden, architecture = call.hidden.detach(), decoder.architecture
+    decoder, call = receiver.decoder, receiver.recording.calls[index]
+    layer, dims, architecture = decoder.layers[index], decoder.dims, decoder.architecture
+    hidden = call.hidden.detach()
     writers = {kind: Writer.of(decoder, index, kind) for kind in kinds}
 
     def run(swapped: LayerWeights, kind: FineKind) -> Callable[[], object]:

@@ -28,9 +28,14 @@ class Decoder:
     model: Any
 
     @cached_property
+    def dims(self) -> Dims:
+        """Component counts."""
+        return Dims.from_config(self.model.config)
+
+    @property
     def architecture(self) -> Architecture:
         """Where everything is."""
-        return Dims.from_config(self.model.config).architecture
+        return self.dims.architecture
 
     @cached_property
     def layers(self) -> Any:

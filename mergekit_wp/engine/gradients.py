@@ -1,6 +1,6 @@
 """First-order scores: exact-local change times linear downstream.
 
-The block's own output change is exact (`engine.local`); what the rest of the model makes of it is
+The block's own output change is exact (`block_changes`); what the rest of the model makes of it is
 linearised at the receiving model. Where the first order vanishes — ``kl`` at the expert, its own
 minimum — the second order is used: KL is then half the variance of the change in log-probability
 under the expert, estimated with random probes (the Fisher / Gauss-Newton form).
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.criteria import Criteria, Targets, wide
+from mergekit_wp.criteria import wide
 from mergekit_wp.engine.block_changes import Changes
 from mergekit_wp.engine.decoder import Decoder, hooked
-from mergekit_wp.engine.replay import Trace, own_values, record
+from mergekit_wp.engine.replay import Receiver, Recording, record
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, FineKind
 
@@ -59,44 +59,46 @@ def cut_embedding(decoder: Decoder) -> Iterator[None]:
         yield
 
 
-def record_with_gradients(decoder: Decoder, batch: PromptBatch) -> Trace:
+def record_with_gradients(decoder: Decoder, batch: PromptBatch) -> Recording:
     """A recorded run whose block outputs can be differentiated with respect to."""
     with torch.enable_grad(), cut_embedding(decoder):
         return record(decoder, batch)
 
 
-def _gradients(scalar: torch.Tensor, trace: Trace) -> BlockGradients:
-    blocks = [c.attention for c in trace.calls] + [c.mlp for c in trace.calls]
+def _gradients(scalar: torch.Tensor, recording: Recording) -> BlockGradients:
+    blocks = [c.attention for c in recording.calls] + [c.mlp for c in recording.calls]
     found = torch.autograd.grad(scalar, blocks, retain_graph=True, allow_unused=True)
-    half = len(trace.calls)
+    half = len(recording.calls)
     return BlockGradients(list(found[:half]), list(found[half:]))
 
 
-def criterion_gradients(
-    decoder: Decoder, trace: Trace, criteria: Criteria, targets: Targets
-) -> dict[CriterionName, BlockGradients]:
-    """Gradients of every prompt's value; prompts do not mix, so one backward serves them all."""
+def criterion_gradients(receiver: Receiver) -> dict[CriterionName, BlockGradients]:
+    """Gradients of every prompt's value; prompts do not mix, so one backward serves them all.
+
+    Args:
+        receiver: whose run was recorded by `record_with_gradients`.
+    """
     with torch.enable_grad():
-        values = own_values(decoder, trace, criteria, targets)
-        return {name: _gradients(value.sum(), trace) for name, value in values.items()}
+        values = receiver.own
+        return {name: _gradients(v.sum(), receiver.recording) for name, v in values.items()}
 
 
-def probe_gradients(decoder: Decoder, trace: Trace, seed: int) -> Iterator[BlockGradients]:
+def probe_gradients(receiver: Receiver, seed: int) -> Iterator[BlockGradients]:
     """Gradients of random probes whose squared directional derivative averages to 2 KL.
 
     With p the model's own distribution at the m positions of a prompt and xi standard normal, the
     probe is ``sum_t sum_v xi_tv sqrt(p_tv / m) log p_tv``; the expected square of its change is
     ``sum_t sum_v p_tv (d log p_tv)^2 / m``, twice the mean KL to second order.
     """
-    batch = trace.batch
+    batch, recording = receiver.batch, receiver.recording
     with torch.enable_grad():
-        final = trace.residual(len(trace.calls) - 1)[batch.rows, batch.cols]
-        logprobs = torch.log_softmax(wide(decoder.logits(final)), -1)
+        final = recording.residual(len(recording.calls) - 1)[batch.rows, batch.cols]
+        logprobs = torch.log_softmax(wide(receiver.decoder.logits(final)), -1)
         counts = torch.bincount(batch.rows, minlength=batch.size)[batch.rows]
         scale = (logprobs.detach().exp() / counts.unsqueeze(-1)).sqrt()
         for probe in range(PROBES):
             weights = _noise(batch, logprobs, seed, probe) * scale
-            yield _gradients((weights * logprobs).sum(), trace)
+            yield _gradients((weights * logprobs).sum(), recording)
 
 
 def _noise(batch: PromptBatch, like: torch.Tensor, seed: int, probe: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ which gives standard errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,27 @@ from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Criteria, Targets
 from mergekit_wp.engine.decoder import Decoder, first, hooked
 from mergekit_wp.engine.gradients import record_with_gradients
-from mergekit_wp.engine.mixtures import contribution, is_mixture
-from mergekit_wp.engine.replay import own_values
-from mergekit_wp.engine.task_vector import TaskVector, TensorContributions
-from mergekit_wp.engine.unmapped import whole_contributions
+from mergekit_wp.engine.replay import Receiver, record_whole
+from mergekit_wp.engine.writers import contribution, is_mixture
+from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.terms import CriterionName
+
+#: contributions ``[n, components of the tensor]`` by tensor name
+TensorContributions = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """Δ = expert − base, streamed; tensors that are not ``changed`` are zero and never read."""
+
+    delta_of: Callable[[str], torch.Tensor]
+    changed: frozenset[str]
+
+    @classmethod
+    def of(cls, pair: Pair, dtype: torch.dtype, device: str) -> TaskVector:
+        """That of a pair, in a dtype on a device."""
+        return cls(lambda name: pair.delta(name, dtype, device), pair.changed)
 
 
 def _sum_per_prompt(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
@@ -109,7 +125,7 @@ def contributions(
         Per criterion, contributions to each task vector; a tensor no value depends on is absent.
     """
     if not decoder.architecture.mapped:
-        return whole_contributions(decoder, batch, vectors, criteria, targets)
+        return _whole_contributions(decoder, batch, vectors, criteria, targets)
     collecting: list[TensorContributions] = [{} for _ in vectors]
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
@@ -154,11 +170,57 @@ def contributions(
     ]
     results: dict[CriterionName, list[TensorContributions]] = {}
     with torch.enable_grad(), hooked(handles):
-        trace = record_with_gradients(decoder, batch)
-        values = own_values(decoder, trace, criteria, targets)
+        recording = record_with_gradients(decoder, batch)
+        values = Receiver(decoder, recording, criteria, targets).own
         for left, (name, value) in zip(range(len(values))[::-1], values.items(), strict=True):
             value.sum().backward(retain_graph=left > 0)  # the last one frees what it has passed
             results[name] = [dict(found) for found in collecting]
             for found in collecting:
                 found.clear()
     return results
+
+
+def _whole_contributions(
+    decoder: Decoder,
+    batch: PromptBatch,
+    vectors: Sequence[TaskVector],
+    criteria: Criteria,
+    targets: Targets,
+) -> dict[CriterionName, list[TensorContributions]]:
+    """The same where there is no map: nothing is known of the model but its layers.
+
+    One backward pass a prompt, with the gradients of all weights in memory.
+    """
+    parameters = dict(decoder.model.named_parameters())
+    try:
+        decoder.model.requires_grad_(True)
+        with torch.enable_grad():
+            recording = record_whole(decoder, batch, {})
+            values = Receiver(decoder, recording, criteria, targets).own
+            results: dict[CriterionName, list[TensorContributions]] = {}
+            for name, value in values.items():
+                rows = [
+                    torch.autograd.grad(
+                        one, list(parameters.values()), retain_graph=True, allow_unused=True
+                    )
+                    for one in value
+                ]
+                results[name] = [_along(vector, list(parameters), rows) for vector in vectors]
+    finally:
+        decoder.model.requires_grad_(False)
+    return results
+
+
+@torch.no_grad()
+def _along(
+    vector: TaskVector, names: list[str], rows: Sequence[Sequence[torch.Tensor | None]]
+) -> TensorContributions:
+    found: TensorContributions = {}
+    for i, name in enumerate(names):
+        gradients = [row[i] for row in rows]
+        if name not in vector.changed or any(g is None for g in gradients):
+            continue
+        delta = vector.delta_of(name)
+        products = [(g * delta).sum() for g in gradients if g is not None]
+        found[name] = torch.stack(products).unsqueeze(-1)
+    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -22,6 +23,9 @@ from mergekit_wp.criteria import Criteria, Targets, anchor_values, logit_values,
 from mergekit_wp.engine.decoder import Decoder, first, hooked, returning
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.terms import CriterionName
+
+#: values by criterion: ``[C, n]`` of C patches, or ``[n]`` of one run
+Values = dict[CriterionName, torch.Tensor]
 
 
 @dataclass
@@ -36,7 +40,7 @@ class LayerCall:
 
 
 @dataclass
-class Trace:
+class Recording:
     """One recorded forward pass over a batch of prompts.
 
     ``logits`` are those that predict the response, ``[P, vocabulary]``, where they cannot be had
@@ -52,7 +56,7 @@ class Trace:
         return self.calls[after_layer].output
 
 
-def record(decoder: Decoder, batch: PromptBatch) -> Trace:
+def record(decoder: Decoder, batch: PromptBatch) -> Recording:
     """Run the decoder once (no unembedding) and keep every layer's call."""
     if not decoder.architecture.mapped:
         return record_whole(decoder, batch, {})
@@ -77,12 +81,12 @@ def record(decoder: Decoder, batch: PromptBatch) -> Trace:
         handles.append(decoder.mlp(index).register_forward_hook(keep("mlp")))
     with hooked(handles):
         decoder.model.base_model(input_ids=batch.ids, use_cache=False, **batch.arguments)
-    return Trace(batch, calls)
+    return Recording(batch, calls)
 
 
 def record_whole(
     decoder: Decoder, batch: PromptBatch, swapped: Mapping[str, torch.Tensor]
-) -> Trace:
+) -> Recording:
     """Run the whole model, with some other weights, and keep what its layers return."""
     calls: list[LayerCall] = []
 
@@ -93,7 +97,7 @@ def record_whole(
     inputs = {"input_ids": batch.ids, "use_cache": False}
     with hooked([layer.register_forward_hook(after) for layer in decoder.layers]):
         found = functional_call(decoder.model, dict(swapped), (), inputs)
-    return Trace(batch, calls, found.logits[batch.rows, batch.cols])
+    return Recording(batch, calls, found.logits[batch.rows, batch.cols])
 
 
 def _repeat(value: Any, n: int, copies: int) -> Any:
@@ -109,127 +113,152 @@ def repeated_kwargs(call: LayerCall, n: int, copies: int) -> dict[str, Any]:
     return {key: _repeat(value, n, copies) for key, value in call.kwargs.items()}
 
 
-def layer_output(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    *,
-    attention: torch.Tensor | None = None,
-    mlp: torch.Tensor | None = None,
-    swapped: Mapping[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Output of one layer under patches, ``[C, rows, T, hidden]``.
+@dataclass(frozen=True)
+class Receiver:
+    """A model with its recorded run on some prompts, and what is read of it: patches go in here.
 
-    Args:
-        decoder: the receiving model.
-        index: which layer.
-        trace: its recorded run.
-        attention: attention block outputs to use instead, ``[C, rows, T, hidden]``.
-        mlp: MLP block outputs to use instead, ``[C, rows, T, hidden]``.
-        swapped: weights of this layer to use instead, by name within the layer (C is then 1).
-    """
-    call, layer = trace.calls[index], decoder.layers[index]
-    given = attention if attention is not None else mlp
-    copies = 1 if given is None else given.shape[0]
-    n = trace.batch.n_rows
-    hidden = call.hidden.repeat(copies, 1, 1)
-    with ExitStack() as stack:
-        if attention is not None:
-            stack.enter_context(
-                returning(decoder.attention(index), attention.flatten(0, 1), as_tuple=True)
-            )
-        if mlp is not None:
-            stack.enter_context(returning(decoder.mlp(index), mlp.flatten(0, 1), as_tuple=False))
-        kwargs = repeated_kwargs(call, n, copies)
-        output = first(functional_call(layer, dict(swapped or {}), (hidden,), kwargs))
-    unflat: torch.Tensor = output.unflatten(0, (copies, n))
-    return unflat
-
-
-def replay(
-    decoder: Decoder,
-    trace: Trace,
-    hidden: torch.Tensor,
-    after_layer: int,
-    criteria: Criteria,
-    targets: Targets,
-    head_weights: Mapping[str, torch.Tensor] | None = None,
-) -> dict[CriterionName, torch.Tensor]:
-    """Run the layers after a patch and read the criteria.
-
-    Args:
-        decoder: the receiving model.
-        trace: its recorded run.
-        hidden: changed residual stream after layer `after_layer`, ``[C, rows, T, hidden]``;
-            layer -1 is the embedding.
-        after_layer: where the change is.
+    Attributes:
+        decoder: the model, at the weights that were recorded.
+        recording: its run.
         criteria: which criteria to read.
         targets: what they are measured against.
-        head_weights: swapped weights of the final norm or unembedding.
-
-    Returns:
-        Values ``[C, n]`` per criterion. Layers past the last one that matters do not run.
+        copies: patches per replay.
     """
-    copies, n = hidden.shape[:2]
-    last = last_layer(decoder, criteria, targets)
-    anchor = targets.anchor if "anchor" in criteria else None
-    values: dict[CriterionName, torch.Tensor] = {}
-    if anchor is not None and after_layer > anchor.layer:  # the patch lies above the anchor
-        own = anchor_values(trace.residual(anchor.layer), trace.batch, anchor)
-        values["anchor"] = own.expand(copies, -1)
-    elif anchor is not None and after_layer == anchor.layer:
-        values["anchor"] = anchor_values(hidden, trace.batch, anchor)
-    flat = hidden.flatten(0, 1)
-    outputs: Criteria = tuple(c for c in criteria if c != "anchor")
-    batch = trace.batch
-    final: torch.Tensor | None = None  # residual stream at the positions that are read
-    for index in range(after_layer + 1, last + 1):
-        call = trace.calls[index]
-        at_anchor = anchor is not None and index == anchor.layer
-        if index == last and not (at_anchor and outputs) and not decoder.parallel:
-            places = (batch.rows, batch.cols) if outputs else (batch.last_rows, batch.last)
-            final = _at_places(decoder, index, call, flat.unflatten(0, (copies, n)), places)
-            continue
-        flat = first(decoder.layers[index](flat, **repeated_kwargs(call, n, copies)))
-        if anchor is not None and at_anchor:
-            whole = flat.unflatten(0, (copies, n))
-            values["anchor"] = anchor_values(whole, batch, anchor)
-    if outputs:
-        if final is None:
-            final = flat.unflatten(0, (copies, n))[:, batch.rows, batch.cols]
-        values |= logit_values(decoder.logits(final, head_weights), batch, outputs, targets)
-    elif final is not None:
-        assert anchor is not None
-        values["anchor"] = wide(final) @ anchor.vector
-    return values
 
+    decoder: Decoder
+    recording: Recording
+    criteria: Criteria
+    targets: Targets
+    copies: int = 1
 
-def _at_places(
-    decoder: Decoder,
-    index: int,
-    call: LayerCall,
-    hidden: torch.Tensor,
-    places: tuple[torch.Tensor, ...],
-) -> torch.Tensor:
-    """A layer's output at some places of a batch: its MLP runs nowhere else.
+    @property
+    def batch(self) -> PromptBatch:
+        """The prompts."""
+        return self.recording.batch
 
-    Args:
-        decoder: a model whose MLPs read what attention wrote.
-        index: the layer.
-        call: its recorded call.
-        hidden: what enters it, ``[C, rows, T, hidden]``.
-        places: rows and columns, ``[P]`` each.
+    @cached_property
+    def own(self) -> Values:
+        """Values ``[n]`` of the recorded run itself."""
+        recording = self.recording
+        if recording.logits is not None:
+            values = logit_values(recording.logits, self.batch, self.criteria, self.targets)
+            if "anchor" in self.criteria and (anchor := self.targets.anchor) is not None:
+                hidden = recording.residual(anchor.layer)
+                values["anchor"] = anchor_values(hidden, self.batch, anchor)
+            return values
+        last = len(self.decoder.layers) - 1
+        hidden = recording.residual(last).unsqueeze(0)
+        return {name: value[0] for name, value in self.replay(hidden, last).items()}
 
-    Returns:
-        ``[C, P, hidden]``.
-    """
-    copies, n = hidden.shape[:2]
-    layer, nothing = decoder.layers[index], hidden.new_zeros(hidden.shape[-1])
-    with returning(decoder.mlp(index), nothing, as_tuple=False):
-        attended = first(layer(hidden.flatten(0, 1), **repeated_kwargs(call, n, copies)))
-    there = attended.unflatten(0, (copies, n))[:, *places]
-    with returning(decoder.attention(index), nothing, as_tuple=True):
-        return first(layer(there, **call.kwargs))
+    def layer_output(
+        self,
+        index: int,
+        *,
+        attention: torch.Tensor | None = None,
+        mlp: torch.Tensor | None = None,
+        swapped: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Output of one layer under patches, ``[C, rows, T, hidden]``.
+
+        Args:
+            index: which layer.
+            attention: attention block outputs to use instead, ``[C, rows, T, hidden]``.
+            mlp: MLP block outputs to use instead, ``[C, rows, T, hidden]``.
+            swapped: weights of this layer to use instead, by name within the layer (C is then 1).
+        """
+        call, decoder = self.recording.calls[index], self.decoder
+        given = attention if attention is not None else mlp
+        copies = 1 if given is None else given.shape[0]
+        n = self.batch.n_rows
+        hidden = call.hidden.repeat(copies, 1, 1)
+        with ExitStack() as stack:
+            if attention is not None:
+                stack.enter_context(
+                    returning(decoder.attention(index), attention.flatten(0, 1), as_tuple=True)
+                )
+            if mlp is not None:
+                stack.enter_context(
+                    returning(decoder.mlp(index), mlp.flatten(0, 1), as_tuple=False)
+                )
+            kwargs = repeated_kwargs(call, n, copies)
+            output = first(
+                functional_call(decoder.layers[index], dict(swapped or {}), (hidden,), kwargs)
+            )
+        unflat: torch.Tensor = output.unflatten(0, (copies, n))
+        return unflat
+
+    def replay(
+        self,
+        hidden: torch.Tensor,
+        after_layer: int,
+        head_weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> Values:
+        """Run the layers after a patch and read the criteria.
+
+        Args:
+            hidden: changed residual stream after layer `after_layer`, ``[C, rows, T, hidden]``;
+                layer -1 is the embedding.
+            after_layer: where the change is.
+            head_weights: swapped weights of the final norm or unembedding.
+
+        Returns:
+            Values ``[C, n]`` per criterion. Layers past the last one that matters do not run.
+        """
+        decoder, batch, criteria = self.decoder, self.batch, self.criteria
+        copies, n = hidden.shape[:2]
+        last = last_layer(decoder, criteria, self.targets)
+        anchor = self.targets.anchor if "anchor" in criteria else None
+        values: Values = {}
+        if anchor is not None and after_layer > anchor.layer:  # the patch lies above the anchor
+            own = anchor_values(self.recording.residual(anchor.layer), batch, anchor)
+            values["anchor"] = own.expand(copies, -1)
+        elif anchor is not None and after_layer == anchor.layer:
+            values["anchor"] = anchor_values(hidden, batch, anchor)
+        flat = hidden.flatten(0, 1)
+        outputs: Criteria = tuple(c for c in criteria if c != "anchor")
+        final: torch.Tensor | None = None  # residual stream at the positions that are read
+        for index in range(after_layer + 1, last + 1):
+            call = self.recording.calls[index]
+            at_anchor = anchor is not None and index == anchor.layer
+            if index == last and not (at_anchor and outputs) and not decoder.parallel:
+                places = (batch.rows, batch.cols) if outputs else (batch.last_rows, batch.last)
+                final = self._at_places(index, flat.unflatten(0, (copies, n)), places)
+                continue
+            flat = first(decoder.layers[index](flat, **repeated_kwargs(call, n, copies)))
+            if anchor is not None and at_anchor:
+                whole = flat.unflatten(0, (copies, n))
+                values["anchor"] = anchor_values(whole, batch, anchor)
+        if outputs:
+            if final is None:
+                final = flat.unflatten(0, (copies, n))[:, batch.rows, batch.cols]
+            logits = decoder.logits(final, head_weights)
+            values |= logit_values(logits, batch, outputs, self.targets)
+        elif final is not None:
+            assert anchor is not None
+            values["anchor"] = wide(final) @ anchor.vector
+        return values
+
+    def _at_places(
+        self, index: int, hidden: torch.Tensor, places: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """A layer's output at some places of the batch: its MLP runs nowhere else.
+
+        Args:
+            index: the layer, of a model whose MLPs read what attention wrote.
+            hidden: what enters it, ``[C, rows, T, hidden]``.
+            places: rows and columns, ``[P]`` each.
+
+        Returns:
+            ``[C, P, hidden]``.
+        """
+        copies, n = hidden.shape[:2]
+        decoder, call = self.decoder, self.recording.calls[index]
+        layer, nothing = decoder.layers[index], hidden.new_zeros(hidden.shape[-1])
+        with returning(decoder.mlp(index), nothing, as_tuple=False):
+            attended = first(layer(hidden.flatten(0, 1), **repeated_kwargs(call, n, copies)))
+        there = attended.unflatten(0, (copies, n))[:, *places]
+        with returning(decoder.attention(index), nothing, as_tuple=True):
+            return first(layer(there, **call.kwargs))
 
 
 def last_layer(decoder: Decoder, criteria: Criteria, targets: Targets) -> int:
@@ -238,21 +267,3 @@ def last_layer(decoder: Decoder, criteria: Criteria, targets: Targets) -> int:
         return len(decoder.layers) - 1
     assert targets.anchor is not None
     return targets.anchor.layer
-
-
-def own_values(
-    decoder: Decoder, trace: Trace, criteria: Criteria, targets: Targets
-) -> dict[CriterionName, torch.Tensor]:
-    """Values ``[n]`` of the recorded run itself."""
-    if trace.logits is not None:
-        values = logit_values(trace.logits, trace.batch, criteria, targets)
-        if "anchor" in criteria and (anchor := targets.anchor) is not None:
-            hidden = trace.residual(anchor.layer)
-            values["anchor"] = anchor_values(hidden, trace.batch, anchor)
-        return values
-    last = len(decoder.layers) - 1
-    hidden = trace.residual(last).unsqueeze(0)
-    return {
-        name: value[0]
-        for name, value in replay(decoder, trace, hidden, last, criteria, targets).items()
-    }

@@ -19,8 +19,8 @@ from torch import nn
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder, first
-from mergekit_wp.engine.replay import Trace, record, replay
-from mergekit_wp.engine.task_vector import TaskVector
+from mergekit_wp.engine.integrated_gradients import TaskVector
+from mergekit_wp.engine.replay import Receiver, Recording, record
 from mergekit_wp.prompts import PromptBatch
 
 #: derivatives ``[components of the tensor]`` by tensor name, float64 on the CPU
@@ -64,21 +64,22 @@ def slopes(
     """
     backward = _Backward(decoder, partition, vectors)
     with torch.no_grad():
-        traces = [record(decoder, term.batch) for term in terms]
+        recordings = [record(decoder, term.batch) for term in terms]
     values = []
     last = len(decoder.layers) - 1
     flowing: list[torch.Tensor] = []
     with backward.through(decoder.norm, decoder.head) as stage:
-        for term, trace in zip(terms, traces, strict=True):
-            hidden = trace.residual(last).detach().requires_grad_()
-            found = replay(decoder, trace, hidden.unsqueeze(0), last, ("kl",), term.targets)["kl"]
+        for term, recording in zip(terms, recordings, strict=True):
+            hidden = recording.residual(last).detach().requires_grad_()
+            receiver = Receiver(decoder, recording, ("kl",), term.targets)
+            found = receiver.replay(hidden.unsqueeze(0), last)["kl"]
             flowing.append(stage.back(found, hidden, torch.full_like(found, term.weight)))
             values.append(found[0].detach())
     for index in range(last, -1, -1):
         with backward.through(decoder.layers[index]) as stage:
             flowing = [
-                stage.back(*_again(decoder, trace, index), gradient)
-                for trace, gradient in zip(traces, flowing, strict=True)
+                stage.back(*_again(decoder, recording, index), gradient)
+                for recording, gradient in zip(recordings, flowing, strict=True)
             ]
     if backward.moves(*decoder.entrances):
         with backward.through(*decoder.entrances) as stage:
@@ -87,9 +88,9 @@ def slopes(
     return values, backward.found
 
 
-def _again(decoder: Decoder, trace: Trace, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _again(decoder: Decoder, recording: Recording, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's output and input, with what lies between them."""
-    call = trace.calls[index]
+    call = recording.calls[index]
     entering = call.hidden.detach().requires_grad_()
     return first(decoder.layers[index](entering, **call.kwargs)), entering
 

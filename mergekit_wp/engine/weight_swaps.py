@@ -1,19 +1,16 @@
-"""Exact swaps: values of a model in which single components come from the donor."""
+"""Exact swaps of weights: values of a model in which single components come from the donor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from mergekit_wp.architectures import Dims
-from mergekit_wp.criteria import Criteria, Targets
-from mergekit_wp.engine.block_changes import Changes, LayerWeights, attention_by_head
-from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.replay import Trace, layer_output, replay
-from mergekit_wp.terms import CriterionName, FineKind
-
-Values = dict[CriterionName, torch.Tensor]
+from mergekit_wp.criteria import Criteria
+from mergekit_wp.engine.block_changes import Changes, attention_by_head
+from mergekit_wp.engine.donor import LayerWeights
+from mergekit_wp.engine.replay import Receiver, Values, record_whole
+from mergekit_wp.terms import FineKind
 
 
 def joined(parts: list[Values], criteria: Criteria) -> Values:
@@ -22,104 +19,90 @@ def joined(parts: list[Values], criteria: Criteria) -> Values:
 
 
 def swap_slices(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    kind: FineKind,
-    inputs: Changes,
-    indices: Sequence[int],
-    criteria: Criteria,
-    targets: Targets,
-    copies: int,
+    receiver: Receiver, index: int, kind: FineKind, inputs: Changes, indices: Sequence[int]
 ) -> Values:
     """Swap heads, K/V groups or neurons of one layer, one at a time.
 
     Args:
-        decoder: the receiving model.
+        receiver: the model with its recorded run.
         index: the layer.
-        trace: the receiver's recorded run.
         kind: ``head``, ``kv_group`` or ``neuron``.
         inputs: the kind's changes in this layer.
         indices: which components.
-        criteria: which criteria to read.
-        targets: what they are measured against.
-        copies: patches per replay.
 
     Returns:
         Values ``[len(indices), n]`` per criterion.
     """
-    call = trace.calls[index]
     parts = []
-    for start in range(0, len(indices), copies):
-        changes = inputs.changes(indices[start : start + copies])
-        if kind == "neuron":
-            own = call.attention.expand_as(changes)
-            output = layer_output(decoder, index, trace, attention=own, mlp=call.mlp + changes)
-        else:
-            output = layer_output(decoder, index, trace, attention=call.attention + changes)
-        parts.append(replay(decoder, trace, output, index, criteria, targets))
-    return joined(parts, criteria)
+    for start in range(0, len(indices), receiver.copies):
+        changes = inputs.changes(indices[start : start + receiver.copies])
+        parts.append(written_anew(receiver, index, kind, changes))
+    return joined(parts, receiver.criteria)
 
 
-def swap_layer_weights(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    swaps: Sequence[LayerWeights],
-    criteria: Criteria,
-    targets: Targets,
-    copies: int,
-) -> Values:
+def written_anew(receiver: Receiver, index: int, kind: FineKind, changes: torch.Tensor) -> Values:
+    """Values ``[C, n]`` when a kind's block writes changes ``[C, n, T, hidden]`` besides."""
+    call = receiver.recording.calls[index]
+    if kind == "neuron":
+        own = call.attention.expand_as(changes)
+        output = receiver.layer_output(index, attention=own, mlp=call.mlp + changes)
+    else:
+        output = receiver.layer_output(index, attention=call.attention + changes)
+    return receiver.replay(output, index)
+
+
+def swap_layer_weights(receiver: Receiver, index: int, swaps: Sequence[LayerWeights]) -> Values:
     """Swap whole tensors of one layer: each of `swaps` is one patch, by name within the layer.
 
     Returns:
         Values ``[len(swaps), n]`` per criterion.
     """
     parts = []
-    for start in range(0, len(swaps), copies):
-        outputs = [
-            layer_output(decoder, index, trace, swapped=swap)
-            for swap in swaps[start : start + copies]
-        ]
-        parts.append(replay(decoder, trace, torch.cat(outputs), index, criteria, targets))
-    return joined(parts, criteria)
+    for start in range(0, len(swaps), receiver.copies):
+        some = swaps[start : start + receiver.copies]
+        outputs = [receiver.layer_output(index, swapped=swap) for swap in some]
+        parts.append(receiver.replay(torch.cat(outputs), index))
+    return joined(parts, receiver.criteria)
 
 
-def swap_outside_layers(
-    decoder: Decoder,
-    trace: Trace,
-    name: str,
-    weight: torch.Tensor,
-    criteria: Criteria,
-    targets: Targets,
-) -> Values:
+def swap_outside_layers(receiver: Receiver, name: str, weight: torch.Tensor) -> Values:
     """Swap an embedding, a tensor of the final norm, or the unembedding.
 
     Returns:
         Values ``[1, n]`` per criterion.
     """
+    decoder = receiver.decoder
     if decoder.architecture.enters(name):
-        hidden = decoder.entering(trace.batch, {name: weight}).unsqueeze(0)
-        return replay(decoder, trace, hidden, -1, criteria, targets, {name: weight})
+        hidden = decoder.entering(receiver.batch, {name: weight}).unsqueeze(0)
+        return receiver.replay(hidden, -1, {name: weight})
     last = len(decoder.layers) - 1
-    hidden = trace.residual(last).unsqueeze(0)
-    return replay(decoder, trace, hidden, last, criteria, targets, {name: weight})
+    hidden = receiver.recording.residual(last).unsqueeze(0)
+    return receiver.replay(hidden, last, {name: weight})
 
 
-def identity(
-    decoder: Decoder,
-    index: int,
-    trace: Trace,
-    dims: Dims,
-    criteria: Criteria,
-    targets: Targets,
-    copies: int,
-) -> Values:
+def swap_whole(receiver: Receiver, swaps: Iterable[LayerWeights]) -> Values:
+    """Run a model without a map anew, some of its weights exchanged: each of `swaps` is one patch.
+
+    Args:
+        receiver: the model with its recorded run.
+        swaps: the donor's tensors by name; one of them is held at a time.
+
+    Returns:
+        Values ``[swaps, n]`` per criterion.
+    """
+    decoder, criteria = receiver.decoder, receiver.criteria
+    runs = [
+        Receiver(decoder, record_whole(decoder, receiver.batch, s), criteria, receiver.targets).own
+        for s in swaps
+    ]
+    return {c: torch.stack([run[c] for run in runs]) for c in criteria}
+
+
+def identity(receiver: Receiver, index: int) -> Values:
     """Swap every head of a layer for itself: what rounding alone does to the values.
 
     Returns:
         Values ``[copies, n]`` per criterion.
     """
-    attention = attention_by_head(decoder, index, trace, dims).expand(copies, -1, -1, -1)
-    output = layer_output(decoder, index, trace, attention=attention)
-    return replay(decoder, trace, output, index, criteria, targets)
+    attention = attention_by_head(receiver, index).expand(receiver.copies, -1, -1, -1)
+    return receiver.replay(receiver.layer_output(index, attention=attention), index)

@@ -2,6 +2,11 @@
 
 A block's output is a sum over its components: what component c hands to the projection, times the
 columns that it owns there. This module gives both as matrices, however a model stores them.
+
+The experts of a mixture have their weights stacked in one tensor. The neurons of all experts of a
+layer count as the neurons of one wide MLP: neuron j of expert e is number e * neurons + j. A
+position writes through the experts that the router sends it to, weighted as the router says; the
+router is a tensor of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp.architectures.declaration import module_of
 from mergekit_wp.engine.decoder import Decoder, hooked
-from mergekit_wp.engine.mixtures import columns, is_mixture, written
 from mergekit_wp.models.offloaded import here
 from mergekit_wp.terms import FineKind
 
@@ -87,3 +91,76 @@ def read_by(
     with hooked([w.module.register_forward_pre_hook(keep(w)) for w in writers]):
         run()
     return [seen[writer.module] for writer in writers]
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether a module holds the stacked weights of several experts."""
+    return getattr(module, "gate_up_proj", torch.empty(0)).dim() == 3
+
+
+def columns(down: torch.Tensor) -> torch.Tensor:
+    """Down projections ``[experts, hidden, neurons]`` side by side: ``[hidden, all neurons]``."""
+    return down.permute(1, 0, 2).flatten(1)
+
+
+def written(
+    experts: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What all neurons hand to the down projections.
+
+    Args:
+        experts: the module with the stacked weights.
+        x: its input, ``[N, hidden]``.
+        chosen: which experts each position goes to, ``[N, k]``.
+        weights: how much each of them counts, ``[N, k]``.
+
+    Returns:
+        ``[N, all neurons]``, already weighted; 0 where a position does not go.
+    """
+    gate, up = _rows(here(experts.gate_up_proj), x)
+    found: torch.Tensor = experts.act_fn(gate) * up * _counts(gate, chosen, weights)
+    return found.flatten(1)
+
+
+def contribution(
+    experts: Any,
+    parameter: str,
+    delta: torch.Tensor,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    g: torch.Tensor,
+) -> torch.Tensor:
+    """grad_W . Delta of one stacked tensor by position and neuron, ``[N, all neurons]``.
+
+    Args:
+        experts: the module with the stacked weights.
+        parameter: ``gate_up_proj`` or ``down_proj``.
+        delta: the task vector at this parameter.
+        inputs: what the module was called with, see `written`.
+        g: gradient of the summed values with respect to its output, ``[N, hidden]``.
+    """
+    x, chosen, weights = inputs
+    if parameter == "down_proj":
+        return written(experts, x, chosen, weights) * (g @ columns(delta))
+    with torch.enable_grad():
+        both = [part.detach().requires_grad_() for part in _rows(here(experts.gate_up_proj), x)]
+        handed = experts.act_fn(both[0]) * both[1] * _counts(both[0], chosen, weights)
+        along = (handed.flatten(1) * (g @ columns(here(experts.down_proj)))).sum()
+        gradients = torch.autograd.grad(along, both)
+    changes = _rows(delta, x)
+    found = sum(
+        (part * change for part, change in zip(gradients, changes, strict=True)),
+        torch.zeros_like(changes[0]),
+    )
+    return found.flatten(1)
+
+
+def _rows(gate_up: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up projections of all experts, ``[N, experts, neurons]`` each."""
+    gate, up = torch.einsum("erh,nh->ner", gate_up, x).chunk(2, -1)
+    return gate, up
+
+
+def _counts(like: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """How much every expert counts at every position, ``[N, experts, 1]``."""
+    found = like.new_zeros(like.shape[:2])
+    return found.scatter_add(1, chosen, weights.to(like)).unsqueeze(-1)

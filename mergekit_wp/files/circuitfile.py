@@ -156,7 +156,7 @@ class TraceFile(BaseModel):
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     seed: int
-    #: arguments of `mergekit-wp` but for ``--out``, and versions, see `scoring.command`
+    #: arguments of `mergekit-wp` but for ``--out``, and versions, see `runs.command`
     command: tuple[str, ...]
     versions: dict[str, str]
 

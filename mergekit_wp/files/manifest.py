@@ -125,7 +125,7 @@ class Verification(_Strict):
     draws: PositiveInt
     points: tuple[SetPoint, ...]
     seed: int
-    #: arguments of `mergekit-wp` but for the file, and versions, see `scoring.command`
+    #: arguments of `mergekit-wp` but for the file, and versions, see `runs.command`
     command: tuple[str, ...]
     versions: dict[str, str]
 
@@ -263,7 +263,7 @@ class Manifest(_Strict):
     stability: tuple[Agreement, ...] = ()
     dtype: str
     seed: int
-    #: arguments of `mergekit-wp` that made the file, see `scoring.command`
+    #: arguments of `mergekit-wp` that made the file, see `runs.command`
     command: tuple[str, ...] = ()
     created: str
     versions: dict[str, str]

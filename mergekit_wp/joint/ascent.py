@@ -11,9 +11,9 @@ import torch
 
 from mergekit_wp.criteria import split
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.replay import own_values, record
+from mergekit_wp.engine.integrated_gradients import TaskVector
+from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
-from mergekit_wp.engine.task_vector import TaskVector
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.joint.gates import Climb, Layout, penalty_slope, weights
@@ -22,10 +22,8 @@ from mergekit_wp.joint.merged_model import mix
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.request import DTYPES
 
 #: held-out prompts are looked at every so many steps; the fit ends after so many looks in vain
 LOOK, PATIENCE, LEAST_GAIN = 5, 6, 1e-3
@@ -102,12 +100,9 @@ class Fitting:
         self.layout, self.journal, self.progress = layout, journal, progress
         first = members[0].pair
         self.partition = first.partition
-        self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
+        self.resident = members[0].run.load()
         wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
-        self.vectors = [
-            TaskVector(partial(member.pair.delta, dtype=wide, device=device), member.pair.changed)
-            for member in members
-        ]
+        self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
         self.fitted = layout.fitted
         self.at_once = AtOnce(request.prompts_a_step, progress.note)
         guards = len(request.guards)
@@ -221,9 +216,9 @@ class Fitting:
 
         def values(b: int, size: int) -> torch.Tensor:
             parts = split(objective.batches[b], objective.targets[b], size)
-            return torch.cat(
-                [own_values(decoder, record(decoder, x), ("kl",), y)["kl"] for x, y in parts]
-            )
+            # one run is held at a time
+            own = [Receiver(decoder, record(decoder, x), ("kl",), y).own["kl"] for x, y in parts]
+            return torch.cat(own)
 
         return objective.recovery({b: self.at_once.run(partial(values, b)) for b in chosen})
 

@@ -1,7 +1,7 @@
 """All experts of a recipe scored together: what each component does in the others' company.
 
 What restores a behaviour in the base is not what survives beside another expert. Here all experts
-move at once along the guided path (`engine.guided`), towards the sum of their behaviours' ``kl``
+move at once along the guided path (`guided`), towards the sum of their behaviours' ``kl``
 recoveries, and one score file is written for each.
 """
 
@@ -9,44 +9,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.integrated_gradients import contributions
+from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
 from mergekit_wp.files.manifest import Fidelity
-from mergekit_wp.joint.files import recipe_beside, write_company
+from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.joint.files import check_folder, company_files, write_company
 from mergekit_wp.joint.guided import PathPosition, path_scores
-from mergekit_wp.joint.members import Member, inputs_of, measure, open_members
+from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.merged_model import mix
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.recordings import Block, Result, SweepContext
+from mergekit_wp.runs.recordings import Portion, Recordings, Result, in_portions
 from mergekit_wp.runs.references import References, values_of
-from mergekit_wp.runs.request import DTYPES
-from mergekit_wp.scoring.shares import task_vector
+from mergekit_wp.runs.run import journal_of
 
 
-def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
-    """Score all experts of a recipe together; writes one file per expert and a recipe for them.
+def score_company(request: CompanyRequest, progress: Progress) -> dict[str, ScoreFile]:
+    """Score all experts of a recipe together.
+
+    Where the request has a folder, one file per expert is written there, ``NAME.safetensors``, and
+    a recipe that merges by them.
 
     Returns:
-        The score files, in the recipe's order, and the recipe.
+        The score files by the experts' names, in the recipe's order.
 
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
-    recipe = recipe_beside(request.out, request.recipe)
+    check_folder(request.out, request.recipe)
     members = open_members(request, request.out, progress)
-    with Journal(request.out / "company", inputs_of(request, members), request.restart) as journal:
-        if journal.resumed:
-            progress.note(f"continuing the run in {journal.folder}")
-        references = [measure(member, journal, progress) for member in members]
+    runs = {member.name: member.run for member in members}
+    beside = None if request.out is None else request.out / "company"
+    with journal_of(request, runs, beside, progress, restart=request.restart) as journal:
+        references = [measure(member, journal) for member in members]
         walk = Walk(request, members, references, journal, progress)
         positions = walk.to_the_end()
         recoveries = walk.recoveries(positions)
@@ -57,8 +58,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
         progress.note(f"behaviours recovered at the end of the path: {reached}")
         total = sum(float(values.sum()) for here in positions for values in here.share.values())
         recovered = sum(recoveries)
-        written = write_company(
-            recipe,
+        found = company_files(
             members,
             references,
             [
@@ -74,8 +74,9 @@ def score_company(request: CompanyRequest, progress: Progress) -> list[Path]:
             command=command_of(request),
             created=journal.created,
         )
+        write_company(request.out, found, members)
         journal.discard()
-    return written
+    return found
 
 
 class Walk:
@@ -97,17 +98,18 @@ class Walk:
         self.journal, self.progress = journal, progress
         first = members[0].pair
         self.partition = first.partition
-        self.resident = ResidentModel(first, DTYPES[request.dtype], request.device)
-        self.vectors = [task_vector(member.pair, self.resident) for member in members]
-        self.contexts = [
-            SweepContext(self.resident, own, ("kl",), max(batch.size for batch in own.batches))
-            for own in references
+        self.resident = members[0].run.load()
+        dtype, device = self.resident.dtype, self.resident.device
+        self.vectors = [TaskVector.of(member.pair, dtype, device) for member in members]
+        self.recordings = [Recordings(self.resident, own, ("kl",)) for own in references]
+        self.at_once = [
+            AtOnce(max(batch.size for batch in own.batches), progress.note) for own in references
         ]
 
     def to_the_end(self) -> list[PathPosition]:
         """Take all steps; returns how far each expert's components came."""
         positions = [PathPosition.at_the_base(self.partition) for _ in self.members]
-        n_prompts = sum(len(m.texts.prompts) for m in self.members)
+        n_prompts = sum(len(m.prompts.prompts) for m in self.members)
         self.progress.stage("guided path", self.request.path_steps * n_prompts, "prompt")
         for step in range(self.request.path_steps):
             slopes = self._slopes(step, positions)
@@ -121,9 +123,9 @@ class Walk:
         """How far each behaviour has come back where the components now are."""
         self._move_to(positions)
         decoder, found = Decoder(self.resident.model), []
-        for references, context in zip(self.references, self.contexts, strict=True):
+        for references, at_once in zip(self.references, self.at_once, strict=True):
             reference, every = references.values["kl"], references.batches
-            n, at_once = reference.base.numel(), AtOnce(context.batch_size, self.progress.note)
+            n = reference.base.numel()
             work = partial(values_of, decoder, every, references.targets, ("kl",), n)
             with torch.no_grad():
                 values = at_once.run(work)["kl"]
@@ -138,22 +140,23 @@ class Walk:
         slopes: list[dict[str, torch.Tensor]] = [{} for _ in self.members]
         moved = False
 
-        def contributions_of(context: SweepContext, b: int) -> Result:
+        def contributions_of(recordings: Recordings, at_once: AtOnce, b: int) -> Result:
             nonlocal moved
             if not moved:
                 self._move_to(positions)
                 moved = True
-            work = partial(self._contributions, context, b)
-            return context.fitting(Block("path", 1.0, work, b, prompts=None), self.progress.note)
+            work = partial(self._contributions, recordings)
+            return in_portions(recordings, at_once, b, work, None)
 
-        for member, references, context in zip(
-            self.members, self.references, self.contexts, strict=True
+        for member, references, recordings, at_once in zip(
+            self.members, self.references, self.recordings, self.at_once, strict=True
         ):
             distance = references.values["kl"].distance.double()
             scale = 1 / float(distance.sum())
             for b, batch in enumerate(references.batches):
                 key = f"path.step{step:04d}.{member.name}.batch{b:04d}"
-                result, resumed = self.journal.block(key, partial(contributions_of, context, b))
+                run = partial(contributions_of, recordings, at_once, b)
+                result, resumed = self.journal.block(key, run)
                 for entry, total in result.items():
                     expert, name = entry.split("/", 1)
                     found = slopes[int(expert)]
@@ -161,19 +164,15 @@ class Walk:
                 self.progress.advance(batch.size, resumed=resumed)
         return slopes
 
-    def _contributions(self, context: SweepContext, b: int) -> Result:
-        """Summed over the batch's prompts, or those of its present part.
+    def _contributions(self, recordings: Recordings, portion: Portion) -> Result:
+        """Summed over prompts.
 
         Returns:
             ``[components of the tensor]`` by "expert/tensor".
         """
+        batch, targets = recordings.prompts(portion)
         per_expert = contributions(
-            Decoder(self.resident.model),
-            context.batch(b),
-            self.partition,
-            self.vectors,
-            ("kl",),
-            context.targets(b),
+            recordings.decoder, batch, self.partition, self.vectors, ("kl",), targets
         )["kl"]
         return {
             f"{e}/{name}": value.sum(0).cpu().double()

@@ -15,57 +15,52 @@ from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
 from mergekit_wp.runs.references import References
-from mergekit_wp.scoring.assemble import common_fields
+from mergekit_wp.scoring.score import common_fields
 from mergekit_wp.terms import Estimand, Kind
 
+#: name of the recipe that merges by the files, beside them
+RECIPE = "recipe.yml"
 #: scores of one expert: by kind, in the shapes of a score file
 Scores = Mapping[Kind, torch.Tensor]
 
 
-def recipe_beside(folder: Path, read: Path) -> Path:
-    """Where the recipe that merges by the files in a folder goes.
+def check_folder(folder: Path | None, read: Path) -> None:
+    """Refuse a folder where the recipe that is written would replace the one that is read.
 
     Args:
-        folder: of the score files.
+        folder: of the score files, if any are written.
         read: the recipe that names the experts.
 
     Raises:
-        UserError: it would replace the recipe that is read.
+        UserError: names both.
     """
-    path = folder / "recipe.yml"
+    if folder is None:
+        return
+    path = folder / RECIPE
     if path.resolve() == read.resolve():
         raise UserError(
             f"{option('out', folder)}: the recipe that merges by the new scores is written to "
             f"{path}, where the recipe is that is read; give another folder"
         )
-    return path
 
 
-def write_company(
-    recipe: Path,
+def company_files(
     members: Sequence[Member],
     references: Sequence[References],
     scores: Sequence[Mapping[Estimand, Scores]],
     recoveries: Sequence[float],
     fidelity: Fidelity,
     **said: Any,
-) -> list[Path]:
-    """Write one score file for every expert, and the recipe that merges by them.
+) -> dict[str, ScoreFile]:
+    """One score file for every expert, by its name.
 
     Args:
-        recipe: where the recipe goes.
         members: the experts.
         references: base and expert on each one's prompts.
         scores: of each expert, by estimand; all by ``kl``.
         recoveries: how far each behaviour has come back at these scores.
         fidelity: how they were computed, all alike.
         said: what else every manifest says.
-
-    Returns:
-        The files in the order of the experts, then the recipe.
-
-    Raises:
-        UserError: one cannot be written.
     """
     company = tuple(
         CompanyMember(
@@ -76,6 +71,7 @@ def write_company(
         )
         for m, recovery in zip(members, recoveries, strict=True)
     )
+    found = {}
     for member, reference, own in zip(members, references, scores, strict=True):
         tensors = {
             f"{estimand}/kl/{kind}": by_kind[kind].float()
@@ -94,12 +90,28 @@ def write_company(
             **said,
         )
         tensors["delta_norm"] = torch.tensor(norms, dtype=torch.float32)
-        write(ScoreFile(manifest, tensors), member.request.out)
-    _write_recipe(recipe, members)
-    return [*(member.request.out for member in members), recipe]
+        found[member.name] = ScoreFile(manifest, tensors)
+    return found
 
 
-def _write_recipe(path: Path, members: Sequence[Member]) -> None:
+def write_company(
+    folder: Path | None, files: Mapping[str, ScoreFile], members: Sequence[Member]
+) -> None:
+    """Write the score files of all experts, and the recipe that merges by them.
+
+    Args:
+        folder: where the recipe goes; None writes nothing.
+        files: by the experts' names.
+        members: the experts.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    if folder is None:
+        return
+    for member in members:
+        if member.request.out is not None:
+            write(files[member.name], member.request.out)
     recipe: Mapping[str, Any] = {
         "merge_method": "weight_patching",
         "base_model": members[0].request.base,
@@ -110,5 +122,5 @@ def _write_recipe(path: Path, members: Sequence[Member]) -> None:
         "parameters": {"fusion": "path"},
         "dtype": members[0].pair.base.weights_dtype,
     }
-    with written_whole(path) as temporary:
+    with written_whole(folder / RECIPE) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -10,32 +10,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Fidelity, Fit, Guard, Moment
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FitState, Fitting
-from mergekit_wp.joint.files import recipe_beside, write_company
+from mergekit_wp.joint.files import check_folder, company_files, write_company
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.guided import path_scores
-from mergekit_wp.joint.members import Member, inputs_of, measure, open_members
+from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest
 from mergekit_wp.merging.plan import recipe_gates
-from mergekit_wp.prompts import PromptFile, read_prompts
+from mergekit_wp.prompts import PromptSet, read_prompts
 from mergekit_wp.runs.command import command_of
-from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.run import check_norms
+from mergekit_wp.runs.run import check_norms, journal_of
 
 
-def fit(request: FitRequest, progress: Progress) -> list[Path]:
-    """Fit the gates; writes one score file per expert and a recipe for them.
+def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
+    """Fit the gates.
+
+    Where the request has a folder, one file per expert is written there, ``NAME.safetensors``, and
+    a recipe that merges by them.
 
     Returns:
-        The score files, in the recipe's order, and the recipe.
+        The score files by the experts' names, in the recipe's order.
 
     Raises:
         UserError: any mistake in the inputs, before anything is fitted.
@@ -45,28 +47,31 @@ def fit(request: FitRequest, progress: Progress) -> list[Path]:
             f"{option('guard_weight', f'{request.guard_weight:g}')} weighs guards, and none is "
             f"given; add {option('guards', 'FILE.jsonl')}"
         )
-    recipe = recipe_beside(request.out, request.recipe)
+    check_folder(request.out, request.recipe)
     members = open_members(request, request.out, progress)
-    guards = [(path, read_prompts(path, request.max_prompts)) for path in request.guards]
-    _check_names(members, request.guards)
+    guards = [
+        read_prompts(guard, request.max_prompts, f"guard {number}")
+        for number, guard in enumerate(request.guards, 1)
+    ]
+    _check_names([*(member.prompts for member in members), *guards])
     partition = members[0].pair.partition
     layout = Layout(partition, tuple(member.pair.changed for member in members))
-    inputs = inputs_of(request, members)
-    inputs |= {"guards": [prompts.sha256 for _, prompts in guards]}
     start = _start(request, members, layout)
-    inputs |= {"start": hashlib.sha256(start.numpy().tobytes()).hexdigest()}
-    with Journal(request.out / "fit", inputs, request.restart) as journal:
-        if journal.resumed:
-            progress.note(f"continuing the run in {journal.folder}")
-        references = [measure(m, journal, progress, request.prompts_a_step) for m in members]
+    contents = {
+        "guards": [guard.sha256 for guard in guards],
+        "start": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
+    }
+    runs, size = {member.name: member.run for member in members}, request.prompts_a_step
+    beside = None if request.out is None else request.out / "fit"
+    with journal_of(
+        request, runs, beside, progress, restart=request.restart, **contents
+    ) as journal:
+        references = [measure(member, journal, size) for member in members]
         objectives = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
-        objectives += [
-            guard_of(path, prompts, members, request, journal, progress) for path, prompts in guards
-        ]
+        objectives += [guard_of(guard, members, journal, size) for guard in guards]
         state = Fitting(request, members, objectives, layout, journal, progress).run(start)
         how = _how(request, guards, state, [objective.name for objective in objectives])
-        written = write_company(
-            recipe,
+        found = company_files(
             members,
             references,
             [{"path": path_scores(partition, gates)} for gates in layout.unflat(state.best)],
@@ -77,8 +82,9 @@ def fit(request: FitRequest, progress: Progress) -> list[Path]:
             command=command_of(request),
             created=journal.created,
         )
+        write_company(request.out, found, members)
         journal.discard()
-    return written
+    return found
 
 
 def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> torch.Tensor:
@@ -105,33 +111,32 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     return flat.fill_(value)
 
 
-def _check_names(members: Sequence[Member], guards: Sequence[Path]) -> None:
-    """Refuse behaviours that cannot be told apart: each is called after its prompt file.
+def _check_names(every: Sequence[PromptSet]) -> None:
+    """Refuse behaviours that cannot be told apart: each is called after its prompts.
 
     Raises:
-        UserError: two files of one name.
+        UserError: two of one name.
     """
-    files = [*(m.request.prompts for m in members), *guards]
-    stems = [file.stem for file in files]
-    for i, stem in enumerate(stems):
-        if stem in stems[:i]:
+    names = [prompts.name for prompts in every]
+    for i, name in enumerate(names):
+        if name in names[:i]:
             raise UserError(
-                f"prompt files {files[stems.index(stem)]} and {files[i]} have the same name, after "
-                f"which both behaviours would be called '{stem}'; rename one"
+                f"{every[names.index(name)].source} and {every[i].source} have the same name, "
+                f"after which both behaviours would be called '{name}'; rename one"
             )
 
 
 def _how(
     request: FitRequest,
-    guards: Sequence[tuple[Path, PromptFile]],
+    guards: Sequence[PromptSet],
     state: FitState,
     names: Sequence[str],
 ) -> Fit:
     """What the manifests say of the fit."""
     return Fit(
         guards=tuple(
-            Guard(behavior=path.stem, prompts_sha256=p.sha256, n_prompts=len(p.prompts))
-            for path, p in guards
+            Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts))
+            for p in guards
         ),
         guard_weight=request.guard_weight,
         start=request.start,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,15 +11,10 @@ from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.members import Member
-from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import PromptBatch, PromptFile, batches
+from mergekit_wp.prompts import PromptBatch, PromptSet, batches
 from mergekit_wp.runs.journal import Journal
-from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References, logprobs, values_of
-from mergekit_wp.runs.request import DTYPES
-from mergekit_wp.runs.texts import encode_texts, with_responses
 
 
 @dataclass(frozen=True)
@@ -79,46 +73,41 @@ def objective_of(member: Member, references: References) -> Objective:
 
 @torch.no_grad()
 def guard_of(
-    path: Path,
-    prompts: PromptFile,
-    members: Sequence[Member],
-    request: FitRequest,
-    journal: Journal,
-    progress: Progress,
+    prompts: PromptSet, members: Sequence[Member], journal: Journal, size: int
 ) -> Objective:
-    """What the base does on some prompts; 0 is as far from it as the experts are on average."""
-    member = members[0]
-    texts = encode_texts(member.tokenizer, prompts.prompts, path)
-    texts.check_vocabulary(member.pair.vocabulary)
-    resident = ResidentModel(member.pair, DTYPES[request.dtype], request.device)
-    samples = with_responses(
-        request,
-        texts,
-        member.tokenizer,
-        resident,
-        journal,
-        progress,
-        prefix=f"guard-{path.stem}.",
-        position=0.0,
-    )
-    every = list(batches(samples, request.prompts_a_step, request.device))
-    progress.stage(f"base and experts on guard {path.stem}", len(members) + 1, "model")
+    """What the base does on some prompts; 0 is as far from it as the experts are on average.
+
+    Args:
+        prompts: the guard's.
+        members: the experts.
+        journal: keeps the base's answers.
+        size: prompts per batch.
+
+    Raises:
+        UserError: the experts answer like the base there.
+    """
+    run = members[0].run.asking(prompts)
+    resident, progress = run.load(), run.progress
+    samples = run.samples(resident, journal, prefix=f"guard-{prompts.name}.", position=0.0)
+    every = list(batches(samples, size, resident.device))
+    progress.stage(f"base and experts on guard {prompts.name}", len(members) + 1, "model")
     resident.move_to(0.0)
     decoder = Decoder(resident.model)
-    at_once = AtOnce(request.prompts_a_step, progress.note)
-    targets = at_once.run(lambda size: [Targets(logprobs(decoder, batch, size)) for batch in every])
+    at_once = AtOnce(size, progress.note)
+    targets = at_once.run(lambda few: [Targets(logprobs(decoder, batch, few)) for batch in every])
     progress.advance(1)
     total = torch.zeros(len(samples), dtype=torch.float64)
     for other in members:
         resident.fill(other.pair.expert.read)
         values = at_once.run(
-            lambda size: values_of(decoder, every, targets, ("kl",), len(samples), size)
+            lambda few: values_of(decoder, every, targets, ("kl",), len(samples), few)
         )
         total += values["kl"].double()
         progress.advance(1)
     zero = total / len(members)
     if float(zero.mean()) > -1e-9:
         raise UserError(
-            f"guard {path}: the experts answer like the base there, so there is nothing to guard"
+            f"guard {prompts.source}: the experts answer like the base there, so there is nothing "
+            "to guard"
         )
-    return Objective(path.stem, every, targets, zero, -zero)
+    return Objective(prompts.name, every, targets, zero, -zero)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mergekit_wp.errors import option
 from mergekit_wp.options import Argument, Option
+from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.request import PROMPTS_OF_EACH, Restart, RunRequest
 
 #: weight of all guards of a fit together
@@ -18,17 +19,20 @@ GUARD_WEIGHT = 0.5
 class MembersRequest(RunRequest):
     """What commands about all experts of a recipe are asked for.
 
-    ``prompts`` pairs a name of an expert with its prompt file.
+    ``prompts`` pairs a name of an expert with its prompts.
     """
 
     recipe: Annotated[Path, Argument()] = Field(description="Names the base and its experts.")
-    prompts: Annotated[tuple[tuple[str, Path], ...], Option(metavar="EXPERT=FILE")] = Field(
+    prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=FILE")] = Field(
         description=PROMPTS_OF_EACH
     )
 
 
 class CompanyRequest(MembersRequest):
-    """Everything `mergekit-wp score --company` is asked for; ``out`` is a folder."""
+    """Everything `mergekit-wp score --company` is asked for.
+
+    ``out`` is a folder; None writes nothing.
+    """
 
     command: ClassVar[str] = "score"
 
@@ -36,8 +40,9 @@ class CompanyRequest(MembersRequest):
         description="Instead of BASE and EXPERT: score all experts of a recipe together, for "
         "merging them with `fusion: path`."
     )
-    out: Annotated[Path, Option(path="any")] = Field(
-        description="Folder for a score file of every expert, and a recipe that merges by them."
+    out: Annotated[Path | None, Option(path="any")] = Field(
+        default=None,
+        description="Folder for a score file of every expert, and a recipe that merges by them.",
     )
     path_steps: int = Field(
         default=10, ge=1, description=f"With {option('recipe')}, steps of the guided path."
@@ -48,17 +53,18 @@ class CompanyRequest(MembersRequest):
 class FitRequest(MembersRequest):
     """Everything `mergekit-wp fit` is asked for.
 
-    ``out`` is a folder; ``start`` is "scores" or a number; ``held_out`` is the part of the prompts
-    that is only looked at.
+    ``out`` is a folder; None writes nothing. ``start`` is "scores" or a number; ``held_out`` is the
+    part of the prompts that is only looked at.
     """
 
     command: ClassVar[str] = "fit"
 
-    out: Annotated[Path, Option(path="folder")] = Field(
+    out: Annotated[Path | None, Option(path="folder")] = Field(
+        default=None,
         description="Folder to write into: a score file for each expert, and a recipe that merges "
-        "by them. A killed run goes on where it was."
+        "by them. A killed run goes on where it was.",
     )
-    guards: Annotated[tuple[Path, ...], Option(flag="guard")] = Field(
+    guards: Annotated[tuple[PromptSource, ...], Option(flag="guard")] = Field(
         default=(),
         description="Prompt file on which the merge is to stay like the base; may be given several "
         "times.",

@@ -7,33 +7,31 @@ between halves of the prompts, and whether adding it to the base brings the expe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from mergekit_wp.criteria import Reference, split
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.replay import record, replay
+from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.mechanism.request import AnchorRequest
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, batches, read_prompts
-from mergekit_wp.runs.anchor import Contrast, held_out_separation
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import (
+    Contrast,
     References,
     contrast_batches,
+    held_out_separation,
     last_token_states,
     measure_references,
 )
-from mergekit_wp.runs.request import DTYPES
-from mergekit_wp.runs.run import open_inputs
-from mergekit_wp.runs.texts import auto_batch_size, with_responses
+from mergekit_wp.runs.run import Run
 from mergekit_wp.statistics import Estimate, percentiles
 
 #: random halves, and resamples of prompts
@@ -70,33 +68,25 @@ class LayerAnchor:
         )
 
 
-def find_anchors(request: AnchorRequest, progress: Progress, work: Path) -> list[LayerAnchor]:
+def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor]:
     """Every layer's anchor.
-
-    Args:
-        request: the run.
-        progress: told of every layer.
-        work: a path beside which the expert's answers are kept while the run lasts.
 
     Raises:
         UserError: fewer than four contrasts, or any other mistake in the inputs.
     """
-    prompts = read_prompts(request.prompts, request.max_prompts).prompts
-    usable = sum(prompt.usable_contrast for prompt in prompts)
-    if usable < MIN_CONTRASTS:
+    prompts = read_prompts(request.prompts, request.max_prompts)
+    usable = tuple(prompt for prompt in prompts.prompts if prompt.usable_contrast)
+    if len(usable) < MIN_CONTRASTS:
         raise UserError(
-            f"prompt file {request.prompts} has {usable} usable contrasts; halves of the prompts "
-            f"can be compared from {MIN_CONTRASTS} on"
+            f"{prompts.source} has {len(usable)} usable contrasts; halves of the prompts can be "
+            f"compared from {MIN_CONTRASTS} on"
         )
-    prompts = tuple(prompt for prompt in prompts if prompt.usable_contrast)
-    opened = open_inputs(request.base, request.expert, prompts, request.prompts, progress)
-    opened.pair.partition.dims.require_map("anchor")
-    texts = opened.texts
-    resident = ResidentModel(opened.pair, DTYPES[request.dtype], request.device)
-    with Journal(work, {"tokens": texts.sha256()}, restart=True) as journal:
-        samples = with_responses(request, texts, opened.tokenizer, resident, journal, progress)
-        journal.discard()
-    size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
+    prompts = replace(prompts, prompts=usable)
+    run = Run.open(request, request.base, request.expert, prompts, progress)
+    run.pair.partition.dims.require_map("anchor")
+    resident, texts = run.load(), run.texts
+    samples = run.samples(resident, Unwritten())
+    size = run.batch_size(samples)
     at_once = AtOnce(size, progress.note)
     references = at_once.run(
         lambda fewer: measure_references(resident, samples, ([], []), ("kl",), None, size, fewer)
@@ -169,13 +159,12 @@ def steered(
     found = torch.empty(len(references.values["kl"].base), dtype=torch.float64)
     pairs = zip(references.batches, references.targets, strict=True)
     for batch, target in (part for pair in pairs for part in split(*pair, at_once)):
-        trace = record(decoder, batch)
-        hidden = trace.residual(layer)
+        receiver = Receiver(decoder, record(decoder, batch), ("kl",), target)
+        hidden = receiver.recording.residual(layer)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        there = positions[None] == trace.batch.last[:, None]
+        there = positions[None] == batch.last[:, None]
         moved = hidden + there[..., None] * vector.to(hidden)
-        values = replay(decoder, trace, moved[None], layer, ("kl",), target)["kl"][0]
-        found[trace.batch.members] = values.double().cpu()
+        found[batch.members] = receiver.replay(moved[None], layer)["kl"][0].double().cpu()
     return found
 
 

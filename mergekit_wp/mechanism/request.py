@@ -10,6 +10,7 @@ from pydantic import Field
 from mergekit_wp.errors import option
 from mergekit_wp.files.circuitfile import Rules
 from mergekit_wp.options import Argument, Option, Request
+from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.request import (
     PROMPTS,
     REFERENCE,
@@ -35,7 +36,7 @@ class RescoreRequest(RunRequest):
     """
 
     file: Annotated[Path, Argument()] = Field(description="A score file.")
-    prompts: Path = Field(description=PROMPTS)
+    prompts: PromptSource = Field(description=PROMPTS)
     builtin: BuiltIn = None
     base: Annotated[str | None, Option(default="the file's")] = Field(
         default=None, description=f"The base model: {REFERENCE}."
@@ -75,8 +76,9 @@ class TraceRequest(RescoreRequest):
 
     command: ClassVar[str] = "trace"
 
-    out: Path = Field(
-        description="JSON to write; `plot` draws it. A killed run goes on where it was."
+    out: Path | None = Field(
+        default=None,
+        description="JSON to write; `plot` draws it. A killed run goes on where it was.",
     )
     targets: int = Field(
         default=12,
@@ -98,7 +100,7 @@ class AnchorRequest(PairRequest):
 
     command: ClassVar[str] = "anchor"
 
-    prompts: Path = Field(description=PROMPTS)
+    prompts: PromptSource = Field(description=PROMPTS)
     builtin: BuiltIn = None
     strength: float = Field(default=1.0, gt=0, description="Factor on the added vector.")
 

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-import mergekit_wp
-from mergekit_wp.criteria import AnchorDirection, Targets
+from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
@@ -30,10 +29,8 @@ from mergekit_wp.prompts import PromptBatch, batches, read_prompts
 from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.references import logprobs, values_of
-from mergekit_wp.runs.request import DTYPES
-from mergekit_wp.runs.run import check_pair, check_scores, open_inputs, scored_model
-from mergekit_wp.runs.texts import auto_batch_size, with_responses
+from mergekit_wp.runs.references import anchor_of, logprobs, values_of
+from mergekit_wp.runs.run import Run, check_pair, check_scores, journal_of, scored_model
 from mergekit_wp.statistics import Array, percentiles
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.terms import CRITERIA, CriterionName, Direction, SetName
@@ -82,29 +79,19 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     prompts = read_prompts(request.prompts, request.max_prompts)
     base = request.base or scored_model(file.manifest.base)
     expert = request.expert or scored_model(file.manifest.expert)
-    opened = open_inputs(base, expert, prompts.prompts, request.prompts, progress)
-    pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
-    check_pair(file, pair, request.file)
-    inputs = {
-        **request.model_dump(mode="json", exclude={"restart", "file", "builtin", "checkers"}),
-        "scores": file.digest(),
-        "prompts": prompts.sha256,
-        "tokens": texts.sha256(),
-        "task": task.fingerprint if task else None,
-        "base weights": pair.base.weights_sha256(),
-        "expert weights": pair.expert.weights_sha256(),
-        "mergekit-wp": mergekit_wp.__version__,
-    }
-    journal_at = request.file.with_name(request.file.name + ".verify")
-    with Journal(journal_at, inputs, request.restart) as journal:
-        resident = ResidentModel(pair, DTYPES[request.dtype], request.device)
-        samples = with_responses(request, texts, tokenizer, resident, journal, progress)
-        size = request.batch_size or auto_batch_size(samples, opened.vocabulary, request.device)
+    run = Run.open(request, base, expert, prompts, progress)
+    check_pair(file, run.pair, request.file)
+    beside = request.file.with_name(request.file.name + ".verify")
+    contents = {"scores": file.digest(), "task": task.fingerprint if task else None}
+    with journal_of(request, run, beside, progress, restart=request.restart, **contents) as journal:
+        resident = run.load()
+        samples = run.samples(resident, journal)
+        size = run.batch_size(samples)
         every = list(batches(samples, size, request.device))
         at_once = AtOnce(size, progress.note)
         if unknown := [c for c in file.manifest.criteria if c not in CRITERIA]:
             progress.note(f"no curve by '{unknown[0]}': a caller's function is not in its file")
-        meter = SetMeasurement(resident, every, len(samples), file, task, tokenizer, at_once)
+        meter = SetMeasurement(resident, every, len(samples), file, task, run.tokenizer, at_once)
         ends, found = _measure(request, sizes, fine, meter, journal, progress)
         for measure, value in ends[0].items():
             if float(value.mean()) == float(ends[1][measure].mean()):
@@ -146,11 +133,7 @@ class SetMeasurement:
             dict.fromkeys(("kl", *(c for c in file.manifest.criteria if c in CRITERIA)))
         )
         resident.move_to(1.0)
-        anchor = None
-        if file.manifest.anchor is not None:
-            vector = file.tensors["anchor/vector"].to(resident.device)
-            vector = vector.to(torch.promote_types(resident.dtype, torch.float32))
-            anchor = AnchorDirection(vector, file.manifest.anchor.layer)
+        anchor = anchor_of(file, resident)
         decoder = Decoder(resident.model)
         self.at_once = at_once
         # answers take other memory than one pass does

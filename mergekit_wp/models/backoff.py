@@ -64,10 +64,12 @@ class AtOnce:
     Attributes:
         size: the present number.
         told: of every step back.
+        forget: frees what a failed try left.
     """
 
     size: int
     told: Callable[[str], None]
+    forget: Callable[[], None] = lambda: None
 
     def run(self, work: Callable[[int], T], count: int | None = None) -> T:
         """`fitting`, beginning with what fitted last.
@@ -77,7 +79,7 @@ class AtOnce:
             count: there are no more than so many this time.
         """
         begun = self.size if count is None else min(self.size, count)
-        fitted, found = fitting(begun, work, self.told)
+        fitted, found = fitting(begun, work, self.told, self.forget)
         if fitted < begun:
             self.size = fitted
         return found

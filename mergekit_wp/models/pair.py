@@ -16,6 +16,7 @@ from mergekit_wp.models.checkpoint import VOLATILE_CONFIG, Checkpoint
 from mergekit_wp.models.load import parameter_names, skeleton
 from mergekit_wp.models.refusals import FLOATS
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows
+from mergekit_wp.terms import SLICED_KINDS, Kind
 
 # config entries that change what the same weights compute, in any of the architectures
 _COMPUTING = (
@@ -81,6 +82,24 @@ class Pair:
     def changed(self) -> frozenset[str]:
         """Tensors in which the two differ at all."""
         return frozenset(name for name, norm in self.delta_norm.items() if norm > 0)
+
+    @property
+    def entrance(self) -> list[str]:
+        """Tensors that make what enters the first layer."""
+        enters = self.partition.dims.architecture.enters
+        return [name for name in self.partition.tensor_names if enters(name)]
+
+    def differs(self, kind: Kind, layer: int) -> bool:
+        """Whether base and expert differ in any tensor of a kind in a layer."""
+        if kind in SLICED_KINDS:
+            return any(t.name in self.changed for t in self.partition.owned_by(kind, layer))
+        return any(name in self.changed for name in self.partition.layer_tensors(layer))
+
+    def diverges(self, layer: int) -> bool:
+        """Whether they differ in anything that computes what leaves a layer."""
+        if self.changed.intersection(self.entrance):
+            return True
+        return any(self.differs("layer", below) for below in range(layer + 1))
 
     def delta(self, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
         """One tensor of the task vector, subtracted in `dtype` or fp32 if that is finer."""

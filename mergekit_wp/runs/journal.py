@@ -195,3 +195,52 @@ class Journal:
             shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
             self.folder.rename(gone)
             shutil.rmtree(gone)
+
+
+class Unwritten(Journal):
+    """The journal of a run that writes nothing: a block is held until it is used."""
+
+    def __init__(self) -> None:
+        self.created = _today()
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.clear()
+
+    @property
+    def resumed(self) -> bool:
+        """Never."""
+        return False
+
+    def has(self, key: str) -> bool:
+        """Whether a block is held."""
+        return key in self._held
+
+    def load(self, key: str) -> dict[str, torch.Tensor] | None:
+        """A block that is held; it is so no longer."""
+        return self._held.pop(key, None)
+
+    def save(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Hold a block."""
+        self._held[key] = tensors
+
+    def block(
+        self, key: str, run: Callable[[], dict[str, torch.Tensor]]
+    ) -> tuple[dict[str, torch.Tensor], bool]:
+        """A block's result, which nobody asks for again."""
+        found = self.load(key)
+        if found is not None:
+            return found, False
+        with finishing():
+            return {name: value.cpu() for name, value in run().items()}, False
+
+    def discard(self) -> None:
+        """There is nothing to remove."""

@@ -1,64 +1,220 @@
-"""What every measuring command opens first: two checkpoints, and the prompts in their tokens."""
+"""One run: what every measuring command opens first, and what its results depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import mergekit_wp
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import ModelId
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import end_tokens, greedy
 from mergekit_wp.models.pair import Pair, open_pair
-from mergekit_wp.prompts import Prompt
+from mergekit_wp.models.placement import MaxMemory
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import PromptSet, Sample
+from mergekit_wp.runs.journal import Journal, Unwritten
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.texts import Encoded, encode_texts, find_tokenizer, refuse_other_tokens
+from mergekit_wp.runs.request import DTYPES, RunRequest
+from mergekit_wp.runs.texts import (
+    Encoded,
+    auto_batch_size,
+    encode_texts,
+    find_tokenizer,
+    refuse_other_tokens,
+)
 from mergekit_wp.terms import CriterionName, Estimand
+
+#: fields of requests that results do not depend on, or whose content is named beside them
+_BESIDE = frozenset(
+    {"out", "restart", "file", "recipe", "prompts", "behavior", "builtin", "rules", "checkers"}
+) | {"ray", "device_map", "max_memory"}
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A pair of checkpoints, and prompts as the expert's tokenizer reads them."""
+class Run:
+    """A pair of checkpoints, and prompts as the expert's tokenizer reads them.
 
+    Attributes:
+        request: how models are run.
+        prompts: from a file or from memory.
+        pair: base and expert.
+        tokenizer: the expert's.
+        texts: token ids of the prompts.
+        progress: where the run reports how far it is.
+    """
+
+    request: RunRequest
+    prompts: PromptSet
     pair: Pair
     tokenizer: Any
     texts: Encoded
+    progress: Progress
 
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return self.pair.vocabulary
+    @classmethod
+    def open(
+        cls, request: RunRequest, base: str, expert: str, prompts: PromptSet, progress: Progress
+    ) -> Run:
+        """Open and compare two checkpoints, and tokenise prompts.
+
+        Raises:
+            UserError: checkpoints that cannot be scored, or prompts that fit no tokens of theirs.
+        """
+
+        def compared(done: int, total: int) -> None:
+            if done == 1:
+                progress.stage("comparing checkpoints", total, "tensor")
+            progress.advance(1)
+
+        pair = open_pair(base, expert, compared)
+        tokenizer = find_tokenizer(pair, progress)
+        refuse_other_tokens(pair, tokenizer, progress)
+        texts = encode_texts(tokenizer, prompts)
+        texts.check_vocabulary(pair.vocabulary)
+        return cls(request, prompts, pair, tokenizer, texts, progress)
+
+    def asking(self, prompts: PromptSet) -> Run:
+        """The same models on other prompts.
+
+        Raises:
+            UserError: prompts that fit no tokens of theirs.
+        """
+        texts = encode_texts(self.tokenizer, prompts)
+        texts.check_vocabulary(self.pair.vocabulary)
+        return replace(self, prompts=prompts, texts=texts)
+
+    def load(self, max_memory: MaxMemory | None = None) -> ResidentModel:
+        """The model that is run, as large as one of the checkpoints.
+
+        Args:
+            max_memory: of weights on each device; None for all of them on the request's.
+        """
+        dtype, device = DTYPES[self.request.dtype], self.request.device
+        return ResidentModel(self.pair, dtype, device, max_memory)
+
+    def samples(
+        self, resident: ResidentModel, journal: Journal, prefix: str = "", position: float = 1.0
+    ) -> list[Sample]:
+        """Prompts with their responses: the given ones, else greedy continuations.
+
+        Args:
+            resident: the model in memory; moved where answers are missing.
+            journal: keeps finished answers.
+            prefix: sets one expert's journal entries apart from another's.
+            position: who answers, the expert (1) or the base (0).
+        """
+        prompts, responses = self.texts.prompts, dict(self.texts.responses)
+        missing = [i for i in range(len(prompts)) if i not in responses]
+        size = self.request.batch_size or 32
+        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+        at_once = AtOnce(min(size, max(1, len(missing))), self.progress.note)
+
+        def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
+            resident.move_to(position)
+            ends = end_tokens(self.pair.expert.path, self.tokenizer)
+            length = self.request.max_new_tokens
+
+            def continued(together: int) -> list[list[int]]:
+                found: list[list[int]] = []
+                for start in range(0, len(chunk), together):
+                    some = [prompts[i] for i in chunk[start : start + together]]
+                    found += greedy(resident.model, some, length, ends, resident.device)
+                return found
+
+            found = at_once.run(continued)
+            return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
+
+        if chunks:
+            self.progress.stage("expert answers", len(missing), "prompt")
+        for number, chunk in enumerate(chunks):
+            key = f"responses.{prefix}batch{number:04d}"
+            saved, resumed = journal.block(key, partial(answers, chunk))
+            responses |= {int(i): ids.tolist() for i, ids in saved.items()}
+            self.progress.advance(len(chunk), resumed=resumed)
+        return [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
+
+    def batch_size(self, samples: Sequence[Sample]) -> int:
+        """Sequences a forward: as asked, or what their length and the vocabulary let through."""
+        auto = auto_batch_size(samples, self.pair.vocabulary, self.request.device)
+        return self.request.batch_size or auto
+
+    @cached_property
+    def expert_sha256(self) -> str:
+        """Hash of the expert's weights."""
+        self.progress.stage("hashing weights", 1, "expert")
+        found = self.pair.expert.weights_sha256()
+        self.progress.advance(1)
+        return found
 
 
-def open_inputs(
-    base: str, expert: str, prompts: Sequence[Prompt], source: Path, progress: Progress
-) -> Opened:
-    """Open and compare two checkpoints, and tokenise prompts.
+def depends_on(
+    request: RunRequest, runs: Run | Mapping[str, Run], contents: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that the results of a run depend on, by the names a user knows.
 
     Args:
-        base: the base.
-        expert: the expert.
-        prompts: of a prompt file.
-        source: that file, for messages.
-        progress: told how far the comparison is.
+        request: what is asked for.
+        runs: one, or one for each expert by its name.
+        contents: of whatever else it names: score files, tasks, the criteria that were chosen.
+    """
+    every = {"": runs} if isinstance(runs, Run) else runs
+    base = next(iter(every.values())).pair.base
+    by_expert = {
+        "expert weights": {name: run.expert_sha256 for name, run in every.items()},
+        "expert config": {name: run.pair.expert.config_hash for name, run in every.items()},
+        "prompts": {name: run.prompts.sha256 for name, run in every.items()},
+        "tokens": {name: run.texts.sha256() for name, run in every.items()},
+    }
+    return {
+        **request.model_dump(mode="json", exclude={*_BESIDE, *contents}),
+        "base weights": base.weights_sha256(),
+        "base config": base.config_hash,
+        **{what: of.get("", of) for what, of in by_expert.items()},
+        **contents,
+        "mergekit-wp": mergekit_wp.__version__,
+    }
+
+
+@contextmanager
+def journal_of(
+    request: RunRequest,
+    runs: Run | Mapping[str, Run],
+    out: Path | None,
+    progress: Progress,
+    *,
+    restart: bool,
+    **contents: Any,
+) -> Iterator[Journal]:
+    """The journal beside an output, of this run only; none is written where there is no output.
+
+    Args:
+        request: what is asked for.
+        runs: one, or one for each expert by its name.
+        out: the file that is written at the end, if any.
+        progress: told where a run goes on.
+        restart: throw away what an earlier run left.
+        contents: see `depends_on`.
 
     Raises:
-        UserError: checkpoints that cannot be scored, or prompts that fit no tokens of theirs.
+        UserError: an earlier run had other inputs (says which), or one is running now.
     """
-
-    def compared(done: int, total: int) -> None:
-        if done == 1:
-            progress.stage("comparing checkpoints", total, "tensor")
-        progress.advance(1)
-
-    pair = open_pair(base, expert, compared)
-    tokenizer = find_tokenizer(pair, progress)
-    refuse_other_tokens(pair, tokenizer, progress)
-    opened = Opened(pair, tokenizer, encode_texts(tokenizer, prompts, source))
-    opened.texts.check_vocabulary(opened.vocabulary)
-    return opened
+    if out is None:
+        with Unwritten() as journal:
+            yield journal
+        return
+    with Journal(out, depends_on(request, runs, contents), restart) as journal:
+        if journal.resumed:
+            progress.note(f"continuing the run in {journal.folder}")
+        yield journal
 
 
 def scored_model(model: ModelId) -> str:

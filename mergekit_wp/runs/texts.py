@@ -1,4 +1,4 @@
-"""From a prompt file to token ids with responses, for one expert."""
+"""From prompts to token ids, and how many of them go through a model together."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.generation import end_tokens, greedy
 from mergekit_wp.models.pair import Pair
-from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import Prompt, Sample, encode_prompt, encode_response
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.prompts import PromptSet, Sample, encode_prompt, encode_response
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.request import RunRequest
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of everything a prompt file holds; responses and contrasts by prompt index."""
+    """Token ids of all prompts; responses and contrasts by prompt index."""
 
     prompts: list[list[int]]
     responses: dict[int, list[int]]
@@ -48,14 +41,14 @@ class Encoded:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def encode_texts(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Encoded:
-    """Tokenise a prompt file.
+def encode_texts(tokenizer: Any, prompts: PromptSet) -> Encoded:
+    """Tokenise prompts.
 
     Raises:
         UserError: a response without tokens.
     """
     encoded = Encoded([], {}, {})
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts.prompts):
         encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
         if prompt.response is not None:
             encoded.responses[i] = encode_response(tokenizer, prompt.response)
@@ -64,7 +57,7 @@ def encode_texts(tokenizer: Any, prompts: Sequence[Prompt], source: Path) -> Enc
             encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
     if any(not ids for ids in encoded.responses.values()):
         raise UserError(
-            f"prompt file {source}: a response has no tokens, and the tokenizer has no "
+            f"{prompts.source}: a response has no tokens, and the tokenizer has no "
             "end-of-sequence token"
         )
     return encoded
@@ -112,61 +105,6 @@ def refuse_other_tokens(pair: Pair, tokenizer: Any, progress: Progress) -> None:
                 f"{other} in the expert '{pair.expert.name}': their embeddings have other rows; "
                 "give both one order of tokens first, as docs/faq.md shows"
             )
-
-
-def with_responses(
-    request: RunRequest,
-    texts: Encoded,
-    tokenizer: Any,
-    resident: ResidentModel,
-    journal: Journal,
-    progress: Progress,
-    prefix: str = "",
-    position: float = 1.0,
-) -> list[Sample]:
-    """Prompts with their responses: the given ones, else the expert's greedy continuations.
-
-    Args:
-        request: the run.
-        texts: token ids of the prompt file.
-        tokenizer: the expert's.
-        resident: the model in memory; moved to the expert where answers are missing.
-        journal: keeps finished answers.
-        progress: told of every answer.
-        prefix: sets one expert's journal entries apart from another's.
-        position: who answers, the expert (1) or the base (0).
-    """
-    prompts, responses = texts.prompts, dict(texts.responses)
-    missing = [i for i in range(len(prompts)) if i not in responses]
-    size = request.batch_size or 32
-    chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
-
-    at_once = AtOnce(min(size, max(1, len(missing))), progress.note)
-
-    def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
-        resident.move_to(position)
-        ends = end_tokens(resident.pair.expert.path, tokenizer)
-
-        def continued(together: int) -> list[list[int]]:
-            found: list[list[int]] = []
-            for start in range(0, len(chunk), together):
-                some = [prompts[i] for i in chunk[start : start + together]]
-                found += greedy(resident.model, some, request.max_new_tokens, ends, resident.device)
-            return found
-
-        found = at_once.run(continued)
-        return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
-
-    if chunks:
-        progress.stage("expert answers", len(missing), "prompt")
-    for number, chunk in enumerate(chunks):
-        saved, resumed = journal.block(
-            f"responses.{prefix}batch{number:04d}", partial(answers, chunk)
-        )
-        responses |= {int(i): ids.tolist() for i, ids in saved.items()}
-        progress.advance(len(chunk), resumed=resumed)
-    samples = [Sample(tuple(ids), tuple(responses[i])) for i, ids in enumerate(prompts)]
-    return samples
 
 
 def auto_batch_size(samples: Sequence[Sample], vocabulary: int, device: str) -> int:

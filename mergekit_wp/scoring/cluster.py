@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -29,22 +29,23 @@ from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing, stopping
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.model_names import absolute
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.placement import MaxMemory
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.recordings import Block, Result, SweepContext
+from mergekit_wp.runs.recordings import Recordings, Result
 from mergekit_wp.runs.references import References
+from mergekit_wp.scoring.blocks import Block
+from mergekit_wp.scoring.measure import measure
 
 #: a block that has ended so many workers is given up
 ATTEMPTS = 3
 #: seconds between looks at whether the user wants to stop
 PATIENCE = 0.5
 
-#: the blocks of a sweep in any process that has its context; picklable
-Sweep = Callable[[SweepContext], Iterable[Block]]
 T = TypeVar("T")
 
 
@@ -66,9 +67,9 @@ class Assignment:
     batch_size: int
 
     @classmethod
-    def of(cls, context: SweepContext) -> Assignment:
+    def of(cls, recordings: Recordings, at_once: AtOnce) -> Assignment:
         """The driver's own, on the CPU."""
-        resident = context.resident
+        resident = recordings.resident
         pair = resident.pair
         return cls(
             base=absolute(pair.base.name),
@@ -80,12 +81,12 @@ class Assignment:
             device=str(torch.device(resident.device).type),
             max_memory=resident.max_memory,
             threads=torch.get_num_threads(),
-            references=moved(context.references, "cpu"),
-            criteria=context.criteria,
-            batch_size=context.batch_size,
+            references=moved(recordings.references, "cpu"),
+            criteria=recordings.criteria,
+            batch_size=at_once.size,
         )
 
-    def context(self) -> SweepContext:
+    def recordings(self) -> Recordings:
         """Open the checkpoints and load the model.
 
         Raises:
@@ -104,7 +105,7 @@ class Assignment:
         pair = Pair(base, expert, self.partition, self.delta_norm)
         resident = ResidentModel(pair, self.dtype, self.device, self.max_memory)
         references = moved(self.references, self.device)
-        return SweepContext(resident, references, self.criteria, self.batch_size)
+        return Recordings(resident, references, self.criteria)
 
 
 def moved(value: T, device: str) -> T:
@@ -128,14 +129,15 @@ class Worker:
     def __init__(self, assignment: Assignment) -> None:
         """Nothing is opened yet: a mistake is told by the first block, as it is."""
         self.assignment = assignment
-        self._context: SweepContext | None = None
+        self._opened: tuple[Recordings, AtOnce] | None = None
 
-    def run(self, sweep: Sweep, key: str) -> Result:
+    def run(self, block: Block) -> Result:
         """Compute one block."""
-        if self._context is None:
-            self._context = self.assignment.context()
-        block = next(block for block in sweep(self._context) if block.key == key)
-        result = self._context.fitting(block, logging.getLogger(__name__).warning)
+        if self._opened is None:
+            recordings, told = self.assignment.recordings(), logging.getLogger(__name__).warning
+            at_once = AtOnce(self.assignment.batch_size, told, recordings.forget)
+            self._opened = recordings, at_once
+        result = measure(block, *self._opened)
         return {name: value.cpu() for name, value in result.items()}
 
 
@@ -144,13 +146,16 @@ class Cluster:
 
     Args:
         ray: the module.
-        context: the driver's, whose model's memory is given back.
+        recordings: the driver's, whose model's memory is given back.
+        at_once: how many sequences go through a model together.
         progress: told of workers that end.
     """
 
-    def __init__(self, ray: ModuleType, context: SweepContext, progress: Progress) -> None:
+    def __init__(
+        self, ray: ModuleType, recordings: Recordings, at_once: AtOnce, progress: Progress
+    ) -> None:
         self.ray, self.progress = ray, progress
-        assignment = Assignment.of(context)
+        assignment = Assignment.of(recordings, at_once)
         on_gpu = assignment.device == "cuda"
         needs = {"num_gpus": 1} if on_gpu else {"num_cpus": assignment.threads}
         have = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)
@@ -161,11 +166,9 @@ class Cluster:
         self._assignment = ray.put(assignment)
         self._actor = ray.remote(Worker).options(max_restarts=0, **needs)
         self._idle: list[Any] = []
-        context.resident.release()
+        recordings.resident.release()
 
-    def run(
-        self, sweep: Sweep, keys: Sequence[str], on_result: Callable[[str, Result], None]
-    ) -> None:
+    def run(self, blocks: Sequence[Block], on_result: Callable[[Block, Result], None]) -> None:
         """Compute blocks; results come in whatever order they are done.
 
         A first Ctrl-C waits for the blocks that workers are at.
@@ -174,27 +177,27 @@ class Cluster:
             Interrupted: after them.
             RuntimeError: a block ended several workers.
         """
-        waiting, attempts = deque(keys), dict.fromkeys(keys, 0)
-        busy: dict[Any, tuple[str, Any]] = {}
+        waiting, attempts = deque(blocks), dict.fromkeys(blocks, 0)
+        busy: dict[Any, tuple[Block, Any]] = {}
         with finishing():
             while busy or (waiting and not stopping()):
                 while waiting and len(busy) < self.count and not stopping():
-                    key = waiting.popleft()
-                    attempts[key] += 1
+                    block = waiting.popleft()
+                    attempts[block] += 1
                     worker = self._idle.pop() if self._idle else self._start()
-                    busy[worker.run.remote(sweep, key)] = (key, worker)
+                    busy[worker.run.remote(block)] = (block, worker)
                 for done in self.ray.wait(list(busy), timeout=PATIENCE)[0]:
-                    key, worker = busy.pop(done)
+                    block, worker = busy.pop(done)
                     try:
                         result = self.ray.get(done)
                     except self.ray.exceptions.RayTaskError as error:
                         raise error.cause from None
                     except self.ray.exceptions.RayActorError as error:
-                        self._lost(key, attempts[key], error)
-                        waiting.appendleft(key)
+                        self._lost(block.key, attempts[block], error)
+                        waiting.appendleft(block)
                         continue
                     self._idle.append(worker)
-                    on_result(key, result)
+                    on_result(block, result)
 
     def _start(self) -> Any:
         return self._actor.remote(self._assignment)
@@ -206,7 +209,7 @@ class Cluster:
 
 
 @contextmanager
-def cluster(context: SweepContext, progress: Progress) -> Iterator[Cluster]:
+def cluster(recordings: Recordings, at_once: AtOnce, progress: Progress) -> Iterator[Cluster]:
     """Workers on the cluster of RAY_ADDRESS, on a running one of this machine, or on a new one.
 
     Raises:
@@ -222,7 +225,7 @@ def cluster(context: SweepContext, progress: Progress) -> Iterator[Cluster]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
     try:
-        yield Cluster(ray, context, progress)
+        yield Cluster(ray, recordings, at_once, progress)
     finally:
         ray.shutdown()
 

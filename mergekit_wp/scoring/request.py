@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mergekit_wp.criteria import CriterionFunction, criterion_words
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.options import INTERNAL, Option
+from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.request import PROMPTS, PairRequest, Restart
 from mergekit_wp.terms import CRITERIA, KINDS, BuiltInCriterion, Kind, LoneEstimand
 
@@ -21,17 +22,20 @@ EXACT_BUDGET = 256.0
 class ScoreRequest(PairRequest):
     """Everything `mergekit-wp score` is asked for about one expert.
 
-    ``criterion``: by name, or functions of the caller's, see `criteria.CriterionFunction`.
+    ``criterion``: by name, or functions of the caller's, see `criteria.CriterionFunction`. ``out``:
+    None writes nothing.
     ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`,
     empty for what is free.
     """
 
     command: ClassVar[str] = "score"
 
-    prompts: Annotated[Path, Option(metavar="FILE")] = Field(description=PROMPTS)
-    out: Annotated[Path, Option(path="any")] = Field(
+    prompts: Annotated[PromptSource, Option(metavar="FILE")] = Field(description=PROMPTS)
+    out: Annotated[Path | None, Option(path="any")] = Field(
+        default=None,
         description="Score file to write; appears only when complete. A killed run keeps its "
-        f"finished blocks in FILE.partial and goes on from there. With {option('recipe')} a folder."
+        f"finished blocks in FILE.partial and goes on from there. With {option('recipe')} a "
+        "folder.",
     )
     behavior: Annotated[str | None, Option(default="the prompt file's")] = Field(
         default=None, description="Name of what the prompts elicit."

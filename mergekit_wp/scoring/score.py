@@ -1,18 +1,20 @@
-"""The whole way: two checkpoints and a prompt file in, a score file out."""
+"""The whole way: two checkpoints and prompts in, a score file out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import mergekit_wp
 from mergekit_wp.criteria import Criteria, CriterionFunction, named, source_sha256
 from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
 from mergekit_wp.files.scorefile import ScoreFile, read, write
-from mergekit_wp.models.backoff import fitting
+from mergekit_wp.models.backoff import AtOnce, fitting
+from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import (
     free_memory,
     in_gib,
@@ -23,19 +25,23 @@ from mergekit_wp.models.memory import (
 )
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import Prompt, PromptFile, Sample, read_prompts
-from mergekit_wp.runs.anchor import MIN_HELD_OUT
+from mergekit_wp.prompts import Prompt, PromptBatch, PromptSet, Sample, read_prompts
+from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.recordings import SweepContext
-from mergekit_wp.runs.references import References, contrast_batches, measure_references
-from mergekit_wp.runs.request import DTYPES
-from mergekit_wp.runs.run import open_inputs
-from mergekit_wp.runs.texts import Encoded, Footprint, auto_batch_size, with_responses
-from mergekit_wp.scoring.assemble import make_manifest, score_tensors
+from mergekit_wp.runs.recordings import Recordings
+from mergekit_wp.runs.references import (
+    MIN_HELD_OUT,
+    References,
+    contrast_batches,
+    measure_references,
+)
+from mergekit_wp.runs.run import Run, journal_of
+from mergekit_wp.runs.texts import Footprint
 from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.request import ScoreRequest
-from mergekit_wp.scoring.sweeps import SweepRun
+from mergekit_wp.scoring.sweeps import Sweeps
+from mergekit_wp.statistics import between_halves
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, of_activations
 
 #: the journal's entry of how many sequences a forward pass takes
@@ -43,99 +49,191 @@ BATCH_SIZE = "batch-size"
 
 
 def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
-    """Run the sweeps and write the score file.
+    """Run the sweeps, and write the score file where the request says so.
 
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
     before = resident_memory()
-    prompt_file = read_prompts(request.prompts, request.max_prompts)
-    criteria, functions = named(choose_criteria(request.criterion, prompt_file.prompts))
-    _check_request(request, criteria, prompt_file.prompts, progress)
-    opened = open_inputs(
-        request.base, request.expert, prompt_file.prompts, request.prompts, progress
-    )
-    pair, tokenizer, texts = opened.pair, opened.tokenizer, opened.texts
-    request = _within_the_map(request, pair, progress)
-    progress.stage("hashing weights", 1, "pair")
+    prompts = read_prompts(request.prompts, request.max_prompts)
+    criteria, functions = named(choose_criteria(request.criterion, prompts.prompts))
+    _check_request(request, criteria, prompts.prompts, progress)
+    run = Run.open(request, request.base, request.expert, prompts, progress)
+    request = _within_the_map(request, run.pair, progress)
     identified = [_identity(name, functions.get(name)) for name in criteria]
-    inputs = _inputs(request, pair, prompt_file, identified, texts)
-    progress.advance(1)
-    with Journal(request.out, inputs, request.restart) as journal:
-        if journal.resumed:
-            progress.note(f"continuing the run in {journal.folder}")
-        resident = ResidentModel(pair, DTYPES[request.dtype], request.device, request.max_memory)
+    with journal_of(
+        request, run, request.out, progress, restart=request.restart, criterion=identified
+    ) as journal:
+        resident = run.load(request.max_memory)
         if request.max_memory is not None:
             progress.note(f"weights: {resident.where}")
-        samples = [Sample(tuple(ids)) for ids in texts.prompts]
+        samples = [Sample(tuple(ids)) for ids in run.texts.prompts]
         if any(c != "anchor" for c in criteria):
-            samples = with_responses(request, texts, tokenizer, resident, journal, progress)
-        footprint = Footprint.of(pair, resident.dtype)
+            samples = run.samples(resident, journal)
+        footprint = Footprint.of(run.pair, resident.dtype)
         progress.stage("base and expert on the prompts", 1, "pair")
-        batch_size, references = _fitting(
-            _first_size(request, samples, opened.vocabulary, footprint, journal),
-            lambda size: measure_references(
-                resident,
-                samples,
-                contrast_batches(texts.contrasts, size, request.device)
-                if "anchor" in criteria
-                else ([], []),
-                criteria,
-                request.anchor_layer,
-                size,
-                functions=functions,
-            ),
-            progress,
-            fixed=journal.load(BATCH_SIZE) is not None,
+        size, references = _references(
+            request, run, criteria, functions, resident, samples, journal
         )
-        journal.block(BATCH_SIZE, lambda: {"sequences": torch.tensor([batch_size])})
         progress.advance(1)
         warn_of_wrong_sign(references, progress)
-        context = SweepContext(resident, references, criteria, batch_size)
-        with cluster(context, progress) if request.ray else nullcontext() as workers:
-            run = SweepRun(request, context, journal, progress, workers)
-            run.all()
-        result = ScoreFile(
-            make_manifest(request, pair, prompt_file, criteria, references, run, journal.created),
-            score_tensors(run, pair, references),
-        )
-        write(result, request.out)
+        recordings = Recordings(resident, references, criteria)
+        at_once = AtOnce(size, progress.note, recordings.forget)
+        spread = cluster(recordings, at_once, progress) if request.ray else nullcontext()
+        with spread as workers:
+            sweeps = Sweeps(request, recordings, at_once, journal, progress, workers)
+            sweeps.all()
+        manifest = _manifest(request, run, references, sweeps, journal.created)
+        result = ScoreFile(manifest, score_tensors(sweeps))
+        if request.out is not None:
+            write(result, request.out)
         journal.discard()
-    progress.note(memory_used(before, resident, footprint, samples, context.batch_size))
+    progress.note(memory_used(before, resident, footprint, samples, at_once.size))
     return result
 
 
-def _first_size(
-    request: ScoreRequest,
-    samples: Sequence[Sample],
-    vocabulary: int,
-    footprint: Footprint,
-    journal: Journal,
-) -> int:
-    """Sequences per forward: as asked, as in the run that is continued, or what seems to fit."""
-    if (earlier := journal.load(BATCH_SIZE)) is not None:
-        return int(earlier["sequences"])
-    if request.batch_size is not None:
-        return request.batch_size
-    fitting = footprint.fits(samples, free_memory(request.device))
-    return min(fitting, auto_batch_size(samples, vocabulary, request.device))
+def score_tensors(sweeps: Sweeps) -> dict[str, torch.Tensor]:
+    """All tensors of the score file."""
+    tensors: dict[str, torch.Tensor] = {}
+    recordings = sweeps.recordings
+    for estimand, c, kind in sweeps.changes:
+        if kind not in sweeps.request.kinds:
+            continue
+        scores, errors = sweeps.scores(estimand, c, kind)
+        tensors[f"{estimand}/{c}/{kind}"] = scores.float()
+        if recordings.n_prompts > 1:
+            tensors[f"{estimand}/{c}/{kind}.se"] = errors.float()
+    norms = list(recordings.pair.delta_norm.values())
+    tensors["delta_norm"] = torch.tensor(norms, dtype=torch.float32)
+    anchor = recordings.references.targets[0].anchor
+    if anchor is not None:
+        tensors["anchor/vector"] = anchor.vector.float().cpu()
+    return tensors
 
 
-def _fitting(
-    size: int, run: Callable[[int], References], progress: Progress, *, fixed: bool
-) -> tuple[int, References]:
-    """Halve the size until memory suffices, unless it is fixed by what is done already."""
-    if not fixed:
-        return fitting(size, run, progress.note)
-    try:
-        return size, run(size)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    raise UserError(
-        f"this run was begun with {size} sequences per forward pass, for which there is "
-        f"no memory now; free some, or add {option('restart', True)} to begin anew"
+def _manifest(
+    request: ScoreRequest, run: Run, references: References, sweeps: Sweeps, created: str
+) -> Manifest:
+    return Manifest(
+        **common_fields(request, run.pair, run.prompts, references),
+        criteria=sweeps.criteria,
+        estimands=request.estimand,
+        anchor=references.anchor,
+        fidelity=sweeps.fidelity,
+        noise_floor=sweeps.noise,
+        completeness=sweeps.completeness,
+        stability=tuple(_halves(sweeps)),
+        company=None,
+        command=command_of(request),
+        created=created,
     )
+
+
+def common_fields(
+    request: ScoreRequest, pair: Pair, prompts: PromptSet, references: References
+) -> dict[str, Any]:
+    """What every manifest says: the models, the prompts, the reference values."""
+    dims = pair.partition.dims
+    return {
+        "base": model_id(pair.base),
+        "expert": model_id(pair.expert),
+        "behavior": request.behavior or prompts.name,
+        "n_prompts": len(prompts.prompts),
+        "prompts_sha256": prompts.sha256,
+        "responses": prompts.responses,
+        "architecture": pair.base.architecture,
+        "n_layers": dims.n_layers,
+        "n_heads": dims.n_heads,
+        "n_kv_groups": dims.n_kv_groups,
+        "n_neurons": dims.n_neurons,
+        "hidden_size": int(pair.base.text_config.hidden_size),
+        "kinds": request.kinds,
+        "scale": {
+            name: Scale(base=float(r.base.mean()), expert=float(r.expert.mean()))
+            for name, r in references.values.items()
+        },
+        "tensor_names": pair.partition.tensor_names,
+        "dtype": request.dtype,
+        "seed": request.seed,
+        "versions": versions(),
+    }
+
+
+def model_id(checkpoint: Checkpoint) -> ModelId:
+    """What a manifest says of a checkpoint."""
+    return ModelId(
+        reference=checkpoint.name,
+        revision=checkpoint.revision,
+        config_hash=checkpoint.config_hash,
+        weights_dtype=checkpoint.weights_dtype,
+    )
+
+
+def _halves(sweeps: Sweeps) -> Iterator[Agreement]:
+    """How alike the rankings by random halves of the prompts are, kind by kind."""
+    for (estimand, c, kind), changes in sweeps.changes.items():
+        if kind not in sweeps.request.kinds:
+            continue
+        distance = sweeps.recordings.references.values[c].distance.double().cpu().numpy()
+        found = between_halves(changes.flatten(1).numpy(), distance, sweeps.request.seed)
+        if found is not None:
+            yield Agreement(
+                against="halves",
+                name="",
+                estimand=estimand,
+                criterion=c,
+                kind=kind,
+                **vars(found),
+            )
+
+
+def _references(
+    request: ScoreRequest,
+    run: Run,
+    criteria: Criteria,
+    functions: Mapping[CriterionName, CriterionFunction],
+    resident: ResidentModel,
+    samples: Sequence[Sample],
+    journal: Journal,
+) -> tuple[int, References]:
+    """Base and expert on the prompts, and the sequences a forward pass that memory was there for.
+
+    As many as asked for, as in the run that is continued, or as seem to fit.
+    """
+    earlier = journal.load(BATCH_SIZE)
+
+    def measured(size: int) -> References:
+        contrasts: tuple[list[int], list[PromptBatch]] = ([], [])
+        if "anchor" in criteria:
+            contrasts = contrast_batches(run.texts.contrasts, size, request.device)
+        return measure_references(
+            resident,
+            samples,
+            contrasts,
+            criteria,
+            request.anchor_layer,
+            size,
+            functions=functions,
+        )
+
+    if earlier is not None:
+        size = int(earlier["sequences"])
+        try:
+            return size, measured(size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        raise UserError(
+            f"this run was begun with {size} sequences per forward pass, for which there is "
+            f"no memory now; free some, or add {option('restart', True)} to begin anew"
+        )
+    size = run.batch_size(samples)
+    if request.batch_size is None:
+        fits = Footprint.of(run.pair, resident.dtype).fits(samples, free_memory(request.device))
+        size = min(size, fits)
+    size, references = fitting(size, measured, run.progress.note)
+    journal.block(BATCH_SIZE, lambda: {"sequences": torch.tensor([size])})
+    return size, references
 
 
 def memory_used(
@@ -210,16 +308,22 @@ def _check_request(
         )
     if request.criterion is None and sum(p.usable_contrast for p in prompts) == 1:
         progress.note("only one prompt has a contrast, too few for an anchor; scoring kl alone")
+    if request.out is not None:
+        _check_out(request.out)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse to write over what is no score file."""
     try:
-        exists = request.out.is_file()
+        exists = out.is_file()
     except OSError as error:  # a name too long, say
-        raise UserError(f"{request.out} cannot be written: {error.strerror}") from error
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
     if exists:
         try:
-            read(request.out)
+            read(out)
         except UserError as error:
             raise UserError(
-                f"{option('out', request.out)} exists and is no score file; choose another name"
+                f"{option('out', out)} exists and is no score file; choose another name"
             ) from error
 
 
@@ -248,29 +352,6 @@ def _within_the_map(request: ScoreRequest, pair: Pair, progress: Progress) -> Sc
 def _identity(name: CriterionName, function: CriterionFunction | None) -> str:
     """A criterion as a journal knows it: a caller's function by its source too."""
     return name if function is None else f"{name} {source_sha256(function)}"
-
-
-def _inputs(
-    request: ScoreRequest,
-    pair: Pair,
-    prompts: PromptFile,
-    criteria: Sequence[str],
-    texts: Encoded,
-) -> dict[str, Any]:
-    """All that the results depend on, by the names a user knows."""
-    places = {"out", "restart", "ray", "device_map", "max_memory"}
-    options = request.model_dump(mode="json", exclude={*places, "prompts", "criterion"})
-    return {
-        **options,
-        "criterion": list(criteria),
-        "prompts": prompts.sha256,
-        "tokens": texts.sha256(),
-        "base weights": pair.base.weights_sha256(),
-        "expert weights": pair.expert.weights_sha256(),
-        "base config": pair.base.config_hash,
-        "expert config": pair.expert.config_hash,
-        "mergekit-wp": mergekit_wp.__version__,
-    }
 
 
 def warn_of_wrong_sign(references: References, progress: Progress) -> None:

@@ -9,15 +9,22 @@ import torch
 
 from mergekit_wp.criteria import fisher_at_expert, recovery
 from mergekit_wp.files.manifest import Fidelity
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.recordings import Result, SweepContext, criterion_and_kind
-from mergekit_wp.scoring.cluster import Cluster, Sweep
-from mergekit_wp.scoring.exact import exact_blocks, noise_blocks
+from mergekit_wp.runs.recordings import Recordings, Result
+from mergekit_wp.scoring.blocks import (
+    Block,
+    Selected,
+    exact_blocks,
+    first_order_blocks,
+    noise_blocks,
+    share_blocks,
+)
+from mergekit_wp.scoring.cluster import Cluster
 from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
-from mergekit_wp.scoring.first_order import first_order_blocks
+from mergekit_wp.scoring.measure import measure
 from mergekit_wp.scoring.request import ScoreRequest
-from mergekit_wp.scoring.shares import share_blocks
 from mergekit_wp.terms import (
     KINDS,
     SLICED_KINDS,
@@ -31,22 +38,32 @@ from mergekit_wp.terms import (
 )
 
 
-class SweepRun:
+class Sweeps:
     """The sweeps of one request, and the changes they found.
 
     ``changes[estimand, criterion, kind]`` is ``[prompts, *shape of the kind]``.
+
+    Args:
+        request: what to measure.
+        recordings: of its models on its prompts.
+        at_once: how many sequences go through the model together.
+        journal: keeps finished blocks.
+        progress: told of every block.
+        cluster: computes them, if not this process.
     """
 
     def __init__(
         self,
         request: ScoreRequest,
-        context: SweepContext,
+        recordings: Recordings,
+        at_once: AtOnce,
         journal: Journal,
         progress: Progress,
         cluster: Cluster | None = None,
     ) -> None:
-        self.request, self.context = request, context
+        self.request, self.recordings, self.at_once = request, recordings, at_once
         self.journal, self.progress, self.cluster = journal, progress, cluster
+        self.criteria, self.partition = recordings.criteria, recordings.partition
         self.changes: dict[tuple[Estimand, CriterionName, Kind], torch.Tensor] = {}
         self.fidelity: dict[str, Fidelity] = {}
         self.noise: dict[CriterionName, float] = {}
@@ -65,64 +82,72 @@ class SweepRun:
         if not any(estimand in ("gain", "knockout") for estimand in swaps):
             self._noise("gain")
 
-    def _finished(self, name: str, sweep: Sweep) -> Iterator[tuple[str, Result]]:
-        """Run a sweep's blocks, or take them from the journal; by key, in the sweep's order."""
-        listed = list(sweep(self.context))
+    def _finished(self, name: str, blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
+        """Compute a sweep's blocks, or take them from the journal; in the sweep's order."""
+        listed = list(blocks)
+        costs = {b: b.cost(self.recordings, self.at_once.size) for b in listed}
         if listed:
-            self.progress.stage(name, sum(block.cost for block in listed), "forward")
+            self.progress.stage(name, sum(costs.values()), "forward")
         computed = set()
         if self.cluster is not None:
-            costs = {b.key: b.cost for b in listed if not self.journal.has(b.key)}
-            computed = set(costs)
+            missing = [block for block in listed if not self.journal.has(block.key)]
+            computed = set(missing)
 
-            def keep(key: str, result: Result) -> None:
-                self.journal.save(key, result)
-                self.progress.advance(costs[key])
+            def keep(block: Block, result: Result) -> None:
+                self.journal.save(block.key, result)
+                self.progress.advance(costs[block])
 
-            self.cluster.run(sweep, list(costs), keep)
+            self.cluster.run(missing, keep)
         for block in listed:
-            run = partial(self.context.fitting, block, self.progress.note)
+            run = partial(measure, block, self.recordings, self.at_once)
             result, resumed = self.journal.block(block.key, run)
-            yield block.key, result
-            if block.key not in computed:
-                self.progress.advance(block.cost, resumed=resumed)
+            yield block, result
+            if block not in computed:
+                self.progress.advance(costs[block], resumed=resumed)
+
+    def _by_kind(self, result: Result) -> Iterator[tuple[CriterionName, Kind, torch.Tensor]]:
+        for c in self.criteria:
+            for kind in KINDS:
+                if (value := result.get(f"{c}/{kind}")) is not None:
+                    yield c, kind, value
 
     def _shape(self, kind: Kind) -> tuple[int, ...]:
-        dims = self.context.partition.dims
+        dims = self.partition.dims
         if kind == "layer":
             return (dims.n_layers,)
         if kind == "tensor":
-            return (len(self.context.partition.tensor_names),)
+            return (len(self.partition.tensor_names),)
         return (dims.n_layers, dims.count(kind))
 
     def _zeros(self, estimand: Estimand, kinds: Iterable[Kind]) -> None:
         for kind in kinds:
-            for c in self.context.criteria:
-                shape = (self.context.n_prompts, *self._shape(kind))
+            for c in self.criteria:
+                shape = (self.recordings.n_prompts, *self._shape(kind))
                 self.changes[estimand, c, kind] = torch.zeros(shape, dtype=torch.float64)
 
-    def _members(self, key: str) -> torch.Tensor:
-        number = next(part for part in key.split(".") if part.startswith("batch"))
-        return self.context.references.batches[int(number[5:])].members
+    def _members(self, block: Block) -> torch.Tensor:
+        return self.recordings.references.batches[block.batch].members
+
+    def _distance(self, c: CriterionName) -> torch.Tensor:
+        return self.recordings.references.values[c].distance.double()
 
     def _share(self) -> None:
         self._zeros("share", KINDS)
         steps = self.request.share_steps
-        for key, result in self._finished("share", partial(share_blocks, steps=steps)):
-            members = self._members(key)
-            for name, value in result.items():
-                c, kind = criterion_and_kind(name)
+        for block, result in self._finished("share", share_blocks(self.recordings, steps)):
+            members = self._members(block)
+            for c, kind, value in self._by_kind(result):
                 self.changes["share", c, kind][members] += value.double() / steps
-        partition = self.context.partition
+        partition = self.partition
         of_layer = torch.zeros((len(partition.tensor_names), partition.dims.n_layers)).double()
         for i, name in enumerate(partition.tensor_names):
             if (layer := partition.layouts[name].layer) is not None:
                 of_layer[i, layer] = 1
         whole = [partition.tensor_names.index(name) for name in partition.whole_tensors]
-        for c in self.context.criteria:
+        for c in self.criteria:
             tensors = self.changes["share", c, "tensor"]
             self.changes["share", c, "layer"] = tensors @ of_layer
-            distance = self.context.references.values[c].distance.double()
+            distance = self._distance(c)
             fine = tensors[:, whole].sum(-1)
             for kind in SLICED_KINDS:
                 fine = fine + self.changes["share", c, kind].flatten(1).sum(-1)
@@ -133,19 +158,17 @@ class SweepRun:
                 )
 
     def _noise(self, estimand: Estimand) -> None:
-        sweep = partial(noise_blocks, estimand=estimand)
-        for _, result in self._finished("noise floor", sweep):
-            members = self.context.references.batches[0].members
-            for c in self.context.criteria:
-                change = result[c]
-                distance = self.context.references.values[c].distance[members].double()
+        blocks = noise_blocks(self.recordings, estimand)
+        for block, result in self._finished("noise floor", blocks):
+            for c in self.criteria:
+                change, distance = result[c], self._distance(c)[self._members(block)]
                 floor = float((change.double().mean(-1) / distance.mean()).abs().max())
                 self.noise[c] = max(floor, self.noise.get(c, 0.0))
 
     def _affordable(self, estimand: Estimand, kind: FineKind) -> bool:
-        context, dims = self.context, self.context.partition.dims
-        layers = [i for i in range(dims.n_layers) if context.differs(estimand, kind, i)]
-        cost = dims.count(kind) * sum(context.depth(layer) for layer in layers)
+        recordings, dims = self.recordings, self.partition.dims
+        layers = [i for i in range(dims.n_layers) if recordings.differs(estimand, kind, i)]
+        cost = dims.count(kind) * sum(recordings.depth(layer) for layer in layers)
         return cost <= self.request.exact_budget
 
     def _exact_kinds(self, estimand: Estimand) -> list[Kind]:
@@ -157,8 +180,7 @@ class SweepRun:
 
     def _all_of(self, estimand: Estimand, kind: Kind) -> list[list[int]]:
         """Indices by layer of every component of a kind that can change anything."""
-        context, partition = self.context, self.context.partition
-        n_layers = partition.dims.n_layers
+        partition, n_layers = self.partition, self.partition.dims.n_layers
         if kind == "tensor":
             lists: list[list[int]] = [[] for _ in range(n_layers + 1)]
             for i, name in enumerate(partition.tensor_names):
@@ -167,29 +189,26 @@ class SweepRun:
                     lists[n_layers if layer is None else layer].append(i)
             return lists
         count = 1 if kind == "layer" else partition.dims.count(kind)
-        differ = [context.differs(estimand, kind, i) for i in range(n_layers)]
+        differ = [self.recordings.differs(estimand, kind, i) for i in range(n_layers)]
         return [list(range(count)) if differ[i] else [] for i in range(n_layers)]
 
     def _tensor_differs(self, estimand: Estimand, name: str) -> bool:
-        context, layer = self.context, self.context.partition.layouts[name].layer
-        if name in context.resident.pair.changed or not of_activations(estimand):
-            return name in context.resident.pair.changed
-        if name in context.entrance:
+        pair, layer = self.recordings.pair, self.partition.layouts[name].layer
+        if name in pair.changed or not of_activations(estimand):
+            return name in pair.changed
+        if name in pair.entrance:
             return False
-        n_layers = context.partition.dims.n_layers
-        return context.differs(estimand, "layer", n_layers - 1 if layer is None else layer)
+        return pair.diverges(self.partition.dims.n_layers - 1 if layer is None else layer)
 
     def _exact(self, estimand: Estimand) -> None:
         kinds = self._exact_kinds(estimand)
         self._zeros(estimand, kinds)
         selected = {kind: self._all_of(estimand, kind) for kind in kinds}
-        sweep = partial(exact_blocks, estimand=estimand, selected=selected, label="exact")
-        for key, result in self._finished(f"{estimand}, exact", sweep):
-            members, layer = self._members(key), int(key.split(".layer")[-1])
-            for name, value in result.items():
-                c, kind = criterion_and_kind(name)
-                target = self.changes[estimand, c, kind]
-                indices = selected[kind][layer]
+        blocks = exact_blocks(self.recordings, estimand, selected)
+        for block, result in self._finished(f"{estimand}, exact", blocks):
+            members, layer, chosen = self._members(block), block.layer, dict(block.chosen)
+            for c, kind, value in self._by_kind(result):
+                target, indices = self.changes[estimand, c, kind], chosen[kind]
                 rows = value.T.double()
                 if kind == "tensor":
                     target[members.unsqueeze(-1), torch.tensor(indices)] = rows
@@ -198,7 +217,7 @@ class SweepRun:
                 else:
                     target[members.unsqueeze(-1), layer, torch.tensor(indices)] = rows
         for kind in kinds:
-            for c in self.context.criteria:
+            for c in self.criteria:
                 self.fidelity[f"{estimand}/{c}/{kind}"] = Fidelity(method="exact")
 
     def _first_order(self, estimand: Estimand) -> None:
@@ -209,37 +228,35 @@ class SweepRun:
         if not kinds:
             return
         self._zeros(estimand, kinds)
-        seed = self.request.seed
-        sweep = partial(first_order_blocks, estimand=estimand, kinds=kinds, seed=seed)
-        for key, result in self._finished(f"{estimand}, first-order", sweep):
-            members = self._members(key)
-            for name, value in result.items():
-                c, kind = criterion_and_kind(name)
+        blocks = first_order_blocks(self.recordings, estimand, kinds, self.request.seed)
+        for block, result in self._finished(f"{estimand}, first-order", blocks):
+            members = self._members(block)
+            for c, kind, value in self._by_kind(result):
                 self.changes[estimand, c, kind][members] = value.transpose(0, 1).double()
         self._verify(estimand, kinds)
 
     def _verify(self, estimand: Estimand, kinds: list[FineKind]) -> None:
         """Swap the leaders and a uniform sample exactly, and compare."""
-        context, k = self.context, self.request.verify
+        recordings, k = self.recordings, self.request.verify
         top: dict[tuple[str, str], list[int]] = {}
         random: dict[str, list[int]] = {}
         selected: dict[Kind, list[list[int]]] = {}
-        n_layers = context.partition.dims.n_layers
+        n_layers = self.partition.dims.n_layers
         for kind in kinds:
-            count = context.partition.dims.count(kind)
-            changed = torch.tensor([context.differs(estimand, kind, i) for i in range(n_layers)])
+            count = self.partition.dims.count(kind)
+            changed = torch.tensor([recordings.differs(estimand, kind, i) for i in range(n_layers)])
             candidates = changed.unsqueeze(-1).expand(n_layers, count)
             random[kind] = uniform_sample(candidates, k, self.request.seed)
-            for c in context.criteria:
+            for c in self.criteria:
                 top[c, kind] = leaders(self.scores(estimand, c, kind)[0], k)
-            chosen = {*random[kind], *(i for c in context.criteria for i in top[c, kind])}
+            chosen = {*random[kind], *(i for c in self.criteria for i in top[c, kind])}
             selected[kind] = [
                 sorted(i % count for i in chosen if i // count == layer)
                 for layer in range(n_layers)
             ]
         exact = self._swapped(estimand, selected)
         for kind in kinds:
-            for c in context.criteria:
+            for c in self.criteria:
                 second = of_knockout(estimand) and fisher_at_expert(c)
                 method: ScoringMethod = "second-order" if second else "first-order"
                 predicted = self.scores(estimand, c, kind)[0]
@@ -248,28 +265,24 @@ class SweepRun:
                 )
 
     def _swapped(
-        self, estimand: Estimand, selected: dict[Kind, list[list[int]]]
+        self, estimand: Estimand, selected: Selected
     ) -> dict[tuple[str, str], torch.Tensor]:
         """Exact scores of selected components, zero elsewhere, flat, by criterion and kind."""
-        context, criteria = self.context, self.context.criteria
+        n_prompts = self.recordings.n_prompts
         changes = {
-            (c, kind): torch.zeros((*self._shape(kind), context.n_prompts), dtype=torch.float64)
+            (c, kind): torch.zeros((*self._shape(kind), n_prompts), dtype=torch.float64)
             for kind in selected
-            for c in criteria
+            for c in self.criteria
         }
-        sweep = partial(exact_blocks, estimand=estimand, selected=selected, label="verify")
-        for key, result in self._finished(f"{estimand}, verifying", sweep):
-            members, layer = self._members(key), int(key.split(".layer")[-1])
-            for kind, lists in selected.items():
-                if not lists[layer]:
-                    continue
-                for c in criteria:
-                    rows = torch.tensor(lists[layer]).unsqueeze(-1)
-                    changes[c, kind][layer, rows, members] = result[f"{c}/{kind}"].double()
+        blocks = exact_blocks(self.recordings, estimand, selected, "verify")
+        for block, result in self._finished(f"{estimand}, verifying", blocks):
+            chosen = dict(block.chosen)
+            for c, kind, value in self._by_kind(result):
+                rows = torch.tensor(chosen[kind]).unsqueeze(-1)
+                changes[c, kind][block.layer, rows, self._members(block)] = value.double()
         sign = -1.0 if of_knockout(estimand) else 1.0
         return {
-            (c, kind): sign
-            * (change.mean(-1) / context.references.values[c].distance.double().mean()).flatten()
+            (c, kind): sign * (change.mean(-1) / self._distance(c).mean()).flatten()
             for (c, kind), change in changes.items()
         }
 
@@ -280,4 +293,4 @@ class SweepRun:
         change = self.changes[estimand, c, kind].movedim(0, -1)
         # knockout = 1 - r(expert with c from the base): what the criterion loses
         change = -change if of_knockout(estimand) else change
-        return recovery(change, self.context.references.values[c].distance.double())
+        return recovery(change, self._distance(c))

@@ -1,0 +1,284 @@
+"""Compute a block: real swaps, first-order passes, and gradients along the path to the expert.
+
+Results are changes per prompt, so that standard errors can be taken at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from mergekit_wp.components import Partition
+from mergekit_wp.criteria import Criteria, fisher_at_expert
+from mergekit_wp.engine.activation_swaps import put_layer, put_modules, put_outside_layers
+from mergekit_wp.engine.donor import Donor, LayerWeights
+from mergekit_wp.engine.gradients import (
+    PROBES,
+    PROBES_AT_ONCE,
+    BlockGradients,
+    criterion_gradients,
+    probe_gradients,
+    project,
+    record_with_gradients,
+)
+from mergekit_wp.engine.integrated_gradients import (
+    TaskVector,
+    TensorContributions,
+    contributions,
+)
+from mergekit_wp.engine.replay import Receiver, Values
+from mergekit_wp.engine.weight_swaps import (
+    identity,
+    joined,
+    swap_layer_weights,
+    swap_outside_layers,
+    swap_slices,
+    swap_whole,
+)
+from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.runs.recordings import (
+    Portion,
+    Recordings,
+    Result,
+    in_portions,
+    receiver_position,
+)
+from mergekit_wp.scoring.blocks import Block
+from mergekit_wp.terms import (
+    SLICED_KINDS,
+    CriterionName,
+    Kind,
+    of_activations,
+    of_knockout,
+)
+
+
+def measure(block: Block, recordings: Recordings, at_once: AtOnce) -> Result:
+    """A block's result, with fewer patches or prompts at once wherever memory runs out.
+
+    Returns:
+        Under ``criterion/kind``: changes ``[C, n]`` of patches, ``[layers, n, count]`` of a
+        first-order pass; contributions ``[n, layers, count]`` or ``[n, tensors]`` of a step of the
+        share integral. Of the noise floor ``[1, n]`` under ``criterion``.
+
+    Raises:
+        OutOfMemory: there is not even memory for one sequence.
+    """
+    compute = {
+        "share": _step,
+        "first-order": _first_order,
+        "exact": _patch,
+        "verify": _patch,
+        "noise": _noise,
+    }[block.sweep]
+
+    def work(portion: Portion) -> Result:
+        return compute(block, recordings, portion)
+
+    return in_portions(recordings, at_once, block.batch, work, block.prompts)
+
+
+# --- exact swaps ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _patch(block: Block, recordings: Recordings, portion: Portion) -> Result:
+    """Heads, K/V groups and neurons alike for weights and activations; the rest by either."""
+    position, estimand, layer = receiver_position(block.estimand), block.estimand, block.layer
+    assert layer is not None
+    receiver, chosen = recordings.receiver(position, portion), dict(block.chosen)
+    found: dict[Kind, Values] = {}
+    if sliced := [kind for kind in SLICED_KINDS if kind in chosen]:
+        inputs = recordings.changes(estimand, layer, receiver, sliced)
+        for kind in sliced:
+            found[kind] = swap_slices(receiver, layer, kind, inputs[kind], chosen[kind])
+    if "layer" in chosen or "tensor" in chosen:
+        every = recordings.partition.tensor_names
+        names = [every[i] for i in chosen.get("tensor", ())]
+        patch = _put if of_activations(estimand) else _swap if recordings.mapped else _run_anew
+        donor = recordings.donor(position)
+        found |= patch(receiver, donor, layer, "layer" in chosen, names)
+    own = receiver.own
+    return {f"{c}/{kind}": v[c] - own[c] for kind, v in found.items() for c in receiver.criteria}
+
+
+def _swap(
+    receiver: Receiver, donor: Donor, layer: int, whole: bool, names: Sequence[str]
+) -> dict[Kind, Values]:
+    """Weights of a whole layer, and of tensors."""
+    if layer == receiver.decoder.dims.n_layers:
+        weights = donor.tensors(names)
+        parts = [swap_outside_layers(receiver, name, weights[name]) for name in names]
+        return {"tensor": joined(parts, receiver.criteria)}
+    state = donor.layer(layer)
+    swaps: list[LayerWeights] = [state] if whole else []
+    swaps += [{name: state[name]} for name in _within(receiver, names)]
+    values = swap_layer_weights(receiver, layer, swaps)
+    found: dict[Kind, Values] = {}
+    if whole:
+        found["layer"] = {c: v[:1] for c, v in values.items()}
+        values = {c: v[1:] for c, v in values.items()}
+    if names:
+        found["tensor"] = values
+    return found
+
+
+def _put(
+    receiver: Receiver, donor: Donor, layer: int, whole: bool, names: Sequence[str]
+) -> dict[Kind, Values]:
+    """Activations of a layer, and of the modules that tensors belong to."""
+    if layer == receiver.decoder.dims.n_layers:
+        parts = [put_outside_layers(receiver, donor, name) for name in names]
+        return {"tensor": joined(parts, receiver.criteria)}
+    found: dict[Kind, Values] = {}
+    if whole:
+        found["layer"] = put_layer(receiver, layer, donor)
+    if names:
+        found["tensor"] = put_modules(receiver, layer, donor, _within(receiver, names))
+    return found
+
+
+def _run_anew(
+    receiver: Receiver, donor: Donor, layer: int, whole: bool, names: Sequence[str]
+) -> dict[Kind, Values]:
+    """Weights of a layer and of tensors, where there is no map to replay by."""
+    sets: dict[Kind, list[list[str]]] = {}
+    if whole:
+        sets["layer"] = [list(donor.pair.partition.layer_tensors(layer))]
+    if names:
+        sets["tensor"] = [[name] for name in names]
+    return {
+        kind: swap_whole(receiver, (donor.tensors(some) for some in every))
+        for kind, every in sets.items()
+    }
+
+
+def _within(receiver: Receiver, names: Sequence[str]) -> list[str]:
+    """Tensors of one layer by their names within it."""
+    places = [receiver.decoder.architecture.within_layer(name) for name in names]
+    return [place[1] for place in places if place is not None]
+
+
+@torch.no_grad()
+def _noise(block: Block, recordings: Recordings, portion: Portion) -> Result:
+    """What a layer's heads, or the layer where there is no map, score when swapped for itself."""
+    position, layer = receiver_position(block.estimand), block.layer
+    assert layer is not None
+    receiver = recordings.receiver(position, portion)
+    if recordings.mapped:
+        same = identity(receiver, layer)
+    else:
+        names = list(recordings.partition.layer_tensors(layer))
+        same = swap_whole(receiver, [recordings.donor(1.0 - position).tensors(names)])
+    changes = {c: same[c] - receiver.own[c] for c in receiver.criteria}
+    worst = {c: int(change.mean(-1).abs().argmax()) for c, change in changes.items()}
+    return {c: change[worst[c] : worst[c] + 1] for c, change in changes.items()}
+
+
+# --- first order ------------------------------------------------------------------------------
+
+
+def _first_order(block: Block, recordings: Recordings, portion: Portion) -> Result:
+    """The component's own change exactly, all that is downstream of it linearly."""
+    estimand, dims = block.estimand, recordings.partition.dims
+    kinds = [kind for kind in SLICED_KINDS if kind in dict(block.chosen)]
+    recordings.resident.move_to(receiver_position(estimand))
+    (batch, targets), decoder = recordings.prompts(portion), recordings.decoder
+    recording = record_with_gradients(decoder, batch)
+    receiver = Receiver(decoder, recording, recordings.criteria, targets)
+    found: Result = {
+        f"{c}/{kind}": torch.zeros((dims.n_layers, batch.size, dims.count(kind))).double()
+        for kind in kinds
+        for c in recordings.criteria
+    }
+    for terms in _gradient_terms(block, receiver):
+        with torch.no_grad():
+            for layer in range(dims.n_layers):
+                changed = [k for k in kinds if recordings.differs(estimand, k, layer)]
+                if not changed:
+                    continue
+                inputs = recordings.changes(estimand, layer, receiver, changed)
+                wanted = {kind: inputs[kind] for kind in changed}
+                for criterion, gradients, squared in terms:
+                    for kind, change in project(gradients, wanted, layer, batch.size).items():
+                        change = change.cpu().double()
+                        # KL is half the probes' mean square, and v = -KL
+                        term = -change.square() / (2 * PROBES) if squared else change
+                        found[f"{criterion}/{kind}"][layer] += term
+                del inputs, wanted  # the donor's weights of one layer at a time
+    return found
+
+
+def _gradient_terms(
+    block: Block, receiver: Receiver
+) -> Iterator[list[tuple[CriterionName, BlockGradients, bool]]]:
+    """Criterion, gradients and whether the projection is squared, a few at a time for memory."""
+    second_order: Criteria = tuple(
+        c for c in receiver.criteria if of_knockout(block.estimand) and fisher_at_expert(c)
+    )
+    linear: Criteria = tuple(c for c in receiver.criteria if c not in second_order)
+    if linear:
+        gradients = criterion_gradients(replace(receiver, criteria=linear))
+        yield [(c, gradient, False) for c, gradient in gradients.items()]
+    if second_order:
+        probes = probe_gradients(receiver, block.seed)
+        while some := list(islice(probes, PROBES_AT_ONCE)):
+            yield [(c, probe, True) for c in second_order for probe in some]
+
+
+# --- shares -----------------------------------------------------------------------------------
+
+
+def _step(block: Block, recordings: Recordings, portion: Portion) -> Result:
+    """Gradients times the task vector at one midpoint between base and expert."""
+    assert block.step is not None
+    step, steps = block.step
+    resident, partition = recordings.resident, recordings.partition
+    resident.move_to((step + 0.5) / steps)
+    batch, targets = recordings.prompts(portion)
+    per_criterion = contributions(
+        recordings.decoder,
+        batch,
+        partition,
+        [TaskVector.of(resident.pair, resident.dtype, resident.device)],
+        recordings.criteria,
+        targets,
+    )
+    return {
+        f"{c}/{kind}": value
+        for c, (per_tensor,) in per_criterion.items()
+        for kind, value in _by_kind(partition, per_tensor, batch.size).items()
+    }
+
+
+def _by_kind(
+    partition: Partition, per_tensor: TensorContributions, n: int
+) -> dict[Kind, torch.Tensor]:
+    """Contributions summed into components.
+
+    Args:
+        partition: the components.
+        per_tensor: ``[n, components of the tensor]`` by tensor name.
+        n: number of prompts.
+
+    Returns:
+        float64 ``[n, layers, count]`` for sliced kinds; ``[n, tensors]`` for ``tensor``, every
+        tensor with its whole sum.
+    """
+    dims = partition.dims
+    found: dict[Kind, torch.Tensor] = {
+        kind: torch.zeros((n, dims.n_layers, dims.count(kind)), dtype=torch.float64)
+        for kind in SLICED_KINDS
+    }
+    found["tensor"] = torch.zeros((n, len(partition.tensor_names)), dtype=torch.float64)
+    for i, name in enumerate(partition.tensor_names):
+        if name not in per_tensor:
+            continue
+        layout, value = partition.layouts[name], per_tensor[name].cpu().double()
+        found["tensor"][:, i] = value.sum(-1)
+        if not layout.whole:
+            partition.add(found, name, value)
+    return found
