@@ -191,7 +191,7 @@ def test_verify_takes_its_sets_and_measures_them_by_the_others(tmp_path) -> None
 
 
 def test_a_recipe_may_merge_by_it(tmp_path) -> None:
-    family = Family.make(tmp_path, llama_config(), criterion=("kl", "margin"))
+    family = Family.make(tmp_path, llama_config(), criteria=("kl", "margin"))
     recipe = family.recipe(parameters={"criterion": "margin"})
     merged = by_mergekit(recipe, tmp_path / "out")
     states = [expert.state for expert in family.experts]
