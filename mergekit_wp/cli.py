@@ -7,9 +7,9 @@ import sys
 
 import click
 
-import mergekit_wp
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.interrupts import Interrupted, listening
+from mergekit_wp.version import __version__
 
 # subcommand -> (module attribute that holds it, line in --help); loaded only when called, so
 # that --help does not wait for torch
@@ -63,7 +63,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(mergekit_wp.__version__, prog_name="mergekit-wp")
+@click.version_option(__version__, prog_name="mergekit-wp")
 def cli() -> None:
     """Mechanism-aware model merging.
 

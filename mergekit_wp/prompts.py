@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +106,32 @@ def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts")
             'such as {"prompt": "..."}'
         )
     return PromptSet(tuple(prompts[:limit]), hashlib.sha256(content).hexdigest(), where, name)
+
+
+def prompt_source(given: Any) -> PromptSource:
+    """Prompts as a caller from Python gives them.
+
+    Args:
+        given: a path; or an iterable, such as a list or a dataset, of texts, chats (lists of
+            messages), `Prompt` objects and mappings with ``prompt`` and optional ``contrast`` and
+            ``response``.
+
+    Raises:
+        UserError: names the first that is none of these.
+    """
+    if isinstance(given, str | os.PathLike):
+        return Path(given)
+    found = []
+    for number, one in enumerate(given, 1):
+        fields = dict(one) if isinstance(one, Mapping) else {"prompt": one}
+        try:
+            found.append(one if isinstance(one, Prompt) else Prompt.model_validate(fields))
+        except ValidationError as error:
+            raise UserError(
+                f"prompt {number}: {complaint(error)}; expected a text, a list of messages, or an "
+                "object with 'prompt' and optional 'contrast' and 'response'"
+            ) from error
+    return tuple(found)
 
 
 def canonical(prompts: Sequence[Prompt]) -> str:

@@ -18,7 +18,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
-import mergekit_wp
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card import text
 from mergekit_wp.card.chart import chart
@@ -30,6 +29,7 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.merging.plan import plan
 from mergekit_wp.merging.recipe import Recipe, experts_in_order, read
+from mergekit_wp.version import __version__
 
 README, CONFIG, CHART = "README.md", "mergekit_config.yml", "contributions.png"
 BEGIN, END = "<!-- mergekit-wp: begin -->", "<!-- mergekit-wp: end -->"
@@ -73,7 +73,7 @@ def write_card(
         parts.append(text.score_table(copies, used_scores(tasks)))
     if measured is not None:
         parts.append(text.evaluation_section(measured))
-    parts.append(text.how_to_repeat(CONFIG, mergekit_wp.__version__, bool(copies)))
+    parts.append(text.how_to_repeat(CONFIG, __version__, bool(copies)))
     section = "\n".join([BEGIN, *parts, END]) + "\n"
 
     card = _existing(folder) or ModelCard(mergekit_card(recipe.config, config_text, folder.name))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import asked, options_of
+from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.prompts import prompt_file
+from mergekit_wp.commands.shown import progress
 from mergekit_wp.mechanism.request import AnchorRequest
 from mergekit_wp.options import PrintRequest
 
@@ -30,22 +30,13 @@ def anchor(as_json: bool, **options: Any) -> None:
     \b
       mergekit-wp anchor base/ expert/ --builtin capitals
     """
-    import huggingface_hub
-    import transformers
-
-    from mergekit_wp.mechanism.anchors import best_anchor, find_anchors
+    from mergekit_wp import api
+    from mergekit_wp.mechanism.anchors import best_anchor
     from mergekit_wp.report.mechanism import anchor_table
-    from mergekit_wp.runs.progress import BarProgress
 
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)
-    progress = BarProgress()
-    with prompt_file(options) as path:
-        try:
-            request = asked(AnchorRequest, options | {"prompts": path})
-            found = find_anchors(request, progress)
-        finally:
-            progress.close()
+    with progress() as bar, prompt_file(options) as path:
+        fields = given(AnchorRequest, options | {"prompts": path})
+        found = api.find_anchors(**fields, progress=bar)
     chosen = best_anchor(found)
     if as_json:
         layers = [asdict(layer) | {"usable": layer.usable} for layer in found]
@@ -55,6 +46,6 @@ def anchor(as_json: bool, **options: Any) -> None:
     click.echo(
         "\nno layer has a usable anchor for this behaviour: localise it by kl instead"
         if chosen is None
-        else f"\nusable; the layer that separates best_anchor is {chosen.layer}: "
+        else f"\nusable; the layer that separates best is {chosen.layer}: "
         f"score with --criterion anchor --anchor-layer {chosen.layer}"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import asked, flags, options_of
+from mergekit_wp.commands.derive import flags, given, options_of
 from mergekit_wp.compare.request import CompareRequest
 
 
@@ -29,12 +29,13 @@ def compare(context: click.Context, /, **options: Any) -> None:
     """
     import transformers
 
-    from mergekit_wp.compare.compare import compare as run
+    from mergekit_wp import api
     from mergekit_wp.compare.progress import ComparisonBar
 
     transformers.logging.set_verbosity_error()
-    with ComparisonBar(flags(context.command)) as progress:
-        found = run(asked(CompareRequest, options), progress)
+    fields = given(CompareRequest, options)
+    with ComparisonBar(flags(context.command)) as bar:
+        found = api.compare(*fields.pop("recipes"), **fields, progress=bar)
     click.echo(found.table())
     click.echo(f"\nreport: {options['out'] / 'report.html'}")
     if found.failed:

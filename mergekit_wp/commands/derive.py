@@ -80,21 +80,17 @@ def _typed(parameter: click.Parameter) -> str:
     return str(parameter.name).upper()
 
 
-def asked(model: type[R], options: Mapping[str, Any]) -> R:
-    """The request that a command's parameters make; others' parameters are left out.
-
-    Raises:
-        UserError: they make none; names the first of them that is wrong.
-    """
+def given(model: type[Request], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that a command was given; what is another's is left out."""
     fields = declared(model)
-    given: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for path, field in fields.items():
         value = options.get(field.name)
         if value is None or (value == () and field.required):
             continue
         outer, _, inner = path.rpartition(".")
-        (given.setdefault(outer, {}) if outer else given)[inner or path] = value
-    return model.of(**given)
+        (found.setdefault(outer, {}) if outer else found)[inner or path] = value
+    return found
 
 
 def _rank(field: Declared) -> int:

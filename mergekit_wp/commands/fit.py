@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import asked, options_of
+from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.shown import merge_by, progress
 from mergekit_wp.joint.request import FitRequest
 
 
@@ -28,24 +28,8 @@ def fit(**options: Any) -> None:
           --guard plain.jsonl --out fitted
       mergekit-wp merge fitted/recipe.yml merged/
     """
-    import huggingface_hub
-    import transformers
+    from mergekit_wp import api
 
-    from mergekit_wp.autoload import ensure_registered
-    from mergekit_wp.joint.files import RECIPE
-    from mergekit_wp.joint.fit import fit as run
-    from mergekit_wp.runs.progress import BarProgress
-
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)
-    ensure_registered()
-    progress = BarProgress()
-    try:
-        found = run(asked(FitRequest, options), progress)
-    finally:
-        progress.close()
-    out = options["out"]
-    click.echo(
-        f"{', '.join(str(out / f'{name}.safetensors') for name in found)} written; merge by them "
-        f"with: mergekit-wp merge {out / RECIPE} OUT"
-    )
+    with progress() as bar:
+        found = api.fit(**given(FitRequest, options), progress=bar)
+    click.echo(merge_by(options["out"], found))

@@ -6,10 +6,8 @@ import click
 import transformers
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.card.write import write_card
+from mergekit_wp.api import merge as merge_by
 from mergekit_wp.commands.derive import options_of
-from mergekit_wp.merging.merge import merge as run
 from mergekit_wp.merging.request import MergeRequest
 
 
@@ -38,6 +36,5 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     dtype: bfloat16
     """
     transformers.logging.set_verbosity_error()  # mergekit's own use of deprecated names
-    ensure_registered()
-    run(recipe, out, merge_options, write_card)
+    merge_by(recipe, out, merge_options)
     click.echo(f"merged model written to {out}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import asked, options_of
+from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.shown import merge_by, progress
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.options import declared
-from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.progress import BarProgress
 from mergekit_wp.scoring.request import ScoreRequest
 
 #: why not with --company, where the reason is not that it says what to measure of one expert
@@ -54,19 +54,9 @@ def score(context: click.Context, /, **options: Any) -> None:
           --prompts math=math.jsonl --out scores/
       mergekit-wp merge scores/recipe.yml merged/
     """
-    import huggingface_hub
-    import transformers
-
-    from mergekit_wp.runs.progress import BarProgress
-
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
     _check_together(context, together=options["recipe"] is not None)
-    progress = BarProgress()
-    try:
-        said = (_alone if options["recipe"] is None else _together)(options, progress)
-    finally:
-        progress.close()
+    with progress() as bar:
+        said = (_alone if options["recipe"] is None else _together)(options, bar)
     click.echo(said)
 
 
@@ -87,28 +77,22 @@ def _check_together(context: click.Context, together: bool) -> None:
             raise click.UsageError(f"Missing argument '{what}'.", context)
 
 
-def _alone(options: dict[str, Any], progress: Progress) -> str:
+def _alone(options: dict[str, Any], bar: BarProgress) -> str:
+    from mergekit_wp import api
     from mergekit_wp.errors import UserError
-    from mergekit_wp.scoring.score import score as run
 
     if len(options["prompts"]) > 1:
         raise UserError("--prompts is given more than once; that is for --company RECIPE")
-    request = asked(ScoreRequest, options | {"prompts": options["prompts"][0]})
-    run(request, progress)
-    return f"{request.out} written; look at it with: mergekit-wp inspect {request.out}"
+    fields = given(ScoreRequest, options | {"prompts": options["prompts"][0]})
+    api.score(**fields, progress=bar)
+    return f"{options['out']} written; look at it with: mergekit-wp inspect {options['out']}"
 
 
-def _together(options: dict[str, Any], progress: Progress) -> str:
+def _together(options: dict[str, Any], bar: BarProgress) -> str:
+    from mergekit_wp import api
     from mergekit_wp.errors import UserError
-    from mergekit_wp.joint.company import score_company
-    from mergekit_wp.joint.files import RECIPE
 
-    request = asked(CompanyRequest, options)
-    out = options["out"]
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; --company writes into a folder")
-    found = score_company(request, progress)
-    return (
-        f"{', '.join(str(out / f'{name}.safetensors') for name in found)} written; merge by them "
-        f"with: mergekit-wp merge {out / RECIPE} OUT"
-    )
+    if options["out"].is_file():
+        raise UserError(f"--out {options['out']} is a file; --company writes into a folder")
+    found = api.score_together(**given(CompanyRequest, options), progress=bar)
+    return merge_by(options["out"], found)

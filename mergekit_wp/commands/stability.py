@@ -26,7 +26,7 @@ def stability(file: Path, others: tuple[Path, ...], seed: int) -> None:
       mergekit-wp stability caps.safetensors title.safetensors
       mergekit-wp stability seed0.safetensors seed1.safetensors seed2.safetensors
     """
-    from mergekit_wp.mechanism.stability import stability as run
+    from mergekit_wp.api import stability as run
     from mergekit_wp.report.mechanism import agreement_table
 
     click.echo(agreement_table(run(file, others, seed)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import asked, options_of
+from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.prompts import prompt_file
+from mergekit_wp.commands.shown import progress
 from mergekit_wp.mechanism.request import TraceRequest
 
 
@@ -31,20 +31,10 @@ def trace(**options: Any) -> None:
       mergekit-wp trace s.safetensors --prompts p.jsonl --out trace.json
       mergekit-wp plot s.safetensors --trace trace.json --out page.html
     """
-    import huggingface_hub
-    import transformers
-
-    from mergekit_wp.mechanism.circuit import trace as run
+    from mergekit_wp import api
     from mergekit_wp.report.mechanism import circuit_table
-    from mergekit_wp.runs.progress import BarProgress
 
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)
-    progress = BarProgress()
-    try:
-        with prompt_file(options) as path:
-            found = run(asked(TraceRequest, options | {"prompts": path}), progress)
-    finally:
-        progress.close()
+    with progress() as bar, prompt_file(options) as path:
+        found = api.trace(**given(TraceRequest, options | {"prompts": path}), progress=bar)
     click.echo(circuit_table(found))
     click.echo(f"\nwritten to {options['out']}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import ExitStack
 from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import asked, options_of
+from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.prompts import prompt_file
+from mergekit_wp.commands.shown import progress
 from mergekit_wp.mechanism.request import VerifyRequest
 
 
@@ -29,37 +28,29 @@ def verify(**options: Any) -> None:
       mergekit-wp verify expert.safetensors --top 1%,5%,20% --prompts held-out.jsonl
       mergekit-wp verify expert.safetensors --top 1%,5%,20% --builtin capitals
     """
-    import huggingface_hub
-    import transformers
-
+    from mergekit_wp import api
     from mergekit_wp.errors import UserError
-    from mergekit_wp.mechanism.verify import verify as run
     from mergekit_wp.report.verification import table
-    from mergekit_wp.runs.progress import BarProgress
     from mergekit_wp.tasks import behaviors
     from mergekit_wp.tasks.checkers import Checkers
     from mergekit_wp.tasks.items import JsonlTask
 
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)
-    if options["checkers"] is not None and options["task"] is None:
+    task, builtin = options["task"], options["builtin"]
+    if options["checkers"] is not None and task is None:
         raise UserError("--checkers goes with --task")
-    progress = BarProgress()
-    with prompt_file(options) as path, ExitStack() as stack:
-        stack.callback(progress.close)
-        request = asked(VerifyRequest, options | {"prompts": path})
-        task = request.task
-        if request.builtin is not None and task is None:
+    with progress() as bar, prompt_file(options) as path:
+        if builtin is not None and task is None:
             task = path.with_suffix(".items.jsonl")  # beside its prompts, and gone with them
-            task.write_text(behaviors.jsonl(behaviors.behavior(request.builtin).items()))
+            task.write_text(behaviors.jsonl(behaviors.behavior(builtin).items()))
         items = None
         if task is not None:
             items = JsonlTask.read(
                 task,
-                Checkers.load(request.checkers),
-                max_new_tokens=request.max_new_tokens,
-                batch_size=request.batch_size,
+                Checkers.load(options["checkers"]),
+                max_new_tokens=options["max_new_tokens"],
+                batch_size=options["batch_size"],
             )
-        found = run(request, items, progress)
+        fields = given(VerifyRequest, options | {"prompts": path})
+        found = api.verify(**fields, items=items, progress=bar)
     click.echo(table(found))
-    click.echo(f"\nwritten into {request.file}")
+    click.echo(f"\nwritten into {options['file']}")

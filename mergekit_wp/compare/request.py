@@ -13,7 +13,6 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from pydantic import Field
 
-import mergekit_wp
 from mergekit_wp.compare.methods import DEFAULT_METHODS, Method, methods_of, read_grid
 from mergekit_wp.compare.plan import Plan
 from mergekit_wp.errors import UserError, option
@@ -35,6 +34,7 @@ from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import DTypeName
+from mergekit_wp.version import __version__
 
 #: folder of kept merges, inside --out
 KEPT = "merged"
@@ -214,7 +214,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "calibration": hashlib.sha256(repr(plan.calibration).encode()).hexdigest()[:32],
         "dtype": plan.dtype,
         "evaluation dtype": str(plan.eval_dtype),
-        "mergekit-wp": mergekit_wp.__version__,
+        "mergekit-wp": __version__,
     }
 
 

@@ -74,7 +74,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
             command=command_of(request),
             created=journal.created,
         )
-        write_company(request.out, found, members)
+        write_company(request.out, found)
         journal.discard()
     return found
 

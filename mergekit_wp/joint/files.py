@@ -14,6 +14,8 @@ from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
+from mergekit_wp.joint.request import NamedExperts
+from mergekit_wp.merging.merge import recipe_of
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.score import common_fields
 from mergekit_wp.terms import Estimand, Kind
@@ -24,17 +26,17 @@ RECIPE = "recipe.yml"
 Scores = Mapping[Kind, torch.Tensor]
 
 
-def check_folder(folder: Path | None, read: Path) -> None:
+def check_folder(folder: Path | None, read: Path | NamedExperts) -> None:
     """Refuse a folder where the recipe that is written would replace the one that is read.
 
     Args:
         folder: of the score files, if any are written.
-        read: the recipe that names the experts.
+        read: the recipe that names the experts, if one does.
 
     Raises:
         UserError: names both.
     """
-    if folder is None:
+    if folder is None or isinstance(read, NamedExperts):
         return
     path = folder / RECIPE
     if path.resolve() == read.resolve():
@@ -94,33 +96,20 @@ def company_files(
     return found
 
 
-def write_company(
-    folder: Path | None, files: Mapping[str, ScoreFile], members: Sequence[Member]
-) -> None:
+def write_company(folder: Path | None, files: Mapping[str, ScoreFile]) -> None:
     """Write the score files of all experts, and the recipe that merges by them.
 
     Args:
         folder: where the recipe goes; None writes nothing.
         files: by the experts' names.
-        members: the experts.
 
     Raises:
         UserError: one cannot be written.
     """
     if folder is None:
         return
-    for member in members:
-        if member.request.out is not None:
-            write(files[member.name], member.request.out)
-    recipe: Mapping[str, Any] = {
-        "merge_method": "weight_patching",
-        "base_model": members[0].request.base,
-        "models": [
-            {"model": m.request.expert, "parameters": {"scores": str(m.request.out)}}
-            for m in members
-        ],
-        "parameters": {"fusion": "path"},
-        "dtype": members[0].pair.base.weights_dtype,
-    }
+    for name, file in files.items():
+        write(file, folder / f"{name}.safetensors")
+    recipe = recipe_of([str(folder / f"{name}.safetensors") for name in files])
     with written_whole(folder / RECIPE) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))

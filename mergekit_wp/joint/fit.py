@@ -22,7 +22,7 @@ from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.guided import path_scores
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
-from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest
+from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest, NamedExperts
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
 from mergekit_wp.runs.command import command_of
@@ -82,7 +82,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
             command=command_of(request),
             created=journal.created,
         )
-        write_company(request.out, found, members)
+        write_company(request.out, found)
         journal.discard()
     return found
 
@@ -91,6 +91,11 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     """Flat gates to start from: a constant, or the recipe's own."""
     flat = torch.zeros(layout.size, dtype=torch.float64)
     if request.start == "scores":
+        if isinstance(request.recipe, NamedExperts):
+            raise UserError(
+                f"{option('start', 'scores')} takes the gates by which a recipe merges; give "
+                f"{option('recipe', 'FILE')} in place of base and experts"
+            )
         own = recipe_gates(request.recipe)
         for member, gates, found in zip(members, layout.unflat(flat), own, strict=True):
             for path, file in found.files.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.joint.request import MembersRequest
+from mergekit_wp.joint.request import MembersRequest, NamedExperts
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.backoff import fitting
 from mergekit_wp.models.model_names import last_name
@@ -101,35 +101,27 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
         UserError: prompts that fit no expert, or several; an expert without prompts; two experts
             of one name.
     """
-    experts = Experts.read(request.recipe)
+    base, experts, where = _named_experts(request)
     given: dict[str, PromptSource] = {}
     for key, prompts in request.prompts:
-        fitting = [m for m in experts.models if key in (m, last_name(m), m.split("@")[0])]
+        fitting = [n for n, m in experts.items() if key in (n, m, m.split("@")[0])]
         if len(fitting) != 1:
-            known = ", ".join(experts.models)
+            known = ", ".join(experts.values())
             what = "several experts" if fitting else "no expert"
-            raise UserError(
-                f"{_named(key, prompts)}: '{key}' is {what} of the recipe; it has {known}"
-            )
+            raise UserError(f"{_named(key, prompts)}: '{key}' is {what} of {where}; it has {known}")
         if fitting[0] in given:
             raise UserError(f"{_named(key, prompts)}: '{key}' has prompts already")
         given[fitting[0]] = prompts
-    names = [last_name(model) for model in experts.models]
     found = {}
-    for model, name in zip(experts.models, names, strict=True):
-        if model not in given:
+    for name, model in experts.items():
+        if name not in given:
             raise UserError(
-                f"recipe {request.recipe}: expert '{model}' has no prompts; add "
+                f"{where}: expert '{model}' has no prompts; add "
                 f"{option('prompts', f'{name}=FILE.jsonl')}"
             )
-        if names.count(name) > 1:
-            raise UserError(
-                f"recipe {request.recipe}: two experts are called '{name}', so their score files "
-                "would be too; give one as a folder of another name"
-            )
-        source = given[model]
+        source = given[name]
         found[name] = ScoreRequest(
-            base=experts.base,
+            base=base,
             expert=model,
             prompts=source,
             out=None if folder is None else folder / f"{name}.safetensors",
@@ -145,6 +137,27 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             max_new_tokens=request.max_new_tokens,
         )
     return found
+
+
+def _named_experts(request: MembersRequest) -> tuple[str, dict[str, str], str]:
+    """The base, the experts by name, and what errors call the place that names them.
+
+    Raises:
+        UserError: two experts of one name.
+    """
+    if isinstance(request.recipe, NamedExperts):
+        return request.recipe.base, dict(request.recipe.experts), "the experts"
+    read, where = Experts.read(request.recipe), f"recipe {request.recipe}"
+    found: dict[str, str] = {}
+    for model in read.models:
+        name = last_name(model)
+        if name in found:
+            raise UserError(
+                f"{where}: two experts are called '{name}', so their score files would be too; "
+                "give one as a folder of another name"
+            )
+        found[name] = model
+    return read.base, found, where
 
 
 def _named(key: str, prompts: PromptSource) -> str:

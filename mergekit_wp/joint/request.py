@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_wp.errors import option
 from mergekit_wp.options import Argument, Option
@@ -16,13 +16,23 @@ from mergekit_wp.runs.request import PROMPTS_OF_EACH, Restart, RunRequest
 GUARD_WEIGHT = 0.5
 
 
+class NamedExperts(BaseModel):
+    """A base and its experts, each by a name of the caller's choice, where no recipe names them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    base: str
+    experts: tuple[tuple[str, str], ...]
+
+
 class MembersRequest(RunRequest):
     """What commands about all experts of a recipe are asked for.
 
     ``prompts`` pairs a name of an expert with its prompts.
     """
 
-    recipe: Annotated[Path, Argument()] = Field(description="Names the base and its experts.")
+    recipe: Annotated[Path | NamedExperts, Argument()] = Field(
+        description="Names the base and its experts."
+    )
     prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=FILE")] = Field(
         description=PROMPTS_OF_EACH
     )
@@ -36,7 +46,7 @@ class CompanyRequest(MembersRequest):
 
     command: ClassVar[str] = "score"
 
-    recipe: Annotated[Path, Option(flag="company", metavar="RECIPE")] = Field(
+    recipe: Annotated[Path | NamedExperts, Option(flag="company", metavar="RECIPE")] = Field(
         description="Instead of BASE and EXPERT: score all experts of a recipe together, for "
         "merging them with `fusion: path`."
     )

@@ -76,15 +76,15 @@ def recipe_of(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     """
     if not files:
         raise UserError("a merge by scores needs a score file for every expert; give some")
-    paths = [local_path(os.fspath(file)) for file in files]
-    manifests = [scorefile.read(path).manifest for path in paths]
+    named = [os.fspath(file) for file in files]
+    manifests = [scorefile.read(local_path(name)).manifest for name in named]
     together = {} if manifests[0].company is None else {"parameters": {"fusion": "path"}}
     return {
         "merge_method": SPEC.name,
         "base_model": manifests[0].base.reference,
         "models": [
-            {"model": manifest.expert.reference, "parameters": {"scores": path}}
-            for path, manifest in zip(paths, manifests, strict=True)
+            {"model": manifest.expert.reference, "parameters": {"scores": name}}
+            for name, manifest in zip(named, manifests, strict=True)
         ],
         **together,
         "dtype": manifests[0].base.weights_dtype,

@@ -174,14 +174,14 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
         if name is None:
             raise UserError("weight_patching merges tensors by name; give the tensor's name")
         tied = is_tied(base.id)
-        gated = self.gates(name, [entry.id for entry in group.non_base], parameters, tied)
+        files = {entry.id: source(parameters, entry.id) for entry in group.non_base}
+        gated = tensor_gates(name, files, parameters, tied)
         if gated is None:
             return tensor
         experts = []
         for entry in group.non_base:
             if entry.id in gated.experts:
-                file = source(parameters, entry.id)
-                self._check_delta(group, entry, file, tied)
+                self._check_delta(group, entry, files[entry.id], tied)
                 experts.append(entry.tensor)
         spread = torch.stack([gated.layout.expand(gate, tensor.shape) for gate in gated.gates])
         return fuse(tensor, experts, spread)
@@ -207,65 +207,51 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             stored=stored,
         )
 
-    def gates(
-        self,
-        name: str,
-        experts: Sequence[Hashable],
-        parameters: Mapping[str, Any],
-        tied: bool | None,
-    ) -> Gated | None:
-        """How much of each expert every component of one tensor takes: no weights are read.
 
-        Args:
-            name: the tensor.
-            experts: the models that have it, beside the base.
-            parameters: as mergekit hands them to `merge_group`.
-            tied: see `is_tied`.
+def tensor_gates(
+    name: str,
+    files: Mapping[Hashable, ExpertScores],
+    parameters: Mapping[str, Any],
+    tied: bool | None,
+) -> Gated | None:
+    """How much of each expert every component of one tensor takes: no weights are read.
 
-        Returns:
-            None where no score file covers the tensor, which then stays at the base.
+    Args:
+        name: the tensor.
+        files: the scores of each expert that has it.
+        parameters: as mergekit hands them to `WeightPatchingMerge.merge_group`.
+        tied: see `is_tied`.
 
-        Raises:
-            UserError: score files that do not fit the parameters or each other.
-        """
-        with torch.device("cpu"):  # a worker of --multi-gpu has its GPU as the default device
-            return self._gates(name, experts, parameters, tied)
+    Returns:
+        None where no score file covers the tensor, which then stays at the base.
 
-    def _gates(
-        self,
-        name: str,
-        experts: Sequence[Hashable],
-        parameters: Mapping[str, Any],
-        tied: bool | None,
-    ) -> Gated | None:
-        fusion: Fusion = parameters["fusion"]
-        choice = Choice(
-            "path" if fusion == "path" else parameters["estimand"],
-            parameters["criterion"],
-            parameters["granularity"],
-        )
-        covering, scores, weights, layouts = [], [], [], []
-        for expert in experts:
-            file = source(parameters, expert)
-            scored = file.scored_name(name, tied)
-            if not file.covers(scored, choice.granularity):
-                continue
-            covering.append(expert)
-            scores.append(file.scores(scored, choice, parameters["density"][expert]))
-            weights.append(parameters["weight"][expert])
-            layouts.append(file.layout(scored, choice.granularity))
-        if not covering:
-            return None
-        if len({layout.count for layout in layouts}) > 1:
-            raise UserError(f"tensor {name}: its score files are of different architectures")
+    Raises:
+        UserError: score files that do not fit the parameters or each other.
+    """
+    fusion: Fusion = parameters["fusion"]
+    choice = Choice(
+        "path" if fusion == "path" else parameters["estimand"],
+        parameters["criterion"],
+        parameters["granularity"],
+    )
+    scored = {expert: file.scored_name(name, tied) for expert, file in files.items()}
+    covering = [e for e, file in files.items() if file.covers(scored[e], choice.granularity)]
+    if not covering:
+        return None
+    layouts = [files[e].layout(scored[e], choice.granularity) for e in covering]
+    if len({layout.count for layout in layouts}) > 1:
+        raise UserError(f"tensor {name}: its score files are of different architectures")
+    density, weight = parameters["density"], parameters["weight"]
+    with torch.device("cpu"):  # a worker of --multi-gpu has its GPU as the default device
+        scores = [files[e].scores(scored[e], choice, density[e]) for e in covering]
         gates = component_gates(
             torch.stack(scores),
-            torch.tensor(weights, dtype=torch.float64),
+            torch.tensor([weight[e] for e in covering], dtype=torch.float64),
             fusion=fusion,
             power=parameters["power"],
             scale=parameters["lambda"],
         )
-        return Gated(tuple(covering), gates, layouts[0])
+    return Gated(tuple(covering), gates, layouts[0])
 
 
 def no_scores(expert: Hashable) -> str:

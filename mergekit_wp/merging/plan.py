@@ -17,7 +17,7 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.expert_scores import ExpertScores
 from mergekit_wp.merging.host import is_tied, raised_by_mergekit
-from mergekit_wp.merging.method import Gated, source, weight_patching
+from mergekit_wp.merging.method import Gated, source, tensor_gates
 from mergekit_wp.merging.open_models import MISTAKES, forget_adapters, open_models
 from mergekit_wp.merging.recipe import Recipe, one_line
 
@@ -34,9 +34,10 @@ def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:
     Raises:
         UserError: score files that do not fit the recipe or each other.
     """
-    given = [model for model in task.input_parameters if model != task.base_model]
-    name, tied = task.output_weight.name, is_tied(task.base_model)
-    return weight_patching.gates(name, given, _parameters(task), tied)
+    parameters, tied = _parameters(task), is_tied(task.base_model)
+    experts = (model for model in task.input_parameters if model != task.base_model)
+    files = {expert: source(parameters, expert) for expert in experts}
+    return tensor_gates(task.output_weight.name, files, parameters, tied)
 
 
 def planned_source(task: ExecuteMergeMethodTask, expert: ModelReference) -> ExpertScores:

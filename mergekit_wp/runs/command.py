@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mergekit_wp
 from mergekit_wp.options import Declared, Request, declared
+from mergekit_wp.version import __version__
 
 
 def command_of(request: Request) -> tuple[str, ...]:
@@ -65,4 +65,4 @@ def versions() -> dict[str, str]:
     """Of this package, and of those that the numbers depend on."""
     packages = ("torch", "transformers", "mergekit", "safetensors")
     others = {name: importlib.metadata.version(name) for name in packages}
-    return {"mergekit-wp": mergekit_wp.__version__, **others}
+    return {"mergekit-wp": __version__, **others}

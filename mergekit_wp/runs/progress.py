@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Protocol
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+from mergekit_wp.errors import spelled
 
 
 class BarProgress:
     """A tqdm bar per stage, weighted by cost; its ETA is the average rate of this run's own work.
 
     Away from a terminal (logs, pipes) a line appears once a minute instead.
+
+    Args:
+        flags: how the user calls options, see `errors.spelled`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flags: Mapping[str, str] | None = None) -> None:
+        self._flags = flags
         self._bar: tqdm | None = None
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._pace = {
             "mininterval": 0.2 if self._live else 60,
             "delay": 0 if self._live else 60,
@@ -50,16 +58,44 @@ class BarProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
+        line = f"mergekit-wp: {spelled(text, self._flags)}"
         if self._live:
-            tqdm.write(f"mergekit-wp: {text}", file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
         else:  # tqdm.write would draw the waiting bar as well
-            print(f"mergekit-wp: {text}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Finish the present bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class NoProgress:
+    """Says nothing, of runs and of comparisons."""
+
+    def stage(self, name: str, total: float, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, amount: float, *, resumed: bool = False) -> None:
+        """Nothing."""
+
+    def job(self, model: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
 
 
 class Progress(Protocol):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import mergekit_wp
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import ModelId
@@ -33,6 +32,7 @@ from mergekit_wp.runs.texts import (
     refuse_other_tokens,
 )
 from mergekit_wp.terms import CriterionName, Estimand
+from mergekit_wp.version import __version__
 
 #: fields of requests that results do not depend on, or whose content is named beside them
 _BESIDE = frozenset(
@@ -180,7 +180,7 @@ def depends_on(
         "base config": base.config_hash,
         **{what: of.get("", of) for what, of in by_expert.items()},
         **contents,
-        "mergekit-wp": mergekit_wp.__version__,
+        "mergekit-wp": __version__,
     }
 
 

@@ -1,0 +1,396 @@
+"""What a notebook calls, and every command: `import mergekit_wp as wp`; wp.score(...).
+
+Options beside the arguments that stand here are the fields of the request a function makes, which
+docs/api.md lists. A mistake in any of them is a `UserError`: one sentence. Nothing is written to
+disk unless a path is given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergekit_wp.architectures import register as register_architecture
+from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.card.write import write_card
+from mergekit_wp.compare.compare import ComparisonResult
+from mergekit_wp.compare.compare import compare as _compare
+from mergekit_wp.compare.progress import CompareProgress, ComparisonBar
+from mergekit_wp.compare.request import CompareRequest
+from mergekit_wp.errors import UserError
+from mergekit_wp.files import scorefile
+from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.fit import fit as _fit
+from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
+from mergekit_wp.mechanism.anchors import LayerAnchor
+from mergekit_wp.mechanism.anchors import find_anchors as _find_anchors
+from mergekit_wp.mechanism.circuit import trace as _trace
+from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
+from mergekit_wp.mechanism.stability import stability
+from mergekit_wp.mechanism.verify import verify as _verify
+from mergekit_wp.merging.merge import merge as _merge
+from mergekit_wp.merging.merge import recipe_of
+from mergekit_wp.merging.states import fuse_states
+from mergekit_wp.models.hub import local_path
+from mergekit_wp.prompts import prompt_source
+from mergekit_wp.report.results import Scores, ScoresTogether
+from mergekit_wp.runs.progress import BarProgress, NoProgress, Progress
+from mergekit_wp.scoring.request import ScoreRequest
+from mergekit_wp.scoring.score import score as _score
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_wp.criteria import CriterionFunction
+    from mergekit_wp.files.circuitfile import TraceFile
+    from mergekit_wp.files.manifest import Verification
+    from mergekit_wp.tasks.items import JsonlTask
+
+__all__ = [
+    "compare",
+    "find_anchors",
+    "fit",
+    "fuse",
+    "load_scores",
+    "merge",
+    "register_architecture",
+    "score",
+    "score_together",
+    "stability",
+    "trace",
+    "verify",
+]
+
+PathLike = str | os.PathLike[str]
+#: what scores a merge may go by: results of this module, score files, or a recipe
+Mergeable = Scores | ScoresTogether | PathLike | Mapping[str, Any] | Sequence[Scores | PathLike]
+
+
+def score(
+    base: str,
+    expert: str,
+    *,
+    prompts: Any,
+    criterion: str | CriterionFunction | Sequence[str | CriterionFunction] | None = None,
+    out: PathLike | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> Scores:
+    """Measure how much of an expert's behaviour each component of its weights carries.
+
+    Args:
+        base: a folder or a Hub id (``owner/name@revision``).
+        expert: the same, of the same architecture; ``MODEL+ADAPTER`` is one with a LoRA adapter.
+        prompts: what elicits the behaviour: a prompt file, or texts, chats (lists of messages),
+            objects with ``prompt`` and optional ``contrast`` and ``response``; a dataset of these.
+        criterion: names, or functions of ``(logits, batch)`` that return ``[prompts]``; base and
+            expert set their 0 and 1.
+        out: score file to write; a killed run goes on from what is kept beside it.
+        progress: show a bar; or where to report instead.
+        options: fields of `ScoreRequest`: ``estimand``, ``kinds``, ``verify``, ``dtype``, ...
+
+    Raises:
+        UserError: any mistake in the inputs.
+    """
+    request = ScoreRequest.of(
+        base=base,
+        expert=expert,
+        prompts=prompt_source(prompts),
+        criterion=criterion,
+        out=out,
+        **options,
+    )
+    with _shown(progress) as shown:
+        return Scores(_score(request, shown))
+
+
+def score_together(
+    base: str | None = None,
+    experts: Mapping[str, str] | None = None,
+    *,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    recipe: PathLike | None = None,
+    out: PathLike | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> ScoresTogether:
+    """Score all experts of a merge in each other's company, along the guided path.
+
+    Args:
+        base: a folder or a Hub id.
+        experts: folders or Hub ids by names of your choice.
+        prompts: of each expert, by its name; see `score`.
+        recipe: a mergekit recipe that names base and experts, in their place.
+        out: folder for a score file of every expert, and a recipe that merges by them.
+        progress: show a bar; or where to report instead.
+        options: fields of `CompanyRequest`: ``path_steps``, ``max_prompts``, ``dtype``, ...
+
+    Raises:
+        UserError: any mistake in the inputs.
+    """
+    request = CompanyRequest.of(
+        recipe=_experts(base, experts, recipe), prompts=_by_name(prompts), out=out, **options
+    )
+    with _shown(progress) as shown:
+        return ScoresTogether(score_company(request, shown))
+
+
+def fit(
+    base: str | None = None,
+    experts: Mapping[str, str] | None = None,
+    *,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    guards: Sequence[Any] = (),
+    recipe: PathLike | None = None,
+    out: PathLike | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> ScoresTogether:
+    """Fit one gate for every component of every expert, all together, by gradient.
+
+    Args:
+        base: a folder or a Hub id.
+        experts: folders or Hub ids by names of your choice.
+        prompts: of each expert, by its name; see `score`. The expert's answers are the target.
+        guards: prompts on which the merge is to stay like the base: a list of files, or of lists of
+            prompts.
+        recipe: a mergekit recipe that names base and experts, in their place.
+        out: folder for a score file of every expert, and a recipe that merges by them.
+        progress: show a bar; or where to report instead.
+        options: fields of `FitRequest`: ``steps``, ``rate``, ``prompts_a_step``, ...
+
+    Raises:
+        UserError: any mistake in the inputs.
+    """
+    ensure_registered()
+    request = FitRequest.of(
+        recipe=_experts(base, experts, recipe),
+        prompts=_by_name(prompts),
+        guards=tuple(prompt_source(guard) for guard in guards),
+        out=out,
+        **options,
+    )
+    with _shown(progress) as shown:
+        return ScoresTogether(_fit(request, shown))
+
+
+def load_scores(path: PathLike) -> Scores:
+    """Read and check a score file, here or on the Hub (``hf://owner/repo[@revision]/FILE``).
+
+    Raises:
+        UserError: missing, unreadable or inconsistent; names the file.
+    """
+    return Scores(scorefile.read(local_path(os.fspath(path))))
+
+
+def merge(what: Mergeable, out: PathLike, options: MergeOptions | None = None) -> None:
+    """Merge experts into a folder, with a model card; it appears only when it is complete.
+
+    Args:
+        what: scores, fitted or scored together or one by one; score files; or a recipe of any
+            method, as a file or as what it holds.
+        out: the folder.
+        options: mergekit's.
+
+    Raises:
+        UserError: any mistake in the recipe, its score files and its models.
+    """
+    from mergekit.options import MergeOptions
+
+    ensure_registered()
+    with _recipe(what) as recipe:
+        _merge(recipe, out, options or MergeOptions(), write_card)
+
+
+def fuse(
+    base: Mapping[str, torch.Tensor],
+    experts: Mapping[str, Mapping[str, torch.Tensor]],
+    scores: Mapping[str, Scores],
+    **parameters: Any,
+) -> dict[str, torch.Tensor]:
+    """Merge state dicts in memory by scores: B + Σ gate_e (E_e − B), tensor by tensor.
+
+    Args:
+        base: parameters by name.
+        experts: the same of each expert, by a name of your choice.
+        scores: of each expert, by the same name.
+        parameters: a recipe's ``fusion``, ``power``, ``lambda``, ``estimand``, ``criterion``,
+            ``granularity``, with its defaults; ``weight`` and ``density``, one number or one for
+            each expert.
+
+    Returns:
+        The merged parameters, in the base's dtypes.
+
+    Raises:
+        UserError: names that do not fit; an unknown parameter or a bad value; scores of other
+            models, or without what is asked for.
+    """
+    files = {name: own.file for name, own in scores.items()}
+    return fuse_states(base, experts, files, **parameters)
+
+
+def compare(
+    *what: Mergeable,
+    tasks: Sequence[PathLike],
+    progress: bool | CompareProgress = True,
+    **options: Any,
+) -> ComparisonResult:
+    """Compare a merge by scores with other methods, on your own items.
+
+    Args:
+        what: the merge in question, see `merge`; then recipes of the same models, if any.
+        tasks: JSONL files of items, ``NAME=FILE.jsonl``, or tasks of lm-eval.
+        progress: show a bar; or where to report instead.
+        options: fields of `CompareRequest`: ``methods``, ``untuned``, ``out``, ...
+
+    Returns:
+        An object with ``table()``, ``frame()`` and ``report()``.
+
+    Raises:
+        UserError: any mistake that shows before the first merge.
+    """
+    with _shown(progress, ComparisonBar) as shown, _recipes(what) as recipes:
+        named = tuple(os.fspath(task) for task in tasks)
+        return _compare(CompareRequest.of(recipes=recipes, tasks=named, **options), shown)
+
+
+def verify(
+    file: PathLike,
+    *,
+    prompts: Any,
+    top: str | Sequence[str],
+    items: JsonlTask | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> Verification:
+    """Swap the leading components of a score file together: restoration and knockout of sets.
+
+    Args:
+        file: the score file; what is found is written into its manifest.
+        prompts: that it was not scored on, see `score`.
+        top: sizes of sets, as numbers or percentages: ``"1%,5%"``.
+        items: a task whose answers are checked as well.
+        progress: show a bar; or where to report instead.
+        options: fields of `VerifyRequest`: ``estimand``, ``criterion``, ``draws``, ...
+
+    Raises:
+        UserError: any mistake in the inputs.
+    """
+    request = VerifyRequest.of(file=file, prompts=prompt_source(prompts), top=top, **options)
+    with _shown(progress) as shown:
+        return _verify(request, items, shown)
+
+
+def trace(
+    file: PathLike,
+    *,
+    prompts: Any,
+    out: PathLike | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> TraceFile:
+    """Find who supplies the components that matter: carriers, routers and executors.
+
+    Args:
+        file: a score file with ``activation_gain``.
+        prompts: see `score`.
+        out: JSON to write.
+        progress: show a bar; or where to report instead.
+        options: fields of `TraceRequest`: ``targets``, ``suppliers``, ``rules``, ...
+
+    Raises:
+        UserError: any mistake in the inputs.
+    """
+    request = TraceRequest.of(file=file, prompts=prompt_source(prompts), out=out, **options)
+    with _shown(progress) as shown:
+        return _trace(request, shown)
+
+
+def find_anchors(
+    base: str, expert: str, *, prompts: Any, progress: bool | Progress = True, **options: Any
+) -> list[LayerAnchor]:
+    """Look for a direction that stands for a behaviour, layer by layer.
+
+    Args:
+        base: a folder or a Hub id.
+        expert: the same.
+        prompts: with contrasts, see `score`.
+        progress: show a bar; or where to report instead.
+        options: fields of `AnchorRequest`: ``strength``, ``max_prompts``, ...
+
+    Raises:
+        UserError: fewer than four contrasts, or any other mistake in the inputs.
+    """
+    request = AnchorRequest.of(base=base, expert=expert, prompts=prompt_source(prompts), **options)
+    with _shown(progress) as shown:
+        return _find_anchors(request, shown)
+
+
+@contextmanager
+def _shown(progress: object, bar: Callable[[], Any] = BarProgress) -> Iterator[Any]:
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress:
+        with bar() as shown:
+            yield shown
+    else:
+        yield NoProgress()
+
+
+def _experts(
+    base: str | None, experts: Mapping[str, str] | None, recipe: PathLike | None
+) -> Path | NamedExperts:
+    if recipe is not None and base is None and experts is None:
+        return Path(recipe)
+    if recipe is not None or base is None or not experts:
+        raise UserError(
+            "expected a base and its experts by name, as in base, {'inst': expert}; or a recipe "
+            "that names them, as recipe=FILE"
+        )
+    return NamedExperts(base=str(base), experts=tuple(experts.items()))
+
+
+def _by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+    pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
+    return tuple(  # EXPERT=FILE as one text is what a command passes on
+        pair if isinstance(pair, str) else (pair[0], prompt_source(pair[1])) for pair in pairs
+    )
+
+
+@contextmanager
+def _recipe(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
+    """A recipe for whatever is to be merged; scores in memory are files while the context lasts."""
+    if isinstance(what, Mapping) and not isinstance(what, ScoresTogether):
+        yield what
+        return
+    if isinstance(what, str | os.PathLike):
+        yield recipe_of([what]) if os.fspath(what).endswith(".safetensors") else what
+        return
+    every = [what] if isinstance(what, Scores) else what
+    if isinstance(every, ScoresTogether):
+        every = list(every.values())
+    with TemporaryDirectory() as scratch:
+        files: list[PathLike] = []
+        for number, one in enumerate(every):
+            if isinstance(one, Scores):
+                path = Path(scratch, f"{number}.safetensors")
+                one.save(path)
+                files.append(path)
+            else:
+                files.append(one)
+        yield recipe_of(files)
+
+
+@contextmanager
+def _recipes(what: Sequence[Mergeable]) -> Iterator[tuple[Any, ...]]:
+    if not what:
+        yield ()
+        return
+    with _recipe(what[0]) as first, _recipes(what[1:]) as others:
+        yield (first, *others)

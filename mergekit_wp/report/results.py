@@ -1,0 +1,154 @@
+"""What callers from Python get back: score files in memory, to rank, frame, draw and save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.files.scorefile import ScoreFile, write
+from mergekit_wp.joint.files import RECIPE, write_company
+from mergekit_wp.report.figures import png
+from mergekit_wp.report.ranking import RankedComponent, rank, select
+from mergekit_wp.report.table import frame
+from mergekit_wp.terms import Estimand, Kind
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG; a notebook shows it inline."""
+
+    png: bytes
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file."""
+        with written_whole(Path(path)) as temporary:
+            temporary.write_bytes(self.png)
+
+
+@dataclass(frozen=True, repr=False)
+class Scores:
+    """The scores of one expert: a checked score file in memory.
+
+    Attributes:
+        file: manifest and tensors, see docs/file-format.md.
+    """
+
+    file: ScoreFile
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        what = ", ".join(f"{e} by {c}" for e in manifest.estimands for c in manifest.criteria)
+        return f"Scores('{manifest.behavior}' of {manifest.expert.reference}: {what})"
+
+    @property
+    def manifest(self) -> Manifest:
+        """Which models and prompts, and how far to trust the scores."""
+        return self.file.manifest
+
+    def top(
+        self,
+        n: int = 20,
+        *,
+        estimand: str | None = None,
+        criterion: str | None = None,
+        kind: str | None = None,
+    ) -> list[RankedComponent]:
+        """The components with the highest scores.
+
+        Args:
+            n: how many.
+            estimand: of all where None.
+            criterion: of all where None.
+            kind: of one kind; None ranks the fine partition, so that no weight stands twice.
+
+        Raises:
+            UserError: there are no such scores; says which there are.
+        """
+        selection = select(self.file, estimand, criterion, kind)
+        if kind is None:
+            fine = tuple(k for k in selection.kinds if k != "layer")
+            selection = type(selection)(selection.estimands, selection.criteria, fine)
+        return list(rank(self.file, selection, top=n, fine=kind is None).rows())
+
+    def frame(self) -> Any:
+        """Every score as a row of a pandas frame, the highest first; needs the extra ``[frame]``.
+
+        Columns: kind, layer, index, name, estimand, criterion, score, se (standard error over
+        prompts).
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame([asdict(row) for row in rank(self.file, select(self.file)).rows()])
+
+    def tensor(self, estimand: Estimand, criterion: str, kind: Kind) -> torch.Tensor:
+        """Scores of one kind, float32.
+
+        Returns:
+            ``[layers, count]``; ``[layers]`` of kind ``layer``, ``[tensors]`` of kind ``tensor``.
+
+        Raises:
+            UserError: there are no such scores; says which there are.
+        """
+        selection = select(self.file, estimand, criterion, kind)
+        return self.file.scores(selection.estimands[0], selection.criteria[0], selection.kinds[0])
+
+    def plot(self) -> Picture:
+        """One figure with a row of panels for each estimand and criterion."""
+        return Picture(png(self.file))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the score file, which appears only when it is complete."""
+        write(self.file, Path(path))
+
+
+class ScoresTogether(Mapping[str, Scores]):
+    """The scores of experts that were scored or fitted together, by the experts' names.
+
+    Args:
+        files: the score files.
+    """
+
+    def __init__(self, files: Mapping[str, ScoreFile]) -> None:
+        self._scores = {name: Scores(file) for name, file in files.items()}
+
+    def __getitem__(self, name: str) -> Scores:
+        """One expert's scores."""
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The experts' names."""
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        """How many experts."""
+        return len(self._scores)
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name}: {value:.2f}" for name, value in self.recoveries.items())
+        return f"ScoresTogether(recovered {said})"
+
+    @property
+    def recoveries(self) -> dict[str, float]:
+        """How far each behaviour comes back in the merge, from 0 at the base to 1 at the expert."""
+        company = next(iter(self.values())).manifest.company or ()
+        return {name: m.recovery for name, m in zip(self, company, strict=True)}
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``NAME.safetensors`` of every expert, and the recipe that merges by them.
+
+        Returns:
+            The recipe.
+        """
+        write_company(Path(folder), {name: scores.file for name, scores in self.items()})
+        return Path(folder, RECIPE)
