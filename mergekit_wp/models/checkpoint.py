@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from mergekit_wp.architectures import text_config
+from mergekit_wp.architectures.computation import VOLATILE_CONFIG
 from mergekit_wp.errors import UserError
 from mergekit_wp.models import hub
 from mergekit_wp.models.load import read_config
@@ -42,8 +43,6 @@ from mergekit_wp.models.streaming import WHOLE, Pieces, Rows, Span, on_device
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # numbers that are read at once where a tensor can be read in pieces
 _PIECE = 2**21
-# config entries that say how a checkpoint was saved, not what it computes
-VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def _model_path(path: str) -> ModelPath:

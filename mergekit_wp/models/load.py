@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.activations import ACT2FN
 
 from mergekit_wp.architectures import of_type, text_config
+from mergekit_wp.architectures.computation import ACTIVATIONS
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.hub import reason
 
@@ -27,8 +28,6 @@ MISTAKEN_CONFIG = (
     TypeError,
     ValueError,
 )
-#: where the architectures name their activation
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 def read_config(folder: str | Path, name: str) -> Any:

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.computation import Mismatch, difference
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
-from mergekit_wp.models.computation import Difference, difference
 from mergekit_wp.models.load import parameter_names, skeleton
 from mergekit_wp.models.refusals import FLOATS
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows
@@ -206,7 +206,7 @@ def _check_configs(
     The expert is run, and merged, under the base's config: with another one its scores would be
     those of a model that is not the expert.
     """
-    found: Difference | None = None
+    found: Mismatch | None = None
     counts = [Dims.from_config(side.config).numbers for side in (base, expert)]
     for key, number in counts[0].items():
         if number != counts[1][key]:

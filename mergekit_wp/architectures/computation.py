@@ -15,11 +15,13 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mergekit_wp.architectures import of_type, text_config
-from mergekit_wp.models.checkpoint import VOLATILE_CONFIG
-from mergekit_wp.models.load import ACTIVATIONS
 
+#: where the architectures name their activation
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+#: config entries that say how a checkpoint was saved, not what it computes
+VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 #: what is built of one config and of the other, and differs: its name and both values
-Difference = tuple[str, Any, Any]
+Mismatch = tuple[str, Any, Any]
 
 # config entries that are read while a model runs, in any of the architectures
 _READ = (
@@ -111,7 +113,7 @@ _CLOSE = 1e-6
 
 def difference(
     base: Any, expert: Any, base_model: PreTrainedModel, expert_model: PreTrainedModel
-) -> Difference | None:
+) -> Mismatch | None:
     """The first thing in which two models of one architecture and of equal shapes differ.
 
     Args:
@@ -136,7 +138,7 @@ def difference(
     return _built(base_model, expert_model, (ours, theirs))
 
 
-def _first(ours: Any, theirs: Any, *keys: str) -> Difference:
+def _first(ours: Any, theirs: Any, *keys: str) -> Mismatch:
     """The first entry that differs, of some before all others, to be named for what it makes."""
     differ = (
         (key, getattr(ours, key, None), getattr(theirs, key, None))
@@ -215,7 +217,7 @@ def _table(
 
 def _built(
     one: PreTrainedModel, other: PreTrainedModel, configs: tuple[Any, Any]
-) -> Difference | None:
+) -> Mismatch | None:
     """The first module that is another one, or keeps another number."""
     positions = {getattr(config, "max_position_embeddings", None) for config in configs}
     others = dict(other.named_modules())
