@@ -311,7 +311,7 @@ def test_an_adapter_without_its_model(pair: Path, tmp_path: Path, named: str | N
     adapter.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": named}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    written = f"write '{named or 'BASE'}\\+{adapter}'"
+    written = "is a LoRA adapter without its model; write '" + f"{named or 'BASE'}\\+{adapter}'"
     with pytest.raises(UserError, match=written):
         open_pair(str(pair / "base"), str(adapter), lambda *_: None)
     models = [{"model": str(adapter)}]

@@ -207,6 +207,18 @@ def test_refused(base: Path, tmp_path: Path, change, message) -> None:
         Checkpoint(f"{base}+{adapter}")
 
 
+def test_a_change_of_rank_zero_is_none(base: Path, tmp_path: Path) -> None:
+    adapter, _ = make_adapter(base, tmp_path)
+    change_weights(
+        lambda w: w.update(
+            {f"{Q}.lora_A.weight": torch.zeros(0, 16), f"{Q}.lora_B.weight": torch.zeros(16, 0)}
+        )
+    )(adapter)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ours, start = Checkpoint(f"{base}+{adapter}"), Checkpoint(str(base))
+    assert torch.equal(ours.tensor(name, torch.float32), start.tensor(name, torch.float32))
+
+
 def test_a_missing_adapter_is_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model folder '.*nowhere' not found"):
         Checkpoint(f"{base}+{tmp_path}/nowhere")

@@ -141,6 +141,8 @@ class Adapter:
             a = file.get_tensor(f"{key}.lora_A.weight").to(wide)
             b = file.get_tensor(f"{key}.lora_B.weight").to(wide)
         rank = a.shape[0]  # of this tensor: a rank pattern is honoured
+        if not rank:  # so mergekit-extract-lora writes a weight in which its models do not differ
+            return weight
         alpha = self._alpha(name)
         scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
         delta = a.T[rows] @ b.T if self._transposed else b[rows] @ a
