@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,11 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
 from huggingface_hub.utils import filter_repo_objects
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_wp.autoload import ensure_registered
@@ -27,6 +30,8 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.merging import preflight
+from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.models import hub
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.pair import open_pair
@@ -179,7 +184,10 @@ def test_what_is_fetched(monkeypatch: pytest.MonkeyPatch, fetch: Any, wanted: se
     ]  # fmt: skip
     asked: dict[str, Any] = {}
 
-    def noted(repository: str, *, revision: str | None, **patterns: Any) -> str:
+    def noted(
+        repository: str, *, revision: str | None, cache_dir: str | None = None, **patterns: Any
+    ) -> str:
+        assert cache_dir is None
         asked.update(patterns, repository=repository, revision=revision)
         return "/x/snapshots/abc"
 
@@ -318,6 +326,128 @@ def test_one_commit_by_two_names_is_one_model(cache: Cache, tmp_path: Path, merg
     ]
     with pytest.raises(UserError, match="owner/expert is listed twice, .* as owner/expert@v1"):
         merged(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["weight_patching", "task_arithmetic"])
+def test_a_merge_without_a_network_lists_no_repository(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As with HF_HUB_OFFLINE=1; and what is written names the models, not where they are cached."""
+
+    def refuse(*_: object, **__: object) -> list[str]:
+        raise OfflineModeIsEnabled("a network was asked for")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
+    family = Family.make(tmp_path, llama_config())
+    local = family.recipe()
+    recipe = family.recipe(base_model="owner/base@v1")
+    for entries in (local, recipe):
+        if method == "task_arithmetic":
+            entries.pop("parameters", None)
+            entries["merge_method"] = method
+            for model in entries["models"]:
+                model["parameters"] = {"weight": 0.5}
+    cache.put("owner/base", FIRST, family.base.path, "v1")
+    for e, expert in enumerate(family.experts):
+        cache.put(f"owner/expert{e}", SECOND, expert.path, "main")
+        recipe["models"][e]["model"] = f"owner/expert{e}"
+    found = {}
+    for name, entries in (("local", local), ("hub", recipe)):
+        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(entries))
+        run("merge", str(tmp_path / f"{name}.yml"), str(tmp_path / name))
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    assert all(torch.equal(tensor, found["hub"][key]) for key, tensor in found["local"].items())
+    for file in ("mergekit_config.yml", "README.md", "config.json"):
+        assert str(cache.folder) not in (tmp_path / "hub" / file).read_text()
+    assert "owner/expert1" in (tmp_path / "hub" / "mergekit_config.yml").read_text()
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """What huggingface.co answers for gated, private, unknown and busy repositories."""
+
+    def do_HEAD(self) -> None:
+        kinds: dict[str, tuple[int, str | None]] = {
+            "gated": (401, "GatedRepo"), "forbidden": (403, "GatedRepo"),
+            "disabled": (403, None), "busy": (429, None), "branch": (404, "RevisionNotFound"),
+            "no-file": (404, "EntryNotFound"),
+        }  # fmt: skip
+        kind = next((k for k in kinds if k in self.path), None)
+        status, code = kinds[kind] if kind else (404, "RepoNotFound")
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        said = "Access to this resource is disabled." if kind == "disabled" else f"said: {kind}"
+        self.send_header("X-Error-Message", said)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub of one's own."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    hub._fetch.cache_clear()
+    yield
+    server.shutdown()
+    hub._fetch.cache_clear()
+
+
+REASONS = {
+    "gated": "gated: accept its licence at http.*/owner/gated, and log in with 'hf auth login'",
+    "forbidden": "gated: accept its licence .* log in with 'hf auth login'",
+    "disabled": "disabled",
+    "busy": "rate limit is reached: log in .* or wait",
+    "branch": "no such revision",
+    "unknown": "no such repository on the Hub; if it is a private one, log in with 'hf auth login'",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_what_the_hub_refuses_is_said_in_four_places(
+    online: None, tmp_path: Path, kind: str
+) -> None:
+    base = save(make_model("llama-tied"), tmp_path / "base", torch.float32)
+    message = f"owner/{kind}.*{REASONS[kind]}"
+    with pytest.raises(UserError, match=message):
+        Checkpoint(f"owner/{kind}")
+    with pytest.raises(UserError, match=message):
+        Checkpoint(f"{base}+owner/{kind}")
+    with pytest.raises(UserError, match=message):
+        hub.local_path(f"hf://owner/{kind}/scores.safetensors")
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": f"owner/{kind}", "parameters": {"weight": 1}}],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=message):
+        preflight.check(recipes.read(tmp_path / "recipe.yml"), MergeOptions())
+
+
+def test_a_file_that_the_hub_does_not_have(online: None) -> None:
+    with pytest.raises(UserError, match="the repository has no such file"):
+        hub.local_path("hf://owner/no-file/scores.safetensors")
+
+
+def test_an_adapter_on_the_hub_without_its_model(pair: Cache, tmp_path: Path) -> None:
+    adapter, _ = make_adapter(tmp_path / "first", tmp_path)
+    pair.put("owner/adapter", FIRST, adapter, "main")
+    with pytest.raises(UserError, match=r"write '.*first\+owner/adapter'"):
+        Checkpoint("owner/adapter")
 
 
 def test_what_is_not_there_is_said_in_one_line(pair: Cache, tmp_path: Path, capfd: Any) -> None:

@@ -65,7 +65,16 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 4}}], ids=str
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"v_proj": 4}},
+        {"alpha_pattern": {r"layers\.1\..*": 3, "v_proj": 4}},  # the first that matches
+        {"alpha_pattern": {"model.layers.0.mlp.down_proj": 1, "proj": 50, "q_proj": 0.5}},
+        {"alpha_pattern": {"q_proj": 9}, "rank_pattern": {"q_proj": 3}, "use_rslora": True},
+    ],
+    ids=str,
 )
 def test_every_tensor_is_the_one_peft_merges(base: Path, tmp_path: Path, options) -> None:
     adapter, merged = make_adapter(base, tmp_path, **options)
@@ -153,13 +162,18 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_config(use_dora=True), "use_dora = true, which is more than plain LoRA"),
+        (change_config(use_dora=True), "use_dora = true, which is not known to be plain LoRA"),
         (change_config(modules_to_save=["lm_head"]), r"modules_to_save = \[\"lm_head\"\]"),
         (change_config(bias="all"), "bias = \"all\""),
-        (change_config(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
+        (change_config(alpha_pattern={"q_proj": "4"}), r"has alpha_pattern\['q_proj'\] = \"4\""),
+        (change_config(alpha_pattern={"q(": 4}), r"'q\(' in alpha_pattern is no pattern of names"),
+        (change_config(alpha_pattern=[4]), "alpha_pattern is no JSON object of numbers"),
+        (change_config(alora_invocation_tokens=[5, 6]), r"alora_invocation_tokens = \[5, 6\]"),
+        (change_config(from_next_year=0), "from_next_year = 0, which is not known to be plain"),
+        (change_config(megatron_config={"a": 1}), r"megatron_config = \{\"a\": 1\}"),
         (change_config(init_lora_weights="pissa"), "init_lora_weights = \"pissa\""),
         (change_config(peft_type="IA3"), "is of type IA3; only LORA"),
-        (change_config(lora_alpha=None), "adapter_config.json cannot be read"),
+        (change_config(lora_alpha=None), "config.json has lora_alpha = null; expected a number"),
         (lambda a: (a / "adapter_config.json").unlink(), "adapter_config.json cannot be read"),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (
@@ -191,6 +205,18 @@ def test_refused(base: Path, tmp_path: Path, change, message) -> None:
     change(adapter)
     with pytest.raises(UserError, match=message):
         Checkpoint(f"{base}+{adapter}")
+
+
+def test_a_change_of_rank_zero_is_none(base: Path, tmp_path: Path) -> None:
+    adapter, _ = make_adapter(base, tmp_path)
+    change_weights(
+        lambda w: w.update(
+            {f"{Q}.lora_A.weight": torch.zeros(0, 16), f"{Q}.lora_B.weight": torch.zeros(16, 0)}
+        )
+    )(adapter)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ours, start = Checkpoint(f"{base}+{adapter}"), Checkpoint(str(base))
+    assert torch.equal(ours.tensor(name, torch.float32), start.tensor(name, torch.float32))
 
 
 def test_a_missing_adapter_is_named(base: Path, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_bad_recipes(family: Family, tmp_path: Path, changes: dict[str, Any], me
     [
         ("a: [1", "is not YAML: while parsing a flow sequence"),
         ("- a\n", "is not a mapping with 'merge_method' and 'models'"),
-        ("a: 1\n---\nb: 2\n", "is not YAML: expected a single document"),
+        ("a: 1\n---\nb: 2\n", "holds several documents; mergekit-multi runs such files"),
         ("", "is not a mapping"),
     ],
 )

@@ -23,6 +23,7 @@ from mergekit_wp.architectures import Dims
 from mergekit_wp.compare.results import MERGE
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import naming_disk
+from mergekit_wp.merging.open_models import with_snapshots
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import parameter_names, skeleton
 
@@ -41,7 +42,7 @@ def merge_in_memory(config: MergeConfiguration, options: MergeOptions) -> dict[s
         RuntimeError, ValueError: whatever mergekit raises for a bad recipe.
     """
     LoaderCache().setup(options)
-    config = config.model_copy(deep=True)  # planning rewrites it
+    config = with_snapshots(config, options)  # a copy: planning rewrites it
     shape_of = config.base_model or config.referenced_models()[0]
     planned = MergePlanner(
         config,
@@ -121,7 +122,9 @@ class EvaluationModel:
 def merge_to(config: MergeConfiguration, options: MergeOptions, folder: Path) -> None:
     """Merge into a folder, without a model card: mergekit's asks the network about local paths."""
     bare = options.model_copy(update={"write_model_card": False})
-    run_merge(config.model_copy(deep=True), str(folder), bare)
+    placed = with_snapshots(config, bare)
+    source = None if placed == config else config.to_yaml()  # which names the models, not places
+    run_merge(placed, str(folder), bare, config_source=source)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import disk_trouble, staged_folder
 from mergekit_wp.merging import preflight
 from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.open_models import with_snapshots
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.placement import check_device
@@ -60,7 +61,8 @@ def merge(
     # the card is written here: mergekit's asks the network about folders with one slash
     bare = options.model_copy(update={"write_model_card": False})
     with staged_folder(target) as folder, _nothing_missing():
-        run_merge(checked.config, str(folder), options=bare, config_source=checked.source)
+        config = with_snapshots(checked.config, bare)
+        run_merge(config, str(folder), options=bare, config_source=checked.source)
         if options.write_model_card:
             complete(folder, checked, tasks)
 

@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging.recipe import Recipe, score_files
+from mergekit_wp.models import hub
+from mergekit_wp.models.load import MISTAKEN_CONFIG
 from mergekit_wp.models.lora import require_safetensors
-from mergekit_wp.models.refusals import headers, refuse_pickles
+from mergekit_wp.models.refusals import (
+    headers,
+    refuse_adapter_alone,
+    refuse_pickles,
+    refuse_stand_ins,
+)
 
 #: what a mistake in a model or recipe raises in mergekit and transformers
-MISTAKES = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+MISTAKES = (*MISTAKEN_CONFIG, SafetensorError)
 # from here on torch.load builds nothing but tensors unless told to
 _SAFE_LOAD = (2, 6)
 
@@ -47,6 +56,8 @@ def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = F
                 f"model {model} has a LoRA: give {option('lora_merge_cache', 'FOLDER')} to merge it"
             )
     LoaderCache().setup(options)
+    for model in models:
+        _refuse_stand_ins(model)
     configs = {
         model: _reading(model, lambda m: m.config(trust_remote_code=options.trust_remote_code))
         for model in models
@@ -58,13 +69,71 @@ def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = F
         _refuse_pickles(model, options)
     for model in models:
         if model.lora and only_to_plan:
-            bare = ModelReference(model=model.model)
-            LoaderCache.loaders[model] = _reading(bare, LoaderCache().get)
+            LoaderCache.loaders[model] = _opened(ModelReference(model=model.model), options)
         elif model.lora:
             _merge_adapter(model, options)
+        elif model not in LoaderCache.loaders:
+            LoaderCache.loaders[model] = _opened(model, options)
         loader = _reading(model, LoaderCache().get)
         if loader.index.is_safetensors:
             headers(loader.index, str(model))  # refuses missing and damaged files
+
+
+def _opened(model: ModelReference, options: MergeOptions) -> Any:
+    here = snapshot(model, options)
+    return _reading(model, lambda _: LoaderCache().get(here))
+
+
+def snapshot(model: ModelReference, options: MergeOptions) -> ModelReference:
+    """A model of the Hub as the folder it has in the cache; any other as it is.
+
+    mergekit asks the Hub for a list of the files of every model, and fails without a network.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    if model.lora is not None or os.path.exists(model.model.path):
+        return model
+    cache = options.transformers_cache
+    folder = _reading(
+        model,
+        lambda m: hub.checkpoint(m.model.path, m.model.revision, cache=cache, pickles=True),
+    )
+    refuse_stand_ins(folder, f"model {model}")
+    place = ModelPath.model_construct(path=str(folder), revision=None)
+    return ModelReference(model=place, override_architecture=model.override_architecture)
+
+
+def with_snapshots(config: MergeConfiguration, options: MergeOptions) -> MergeConfiguration:
+    """A copy of a recipe in which models of the Hub are folders, for mergekit to run.
+
+    Raises:
+        UserError: a model cannot be fetched.
+    """
+    places = {model: snapshot(model, options) for model in config.referenced_models()}
+    found: MergeConfiguration = _replaced(config, places)
+    return found
+
+
+def _replaced(value: Any, places: Mapping[ModelReference, ModelReference]) -> Any:
+    if isinstance(value, ModelReference):
+        return places.get(value, value)
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        parts = {name: _replaced(getattr(value, name), places) for name in fields}
+        return value.model_copy(update=parts, deep=True)
+    if isinstance(value, list):
+        return [_replaced(part, places) for part in value]
+    if isinstance(value, dict):
+        return {key: _replaced(part, places) for key, part in value.items()}
+    return value
+
+
+def _refuse_stand_ins(model: ModelReference) -> None:
+    """Refuse folders without the files they should have, before a config is read from them."""
+    if os.path.isdir(model.model.path):
+        refuse_stand_ins(model.model.path, f"model {model}")
+        refuse_adapter_alone(model.model.path, str(model))
 
 
 def forget_adapters(recipe: Recipe) -> None:
@@ -76,7 +145,7 @@ def forget_adapters(recipe: Recipe) -> None:
 
 def _refuse_pickles(model: ModelReference, options: MergeOptions) -> None:
     bare = ModelReference(model=model.model)
-    folder = _reading(bare, lambda m: m.local_path(options.transformers_cache))
+    folder = snapshot(bare, options).model.path
     if os.path.isdir(folder):
         lazily = options.lazy_unpickle and not model.lora and _loads_safely(folder)
         refuse_pickles(folder, str(bare), lazily=lazily)
@@ -121,5 +190,4 @@ def _reading(model: ModelReference, read: Callable[[ModelReference], Any]) -> An
     try:
         return read(model)
     except MISTAKES as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {model} cannot be read: {reason}") from error
+        raise UserError(f"model {model} cannot be read: {hub.reason(error)}") from error

@@ -156,6 +156,11 @@ def _load(given: RecipeLike) -> tuple[Path, str, dict[str, Any]]:
     try:
         data = parse_yaml(source)
     except ValueError as error:
+        if "expected a single document" in str(error):
+            raise UserError(
+                f"recipe {path} holds several documents; mergekit-multi runs such files, here a "
+                "recipe is one: write each into a file of its own"
+            ) from error
         raise UserError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")

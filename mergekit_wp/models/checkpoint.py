@@ -20,27 +20,29 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from mergekit_wp.architectures import text_config
+from mergekit_wp.architectures.computation import VOLATILE_CONFIG
 from mergekit_wp.errors import UserError
 from mergekit_wp.models import hub
+from mergekit_wp.models.load import read_config
 from mergekit_wp.models.lora import Adapter
 from mergekit_wp.models.parameter_names import StoredNames
 from mergekit_wp.models.refusals import (
     FLOATS,
     headers,
+    refuse_adapter_alone,
     refuse_pickles,
     refuse_quantised,
     refuse_quantised_weights,
+    refuse_stand_ins,
 )
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows, Span, on_device
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # numbers that are read at once where a tensor can be read in pieces
 _PIECE = 2**21
-# config entries that say how a checkpoint was saved, not what it computes
-VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def _model_path(path: str) -> ModelPath:
@@ -105,14 +107,16 @@ class Checkpoint:
             if not folder.is_dir():
                 folder = hub.config_folder(model.path, model.revision)
                 self._commit = hub.commit_of(folder)
-            self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            refuse_stand_ins(folder, f"model '{self.name}'")
+            refuse_adapter_alone(folder, self.name)
+            self.config: Any = read_config(folder, self.name)
             refuse_quantised(self.config, self.name)
             if self._commit is not None:  # weights of the same, whatever was pushed in between
                 folder = hub.checkpoint(model.path, self._commit)
+                refuse_stand_ins(folder, f"model '{self.name}'")
             return str(folder)
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model '{self.name}' cannot be read: {reason}") from error
+            raise UserError(f"model '{self.name}' cannot be read: {hub.reason(error)}") from error
 
     def _index(self) -> Any:
         refuse_pickles(self.path, self.name)
@@ -267,5 +271,6 @@ class Checkpoint:
             # said outright: by default transformers asks on the terminal about a folder's own code
             return AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
         except Exception as error:  # tokenizers raise whatever they like
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"the tokenizer of '{self.name}' cannot be loaded: {reason}") from error
+            raise UserError(
+                f"the tokenizer of '{self.name}' cannot be loaded: {hub.reason(error)}"
+            ) from error

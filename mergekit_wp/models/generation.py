@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.untrusted import parse_json
 
 # what a model calls the keys and values it keeps, where it takes and gives them: since
 # transformers 5.24, and before
@@ -17,15 +18,32 @@ _CACHES = ("cache", "past_key_values")
 
 
 def end_tokens(folder: str | Path, tokenizer: Any) -> list[int]:
-    """Tokens that end a model's answers: its tokenizer's and its generation config's."""
+    """Tokens that end a model's answers: its tokenizer's and its generation config's.
+
+    Of the generation config nothing else is read: answers are greedy, whatever it says of sampling.
+
+    Raises:
+        UserError: a generation config that is no JSON, or whose eos_token_id is no token.
+    """
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-    except OSError:  # a checkpoint without one
+    file = Path(folder, "generation_config.json")
+    if not str(folder) or not file.is_file():
         return sorted(ends)
-    stated = config.eos_token_id
-    ends.update([stated] if isinstance(stated, int) else stated or [])
-    return sorted(ends)
+    try:
+        config = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is no JSON object; remove it, or copy it again from the model")
+    stated = config.get("eos_token_id")
+    tokens = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise UserError(
+                f"{file} has eos_token_id = {json.dumps(stated)}; expected a token's number, a "
+                "list of them, or null"
+            )
+    return sorted(ends.union(tokens))
 
 
 @torch.no_grad()

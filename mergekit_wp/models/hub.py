@@ -9,10 +9,23 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import huggingface_hub
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from mergekit_wp.errors import UserError
 
 _HUB_FILE = re.compile(r"^hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)$")
+
+# the address of a repository in that of a request
+_ASKED = re.compile(r"(https?://[^/\s]+)/(?:api/models/)?([^/\s]+/[^/\s]+)/(?:resolve|revision)/")
 
 #: of a checkpoint; files in folders below (other formats, originals) are none of its own
 _CHECKPOINT = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
@@ -40,29 +53,102 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
+def reason(error: BaseException) -> str:
+    """Why something of the Hub, or a file of a model, could not be read, and what to do.
+
+    huggingface_hub says it in lines below the first; where it found nothing in its cache, only in
+    what that error was raised from.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join((cause.server_message or str(cause)).split())
+    match cause:
+        case GatedRepoError():
+            asked = _ASKED.search(str(cause))
+            page = f" at {asked[1]}/{asked[2]}" if asked else ""
+            return (
+                f"it is gated: accept its licence{page}, and log in with 'hf auth login' ({said})"
+            )
+        case DisabledRepoError():
+            return f"its author has disabled it ({said})"
+        case RepositoryNotFoundError():
+            return (
+                "there is no such repository on the Hub; if it is a private one, log in with "
+                f"'hf auth login' ({said})"
+            )
+        case RevisionNotFoundError():
+            return f"the repository has no such revision ({said})"
+        case RemoteEntryNotFoundError():
+            return f"the repository has no such file ({said})"
+    if cause.response is not None and cause.response.status_code == 429:
+        return f"the Hub's rate limit is reached: log in with 'hf auth login', or wait ({said})"
+    return said
+
+
 def config_folder(repository: str, revision: str | None) -> Path:
     """The folder with the config of a checkpoint, by whose name its commit is known.
 
+    Of an adapter the folder with its own config.
+
     Raises:
         OSError, ValueError: as huggingface_hub does.
     """
-    file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
+    try:
+        file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
+    except EntryNotFoundError as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        found = _adapter_config(repository, revision, offline)
+        if found is None:
+            raise
+        file = found
     return Path(file).parent
 
 
-def checkpoint(repository: str, revision: str | None) -> Path:
+def _adapter_config(repository: str, revision: str | None, offline: bool) -> str | None:
+    try:
+        return huggingface_hub.hf_hub_download(
+            repository, "adapter_config.json", revision=revision, local_files_only=offline
+        )
+    except EntryNotFoundError:
+        return None
+
+
+def checkpoint(
+    repository: str, revision: str | None, *, cache: str | None = None, pickles: bool = False
+) -> Path:
     """The folder of a checkpoint in the local cache, fetched as far as it is not there.
 
-    mergekit's own download leaves out chat templates, and takes pickles where there is nothing
-    else.
+    mergekit's own download leaves out chat templates, and asks the Hub what there is, which it
+    cannot without a network.
+
+    Args:
+        repository: its id.
+        revision: of it.
+        cache: another than huggingface_hub's own.
+        pickles: fetched too, where there is nothing else.
 
     Raises:
         OSError, ValueError: as huggingface_hub does.
     """
-    folder = huggingface_hub.snapshot_download(
-        repository, revision=revision, allow_patterns=_CHECKPOINT, ignore_patterns=_NOT_OURS
-    )
-    return Path(folder)
+
+    def fetch(*weights: str) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=[*_CHECKPOINT, *weights],
+                ignore_patterns=_NOT_OURS,
+            )
+        )
+
+    folder = fetch()
+    if pickles and not any(folder.glob("*.safetensors")):
+        folder = fetch("*.bin")
+    return folder
 
 
 def adapter(repository: str, revision: str | None) -> Path:
@@ -117,5 +203,4 @@ def _fetch(reference: str) -> str:
             repo, filename, revision=unquote(revision) if revision else None
         )
     except CLIENT_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"score file {reference} could not be fetched: {reason}") from error
+        raise UserError(f"score file {reference} could not be fetched: {reason(error)}") from error

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -20,23 +21,50 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.untrusted import parse_json
 from mergekit_wp.models import hub
+from mergekit_wp.models.refusals import refuse_stand_ins
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
-# settings that make something else of the weights than W + scale · B A; with any other value than
-# these (or none at all) the adapter is refused
+# settings with which W + scale · B A is still all that the adapter does, whatever their value:
+# what it was trained on and how, what its tensors say themselves, and what is honoured below
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "lora_alpha",
+        "rank_pattern",
+        "use_rslora",
+    }
+)
+# any other setting, known today or not, has to be off, or have one of these values
+_OFF: tuple[Any, ...] = (None, False, [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "modules_to_save": ([],),
-    "trainable_token_indices": ([], {}),
-    "target_parameters": ([],),
     "bias": ("none",),
-    "lora_bias": (False,),
-    "alpha_pattern": ({},),
-    "layer_replication": ([],),
     # other initialisations change the base's weights as well, and an adapter does not say how
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -69,12 +97,13 @@ class Adapter:
         config = _config(folder, name)
         if (kind := config.get("peft_type")) != "LORA":
             raise UserError(f"{name} is of type {kind}; only LORA adapters can be read")
-        for key, plain in _PLAIN.items():
-            if (value := config.get(key)) is not None and value not in plain:
+        for key, value in config.items():
+            if key not in _HARMLESS and not _among(value, (*_OFF, *_PLAIN.get(key, ()))):
                 raise UserError(
-                    f"{name} has {key} = {json.dumps(value)}, which is more than plain LoRA; merge "
-                    "it into its model and give the folder of the result"
+                    f"{name} has {key} = {json.dumps(value):.200}, which is not known to be plain "
+                    "LoRA; merge it into its model and give the folder of the result"
                 )
+        _check_numbers(config, name)
         commit = None if Path(path).is_dir() else hub.commit_of(folder)
         return cls(folder, name, commit, config, _shapes(folder / WEIGHTS, name))
 
@@ -112,10 +141,20 @@ class Adapter:
             a = file.get_tensor(f"{key}.lora_A.weight").to(wide)
             b = file.get_tensor(f"{key}.lora_B.weight").to(wide)
         rank = a.shape[0]  # of this tensor: a rank pattern is honoured
-        alpha = float(self.config["lora_alpha"])
+        if not rank:  # so mergekit-extract-lora writes a weight in which its models do not differ
+            return weight
+        alpha = self._alpha(name)
         scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
         delta = a.T[rows] @ b.T if self._transposed else b[rows] @ a
         return torch.add(weight.to(wide), delta, alpha=scale)
+
+    def _alpha(self, name: str) -> float:
+        """Of the first pattern that the end of a tensor's name matches, as peft looks it up."""
+        module = name.removesuffix(".weight")
+        for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(alpha)
+        return float(self.config["lora_alpha"])
 
     def sha256(self) -> bytes:
         """Hash over config and weights."""
@@ -139,6 +178,12 @@ def require_safetensors(path: str, revision: str | None) -> None:
 
 
 def _folder(path: str, revision: str | None) -> Path:
+    folder = _found(path, revision)
+    refuse_stand_ins(folder, f"adapter '{path}'")
+    return folder
+
+
+def _found(path: str, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
@@ -146,18 +191,43 @@ def _folder(path: str, revision: str | None) -> Path:
     try:
         return hub.adapter(path, revision)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"adapter '{path}' cannot be read: {reason}") from error
+        raise UserError(f"adapter '{path}' cannot be read: {hub.reason(error)}") from error
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
     try:
-        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        float(config["lora_alpha"] if config.get("peft_type") == "LORA" else 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config: Any = parse_json((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{name}: {CONFIG} cannot be read: {error}") from error
-    found: dict[str, Any] = config
-    return found
+    if not isinstance(config, dict):
+        raise UserError(f"{name}: {CONFIG} cannot be read: it is no JSON object")
+    return config
+
+
+def _check_numbers(config: dict[str, Any], name: str) -> None:
+    """Refuse an alpha that is no number, or a pattern of them that is no pattern."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{name}: {CONFIG}: alpha_pattern is no JSON object of numbers")
+    alphas = {"lora_alpha": config.get("lora_alpha")}
+    alphas |= {f"alpha_pattern['{pattern}']": alpha for pattern, alpha in patterns.items()}
+    for key, alpha in alphas.items():
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not isfinite(alpha):
+            raise UserError(
+                f"{name}: {CONFIG} has {key} = {json.dumps(alpha):.200}; expected a number"
+            )
+    for pattern in patterns:
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise UserError(
+                f"{name}: {CONFIG}: '{pattern}' in alpha_pattern is no pattern of names: {error}"
+            ) from error
+
+
+def _among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether a value is one of some, where 0 is not False nor 1 True."""
+    return any(type(value) is type(other) and value == other for other in values)
 
 
 def _shapes(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

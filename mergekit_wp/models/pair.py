@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.computation import Mismatch, difference
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
-from mergekit_wp.models.checkpoint import VOLATILE_CONFIG, Checkpoint
+from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import parameter_names, skeleton
 from mergekit_wp.models.refusals import FLOATS
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows
 from mergekit_wp.terms import SLICED_KINDS, Kind
-
-# config entries that change what the same weights compute, in any of the architectures
-_COMPUTING = (
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "norm_epsilon",
-    "rope_parameters",
-    "sliding_window",
-    "layer_types",
-    "head_dim",
-    "tie_word_embeddings",
-    "use_bias",
-    "use_parallel_residual",
-    "use_bidirectional_attention",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "attention_multiplier",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "attention_bias",
-    "mlp_bias",
-)
-# config entries that say what tokens mean, not what weights compute
-_HARMLESS = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-    "architectures",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -144,9 +104,12 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
         )
     _check_tying(base, expert)
     dims = Dims.from_config(base.config)
-    names = parameter_names(skeleton(base.config))
+    models = skeleton(base.config, base.name), skeleton(expert.config, expert.name)
+    for checkpoint, model in zip((base, expert), models, strict=True):
+        _check_shapes(checkpoint, model)
+    names = parameter_names(models[0])
     ours_too = set(names)
-    theirs_only = [n for n in parameter_names(skeleton(expert.config)) if n not in ours_too]
+    theirs_only = [n for n in parameter_names(models[1]) if n not in ours_too]
     if theirs_only and base.text_config.num_hidden_layers != expert.text_config.num_hidden_layers:
         name = theirs_only[0]
         raise UserError(
@@ -171,7 +134,7 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
             raise UserError(
                 f"shapes differ at tensor {name}: base {list(ours)}, expert {list(theirs)}"
             )
-    _check_configs(base, expert)
+    _check_configs(base, expert, models)
     partition = Partition(dims, {name: base.header(name)[0] for name in names})
     assert partition.layouts  # refuses sizes that do not fit heads, groups or neurons
     norms = {}
@@ -214,26 +177,49 @@ def _check_tying(base: Checkpoint, expert: Checkpoint) -> None:
                 )
 
 
-def _check_configs(base: Checkpoint, expert: Checkpoint) -> None:
+def _check_shapes(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse weights that are not of the sizes that their own config states."""
+    config = checkpoint.text_config.to_dict()
+    for name, parameter in model.named_parameters():
+        wanted, header = tuple(parameter.shape), checkpoint.stored.header(name)
+        if header is None or header[0] == wanted:
+            continue
+        sizes = {w for w, h in itertools.zip_longest(wanted, header[0]) if w != h}
+        keys = [f"{key} = {value}" for key, value in config.items() if _is_size(value, sizes)]
+        raise UserError(
+            f"model '{checkpoint.name}': its config.json"
+            + (f" has {', '.join(keys)}, which" if keys else "")
+            + f" makes tensor {name} {list(wanted)}, but its weights hold {list(header[0])}; "
+            "copy config.json and weights of one model"
+        )
+
+
+def _is_size(value: object, sizes: Collection[int | None]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in sizes
+
+
+def _check_configs(
+    base: Checkpoint, expert: Checkpoint, models: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
     """Refuse experts whose config makes other computations of the same weights.
 
     The expert is run, and merged, under the base's config: with another one its scores would be
     those of a model that is not the expert.
     """
-    ours: dict[str, Any] = Dims.from_config(base.config).numbers
-    theirs: dict[str, Any] = Dims.from_config(expert.config).numbers
-    computing: Iterable[str] = _COMPUTING
-    if not Dims.from_config(base.config).architecture.mapped:
-        both = {**base.config.to_dict(), **expert.config.to_dict()}
-        computing = [key for key in both if key not in (*VOLATILE_CONFIG, *_HARMLESS)]
-    for key in computing:
-        ours[key], theirs[key] = (getattr(c.text_config, key, None) or None for c in (base, expert))
-    for key in ours:
-        if ours[key] != theirs[key]:
-            raise UserError(
-                f"configs differ in {key}: base '{base.name}' has {ours[key]}, expert "
-                f"'{expert.name}' has {theirs[key]}; both have to compute alike"
-            )
+    found: Mismatch | None = None
+    counts = [Dims.from_config(side.config).numbers for side in (base, expert)]
+    for key, number in counts[0].items():
+        if number != counts[1][key]:
+            found = key, number, counts[1][key]
+            break
+    else:
+        found = difference(base.config, expert.config, *models)
+    if found is not None:
+        key, ours, theirs = found
+        raise UserError(
+            f"configs differ in {key}: base '{base.name}' has {ours}, expert '{expert.name}' has "
+            f"{theirs}; both have to compute alike"
+        )
 
 
 def _compare(base: Checkpoint, expert: Checkpoint, name: str) -> float:

@@ -20,10 +20,81 @@ from mergekit_wp.files.untrusted import parse_json
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # what GPTQ, AWQ, compressed-tensors, bitsandbytes and fp8 store beside or instead of a weight
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB")
+# the files of a model or adapter that are read
+_READ = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin*",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _WAY_OUT = (
     "differences of quantised weights are mostly rounding: give the checkpoint it was quantised "
     "from, and quantise the merge"
 )
+
+
+def refuse_stand_ins(folder: str | Path, what: str) -> None:
+    """Refuse files of a model that are not there, though something of their name is.
+
+    ``git clone`` without git-lfs leaves a few lines of text that point to a file, a pruned cache a
+    link to nothing.
+
+    Args:
+        folder: of the model or adapter.
+        what: it is, for the error.
+
+    Raises:
+        UserError: names the first such file.
+    """
+    for file in sorted(Path(folder).glob("*")):
+        if not any(file.match(pattern) for pattern in _READ):
+            continue
+        if file.is_symlink() and not file.exists():
+            raise UserError(
+                f"{what}: {file} links to a file that is gone ({os.readlink(file)}); download or "
+                "copy it again"
+            )
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES:
+            with file.open("rb") as handle:
+                if handle.read(len(_POINTER)) == _POINTER:
+                    raise UserError(
+                        f"{what}: {file} is a Git LFS pointer, not the file itself; run "
+                        f"'git lfs install' and 'git lfs pull' in {folder}, or download it again"
+                    )
+
+
+def refuse_adapter_alone(folder: str | Path, name: str) -> None:
+    """Refuse an adapter where a model is wanted.
+
+    Raises:
+        UserError: says how a model with an adapter is written.
+    """
+    config = Path(folder, "adapter_config.json")
+    if not config.is_file() or Path(folder, "config.json").exists():
+        return
+    base = named_base(config) or "BASE"
+    raise UserError(
+        f"model '{name}' is a LoRA adapter without its model; write '{base}+{name}'"
+        + ("" if base != "BASE" else ", with the model it was trained on for BASE")
+    )
+
+
+def named_base(adapter_config: Path) -> str | None:
+    """The model that an adapter says it was trained on, None where it does not."""
+    try:
+        stated = parse_json(adapter_config.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return stated if isinstance(stated, str) and stated else None
 
 
 def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
