@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
@@ -92,6 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after Ctrl-C and
     SIGTERM, 1 anything else.
     """
+    for stream in (sys.stdout, sys.stderr):  # a console may lack the characters of a name
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         with listening():
             status = cli.main(args=arguments, prog_name="mergekit-wp", standalone_mode=False)

@@ -15,13 +15,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.untrusted import complaint, parse_json
+from mergekit_wp.files.untrusted import complaint, parse_json, read_lines
 
 
 class Message(BaseModel):
@@ -29,10 +37,31 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     role: str
-    content: str
+    content: str | list[dict[str, Any]] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+        if value is not None and not isinstance(value, str) and not parts:
+            raise ValueError("expected a text, a list of parts such as {'type': 'text'}, or null")
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.model_extra:
+            raise ValueError("expected 'content', or another key such as 'tool_calls'")
+        return self
 
 
-Text = str | list[Message]
+def _form(value: object) -> str:
+    return "messages" if isinstance(value, list) else "text"
+
+
+#: a text or chat messages; errors speak of the one that it seems to be
+Text = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Message], Tag("messages")], Discriminator(_form)
+]
 
 
 class Prompt(BaseModel):
@@ -89,13 +118,10 @@ def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts")
     """
     if isinstance(source, Path):
         where, name = f"prompt file {source}", source.stem
-        try:
-            content = source.read_bytes()
-            text = content.decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where} cannot be read: {error}") from error
-        lines = enumerate(text.split("\n"), start=1)  # splitlines() would cut at U+2028 too
-        prompts = [_parse(line, f"{where}, line {n}") for n, line in lines if line.strip()]
+        content, lines = read_lines(source, where)
+        prompts = [
+            _parse(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()
+        ]
     else:
         where = f"'{name}'"
         prompts = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
@@ -169,14 +195,19 @@ def encode_prompt(tokenizer: Any, text: Text) -> list[int]:
         messages = (
             [{"role": "user", "content": text}]
             if isinstance(text, str)
-            else [m.model_dump() for m in text]
+            else [m.model_dump(exclude_unset=True) for m in text]  # no key that the file has not
         )
-        try:
-            rendered = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # jinja templates raise whatever they like
-            raise UserError(f"the chat template refuses prompt {text!r:.80}: {error}") from error
+        rendered = _rendered(tokenizer, messages)
+        for number, message in enumerate(messages, start=1):
+            content = message.get("content", "")
+            if isinstance(content, str) or str(content) not in rendered:
+                continue
+            without = [*messages[: number - 1], message | {"content": ""}, *messages[number:]]
+            if rendered.count(str(content)) > _rendered(tokenizer, without).count(str(content)):
+                raise UserError(
+                    f"the chat template writes the 'content' of message {number} as "
+                    f"{str(content)!r:.60}, for it reads texts only; give a text"
+                )
         ids = tokenizer(rendered, add_special_tokens=False).input_ids
     elif isinstance(text, str):
         ids = tokenizer(text).input_ids
@@ -185,6 +216,15 @@ def encode_prompt(tokenizer: Any, text: Text) -> list[int]:
     if not ids:
         raise UserError(f"prompt {text!r:.80} has no tokens")
     return list(ids)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except Exception as error:  # jinja templates raise whatever they like
+        raise UserError(f"the chat template refuses prompt {messages!r:.80}: {error}") from error
 
 
 def encode_response(tokenizer: Any, response: str) -> list[int]:

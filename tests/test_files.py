@@ -63,9 +63,9 @@ def test_a_lock_is_held_by_one_and_survives_its_removal(tmp_path: Path) -> None:
     path.unlink()  # its holder clears up, and goes
     other = locked(path)
     assert other is not None
-    held.close()
+    held.release()
     assert locked(path) is None, "the removed file's lock is worth nothing"
-    other.close()
+    other.release()
     assert locked(path) is not None
 
 

@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from mergekit.card import generate_card
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
@@ -22,9 +23,10 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card import text
 from mergekit_wp.card.chart import chart
 from mergekit_wp.card.contributions import contributions, used_scores
-from mergekit_wp.card.evaluation import evaluation
+from mergekit_wp.card.evaluation import Evaluation, evaluation
+from mergekit_wp.card.front_matter import with_keys
 from mergekit_wp.card.scores import ScoreCopy, copy_scores
-from mergekit_wp.card.sources import common_licence, sources
+from mergekit_wp.card.sources import Source, common_licence, sources
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.merging.plan import plan
@@ -76,23 +78,49 @@ def write_card(
     parts.append(text.how_to_repeat(CONFIG, __version__, bool(copies)))
     section = "\n".join([BEGIN, *parts, END]) + "\n"
 
-    card = _existing(folder) or ModelCard(mergekit_card(recipe.config, config_text, folder.name))
+    before = _existing(folder) or mergekit_card(recipe.config, config_text, folder.name)
+    card = ModelCard(before)
     body = card.text.replace(recipe.source.strip(), config_text.strip())
     body = _SECTION.sub("", body).rstrip() + "\n\n" + section
-    hub_ids = list(dict.fromkeys(source.path for source in found if source.on_hub))
-    data = cast(ModelCardData, card.data)
-    data.base_model = hub_ids or None
-    data["base_model_relation"] = "merge"
-    if data.license is None:
-        data.license = common_licence(found)
-    if measured is not None:
-        data.model_name = data.model_name or folder.name
-        data.eval_results = _replaced(data.eval_results or [], measured.results)
-    card.text = body
+    stated = _changed(cast(ModelCardData, card.data), found, measured, folder.name)
+    try:
+        written = _with_front_matter(before, stated, body)
+    except ValueError as error:
+        raise UserError(
+            f"{folder / README}: its front matter cannot be completed ({error}); write one "
+            "`key: value` a line, or remove the file"
+        ) from error
     with written_whole(folder / CONFIG) as temporary:
         temporary.write_text(config_text, encoding="utf-8")
     with written_whole(folder / README) as temporary:
-        card.save(temporary)
+        temporary.write_text(written, encoding="utf-8", newline="")
+
+
+def _changed(
+    data: ModelCardData, found: list[Source], measured: Evaluation | None, name: str
+) -> dict[str, Any]:
+    """What the front matter has to state anew; base models that people added stay."""
+    stated = data.get("base_model") or []
+    own = [stated] if isinstance(stated, str) else list(stated)
+    models = list(dict.fromkeys([*own, *(source.path for source in found if source.on_hub)]))
+    changes: dict[str, Any] = {} if models == own != [] else {"base_model": models or None}
+    if data.get("base_model_relation") != "merge":
+        changes["base_model_relation"] = "merge"
+    if data.license is None and (licence := common_licence(found)) is not None:
+        changes["license"] = licence
+    if measured is not None:
+        data.model_name = data.model_name or name
+        data.eval_results = _replaced(data.eval_results or [], measured.results)
+        changes["model-index"] = yaml.safe_load(data.to_yaml())["model-index"]
+    return changes
+
+
+def _with_front_matter(content: str, changes: dict[str, Any], body: str) -> str:
+    """A card with another body, and keys of its front matter changed."""
+    block = REGEX_YAML_BLOCK.match(content)
+    end = "\r\n" if block and block[1].endswith("\r\n") else "\n"
+    head = with_keys(block[2] if block else "", changes).replace("\n", end)
+    return f"---{end}{head}{end}---{end}{body}"
 
 
 def complete_card(folder: Path, results: Path | None, row: str | None) -> bool:
@@ -127,12 +155,14 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _existing(folder: Path) -> ModelCard | None:
+def _existing(folder: Path) -> str | None:
     path = folder / README
     if not path.exists():
         return None
     try:
-        return cast(ModelCard, ModelCard.load(path))
+        content = path.read_bytes().decode()
+        ModelCard(content)
+        return content
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"{path} cannot be read: {' '.join(str(error).split())[:200]}; mend its front matter "

@@ -65,6 +65,15 @@ def merge_in_memory(config: MergeConfiguration, options: MergeOptions) -> dict[s
     return found
 
 
+def keeps_shapes(config: MergeConfiguration) -> bool:
+    """Whether a merge has the base's tensors in the base's shapes, so that its model can hold it.
+
+    A tokenizer of its own may change the vocabulary, and slices the layers.
+    """
+    settings = (config.tokenizer, config.tokenizer_source, config.slices, config.modules)
+    return not any(settings)
+
+
 class EvaluationModel:
     """One model in memory whose weights are replaced by those of each merge.
 

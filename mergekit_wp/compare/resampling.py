@@ -59,6 +59,8 @@ class Resampled:
         self.rows = {row.name: row for row in comparison.rows if row.failed is None}
         self._counts: dict[str, Array] = {}
         self._draws: dict[tuple[str, str], Array] = {}
+        if not self.rows:
+            raise UserError(f"every row failed; the first: {comparison.rows[0].failed}")
         first = next(iter(self.rows.values()))
         for task in comparison.tasks:
             items = len(first.scores[task][0])
@@ -76,6 +78,8 @@ class Resampled:
     def _ceiling(self) -> dict[str, str]:
         """The best expert at each task."""
         experts = [row for row in self.rows.values() if row.role == "expert"]
+        if not experts:
+            raise UserError("every expert failed, so nothing can be relative to one")
         found = {}
         for task in self.comparison.tasks:
             top = max(experts, key=lambda row: self._raw(row.name, task))

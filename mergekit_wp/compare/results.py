@@ -80,7 +80,7 @@ class Results:
             self._check_inputs()
             self._read()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
@@ -93,7 +93,7 @@ class Results:
         found = None if error is None else unmasked(error)
         if isinstance(found, DiskError | Interrupted) and self.path.exists():
             found.kept = self.folder
-        self._lock.close()
+        self._lock.release()
         if found is not None and found is not error:
             raise found from error
 

@@ -17,6 +17,7 @@ from mergekit_wp.compare.failures import MAY_FAIL, why_failed
 from mergekit_wp.compare.merging import (
     IN_MEMORY,
     EvaluationModel,
+    keeps_shapes,
     merge_in_memory,
     merge_to,
     merged_on_disk,
@@ -90,7 +91,14 @@ class Runner:
             role: RowRole = "ours" if config.merge_method == OURS else "peer"
             rows.append(self._test_row(name, role, name, {}, (0,), partial(_fixed, config)))
         ours_named = [row.name for row in rows if row.role == "ours"]
-        reference = ours_named[0] if ours_named else rows[0].name
+        measured = [row.name for row in rows if row.failed is None]
+        if not measured:
+            raise UserError(
+                f"nothing could be compared, for every model failed; {rows[0].name}: "
+                f"{rows[0].failed}"
+            )
+        # differences are from a row that has scores
+        reference = next((name for name in ours_named if name in measured), measured[0])
         return Comparison(tuple(rows), tuple(self._task_names), plan.relative, reference)
 
     @property
@@ -271,7 +279,7 @@ class Runner:
         self, setting: Setting, seed: int, make: Callable[[Setting], MergeConfiguration]
     ) -> Any:
         config = make(setting)
-        if self.in_memory or OMEGA in setting:
+        if OMEGA in setting or (self.in_memory and keeps_shapes(config)):
             tensors = merge_in_memory(config, self._options(seed))
             return self.evaluation.load(self._with_aim(setting, tensors))
         return _on_disk(self, config, seed)

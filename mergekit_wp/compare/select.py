@@ -22,6 +22,8 @@ def ceilings(experts: Sequence[ByTask], tasks: Sequence[str], split: str) -> dic
     Raises:
         UserError: no expert gets anything right.
     """
+    if not experts:
+        raise UserError("every expert failed, so nothing can be relative to one")
     found = {task: max(mean(expert[task]) for expert in experts) for task in tasks}
     for task, value in found.items():
         if value <= 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -11,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from mergekit_wp.errors import DiskError, UserError
@@ -61,7 +60,8 @@ def synced(path: Path) -> None:
     Raises:
         OSError: it cannot be written there.
     """
-    handle = os.open(path, os.O_RDONLY)
+    # Windows syncs only what is open for writing; elsewhere a file may be read-only
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -101,8 +101,8 @@ def _umask() -> int:
     return mask
 
 
-def locked(path: Path) -> IO[str] | None:
-    """Hold a lock until the handle is closed or the process ends, however it ends.
+def locked(path: Path) -> BaseFileLock | None:
+    """Hold a lock until it is released or the process ends, however it ends.
 
     Args:
         path: the lock file, made with its folders where missing; its holder may remove it.
@@ -113,18 +113,13 @@ def locked(path: Path) -> IO[str] | None:
     Raises:
         OSError: the file cannot be made.
     """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")  # noqa: SIM115 - the holder closes it
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            return None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
-                return handle
-        handle.close()  # its last holder removed the file after we had opened it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
 
 
 @contextmanager
@@ -160,7 +155,11 @@ def staged_folder(target: Path) -> Iterator[Path]:
         missing = []
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-        lock.close()
+        lock.release()
+        if os.name == "nt":  # where no open file can be removed, so the lock stood in the way
+            with suppress(OSError):
+                (hidden / "lock").unlink(missing_ok=True)
+                hidden.rmdir()
         for folder in missing:
             with suppress(OSError):  # somebody else has put something there
                 folder.rmdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +104,8 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
     base, experts, where = _named_experts(request)
     given: dict[str, PromptSource] = {}
     for key, prompts in request.prompts:
-        fitting = [n for n, m in experts.items() if key in (n, m, m.split("@")[0])]
+        key, prompts = _at_expert(experts, key, prompts)
+        fitting = _called(experts, key)
         if len(fitting) != 1:
             known = ", ".join(experts.values())
             what = "several experts" if fitting else "no expert"
@@ -158,6 +159,22 @@ def _named_experts(request: MembersRequest) -> tuple[str, dict[str, str], str]:
             )
         found[name] = model
     return read.base, found, where
+
+
+def _called(experts: Mapping[str, str], key: str) -> list[str]:
+    return [n for n, m in experts.items() if key in (n, m, m.split("@")[0])]
+
+
+def _at_expert(
+    experts: Mapping[str, str], key: str, prompts: PromptSource
+) -> tuple[str, PromptSource]:
+    """EXPERT=FILE parted at the last ``=`` that an expert stands before: names may have some."""
+    if isinstance(prompts, Path):
+        parts = f"{key}={prompts}".split("=")
+        for end in range(len(parts) - 1, 0, -1):
+            if _called(experts, name := "=".join(parts[:end])):
+                return name, Path("=".join(parts[end:]))
+    return key, prompts
 
 
 def _named(key: str, prompts: PromptSource) -> str:

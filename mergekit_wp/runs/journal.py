@@ -73,7 +73,7 @@ class Journal:
             self.__exit__(DiskError, error, None)
             raise
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
@@ -129,7 +129,7 @@ class Journal:
                     folder.rmdir()
         elif isinstance(found, DiskError | Interrupted):
             found.kept = self.folder
-        self._lock.close()
+        self._lock.release()
         if found is not None and found is not error:
             raise found from error
 

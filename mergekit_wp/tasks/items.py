@@ -8,7 +8,6 @@ the checker reads (``answer`` for ``exact``, which is the default), and optional
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.errors import UserError
+from mergekit_wp.files.untrusted import complaint, parse_json, read_lines
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import end_tokens, greedy
-from mergekit_wp.prompts import Message, Text, encode_prompt
-from mergekit_wp.tasks.checkers import NEEDS, Checkers
+from mergekit_wp.prompts import Text, encode_prompt
+from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
 _SPLITS = ("valid", "test")
-_TEXT: TypeAdapter[Text] = TypeAdapter(str | list[Message])
+_TEXT: TypeAdapter[Text] = TypeAdapter(Text)
 #: sequences and tokens of a batch, on the CPU and elsewhere
 _BATCH = {"cpu": (256, 16_384), "cuda": (512, 131_072)}
 
@@ -56,11 +56,7 @@ class JsonlTask:
         Raises:
             UserError: unreadable, empty, or a line that cannot be used; names the line and key.
         """
-        try:
-            content = path.read_bytes()
-            lines = content.decode("utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"task file {path} cannot be read: {error}") from error
+        content, lines = read_lines(path, f"task file {path}")
         items: list[dict[str, Any]] = []
         seen: set[str] = set()
         for number, line in enumerate(lines, start=1):
@@ -185,15 +181,17 @@ def _listed(value: int | list[int] | None) -> list[int]:
 
 def _parse(line: str, where: str, checkers: Checkers) -> dict[str, Any]:
     try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        item = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(item, dict):
         raise UserError(f"{where}: expected an object with 'prompt' and 'split'")
     try:
         item["prompt"] = _TEXT.validate_python(item.get("prompt"))
     except ValidationError as error:
-        raise UserError(f"{where}: 'prompt' must be a text or chat messages") from error
+        raise UserError(
+            f"{where}: 'prompt' must be a text or chat messages ({complaint(error)})"
+        ) from error
     if not item["prompt"]:
         raise UserError(f"{where}: 'prompt' is empty")
     if item.get("split") not in _SPLITS:
@@ -202,15 +200,13 @@ def _parse(line: str, where: str, checkers: Checkers) -> dict[str, Any]:
             'parameters are chosen on, "test" for those that are reported'
         )
     item.setdefault("checker", "exact")
-    if item["checker"] not in checkers.known:
-        raise UserError(
-            f"{where}: unknown checker '{item['checker']}'; known are "
-            f"{', '.join(checkers.known)}; others come from {option('checkers', 'FILE.py')}"
-        )
-    for key in NEEDS.get(item["checker"], ()):
-        if key not in item:
-            raise UserError(f"{where}: checker '{item['checker']}' needs '{key}'")
+    try:
+        checkers.check(item)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not isinstance(item.get("id", 0), str | int) or isinstance(item.get("id"), bool):
+        raise UserError(f"{where}: 'id' must be a text or a whole number")
     longest = item.get("max_new_tokens", 1)
-    if not isinstance(longest, int) or longest < 1:
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
         raise UserError(f"{where}: 'max_new_tokens' must be a whole number from 1")
     return item
