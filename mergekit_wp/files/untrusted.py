@@ -51,7 +51,7 @@ def read_lines(path: Path, where: str) -> tuple[bytes, list[str]]:
         text = "" if found else content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
-    if found is None and text.lstrip().startswith("["):
+    if found is None and re.match(r"\s*\[\s*\{", text):
         found = "a JSON array"
     if found is not None:
         raise UserError(

@@ -18,6 +18,8 @@ from mergekit_wp.terms import Split
 
 #: IFEval's first metric in the harness is its strict prompt-level accuracy, as is usual
 _OUTPUT = 2_000
+#: tokens that the harness lets a model write where a task states nothing
+_HARNESS_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ class LmEvalTask:
         """Documents of a split."""
         return len(self._docs(split))
 
+    def _check_length(self, model: Any) -> None:
+        """Refuse answers for which the context has no room; the harness only asserts there is."""
+        stated = (self.task.config.generation_kwargs or {}).get("max_gen_toks", _HARNESS_TOKENS)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and stated >= context:
+            raise UserError(
+                f"lm-eval task '{self.name}' lets a model write {stated} tokens, but the model's "
+                f"context has {context}; set 'max_gen_toks' in the task's generation_kwargs, in "
+                "a YAML file of your own"
+            )
+
     def evaluate(
         self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
     ) -> list[ItemScore]:
@@ -91,6 +104,7 @@ class LmEvalTask:
         The chat template is applied where the tokenizer has one.
 
         Raises:
+            UserError: the task's answers are longer than the model's context.
             OutOfMemory: there is not even memory for one sequence.
         """
         from lm_eval.evaluator import evaluate
@@ -101,6 +115,8 @@ class LmEvalTask:
         if split == "valid":
             # the harness evaluates test documents where there are any
             task._config.test_split = None
+        if task.OUTPUT_TYPE == "generate_until":
+            self._check_length(model)
 
         def run(together: int) -> Any:
             return evaluate(
