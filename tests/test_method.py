@@ -477,8 +477,11 @@ def test_structure(family: Family) -> None:
         merge_state_dicts({"base": {"x": a}}, weight_patching, base="base", parameters=scores)
     with pytest.raises(UserError, match="by name"):
         merge_tensors([a, b], weight_patching, base_index=0, parameters=scores)
-    with pytest.raises(UserError, match="has no 'scores'; give the score file"):
+    with pytest.raises(TypeError, match="required parameter scores"):  # mergekit's own words
         merge_tensors([a, b], weight_patching, base_index=0, name="x")
+    with pytest.raises(UserError, match="has no 'scores'; give the score file"):
+        merge_tensors([a, b], weight_patching, base_index=0, name="x", parameters={"scores": ""})
+    assert [p.name for p in weight_patching.spec.parameters if p.required] == ["scores"]
     assert merge_methods.get("weight_patching") is weight_patching
 
 

@@ -108,7 +108,7 @@ SPEC = MergeMethodSpec(
     pretty_name="Weight Patching",
     reference_url="https://arxiv.org/abs/2604.13694",
     parameters=(
-        ParameterSpec("scores", _SCORES, _EXPERT, default=""),
+        ParameterSpec("scores", _SCORES, _EXPERT),
         ParameterSpec("weight", _number("weight"), _EXPERT, default=1.0),
         ParameterSpec("density", _number("density", 0, 1), _EXPERT, default=1.0),
         ParameterSpec("fusion", _one_of("fusion", FUSIONS), _SHARED, default="share"),
