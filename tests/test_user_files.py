@@ -162,7 +162,8 @@ def test_other_formats_are_named(tmp_path: Path, content: bytes, name: str) -> N
 
 
 def test_an_equals_sign_in_an_experts_name() -> None:
-    models = ["runs/lr=2e-5", "runs/epoch=3-step=10", "plain"]
+    paths = ["runs/lr=2e-5", "runs/epoch=3-step=10", "plain"]
+    models = {path.split("/")[-1]: path for path in paths}
     for key, rest, want in (
         ("lr", "2e-5=p.jsonl", ("lr=2e-5", "p.jsonl")),
         ("runs/epoch", "3-step=10=a=b.jsonl", ("runs/epoch=3-step=10", "a=b.jsonl")),

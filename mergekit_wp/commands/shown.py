@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,5 +27,6 @@ def merge_by(folder: Path, experts: Iterable[str]) -> str:
     """What was written of experts that were scored or fitted together, and what to do with it."""
     from mergekit_wp.joint.files import RECIPE
 
+    command = shlex.join(["mergekit-wp", "merge", str(folder / RECIPE)])
     files = ", ".join(str(folder / f"{name}.safetensors") for name in experts)
-    return f"{files} written; merge by them with: mergekit-wp merge {folder / RECIPE} OUT"
+    return f"{files} written; merge by them with: {command} OUT"
