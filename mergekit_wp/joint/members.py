@@ -102,6 +102,7 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             of one name.
     """
     base, experts, where = _named_experts(request)
+    whole = "the company" if isinstance(request.recipe, NamedExperts) else "the recipe"
     given: dict[str, PromptSource] = {}
     for key, prompts in request.prompts:
         key, prompts = _at_expert(experts, key, prompts)
@@ -109,7 +110,7 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
         if len(fitting) != 1:
             known = ", ".join(experts.values())
             what = "several experts" if fitting else "no expert"
-            raise UserError(f"{_named(key, prompts)}: '{key}' is {what} of {where}; it has {known}")
+            raise UserError(f"{_named(key, prompts)}: '{key}' is {what} of {whole}; it has {known}")
         if fitting[0] in given:
             raise UserError(f"{_named(key, prompts)}: '{key}' has prompts already")
         given[fitting[0]] = prompts
