@@ -73,8 +73,8 @@ Mergeable = Scores | ScoresTogether | PathLike | Mapping[str, Any] | Sequence[Sc
 
 
 def score(
-    base: str,
-    expert: str,
+    base: PathLike,
+    expert: PathLike,
     *,
     prompts: Any,
     criterion: str | CriterionFunction | Sequence[str | CriterionFunction] | None = None,
@@ -99,8 +99,8 @@ def score(
         UserError: any mistake in the inputs.
     """
     request = ScoreRequest.of(
-        base=base,
-        expert=expert,
+        base=os.fspath(base),
+        expert=os.fspath(expert),
         prompts=prompt_source(prompts),
         criterion=criterion,
         out=out,
@@ -111,8 +111,8 @@ def score(
 
 
 def score_together(
-    base: str | None = None,
-    experts: Mapping[str, str] | None = None,
+    base: PathLike | None = None,
+    experts: Mapping[str, PathLike] | None = None,
     *,
     prompts: Mapping[str, Any] | Sequence[Any],
     recipe: PathLike | None = None,
@@ -142,8 +142,8 @@ def score_together(
 
 
 def fit(
-    base: str | None = None,
-    experts: Mapping[str, str] | None = None,
+    base: PathLike | None = None,
+    experts: Mapping[str, PathLike] | None = None,
     *,
     prompts: Mapping[str, Any] | Sequence[Any],
     guards: Sequence[Any] = (),
@@ -313,7 +313,12 @@ def trace(
 
 
 def find_anchors(
-    base: str, expert: str, *, prompts: Any, progress: bool | Progress = True, **options: Any
+    base: PathLike,
+    expert: PathLike,
+    *,
+    prompts: Any,
+    progress: bool | Progress = True,
+    **options: Any,
 ) -> list[LayerAnchor]:
     """Look for a direction that stands for a behaviour, layer by layer.
 
@@ -327,7 +332,9 @@ def find_anchors(
     Raises:
         UserError: fewer than four contrasts, or any other mistake in the inputs.
     """
-    request = AnchorRequest.of(base=base, expert=expert, prompts=prompt_source(prompts), **options)
+    request = AnchorRequest.of(
+        base=os.fspath(base), expert=os.fspath(expert), prompts=prompt_source(prompts), **options
+    )
     with _shown(progress) as shown:
         return _find_anchors(request, shown)
 
@@ -344,7 +351,7 @@ def _shown(progress: object, bar: Callable[[], Any] = BarProgress) -> Iterator[A
 
 
 def _experts(
-    base: str | None, experts: Mapping[str, str] | None, recipe: PathLike | None
+    base: PathLike | None, experts: Mapping[str, PathLike] | None, recipe: PathLike | None
 ) -> Path | NamedExperts:
     if recipe is not None and base is None and experts is None:
         return Path(recipe)
@@ -353,7 +360,8 @@ def _experts(
             "expected a base and its experts by name, as in base, {'inst': expert}; or a recipe "
             "that names them, as recipe=FILE"
         )
-    return NamedExperts(base=str(base), experts=tuple(experts.items()))
+    named = tuple((name, os.fspath(expert)) for name, expert in experts.items())
+    return NamedExperts(base=os.fspath(base), experts=named)
 
 
 def _by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
