@@ -19,10 +19,10 @@ import torch
 from mergekit_wp.architectures import register as register_architecture
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
-from mergekit_wp.compare.compare import ComparisonResult
-from mergekit_wp.compare.compare import compare as _compare
-from mergekit_wp.compare.progress import CompareProgress, ComparisonBar
-from mergekit_wp.compare.request import CompareRequest
+from mergekit_wp.comparison.compare import ComparisonResult
+from mergekit_wp.comparison.compare import compare as _compare
+from mergekit_wp.comparison.progress import CompareProgress, ComparisonBar
+from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.company import score_company

@@ -34,7 +34,7 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
     import torch
 
     from mergekit_wp import cli, interrupts
-    from mergekit_wp.compare import run as comparing
+    from mergekit_wp.comparison import run as comparing
     from mergekit_wp.joint import ascent
     from mergekit_wp.runs import journal
 

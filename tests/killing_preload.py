@@ -7,8 +7,8 @@ import mergekit_wp.commands.merge
 import mergekit_wp.commands.score
 import mergekit_wp.commands.trace
 import mergekit_wp.commands.verify
-import mergekit_wp.compare.request
-import mergekit_wp.compare.run
+import mergekit_wp.comparison.request
+import mergekit_wp.comparison.run
 import mergekit_wp.joint.company
 import mergekit_wp.joint.fit
 import mergekit_wp.mechanism.circuit

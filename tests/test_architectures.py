@@ -24,7 +24,7 @@ from transformers import (
 from mergekit_wp.architectures import FAMILIES as DECLARED
 from mergekit_wp.architectures import Dims
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.compare.merging import EvaluationModel
+from mergekit_wp.comparison.merging import EvaluationModel
 from mergekit_wp.components import Component, Partition
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_wp.compare.merging import EvaluationModel
-from mergekit_wp.compare.methods import methods_of
-from mergekit_wp.compare.plan import Plan
-from mergekit_wp.compare.results import Results
-from mergekit_wp.compare.run import Runner
+from mergekit_wp.comparison.merging import EvaluationModel
+from mergekit_wp.comparison.methods import methods_of
+from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.results import Results
+from mergekit_wp.comparison.run import Runner
 from mergekit_wp.errors import OutOfMemory, UserError
 from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit

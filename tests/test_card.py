@@ -29,9 +29,9 @@ from mergekit_wp.card.sources import NOT_READ, NOT_STATED, common_licence, sourc
 from mergekit_wp.card.text import short_names
 from mergekit_wp.card.write import BEGIN, mergekit_card
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import UNTUNED, Comparison, Row
-from mergekit_wp.compare.table import summary
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row
+from mergekit_wp.comparison.table import summary
 from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile

@@ -13,8 +13,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_wp.compare import methods, run
-from mergekit_wp.compare.merging import EvaluationModel, merge_in_memory, merged_on_disk
+from mergekit_wp.comparison import methods, run
+from mergekit_wp.comparison.merging import EvaluationModel, merge_in_memory, merged_on_disk
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
 from tests.merging import Family, llama_config, qwen_config

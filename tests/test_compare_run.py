@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 
 from mergekit_wp import interrupts
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.compare import compare
-from mergekit_wp.compare.merging import merge_in_memory
-from mergekit_wp.compare.methods import methods_of
-from mergekit_wp.compare.plan import Plan
-from mergekit_wp.compare.request import CompareRequest
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.results import Results
-from mergekit_wp.compare.rows import Comparison, Row
-from mergekit_wp.compare.run import Runner
-from mergekit_wp.compare.table import markdown_table, summary, terminal_table
+from mergekit_wp.comparison.compare import compare
+from mergekit_wp.comparison.merging import merge_in_memory
+from mergekit_wp.comparison.methods import methods_of
+from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.results import Results
+from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.comparison.run import Runner
+from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError, spelled
 from mergekit_wp.interrupts import Interrupted
 from mergekit_wp.models.backoff import AtOnce
@@ -299,7 +299,7 @@ def test_an_interrupted_merge_is_no_failed_one(
             patch.setattr(interrupts._State, "raised", signal.SIGINT)
             raise ValueError("no shape")  # torch makes such errors of whatever is raised in it
 
-        patch.setattr("mergekit_wp.compare.run.merge_in_memory", struck)
+        patch.setattr("mergekit_wp.comparison.run.merge_in_memory", struck)
         run(plan, tmp_path)
     assert stop.value.kept == tmp_path
     kept = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -396,7 +396,7 @@ def test_tables_carry_the_numbers() -> None:
 
 
 def test_the_page_is_offline_escaped_and_the_same_twice() -> None:
-    from mergekit_wp.compare.page import html_page
+    from mergekit_wp.comparison.page import html_page
 
     def rows(*names: str) -> tuple[Row, ...]:
         scores = {name: [[1.0, 0.0, 1.0, 1.0]] for name in names}
@@ -487,7 +487,7 @@ def test_kept_merges_are_whole_or_not_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mergekit_wp.compare.run.merge_to", killed)
+        patch.setattr("mergekit_wp.comparison.run.merge_to", killed)
         run(plan, tmp_path / "out")
     assert not (tmp_path / "merged").exists()
     run(plan, tmp_path / "out")

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.pooled import Pooled
-from mergekit_wp.compare.resampling import Resampled, best_peer
-from mergekit_wp.compare.rows import Comparison, Row
+from mergekit_wp.comparison.resampling import Resampled, best_peer
+from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.errors import UserError
 from mergekit_wp.statistics import wilson
 

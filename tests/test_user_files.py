@@ -21,9 +21,9 @@ from transformers import AutoTokenizer
 
 from mergekit_wp.card.front_matter import with_keys
 from mergekit_wp.cli import cli
-from mergekit_wp.compare.merging import keeps_shapes
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import Comparison, Row
+from mergekit_wp.comparison.merging import keeps_shapes
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.members import _at_expert
 from mergekit_wp.prompts import encode_prompt, read_prompts

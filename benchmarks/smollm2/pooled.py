@@ -14,10 +14,10 @@ import numpy as np
 
 from benchmarks.smollm2.bench import COMBINATIONS
 from benchmarks.smollm2.paths import BUILD
-from mergekit_wp.compare.reading import read_comparison
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import UNTUNED
-from mergekit_wp.compare.table import interval, signed
+from mergekit_wp.comparison.reading import read_comparison
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import UNTUNED
+from mergekit_wp.comparison.table import interval, signed
 from mergekit_wp.statistics import Array, Estimate, percentiles
 
 OURS = "weight_patching"

@@ -30,9 +30,9 @@ from benchmarks.zoo.bench import (
 )
 from benchmarks.zoo.lab import naive_rows
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.compare.table import interval, signed
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import Comparison
+from mergekit_wp.comparison.table import interval, signed
 from mergekit_wp.files import scorefile
 
 EXPERTS = ("inst", "math", "sort")

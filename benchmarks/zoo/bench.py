@@ -1,7 +1,7 @@
 """Every method on five seeds and four combinations of the zoo's experts.
 
 ``python -m benchmarks.zoo.bench`` (from the repository's root) trains what is missing, scores,
-compares through `mergekit_wp.compare`, and prints the tables of README.md. Everything is kept in
+compares through `mergekit_wp.comparison`, and prints the tables of README.md. Everything is kept in
 build/zoo and resumes.
 """
 
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.tasks import distinct_items, prompt_line
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.compare.methods import DEFAULT_METHODS, methods_of
-from mergekit_wp.compare.plan import Plan
-from mergekit_wp.compare.results import Results
-from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.compare.run import Runner
+from mergekit_wp.comparison.methods import DEFAULT_METHODS, methods_of
+from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.results import Results
+from mergekit_wp.comparison.rows import Comparison
+from mergekit_wp.comparison.run import Runner
 from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.merging import recipe as recipes

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.zoo.bench import N_PROMPTS, checkpoints, prompts, task
 from mergekit_wp.architectures import Dims
-from mergekit_wp.compare.rows import Comparison
+from mergekit_wp.comparison.rows import Comparison
 from mergekit_wp.components import Partition
 from mergekit_wp.joint.guided import PathPosition
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.pooled import Pooled
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import Comparison
-from mergekit_wp.compare.table import interval, signed
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import Comparison
+from mergekit_wp.comparison.table import interval, signed
 
 #: by combination, by training seed
 Found = Mapping[tuple[str, ...], Mapping[int, Comparison]]

@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import EvalResult
 from mergekit.config import MergeConfiguration
 
-from mergekit_wp.compare.reading import read_comparison
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.rows import recipe_name
-from mergekit_wp.compare.table import markdown_table
+from mergekit_wp.comparison.reading import read_comparison
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import recipe_name
+from mergekit_wp.comparison.table import markdown_table
 from mergekit_wp.errors import UserError, option
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mergekit_wp.commands.derive import flags, given, options_of
-from mergekit_wp.compare.request import CompareRequest
+from mergekit_wp.comparison.request import CompareRequest
 
 
 @click.command(short_help="Is it better than TIES, DARE and the rest, for your experts?")
@@ -30,7 +30,7 @@ def compare(context: click.Context, /, **options: Any) -> None:
     import transformers
 
     from mergekit_wp import api
-    from mergekit_wp.compare.progress import ComparisonBar
+    from mergekit_wp.comparison.progress import ComparisonBar
 
     transformers.logging.set_verbosity_error()
     fields = given(CompareRequest, options)

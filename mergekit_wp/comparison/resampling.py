@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from mergekit_wp.compare.rows import Comparison, Row
+from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.errors import UserError
 from mergekit_wp.statistics import Array, Estimate, percentiles, wilson
 

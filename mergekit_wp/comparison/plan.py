@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mergekit.config import MergeConfiguration
 
-from mergekit_wp.compare.methods import Method
+from mergekit_wp.comparison.methods import Method
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.tasks.task import Task

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_wp.compare.resampling import Difference, Resampled
-from mergekit_wp.compare.rows import Comparison, Row
+from mergekit_wp.comparison.resampling import Difference, Resampled
+from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.statistics import Estimate
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from mergekit_wp.compare import table
-from mergekit_wp.compare.resampling import Resampled, best_peer
-from mergekit_wp.compare.table import Line
+from mergekit_wp.comparison import table
+from mergekit_wp.comparison.resampling import Resampled, best_peer
+from mergekit_wp.comparison.table import Line
 from mergekit_wp.report.figures import FIXED, INK, page_svg
 from mergekit_wp.report.html import filled
 

@@ -13,8 +13,8 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from pydantic import Field
 
-from mergekit_wp.compare.methods import DEFAULT_METHODS, Method, methods_of, read_grid
-from mergekit_wp.compare.plan import Plan
+from mergekit_wp.comparison.methods import DEFAULT_METHODS, Method, methods_of, read_grid
+from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.recipe import Experts

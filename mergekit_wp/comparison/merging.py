@@ -20,7 +20,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_wp.architectures import Dims
-from mergekit_wp.compare.results import MERGE
+from mergekit_wp.comparison.results import MERGE
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import naming_disk
 from mergekit_wp.merging.open_models import with_snapshots

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mergekit_wp.compare.results import Job
-from mergekit_wp.compare.rows import UNTUNED, Comparison, ResultLine, Row, Setting
+from mergekit_wp.comparison.results import Job
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, ResultLine, Row, Setting
 from mergekit_wp.errors import UserError
 
 

@@ -12,9 +12,9 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_wp.compare import select
-from mergekit_wp.compare.failures import MAY_FAIL, why_failed
-from mergekit_wp.compare.merging import (
+from mergekit_wp.comparison import select
+from mergekit_wp.comparison.failures import MAY_FAIL, why_failed
+from mergekit_wp.comparison.merging import (
     IN_MEMORY,
     EvaluationModel,
     keeps_shapes,
@@ -22,10 +22,10 @@ from mergekit_wp.compare.merging import (
     merge_to,
     merged_on_disk,
 )
-from mergekit_wp.compare.methods import OMEGA, OURS, Method, configuration, peers, with_aim
-from mergekit_wp.compare.plan import Plan
-from mergekit_wp.compare.results import Job, Results
-from mergekit_wp.compare.rows import UNTUNED, Comparison, Row, Setting, recipe_name
+from mergekit_wp.comparison.methods import OMEGA, OURS, Method, configuration, peers, with_aim
+from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.results import Job, Results
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting, recipe_name
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.interrupts import finishing

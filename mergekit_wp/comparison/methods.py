@@ -18,7 +18,7 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 
-from mergekit_wp.compare.rows import Setting
+from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError
 
 OURS = "weight_patching"

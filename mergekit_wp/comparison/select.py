@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mergekit_wp.compare.rows import Setting
+from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError, option
 
 #: by task: scores of the items

@@ -15,14 +15,14 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.compare.page import html_page
-from mergekit_wp.compare.progress import CompareProgress
-from mergekit_wp.compare.request import KEPT, CompareRequest, fingerprint, make_plan
-from mergekit_wp.compare.resampling import Resampled
-from mergekit_wp.compare.results import Results
-from mergekit_wp.compare.rows import Comparison, recipe_name
-from mergekit_wp.compare.run import Runner
-from mergekit_wp.compare.table import markdown_table, records, summary, terminal_table
+from mergekit_wp.comparison.page import html_page
+from mergekit_wp.comparison.progress import CompareProgress
+from mergekit_wp.comparison.request import KEPT, CompareRequest, fingerprint, make_plan
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.results import Results
+from mergekit_wp.comparison.rows import Comparison, recipe_name
+from mergekit_wp.comparison.run import Runner
+from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.report.table import frame
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
 
-from mergekit_wp.compare.rows import ResultLine, Setting
+from mergekit_wp.comparison.rows import ResultLine, Setting
 from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
