@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +34,10 @@ from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyReq
 from mergekit_wp.mechanism.stability import stability
 from mergekit_wp.mechanism.verify import verify as _verify
 from mergekit_wp.merging.merge import merge as _merge
-from mergekit_wp.merging.merge import recipe_of
 from mergekit_wp.merging.states import fuse_states
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.prompts import prompt_source
-from mergekit_wp.report.results import Scores, ScoresTogether
+from mergekit_wp.results import Mergeable, PathLike, Scores, ScoresTogether, recipe_for, recipes_for
 from mergekit_wp.runs.progress import BarProgress, NoProgress, Progress
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score as _score
@@ -66,10 +64,6 @@ __all__ = [
     "trace",
     "verify",
 ]
-
-PathLike = str | os.PathLike[str]
-#: what scores a merge may go by: results of this module, score files, or a recipe
-Mergeable = Scores | ScoresTogether | PathLike | Mapping[str, Any] | Sequence[Scores | PathLike]
 
 
 def score(
@@ -204,7 +198,7 @@ def merge(what: Mergeable, out: PathLike, options: MergeOptions | None = None) -
     from mergekit.options import MergeOptions
 
     ensure_registered()
-    with _recipe(what) as recipe:
+    with recipe_for(what) as recipe:
         _merge(recipe, out, options or MergeOptions(), write_card)
 
 
@@ -255,7 +249,7 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    with _shown(progress, ComparisonBar) as shown, _recipes(what) as recipes:
+    with _shown(progress, ComparisonBar) as shown, recipes_for(what) as recipes:
         named = tuple(os.fspath(task) for task in tasks)
         return _compare(CompareRequest.of(recipes=recipes, tasks=named, **options), shown)
 
@@ -369,36 +363,3 @@ def _by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
     return tuple(  # EXPERT=FILE as one text is what a command passes on
         pair if isinstance(pair, str) else (pair[0], prompt_source(pair[1])) for pair in pairs
     )
-
-
-@contextmanager
-def _recipe(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
-    """A recipe for whatever is to be merged; scores in memory are files while the context lasts."""
-    if isinstance(what, Mapping) and not isinstance(what, ScoresTogether):
-        yield what
-        return
-    if isinstance(what, str | os.PathLike):
-        yield recipe_of([what]) if os.fspath(what).endswith(".safetensors") else what
-        return
-    every = [what] if isinstance(what, Scores) else what
-    if isinstance(every, ScoresTogether):
-        every = list(every.values())
-    with TemporaryDirectory() as scratch:
-        files: list[PathLike] = []
-        for number, one in enumerate(every):
-            if isinstance(one, Scores):
-                path = Path(scratch, f"{number}.safetensors")
-                one.save(path)
-                files.append(path)
-            else:
-                files.append(one)
-        yield recipe_of(files)
-
-
-@contextmanager
-def _recipes(what: Sequence[Mergeable]) -> Iterator[tuple[Any, ...]]:
-    if not what:
-        yield ()
-        return
-    with _recipe(what[0]) as first, _recipes(what[1:]) as others:
-        yield (first, *others)

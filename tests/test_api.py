@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import mergekit_wp as wp
 from mergekit_wp.cli import cli
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.report.results import Scores
+from mergekit_wp.results import Scores
 from tests.killing import contents
 from tests.merging import Family, llama_config, reference
 from tests.models import make_model, perturbed, save
@@ -191,15 +191,15 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for p, a in (("abc", "a"), ("cab", "d"))
     ]
     Path("items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    experts = {name: world / name for name in NAMES}
+    prompts = {name: world / f"{name}.jsonl" for name in NAMES}
+    together = wp.score_together(
+        world / "base", experts, prompts=prompts, path_steps=1, progress=False
+    )
     found = wp.compare(
-        {
-            "merge_method": "task_arithmetic",
-            "base_model": str(world / "base"),
-            "models": [{"model": str(world / name)} for name in NAMES],
-            "dtype": "float32",
-        },
+        together,
         tasks=["items.jsonl"],
-        methods=["linear"],
+        methods=["weight_patching", "linear"],
         untuned=True,
         max_new_tokens=2,
         progress=False,

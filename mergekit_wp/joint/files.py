@@ -23,7 +23,7 @@ from mergekit_wp.terms import Estimand, Kind
 #: name of the recipe that merges by the files, beside them
 RECIPE = "recipe.yml"
 #: scores of one expert: by kind, in the shapes of a score file
-Scores = Mapping[Kind, torch.Tensor]
+ScoresByKind = Mapping[Kind, torch.Tensor]
 
 
 def check_folder(folder: Path | None, read: Path | NamedExperts) -> None:
@@ -49,7 +49,7 @@ def check_folder(folder: Path | None, read: Path | NamedExperts) -> None:
 def company_files(
     members: Sequence[Member],
     references: Sequence[References],
-    scores: Sequence[Mapping[Estimand, Scores]],
+    scores: Sequence[Mapping[Estimand, ScoresByKind]],
     recoveries: Sequence[float],
     fidelity: Fidelity,
     **said: Any,

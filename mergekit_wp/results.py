@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.files import RECIPE, write_company
+from mergekit_wp.merging.merge import recipe_of
 from mergekit_wp.report.figures import png
 from mergekit_wp.report.ranking import RankedComponent, rank, select
 from mergekit_wp.report.table import frame
 from mergekit_wp.terms import Estimand, Kind
+
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Picture:
     def _repr_png_(self) -> bytes:
         return self.png
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: PathLike) -> None:
         """Write it to a file."""
         with written_whole(Path(path)) as temporary:
             temporary.write_bytes(self.png)
@@ -107,7 +112,7 @@ class Scores:
         """One figure with a row of panels for each estimand and criterion."""
         return Picture(png(self.file))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: PathLike) -> None:
         """Write the score file, which appears only when it is complete."""
         write(self.file, Path(path))
 
@@ -144,7 +149,7 @@ class ScoresTogether(Mapping[str, Scores]):
         company = next(iter(self.values())).manifest.company or ()
         return {name: m.recovery for name, m in zip(self, company, strict=True)}
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: PathLike) -> Path:
         """Write ``NAME.safetensors`` of every expert, and the recipe that merges by them.
 
         Returns:
@@ -152,3 +157,41 @@ class ScoresTogether(Mapping[str, Scores]):
         """
         write_company(Path(folder), {name: scores.file for name, scores in self.items()})
         return Path(folder, RECIPE)
+
+
+#: what scores a merge may go by: results of this module, score files, or a recipe
+Mergeable = Scores | ScoresTogether | PathLike | Mapping[str, Any] | Sequence[Scores | PathLike]
+
+
+@contextmanager
+def recipe_for(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
+    """A recipe for whatever is to be merged; scores in memory are files while the context lasts."""
+    if isinstance(what, Mapping) and not isinstance(what, ScoresTogether):
+        yield what
+        return
+    if isinstance(what, str | os.PathLike):
+        yield recipe_of([what]) if os.fspath(what).endswith(".safetensors") else what
+        return
+    every = [what] if isinstance(what, Scores) else what
+    if isinstance(every, ScoresTogether):
+        every = list(every.values())
+    with TemporaryDirectory() as scratch:
+        files: list[PathLike] = []
+        for number, one in enumerate(every):
+            if isinstance(one, Scores):
+                path = Path(scratch, f"{number}.safetensors")
+                one.save(path)
+                files.append(path)
+            else:
+                files.append(one)
+        yield recipe_of(files)
+
+
+@contextmanager
+def recipes_for(what: Sequence[Mergeable]) -> Iterator[tuple[Any, ...]]:
+    """The same for several."""
+    if not what:
+        yield ()
+        return
+    with recipe_for(what[0]) as first, recipes_for(what[1:]) as others:
+        yield (first, *others)
