@@ -226,6 +226,10 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, start="scores"),
             "^start=scores takes the gates by which a recipe merges",
         ),
+        (
+            lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, batch_size=1),
+            "^batch_size does not go with a fit; give prompts_a_step",
+        ),
         (lambda w: wp.load_scores(w / "recipe.yml"), "recipe.yml"),
         (lambda w: wp.merge([], w / "out"), "needs a score file for every expert"),
         (lambda w: wp.fuse({}, {"a": {}}, {}), "experts a and scores of ; give one"),

@@ -7,6 +7,8 @@ take hours, so of their pages commands are checked, not run.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -33,7 +35,7 @@ torch.set_num_threads(1)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*/README.md"))
 SLOW = {"mechanism.md"}  # its built-in behaviour has long prompts
-KINDS = {"bash", "text", "yaml", "json", "python"}
+KINDS = {"bash", "text", "yaml", "json", "python", "mermaid"}
 #: blocks of output that are compared elsewhere or cannot be here, by how they begin
 NOT_COMPARED = {"accuracy on 200 unseen questions": "test_the_demo_prints_what_the_readme_shows"}
 
@@ -88,8 +90,10 @@ def follow(page: Path, shell: Shell) -> None:
             assert len(read_prompts(Path("read.jsonl"), None).prompts) == len(
                 block.code.splitlines()
             )
-        else:
-            exec(compile(block.code, str(block), "exec"), names)
+        elif block.kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block.code, str(block), "exec"), names)
+            printed = out.getvalue()
 
 
 def merge_recipe(shell: Shell, scored: bool) -> None:

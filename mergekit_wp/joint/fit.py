@@ -47,6 +47,10 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
             f"{option('guard_weight', f'{request.guard_weight:g}')} weighs guards, and none is "
             f"given; add {option('guards', 'FILE.jsonl')}"
         )
+    if request.batch_size is not None:
+        raise UserError(
+            f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
+        )
     check_folder(request.out, request.recipe)
     members = open_members(request, request.out, progress)
     guards = [

@@ -1,0 +1,55 @@
+"""docs/api.md lists what the functions take; `python -m tests.test_api_docs` prints the table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import mergekit_wp as wp
+from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
+from mergekit_wp.scoring.request import ScoreRequest
+
+PAGE = Path(__file__).parents[1] / "docs/api.md"
+REQUESTS = {
+    "score": ("score", ScoreRequest),
+    "score_together": ("score --company", CompanyRequest),
+    "fit": ("fit", FitRequest),
+    "compare": ("compare", CompareRequest),
+    "verify": ("verify", VerifyRequest),
+    "trace": ("trace", TraceRequest),
+    "find_anchors": ("anchor", AnchorRequest),
+}
+#: of the command line alone, or given under another name
+LEFT_OUT = {"recipes", "recipe", "builtin", "task", "checkers", "exact_budget"}
+#: inherited, and refused
+REFUSED = {"fit": {"batch_size"}}
+
+
+def rows() -> Iterator[str]:
+    for name, (command, request) in REQUESTS.items():
+        named = set(inspect.signature(getattr(wp, name)).parameters)
+        fields = [
+            f"`{f}`"
+            for f in request.model_fields
+            if f not in named | LEFT_OUT | REFUSED.get(name, set())
+        ]
+        yield f"| `{name}` | `{command}` | {', '.join(sorted(fields))} |"
+
+
+def test_the_page_lists_every_option() -> None:
+    page = PAGE.read_text()
+    for row in rows():
+        assert row in page, row
+
+
+def test_the_page_names_every_function() -> None:
+    page = PAGE.read_text()
+    for name in dir(wp):
+        assert f"wp.{name}" in page or name == "__version__", name
+
+
+if __name__ == "__main__":
+    print("\n".join(rows()))
