@@ -24,12 +24,9 @@ import torch
 
 from mergekit_wp.architectures import Dims
 from mergekit_wp.errors import UserError
-from mergekit_wp.terms import SLICED_KINDS, FineKind, Kind
+from mergekit_wp.terms import FineKind, Kind
 
 Shape = torch.Size | tuple[int, ...]
-
-
-Index = tuple[slice | torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -119,21 +116,6 @@ class TensorLayout:
         flat = _places(self.owners, self.runs, self._chunks(shape), self.block(shape))
         return flat.view([shape[d] for d in self.dims])
 
-    def index(self, component: int, shape: Shape) -> Index:
-        """Index expression that selects one component's part of the tensor.
-
-        Args:
-            component: its position among the components of the tensor.
-            shape: the tensor's shape.
-        """
-        if self.whole:
-            return (slice(None),) * len(shape)
-        if not self._plain:
-            return (self.expand(torch.arange(self.count) == component, shape).expand(shape),)
-        block = self.block(shape)
-        cut = slice(component * block, (component + 1) * block)
-        return tuple(cut if d in self.dims else slice(None) for d in range(len(shape)))
-
     def expand(self, values: torch.Tensor, shape: Shape) -> torch.Tensor:
         """Spread one value per component over the tensor, in a shape that broadcasts to it.
 
@@ -199,16 +181,6 @@ def layout_of(name: str, dims: Dims) -> TensorLayout:
         return TensorLayout(name, layer)
     owners = tuple((kind, dims.count(kind)) for kind in dict.fromkeys(cut.kinds))
     return TensorLayout(name, layer, owners, cut.dims, cut.kinds, cut.interleaved)
-
-
-@dataclass(frozen=True)
-class Component:
-    """One set of weight slices that is swapped together."""
-
-    kind: Kind
-    layer: int | None
-    index: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -299,41 +271,3 @@ class Partition:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         counts = [count for _, count in self.layouts[name].owners]
         return zip(self.views(values, name), given.split(counts, -1), strict=True)
-
-    def slices(self, component: Component) -> dict[str, Index]:
-        """Tensor name to index expression, for any component of any kind."""
-        if component.kind == "tensor":
-            names: tuple[str, ...] = (component.name,)
-        elif component.kind == "layer":
-            assert component.layer is not None
-            names = self.layer_tensors(component.layer)
-        else:
-            assert component.layer is not None
-            kind = component.kind
-            return {
-                layout.name: layout.index(
-                    layout.start(kind) + component.index, self.shapes[layout.name]
-                )
-                for layout in self.owned_by(kind, component.layer)
-            }
-        return {name: (slice(None),) * len(self.shapes[name]) for name in names}
-
-    def components(self, kind: Kind) -> Iterator[Component]:
-        """All components of a kind, in the order of the score file's arrays."""
-        if kind == "tensor":
-            for i, name in enumerate(self.tensor_names):
-                yield Component("tensor", self.layouts[name].layer, i, name)
-        elif kind == "layer":
-            for layer in range(self.dims.n_layers):
-                yield Component("layer", layer, layer, f"layer {layer}")
-        else:
-            for layer in range(self.dims.n_layers):
-                for i in range(self.dims.count(kind)):
-                    yield Component(kind, layer, i, f"layer {layer} {kind} {i}")
-
-    def fine_components(self) -> Iterator[Component]:
-        """The fine partition: every weight exactly once."""
-        for kind in SLICED_KINDS:
-            yield from self.components(kind)
-        whole = set(self.whole_tensors)
-        yield from (c for c in self.components("tensor") if c.name in whole)

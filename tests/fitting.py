@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.components import fine_components, slices
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.request import FitRequest
@@ -81,14 +82,14 @@ def merged(world: Path, layout: Layout, flat: torch.Tensor) -> PreTrainedModel:
     with torch.no_grad():
         for name, gates in zip(NAMES, layout.unflat(flat), strict=True):
             theirs = dict(load(world / name).named_parameters())
-            for component in layout.partition.fine_components():
+            for component in fine_components(layout.partition):
                 i = (
                     layout.partition.whole_tensors.index(component.name)
                     if component.kind == "tensor"
                     else (component.layer, component.index)
                 )
                 gate = float(gates[component.kind][i])
-                for tensor, at in layout.partition.slices(component).items():
+                for tensor, at in slices(layout.partition, component).items():
                     weights[tensor][at] += gate * (theirs[tensor][at] - before[tensor][at])
     return model
 

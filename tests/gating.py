@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.components import fine_components, slices
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
@@ -102,14 +103,14 @@ def gated_merge(base: State, experts: Sequence[State], file: Gates, lam: float =
         file.manifest.dims, {name: tuple(tensor.shape) for name, tensor in base.items()}
     )
     merged = {name: tensor.double() for name, tensor in base.items()}
-    for component in partition.fine_components():
+    for component in fine_components(partition):
         whole = component.kind == "tensor"
         at = (
             (partition.whole_tensors.index(str(component.name)),)
             if whole
             else (component.layer, component.index)
         )
-        for name, where in partition.slices(component).items():
+        for name, where in slices(partition, component).items():
             start = base[name][where].double()
             for e, expert in enumerate(experts):
                 gate = float(file.gates(e)[component.kind][at])

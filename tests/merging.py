@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
+from benchmarks.components import components, fine_components, slices
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
@@ -167,7 +168,7 @@ def reference(
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     partition = Partition(files[0].manifest.dims, shapes)
     fine = granularity == "component"
-    parts = list(partition.fine_components() if fine else partition.components("tensor"))
+    parts = list(fine_components(partition) if fine else components(partition, "tensor"))
     tables = []
     for file, density in zip(files, densities, strict=True):
         raw = []
@@ -192,7 +193,7 @@ def reference(
             ]
         else:
             gates = [w if x else 0.0 for w, x in zip(weights, s, strict=True)]
-        for name, where in partition.slices(part).items():
+        for name, where in slices(partition, part).items():
             start = base[name][where].double()
             deltas = [expert[name][where].double() - start for expert in experts]
             merged[name][where] = start + lam * sum(

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_wp.components import Component, Partition
+from benchmarks.components import Component, slices
+from mergekit_wp.components import Partition
 
 Sequences = Sequence[tuple[list[int], list[int]]]
 
@@ -74,7 +75,7 @@ def swapped(
     model = copy.deepcopy(receiver)
     ours, theirs = dict(model.named_parameters()), dict(donor.named_parameters())
     with torch.no_grad():
-        for name, index in partition.slices(component).items():
+        for name, index in slices(partition, component).items():
             ours[name][index] = theirs[name][index]
     return model
 
@@ -141,7 +142,7 @@ def with_activation(
     elif component.kind == "neuron":
         written(f"{at}.{mlp}", columns(1))
     elif component.kind == "kv_group":
-        for name, index in partition.slices(component).items():
+        for name, index in slices(partition, component).items():
             path = name.rpartition(".")[0]
             owned = torch.zeros(partition.shapes[name], dtype=torch.bool)
             owned[index] = True

@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.components import Component, components, fine_components, part_of, slices
 from mergekit_wp.architectures import FAMILIES as DECLARED
 from mergekit_wp.architectures import Dims
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.merging import EvaluationModel
-from mergekit_wp.components import Component, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -133,7 +134,7 @@ def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_preci
     naive = Naive(base, expert, partition, sequences, (0, scores["anchor"]))
     for estimand in ("gain", "knockout"):
         for kind in KINDS:
-            for component in partition.components(kind):
+            for component in components(partition, kind):
                 values = naive.score(estimand, component)
                 for criterion in ("kl", "anchor"):
                     found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
@@ -141,10 +142,10 @@ def test_scores_equal_naive_swapping_and_autograd(tmp_path, family, double_preci
     for criterion in ("kl", "anchor"):
         products = gradients_between(base, expert, sequences, scores["anchor"], criterion)
         span = float((naive.at_expert[criterion] - naive.at_base[criterion]).mean())
-        for component in partition.fine_components():
+        for component in fine_components(partition):
             want = sum(
                 float(products[name][index].sum())
-                for name, index in partition.slices(component).items()
+                for name, index in slices(partition, component).items()
             )
             found = at(scores[f"share/{criterion}/{component.kind}"], component)
             # norms of transformers compute in float32
@@ -181,7 +182,7 @@ def test_activation_patches_equal_naive_ones(tmp_path, family, double_precision_
     naive = Naive(base, expert, partition, sequences_of(prompts, expert, 2))
     for estimand in estimands:
         for kind in KINDS:
-            for component in partition.components(kind):
+            for component in components(partition, kind):
                 want = naive.score(estimand, component)["kl"]
                 found = at(scores[f"{estimand}/kl/{kind}"], component)
                 assert found == pytest.approx(want, abs=EXACT), component
@@ -206,11 +207,11 @@ def test_every_weight_belongs_to_exactly_one_component(family) -> None:
     partition = Partition(Dims.from_config(model.config), shapes)
     owners = {name: torch.zeros(shape) for name, shape in shapes.items()}
     kinds = set()
-    for component in partition.fine_components():
-        slices = partition.slices(component)
-        assert slices, component
+    for component in fine_components(partition):
+        cuts = slices(partition, component)
+        assert cuts, component
         kinds.add(component.kind)
-        for name, index in slices.items():
+        for name, index in cuts.items():
             owners[name][index] += 1
     assert all((count == 1).all() for count in owners.values())
     assert kinds == set(KINDS) - {"layer"}
@@ -220,7 +221,7 @@ def test_every_weight_belongs_to_exactly_one_component(family) -> None:
         values = torch.arange(1.0, layout.count + 1)
         spread = layout.expand(values[0] if layout.whole else values, shapes[name])
         for i in range(layout.count):
-            assert (spread.expand(shapes[name])[layout.index(i, shapes[name])] == i + 1).all()
+            assert (spread.expand(shapes[name])[part_of(layout, i, shapes[name])] == i + 1).all()
         ones = torch.ones([shapes[name][d] for d in layout.dims or (-1,)])
         owned = [float(spread.eq(i + 1).sum()) for i in range(layout.count)]
         if not layout.whole:
@@ -461,13 +462,13 @@ def test_without_a_map_layers_and_tensors_are_scored(
     for criterion in ("kl", "anchor"):
         products = gradients_between(base, expert, sequences, scores["anchor"], criterion)
         span = float((naive.at_expert[criterion] - naive.at_base[criterion]).mean())
-        for component in partition.components("tensor"):
+        for component in components(partition, "tensor"):
             found = at(scores[f"share/{criterion}/tensor"], component)
             want = float(products[component.name].sum()) / span
             assert found == pytest.approx(want, abs=EXACT), component
         for estimand in ("gain", "knockout"):
             for kind in ("layer", "tensor"):
-                for component in partition.components(kind):
+                for component in components(partition, kind):
                     found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
                     want = naive.score(estimand, component)[criterion]
                     assert found == pytest.approx(want, abs=EXACT), component

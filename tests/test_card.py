@@ -21,6 +21,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from benchmarks.components import fine_components
 from mergekit_wp.architectures import Dims
 from mergekit_wp.card import sources as card_sources
 from mergekit_wp.card.contributions import Contributions, Tally, contributions
@@ -260,7 +261,7 @@ def test_contributions_against_a_count_by_component(
 
     shapes = {name: tuple(t.shape) for name, t in family.base.state.items()}
     partition = Partition(Dims.from_config(family.config), shapes)
-    parts = list(partition.fine_components())
+    parts = list(fine_components(partition))
     tables = []
     for file in family.files:
         raw = [

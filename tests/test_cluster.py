@@ -48,7 +48,7 @@ def recorded(world: Path, max_memory: dict[str, int] | None = None) -> Recording
     pair = open_pair(str(world / "base"), str(world / "expert"), lambda *_: None)
     resident = ResidentModel(pair, torch.float32, "cpu", max_memory)
     samples = [Sample((1, 2, 3), (4, 5)), Sample((6, 7), (8,)), Sample((9,), (1, 2))]
-    references = measure_references(resident, samples, ([], []), ("kl",), None, 2)
+    references = measure_references(resident, samples, ("kl",), 2)
     return Recordings(resident, references, ("kl",))
 
 

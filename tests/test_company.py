@@ -12,8 +12,9 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.components import Component, fine_components, slices
 from mergekit_wp.cli import cli
-from mergekit_wp.components import Component, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.company import score_company
@@ -100,7 +101,7 @@ class NaiveWalk:
             for name in NAMES
         ]
         self.start = [self.value(self.base, b).item() for b in range(len(NAMES))]
-        components: list[Component] = list(self.partition.fine_components())
+        components: list[Component] = list(fine_components(self.partition))
         self.reached = [dict.fromkeys(components, 0.0) for _ in NAMES]
         self.brought = [dict.fromkeys(components, 0.0) for _ in NAMES]
         for _ in range(steps):
@@ -126,7 +127,7 @@ class NaiveWalk:
             for expert, reached in zip(self.experts, self.reached, strict=True):
                 theirs = dict(expert.named_parameters())
                 for component, gate in reached.items():
-                    for name, index in self.partition.slices(component).items():
+                    for name, index in slices(self.partition, component).items():
                         weights[name][index] += gate * (theirs[name] - ours[name])[index]
         return model
 
@@ -148,7 +149,7 @@ class NaiveWalk:
             for component in self.reached[e]:
                 slope = sum(
                     float((slopes[name] * (theirs[name] - ours[name]))[index].sum())
-                    for name, index in self.partition.slices(component).items()
+                    for name, index in slices(self.partition, component).items()
                 )
                 here = self.reached[e][component]
                 if slope > 0:

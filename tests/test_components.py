@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks.components import components, fine_components, part_of, slices
 from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.components import Partition, layout_of
@@ -60,8 +61,8 @@ def partition_of(config: object) -> Partition:
 def test_every_weight_belongs_to_exactly_one_fine_component(config: object) -> None:
     partition = partition_of(config)
     owners = {name: torch.zeros(shape) for name, shape in partition.shapes.items()}
-    for component in partition.fine_components():
-        for name, index in partition.slices(component).items():
+    for component in fine_components(partition):
+        for name, index in slices(partition, component).items():
             owners[name][index] += 1
     assert all((count == 1).all() for count in owners.values())
 
@@ -70,9 +71,9 @@ def test_every_weight_belongs_to_exactly_one_fine_component(config: object) -> N
 @given(configs())
 def test_coarse_views_cover_what_they_say(config: object) -> None:
     partition = partition_of(config)
-    named = [c.name for c in partition.components("tensor")]
+    named = [c.name for c in components(partition, "tensor")]
     assert named == list(partition.shapes)
-    inside = {n for layer in partition.components("layer") for n in partition.slices(layer)}
+    inside = {n for layer in components(partition, "layer") for n in slices(partition, layer)}
     outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     assert inside == set(partition.shapes) - outside
 
@@ -87,7 +88,7 @@ def test_expand_and_reduce_agree_with_slices(config: object, random: object) -> 
         spread = layout.expand(values[0] if layout.whole else values, shape)
         full = spread.expand(shape)
         for i in range(layout.count):
-            assert (full[layout.index(i, shape)] == values[i]).all()
+            assert (full[part_of(layout, i, shape)] == values[i]).all()
         if not layout.whole:
             ones = torch.ones([shape[d] for d in layout.dims])
             owned = torch.bincount(layout.places(shape).flatten(), minlength=layout.count)
@@ -100,20 +101,20 @@ def test_heads_own_query_rows_bias_and_output_columns() -> None:
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     partition = partition_of(config)
-    head = list(partition.components("head"))[5]
+    head = list(components(partition, "head"))[5]
     assert (head.layer, head.index) == (1, 1)
-    assert partition.slices(head) == {
+    assert slices(partition, head) == {
         "model.layers.1.self_attn.q_proj.weight": (slice(2, 4), slice(None)),
         "model.layers.1.self_attn.q_proj.bias": (slice(2, 4),),
         "model.layers.1.self_attn.o_proj.weight": (slice(None), slice(2, 4)),
     }
-    neuron = list(partition.components("neuron"))[3]
-    assert partition.slices(neuron) == {
+    neuron = list(components(partition, "neuron"))[3]
+    assert slices(partition, neuron) == {
         "model.layers.0.mlp.gate_proj.weight": (slice(3, 4), slice(None)),
         "model.layers.0.mlp.up_proj.weight": (slice(3, 4), slice(None)),
         "model.layers.0.mlp.down_proj.weight": (slice(None), slice(3, 4)),
     }
-    assert {c.kind for kind in KINDS for c in partition.components(kind)} == set(KINDS)
+    assert {c.kind for kind in KINDS for c in components(partition, kind)} == set(KINDS)
 
 
 def test_an_architecture_without_a_map_has_layers_and_tensors() -> None:

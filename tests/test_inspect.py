@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.components import components
 from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.commands.inspect import inspect
@@ -56,7 +57,7 @@ def oracle(score_file: ScoreFile) -> list[dict[str, Any]]:
         for criterion in manifest.criteria:
             for kind in manifest.kinds:
                 scores = score_file.scores(estimand, criterion, kind).flatten().tolist()
-                for c, score in zip(partition.components(kind), scores, strict=True):
+                for c, score in zip(components(partition, kind), scores, strict=True):
                     found.append(
                         {
                             "kind": kind,

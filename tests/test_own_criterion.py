@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from benchmarks.components import Component, components, fine_components, slices
 from mergekit_wp import criteria
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.components import Component
 from mergekit_wp.criteria import Targets
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -89,7 +89,7 @@ def test_gains_and_knockouts_equal_naive_swapping(tmp_path, family, double_preci
     assert (scale.base, scale.expert) == pytest.approx((float(low), float(high)), abs=1e-9)
     for estimand, pair in (("gain", (base, expert)), ("knockout", (expert, base))):
         for kind in result.manifest.kinds:
-            for component in partition.components(kind):
+            for component in components(partition, kind):
                 model = swapped(*pair, partition, component)
                 r = float((naive(model, sequences) - low) / (high - low))
                 want = r if estimand == "gain" else 1 - r
@@ -123,14 +123,14 @@ def test_shares_equal_autograd_and_first_order_its_linear_part(
         for name, parameter in halfway.named_parameters():
             parameter.copy_((ours[name] + theirs[name]) / 2)
     torch.stack([one(halfway, *pair) for pair in sequences]).mean().backward()
-    for component in partition.fine_components():
+    for component in fine_components(partition):
         want = sum(
             float(
                 (halfway.get_parameter(name).grad * (theirs[name] - ours[name]))[index]
                 .detach()
                 .sum()
             )
-            for name, index in partition.slices(component).items()
+            for name, index in slices(partition, component).items()
         ) / float(span)
         found = at(scores[f"share/margin/{component.kind}"], component)
         assert found == pytest.approx(want, abs=1e-6), component  # norms compute in float32

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from benchmarks.components import components, fine_components, slices
 from mergekit_wp.architectures import Architecture, known, of_type, register
 from mergekit_wp.architectures.declaration import columns, rows
 from mergekit_wp.architectures.families import LLAMA
@@ -213,7 +214,7 @@ def test_scores_equal_naive_swapping_and_autograd(
     naive = Naive(base, expert, partition, sequences, (0, scores["anchor"]))
     for estimand in ("gain", "knockout"):
         for kind in KINDS:
-            for component in partition.components(kind):
+            for component in components(partition, kind):
                 for criterion, want in naive.score(estimand, component).items():
                     if criterion != "logprob":
                         found = at(scores[f"{estimand}/{criterion}/{kind}"], component)
@@ -221,10 +222,10 @@ def test_scores_equal_naive_swapping_and_autograd(
     for criterion in ("kl", "anchor"):
         products = gradients_between(base, expert, sequences, scores["anchor"], criterion)
         span = float((naive.at_expert[criterion] - naive.at_base[criterion]).mean())
-        for component in partition.fine_components():
+        for component in fine_components(partition):
             want = sum(
                 float(products[name][index].sum())
-                for name, index in partition.slices(component).items()
+                for name, index in slices(partition, component).items()
             )
             found = at(scores[f"share/{criterion}/{component.kind}"], component)
             assert found == pytest.approx(want / span, abs=EXACT), component
@@ -241,7 +242,7 @@ def test_prompts_that_begin_alike_are_not_packed_where_no_mask_says_so(
     result = run(tmp_path, base, expert, prompts=prompts, estimand=("gain",), criterion=("kl",))
     partition = partition_of(base, result)
     naive = Naive(base, expert, partition, sequences_of(prompts))
-    for component in partition.components("head"):
+    for component in components(partition, "head"):
         found = at(double_precision_file[0]["gain/kl/head"], component)
         assert found == pytest.approx(naive.score("gain", component)["kl"], abs=EXACT)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.components import components, slices
 from mergekit_wp.components import Partition
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.scoring.request import ScoreRequest
@@ -128,7 +129,7 @@ def test_exact_scores_equal_naive_patching(
     naive = Naive(base, expert, partition, sequences_of(prompts, expert, 4), anchor)
     for estimand in (f"{patched}gain", f"{patched}knockout"):
         for kind in KINDS:
-            for component in partition.components(kind):
+            for component in components(partition, kind):
                 for criterion, value in naive.score(estimand, component).items():
                     scores = exact[f"{estimand}/{criterion}/{kind}"]
                     place = (
@@ -209,10 +210,10 @@ def test_share_equals_weight_gradient_dot_delta(tmp_path) -> None:
     }
     for kind in KINDS:
         scores = result.scores("share", "kl", kind)
-        for component in partition.components(kind):
+        for component in components(partition, kind):
             want = sum(
                 float(product[name][index].detach().sum())
-                for name, index in partition.slices(component).items()
+                for name, index in slices(partition, component).items()
             )
             place = (component.layer, component.index) if scores.dim() == 2 else component.index
             assert float(scores[place]) == pytest.approx(want, abs=1e-6), component
@@ -364,7 +365,7 @@ def test_standard_errors_are_those_of_a_ratio_of_means(tmp_path) -> None:
     result = run(tmp_path, base, expert, prompts=prompts, estimand=("gain",), criterion=("kl",))
     sequences = sequences_of(prompts, expert, 4)
     partition = partition_of(base, result)
-    component = next(partition.components("layer"))
+    component = next(components(partition, "layer"))
     kl = values(swapped(base, expert, partition, component), expert, sequences, None)["kl"]
     at_base = values(base, expert, sequences, None)["kl"]
     change, distance = kl - at_base, -at_base

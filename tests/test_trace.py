@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.components import Component, fine_components
 from mergekit_wp.cli import cli
-from mergekit_wp.components import Component, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import circuitfile, scorefile
 from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, TraceFile
@@ -214,7 +215,7 @@ def test_supplies_equal_naive_path_patching(tmp_path: Path, family: str) -> None
     pair = open_pair(str(tmp_path / "base"), str(tmp_path / "expert"), lambda *_: None)
     parts = {
         f"layer {c.layer} {c.kind} {c.index}": c
-        for c in pair.partition.fine_components()
+        for c in fine_components(pair.partition)
         if c.kind != "tensor"
     }
     assert len(found.edges) > 8 and {e.via for e in found.edges} == {"weights", "activations"}

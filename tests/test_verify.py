@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.components import Component, fine_components, slices
 from mergekit_wp.cli import cli
-from mergekit_wp.components import Component, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import SetPoint, Verification
@@ -126,14 +127,14 @@ def swap(
     weights, theirs = dict(onto.named_parameters()), dict(other.named_parameters())
     with torch.no_grad():
         for part in parts:
-            for name, index in partition.slices(part).items():
+            for name, index in slices(partition, part).items():
                 weights[name][index] = theirs[name][index]
 
 
 def ranked(world: Path, file: ScoreFile) -> tuple[Partition, list[Component]]:
     """Fine components, highest share first."""
     pair = open_pair(str(world / "base"), str(world / "expert"), lambda *_: None)
-    parts = list(pair.partition.fine_components())
+    parts = list(fine_components(pair.partition))
 
     def value(part: Component) -> float:
         values = file.tensors[f"share/kl/{part.kind}"]
@@ -175,8 +176,8 @@ def test_planted_components_are_the_whole_difference(world: Path, tmp_path: Path
     base = load(world / "base")
     expert, other = load(world / "base"), load(world / "expert")
     pair = open_pair(str(world / "base"), str(world / "expert"), lambda *_: None)
-    heads = [c for c in pair.partition.fine_components() if c.kind == "head"]
-    neurons = [c for c in pair.partition.fine_components() if c.kind == "neuron"]
+    heads = [c for c in fine_components(pair.partition) if c.kind == "head"]
+    neurons = [c for c in fine_components(pair.partition) if c.kind == "neuron"]
     planted = [heads[1], neurons[4], neurons[7]]
     swap(expert, other, pair.partition, planted)
     assert base is not expert

@@ -115,7 +115,7 @@ def run(
         config = config_of(shape)
         prompts = samples(count, length, max(1, length // 8), config.vocab_size)
         size = auto_batch_size(prompts, config.vocab_size, device)
-        references = measure_references(resident, prompts, ([], []), ("kl",), None, size)
+        references = measure_references(resident, prompts, ("kl",), size)
 
         def run_all(blocks_of: Callable[[Recordings], Iterable[Block]]) -> None:
             recordings = Recordings(resident, references, ("kl",))

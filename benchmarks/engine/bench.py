@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.components import Component
 from benchmarks.engine import ours
 from benchmarks.engine.inputs import Inputs, cases, heads_and_neurons, open_case
 from benchmarks.engine.measure import (
@@ -29,7 +30,6 @@ from benchmarks.engine.measure import (
 )
 from benchmarks.engine.naive import NaiveSweep, Scores
 from benchmarks.smollm2.paths import BUILD
-from mergekit_wp.components import Component
 from mergekit_wp.terms import CriterionName
 
 Row = dict[str, str | float]

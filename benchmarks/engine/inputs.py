@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.components import Component
 from benchmarks.smollm2.paths import BUILD, REPO
-from mergekit_wp.components import Component, Partition
+from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, read_prompts
@@ -91,7 +92,7 @@ def open_case(case: Case, n_prompts: int, dtype: torch.dtype, device: str) -> In
     samples = [Sample(tuple(p), tuple(texts.responses[i])) for i, p in enumerate(texts.prompts)]
     size = run.batch_size(samples)
     layer = round(0.6 * run.pair.partition.dims.n_layers) - 1
-    references = measure_references(resident, samples, ([], []), CRITERIA, layer, size)
+    references = measure_references(resident, samples, CRITERIA, size, anchor_layer=layer)
     progress.close()
     return Inputs(case, resident, references, size)
 

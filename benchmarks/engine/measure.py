@@ -15,7 +15,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from mergekit_wp.components import Component, Partition
+from benchmarks.components import Component
+from mergekit_wp.components import Partition
 
 T = TypeVar("T")
 Shape = Sequence[int]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.components import Component, slices
 from benchmarks.engine.inputs import Inputs
-from mergekit_wp.components import Component
 from mergekit_wp.criteria import kl_values
 from mergekit_wp.terms import CriterionName
 
@@ -44,14 +44,14 @@ class NaiveSweep:
     def swapped(self, component: Component) -> Iterator[None]:
         """The base with one component of the expert."""
         parameters = dict(self.inputs.resident.model.named_parameters())
-        slices = self.inputs.partition.slices(component)
-        kept = {name: parameters[name][cut].clone() for name, cut in slices.items()}
-        for name, cut in slices.items():
+        cuts = slices(self.inputs.partition, component)
+        kept = {name: parameters[name][cut].clone() for name, cut in cuts.items()}
+        for name, cut in cuts.items():
             parameters[name][cut] = self.expert[name][cut]
         try:
             yield
         finally:
-            for name, cut in slices.items():
+            for name, cut in cuts.items():
                 parameters[name][cut] = kept[name]
 
     def forward(self) -> dict[CriterionName, torch.Tensor]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from benchmarks.components import Component
 from benchmarks.engine.inputs import Inputs
 from benchmarks.engine.naive import Scores
-from mergekit_wp.components import Component
 from mergekit_wp.criteria import Criteria
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.runs.recordings import Recordings

@@ -85,9 +85,7 @@ def measure(member: Member, journal: Journal, size: int | None = None) -> Refere
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
     _, references = fitting(
         size,
-        lambda at_once: measure_references(
-            resident, samples, ([], []), ("kl",), None, size, at_once
-        ),
+        lambda at_once: measure_references(resident, samples, ("kl",), size, at_once),
         progress.note,
     )
     progress.advance(1)

@@ -89,7 +89,7 @@ def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor
     size = run.batch_size(samples)
     at_once = AtOnce(size, progress.note)
     references = at_once.run(
-        lambda fewer: measure_references(resident, samples, ([], []), ("kl",), None, size, fewer)
+        lambda fewer: measure_references(resident, samples, ("kl",), size, fewer)
     )
     contrast = at_once.run(
         lambda fewer: _states(resident, samples, texts.contrasts, fewer, request.device)

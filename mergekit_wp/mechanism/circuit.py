@@ -24,7 +24,7 @@ from mergekit_wp.prompts import read_prompts
 from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings
-from mergekit_wp.runs.references import anchor_of, references_at
+from mergekit_wp.runs.references import anchor_of, measure_references
 from mergekit_wp.runs.run import Run, check_pair, check_scores, journal_of, scored_model
 from mergekit_wp.terms import CriterionName, FineKind
 
@@ -64,7 +64,9 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
         size, anchor = run.batch_size(samples), anchor_of(file, resident)
         fitted, references = fitting(
             size,
-            lambda at_once: references_at(resident, samples, (criterion,), anchor, size, at_once),
+            lambda at_once: measure_references(
+                resident, samples, (criterion,), size, at_once, anchor=anchor
+            ),
             progress.note,
         )
         recordings = Recordings(resident, references, (criterion,))

@@ -86,11 +86,13 @@ def contrast_batches(
 def measure_references(
     resident: ResidentModel,
     samples: Sequence[Sample],
-    contrasts: tuple[list[int], list[PromptBatch]],
     criteria: Criteria,
-    anchor_layer: int | None,
     batch_size: int,
     at_once: int | None = None,
+    *,
+    contrasts: tuple[list[int], list[PromptBatch]] = ([], []),
+    anchor_layer: int | None = None,
+    anchor: AnchorDirection | None = None,
     functions: Mapping[CriterionName, CriterionFunction] | None = None,
 ) -> References:
     """Run expert and base over all prompts; leaves the resident model at the base.
@@ -98,38 +100,37 @@ def measure_references(
     Args:
         resident: the model in memory.
         samples: prompts with responses.
-        contrasts: from `contrast_batches`; no members for the matched-checkpoint anchor.
         criteria: which criteria are asked for.
-        anchor_layer: the anchor's layer, None to choose.
         batch_size: samples per batch.
         at_once: samples per forward, if fewer; contrasts go by their own batches.
+        contrasts: from `contrast_batches`; no members for the matched-checkpoint anchor.
+        anchor_layer: the anchor's layer, None to choose.
+        anchor: of a score file; one is found where it is None and asked for.
         functions: the callers' criteria by name.
 
     Raises:
         UserError: a criterion that does not separate, or no anchor can be chosen.
     """
     decoder, at_once = Decoder(resident.model), at_once or batch_size
-    device = resident.device
+    device, n = resident.device, len(samples)
     every = list(batches(samples, batch_size, device))
-    n = len(samples)
     prompt_only = list(batches([Sample(s.prompt_ids) for s in samples], at_once, device))
-    outputs: Criteria = tuple(c for c in criteria if c != "anchor")
+    finds_anchor = "anchor" in criteria and anchor is None
+    given: Criteria = tuple(c for c in criteria if c != "anchor" or not finds_anchor)
 
     resident.move_to(1.0)
-    expert_logprobs: list[torch.Tensor | None] = [None] * len(every)
-    if needs_expert(criteria):
-        expert_logprobs = [logprobs(decoder, batch, at_once) for batch in every]
+    reads = needs_expert(criteria)
+    of_expert = [logprobs(decoder, batch, at_once) if reads else None for batch in every]
     towards = away = None
-    if "anchor" in criteria:
+    if finds_anchor:
         towards = last_token_states(decoder, prompt_only, n)
         if contrasts[0]:
             away = last_token_states(decoder, contrasts[1], len(contrasts[0]))
-    plain = [Targets(logprobs, None, functions or {}) for logprobs in expert_logprobs]
-    at_expert = values_of(decoder, every, plain, outputs, n, at_once)
+    targets = [Targets(of_batch, anchor, functions or {}) for of_batch in of_expert]
+    at_expert = values_of(decoder, every, targets, given, n, at_once)
 
     resident.move_to(0.0)
-    at_base = values_of(decoder, every, plain, outputs, n, at_once)
-    anchor: AnchorDirection | None = None
+    at_base = values_of(decoder, every, targets, given, n, at_once)
     info: Anchor | None = None
     if towards is not None:
         base_states = last_token_states(decoder, prompt_only, n)
@@ -138,52 +139,15 @@ def measure_references(
             if away is not None
             else Contrast(towards, base_states, base_states, False)
         )
-        anchor, info = choose_anchor(contrast, anchor_layer)
-        at_expert["anchor"] = towards[:, anchor.layer] @ anchor.vector
-        at_base["anchor"] = base_states[:, anchor.layer] @ anchor.vector
-        anchor = AnchorDirection(anchor.vector.to(device), anchor.layer)
+        found, info = choose_anchor(contrast, anchor_layer)
+        at_expert["anchor"] = towards[:, found.layer] @ found.vector
+        at_base["anchor"] = base_states[:, found.layer] @ found.vector
+        anchor = AnchorDirection(found.vector.to(device), found.layer)
+        targets = [replace(target, anchor=anchor) for target in targets]
     values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
     for name, reference in values.items():
         reference.check_separates(name)
-    targets = [replace(target, anchor=anchor) for target in plain]
     return References(every, targets, values, info)
-
-
-@torch.no_grad()
-def references_at(
-    resident: ResidentModel,
-    samples: Sequence[Sample],
-    criteria: Criteria,
-    anchor: AnchorDirection | None,
-    batch_size: int,
-    at_once: int,
-) -> References:
-    """As `measure_references`, with an anchor that is given; leaves the model at the base.
-
-    Args:
-        resident: the model in memory.
-        samples: prompts with responses.
-        criteria: which criteria are asked for.
-        anchor: of a score file.
-        batch_size: samples per batch.
-        at_once: samples per forward.
-
-    Raises:
-        UserError: a criterion that does not separate.
-    """
-    decoder, n = Decoder(resident.model), len(samples)
-    every = list(batches(samples, batch_size, resident.device))
-    resident.move_to(1.0)
-    reads = needs_expert(criteria)
-    of_expert = [logprobs(decoder, batch, at_once) if reads else None for batch in every]
-    targets = [Targets(of_batch, anchor) for of_batch in of_expert]
-    at_expert = values_of(decoder, every, targets, criteria, n, at_once)
-    resident.move_to(0.0)
-    at_base = values_of(decoder, every, targets, criteria, n, at_once)
-    values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
-    for name, reference in values.items():
-        reference.check_separates(name)
-    return References(every, targets, values, None)
 
 
 def anchor_of(file: ScoreFile, resident: ResidentModel) -> AnchorDirection | None:

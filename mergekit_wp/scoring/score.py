@@ -209,10 +209,10 @@ def _references(
         return measure_references(
             resident,
             samples,
-            contrasts,
             criteria,
-            request.anchor_layer,
             size,
+            contrasts=contrasts,
+            anchor_layer=request.anchor_layer,
             functions=functions,
         )
 
