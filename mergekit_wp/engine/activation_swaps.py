@@ -35,7 +35,7 @@ from mergekit_wp.engine.block_changes import (
 from mergekit_wp.engine.decoder import first, returning
 from mergekit_wp.engine.donor import Donor
 from mergekit_wp.engine.replay import Receiver, Values
-from mergekit_wp.engine.weight_swaps import joined
+from mergekit_wp.engine.weight_swaps import replayed
 from mergekit_wp.engine.writers import Writer, read_by
 from mergekit_wp.terms import SLICED_KINDS, FineKind
 
@@ -53,35 +53,28 @@ def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[Fine
     entering, state = donor.run(receiver)[index], donor.layer(index)
     writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
     blocks = [writers["head"], writers["neuron"]]
-    # a module that makes keys or values, with how its output is shared out
-    made = {
-        layer.get_submodule(module_of(name)): layer_layout(dims, index, name).places(
-            state[name].shape
-        )
-        for name in architecture.read_by("kv_group", state)
-    }
-    start = {
-        layer.get_submodule(module_of(name)): layer_layout(dims, index, name).start("kv_group")
-        for name in architecture.read_by("kv_group", state)
-    }
+    made: dict[nn.Module, torch.Tensor] = {}  # keys or values, of which group each output is
+    for name in architecture.read_by("kv_group", state):
+        layout = layer_layout(dims, index, name)
+        group_of = layout.places(state[name].shape) - layout.start("kv_group")
+        made[layer.get_submodule(module_of(name))] = group_of.to(call.hidden.device)
     ours: dict[nn.Module, torch.Tensor] = {}
     theirs: dict[nn.Module, torch.Tensor] = {}
 
-    def run_own() -> None:
-        with outputs_of(list(made), ours):
-            layer(call.hidden, **call.kwargs)
+    def read(
+        weights: dict[str, torch.Tensor], hidden: torch.Tensor, found: dict[nn.Module, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        def run() -> None:
+            with outputs_of(list(made), found):
+                functional_call(layer, weights, (hidden,), call.kwargs)
 
-    def run_donor() -> None:
-        with outputs_of(list(made), theirs):
-            functional_call(layer, dict(state), (entering,), call.kwargs)
+        return dict(zip(("head", "neuron"), read_by(blocks, run, call.hidden), strict=True))
 
-    own = dict(zip(("head", "neuron"), read_by(blocks, run_own, call.hidden), strict=True))
-    their = dict(zip(("head", "neuron"), read_by(blocks, run_donor, call.hidden), strict=True))
+    own, their = read({}, call.hidden, ours), read(dict(state), entering, theirs)
 
     def run_with_their_keys(group: int | None = None) -> None:
         with ExitStack() as stack:
-            for module, places in made.items():
-                group_of = (places - start[module]).to(call.hidden.device)
+            for module, group_of in made.items():
                 where = group_of >= 0 if group is None else group_of == group
                 where &= group_of < dims.n_kv_groups
                 value = torch.where(where, theirs[module], ours[module])
@@ -103,9 +96,9 @@ def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[Fine
                 dims.n_kv_groups,
             )
         writer = writers["kv_group"]
-        (read,) = read_by([writer], run_with_their_keys, call.hidden)
+        (theirs_read,) = read_by([writer], run_with_their_keys, call.hidden)
         weight = writer.weight
-        return BlockInputs(own["head"], read, weight, weight, dims.n_kv_groups)
+        return BlockInputs(own["head"], theirs_read, weight, weight, dims.n_kv_groups)
 
     return {"head": written("head"), "kv_group": by_groups(), "neuron": written("neuron")}
 
@@ -136,14 +129,15 @@ def put_modules(receiver: Receiver, index: int, donor: Donor, names: Sequence[st
     entering, state = donor.run(receiver)[index], dict(donor.layer(index))
     with outputs_of(modules, theirs):
         functional_call(layer, state, (entering,), call.kwargs)
-    parts = []
-    for start in range(0, len(modules), receiver.copies):
+
+    def output(some: Sequence[nn.Module]) -> torch.Tensor:
         outputs = []
-        for module in modules[start : start + receiver.copies]:
+        for module in some:
             with returning(module, theirs[module], as_tuple=False):
                 outputs.append(first(layer(call.hidden, **call.kwargs)))
-        parts.append(receiver.replay(torch.stack(outputs), index))
-    return joined(parts, receiver.criteria)
+        return torch.stack(outputs)
+
+    return replayed(receiver, index, modules, output)
 
 
 def put_outside_layers(receiver: Receiver, donor: Donor, name: str) -> Values:

@@ -53,12 +53,6 @@ class Decoder:
         raise UserError(f"'{self.model.config.model_type}' has no list of {number} decoder layers")
 
     @property
-    def embedding(self) -> nn.Module:
-        """Token embedding."""
-        module: nn.Module = self.model.get_submodule(self.architecture.embedding)
-        return module
-
-    @property
     def entrances(self) -> list[nn.Module]:
         """Embeddings whose outputs make the input of the first layer."""
         paths = (self.architecture.embedding, self.architecture.positions)
@@ -86,12 +80,6 @@ class Decoder:
         """MLP block of a layer."""
         module: nn.Module = self.layers[index].get_submodule(self.architecture.mlp)
         return module
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of weights and activations."""
-        dtype: torch.dtype = next(self.model.parameters()).dtype
-        return dtype
 
     def entering(
         self, batch: PromptBatch, swapped: Mapping[str, torch.Tensor] | None = None
@@ -142,11 +130,6 @@ class Decoder:
     def parallel(self) -> bool:
         """Whether attention and MLP of a layer read the same input."""
         return self.architecture.parallel(self.model.config)
-
-    @property
-    def tied(self) -> bool:
-        """Whether unembedding and embedding are one tensor."""
-        return self.head.weight is self.embedding.weight
 
 
 def first(output: Any) -> torch.Tensor:

@@ -19,7 +19,7 @@ from mergekit_wp.engine.block_changes import Changes
 from mergekit_wp.engine.decoder import Decoder, hooked
 from mergekit_wp.engine.replay import Receiver, Recording, record
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.terms import SLICED_KINDS, CriterionName, FineKind
+from mergekit_wp.terms import CriterionName, FineKind
 
 #: random probes of the second-order estimate; its relative error is sqrt(2 / (probes * prompts))
 PROBES = 16
@@ -116,13 +116,8 @@ def project(
 ) -> dict[FineKind, torch.Tensor]:
     """Predicted change of every prompt's scalar, ``[n, count]`` per kind in one layer."""
     found: dict[FineKind, torch.Tensor] = {}
-    for kind in SLICED_KINDS:
-        if kind not in inputs:
-            continue
+    for kind, block in inputs.items():
         gradient = gradients.of(kind, layer)
-        block = inputs[kind]
-        if gradient is None:
-            found[kind] = torch.zeros((n, block.count))
-        else:
-            found[kind] = block.project(gradient)
+        nothing = torch.zeros((n, block.count))
+        found[kind] = nothing if gradient is None else block.project(gradient)
     return found

@@ -8,16 +8,16 @@ al., arXiv 2304.05969; with weights as the source: "Weight Patching", arXiv 2604
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_wp.engine.decoder import Decoder, hooked, returning
+from mergekit_wp.engine.decoder import Decoder, returning
 from mergekit_wp.engine.gradients import BlockGradients
 from mergekit_wp.engine.replay import Receiver, Values, last_layer, repeated_kwargs
 from mergekit_wp.engine.weight_swaps import written_anew
-from mergekit_wp.engine.writers import Writer
+from mergekit_wp.engine.writers import Writer, read_by
 from mergekit_wp.terms import FineKind
 
 
@@ -55,17 +55,12 @@ def _block_input(
     """
     decoder, call = receiver.decoder, receiver.recording.calls[target.layer]
     layer, writer = decoder.layers[target.layer], Writer.of(decoder, target.layer, target.kind)
-    seen: list[torch.Tensor] = []
-    with ExitStack() as stack:
-        keep = writer.module.register_forward_pre_hook(
-            lambda _module, args: seen.append(writer.read(args).view(*hidden.shape[:2], -1))
-        )
-        stack.enter_context(hooked([keep]))
-        if target.in_mlp:
-            held = call.attention.detach().repeat(copies, 1, 1)
-            stack.enter_context(returning(decoder.attention(target.layer), held, as_tuple=True))
-        layer(hidden, **repeated_kwargs(call, receiver.batch.n_rows, copies))
-    return seen[0]
+    held = call.attention.detach().repeat(copies, 1, 1)
+    attention = returning(decoder.attention(target.layer), held, as_tuple=True)
+    kwargs = repeated_kwargs(call, receiver.batch.n_rows, copies)
+    with attention if target.in_mlp else nullcontext():
+        (read,) = read_by([writer], lambda: layer(hidden, **kwargs), hidden)
+    return read
 
 
 def _written(decoder: Decoder, target: Place, read: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,10 +13,31 @@ from mergekit_wp.engine.donor import LayerWeights
 from mergekit_wp.engine.replay import Receiver, Values, record_whole
 from mergekit_wp.terms import FineKind
 
+T = TypeVar("T")
+
 
 def joined(parts: list[Values], criteria: Criteria) -> Values:
     """Values of several replays, one after the other."""
     return {name: torch.cat([part[name] for part in parts]) for name in criteria}
+
+
+def replayed(
+    receiver: Receiver,
+    index: int,
+    patches: Sequence[T],
+    output: Callable[[Sequence[T]], torch.Tensor],
+) -> Values:
+    """Values ``[len(patches), n]`` per criterion, as many patches at once as the receiver takes.
+
+    Args:
+        receiver: the model with its recorded run.
+        index: the layer that is patched.
+        patches: one at a time.
+        output: of the layer under some of them, ``[C, rows, T, hidden]``.
+    """
+    starts = range(0, len(patches), receiver.copies)
+    some = (patches[start : start + receiver.copies] for start in starts)
+    return joined([receiver.replay(output(patch), index) for patch in some], receiver.criteria)
 
 
 def swap_slices(
@@ -33,22 +55,22 @@ def swap_slices(
     Returns:
         Values ``[len(indices), n]`` per criterion.
     """
-    parts = []
-    for start in range(0, len(indices), receiver.copies):
-        changes = inputs.changes(indices[start : start + receiver.copies])
-        parts.append(written_anew(receiver, index, kind, changes))
-    return joined(parts, receiver.criteria)
+    return replayed(
+        receiver, index, indices, lambda some: _written(receiver, index, kind, inputs.changes(some))
+    )
 
 
 def written_anew(receiver: Receiver, index: int, kind: FineKind, changes: torch.Tensor) -> Values:
     """Values ``[C, n]`` when a kind's block writes changes ``[C, n, T, hidden]`` besides."""
+    return receiver.replay(_written(receiver, index, kind, changes), index)
+
+
+def _written(receiver: Receiver, index: int, kind: FineKind, changes: torch.Tensor) -> torch.Tensor:
     call = receiver.recording.calls[index]
     if kind == "neuron":
         own = call.attention.expand_as(changes)
-        output = receiver.layer_output(index, attention=own, mlp=call.mlp + changes)
-    else:
-        output = receiver.layer_output(index, attention=call.attention + changes)
-    return receiver.replay(output, index)
+        return receiver.layer_output(index, attention=own, mlp=call.mlp + changes)
+    return receiver.layer_output(index, attention=call.attention + changes)
 
 
 def swap_layer_weights(receiver: Receiver, index: int, swaps: Sequence[LayerWeights]) -> Values:
@@ -57,12 +79,11 @@ def swap_layer_weights(receiver: Receiver, index: int, swaps: Sequence[LayerWeig
     Returns:
         Values ``[len(swaps), n]`` per criterion.
     """
-    parts = []
-    for start in range(0, len(swaps), receiver.copies):
-        some = swaps[start : start + receiver.copies]
-        outputs = [receiver.layer_output(index, swapped=swap) for swap in some]
-        parts.append(receiver.replay(torch.cat(outputs), index))
-    return joined(parts, receiver.criteria)
+
+    def output(some: Sequence[LayerWeights]) -> torch.Tensor:
+        return torch.cat([receiver.layer_output(index, swapped=swap) for swap in some])
+
+    return replayed(receiver, index, swaps, output)
 
 
 def swap_outside_layers(receiver: Receiver, name: str, weight: torch.Tensor) -> Values:

@@ -84,7 +84,7 @@ def read_by(
 
     def keep(writer: Writer) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[module] = writer.read(args).detach().view(*like.shape[:2], -1)
+            seen[module] = writer.read(args).view(*like.shape[:2], -1)
 
         return before
 

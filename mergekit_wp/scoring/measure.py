@@ -5,7 +5,7 @@ Results are changes per prompt, so that standard errors can be taken at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -14,7 +14,7 @@ import torch
 from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria, fisher_at_expert
 from mergekit_wp.engine.activation_swaps import put_layer, put_modules, put_outside_layers
-from mergekit_wp.engine.donor import Donor, LayerWeights
+from mergekit_wp.engine.donor import Donor
 from mergekit_wp.engine.gradients import (
     PROBES,
     PROBES_AT_ONCE,
@@ -95,46 +95,45 @@ def _patch(block: Block, recordings: Recordings, portion: Portion) -> Result:
         inputs = recordings.changes(estimand, layer, receiver, sliced)
         for kind in sliced:
             found[kind] = swap_slices(receiver, layer, kind, inputs[kind], chosen[kind])
-    if "layer" in chosen or "tensor" in chosen:
-        every = recordings.partition.tensor_names
-        names = [every[i] for i in chosen.get("tensor", ())]
+    sets: dict[Kind, list[tuple[str, ...]]] = {}  # of tensors that are exchanged together
+    if "layer" in chosen:
+        sets["layer"] = [recordings.partition.layer_tensors(layer)]
+    if "tensor" in chosen:
+        sets["tensor"] = [(recordings.partition.tensor_names[i],) for i in chosen["tensor"]]
+    if sets:
         patch = _put if of_activations(estimand) else _swap if recordings.mapped else _run_anew
-        donor = recordings.donor(position)
-        found |= patch(receiver, donor, layer, "layer" in chosen, names)
+        found |= patch(receiver, recordings.donor(position), layer, sets)
     own = receiver.own
     return {f"{c}/{kind}": v[c] - own[c] for kind, v in found.items() for c in receiver.criteria}
 
 
 def _swap(
-    receiver: Receiver, donor: Donor, layer: int, whole: bool, names: Sequence[str]
+    receiver: Receiver, donor: Donor, layer: int, sets: Mapping[Kind, Sequence[tuple[str, ...]]]
 ) -> dict[Kind, Values]:
     """Weights of a whole layer, and of tensors."""
+    every = [names for of_kind in sets.values() for names in of_kind]
     if layer == receiver.decoder.dims.n_layers:
-        weights = donor.tensors(names)
-        parts = [swap_outside_layers(receiver, name, weights[name]) for name in names]
+        weights = donor.tensors([name for (name,) in every])
+        parts = [swap_outside_layers(receiver, name, weight) for name, weight in weights.items()]
         return {"tensor": joined(parts, receiver.criteria)}
     state = donor.layer(layer)
-    swaps: list[LayerWeights] = [state] if whole else []
-    swaps += [{name: state[name]} for name in _within(receiver, names)]
+    swaps = [{name: state[name] for name in _within(receiver, names)} for names in every]
     values = swap_layer_weights(receiver, layer, swaps)
-    found: dict[Kind, Values] = {}
-    if whole:
-        found["layer"] = {c: v[:1] for c, v in values.items()}
-        values = {c: v[1:] for c, v in values.items()}
-    if names:
-        found["tensor"] = values
-    return found
+    counts = [len(of_kind) for of_kind in sets.values()]
+    pieces = {c: value.split(counts) for c, value in values.items()}
+    return {kind: {c: piece[i] for c, piece in pieces.items()} for i, kind in enumerate(sets)}
 
 
 def _put(
-    receiver: Receiver, donor: Donor, layer: int, whole: bool, names: Sequence[str]
+    receiver: Receiver, donor: Donor, layer: int, sets: Mapping[Kind, Sequence[tuple[str, ...]]]
 ) -> dict[Kind, Values]:
     """Activations of a layer, and of the modules that tensors belong to."""
+    names = [name for (name,) in sets.get("tensor", ())]
     if layer == receiver.decoder.dims.n_layers:
         parts = [put_outside_layers(receiver, donor, name) for name in names]
         return {"tensor": joined(parts, receiver.criteria)}
     found: dict[Kind, Values] = {}
-    if whole:
+    if "layer" in sets:
         found["layer"] = put_layer(receiver, layer, donor)
     if names:
         found["tensor"] = put_modules(receiver, layer, donor, _within(receiver, names))
@@ -142,18 +141,10 @@ def _put(
 
 
 def _run_anew(
-    receiver: Receiver, donor: Donor, layer: int, whole: bool, names: Sequence[str]
+    receiver: Receiver, donor: Donor, layer: int, sets: Mapping[Kind, Sequence[tuple[str, ...]]]
 ) -> dict[Kind, Values]:
     """Weights of a layer and of tensors, where there is no map to replay by."""
-    sets: dict[Kind, list[list[str]]] = {}
-    if whole:
-        sets["layer"] = [list(donor.pair.partition.layer_tensors(layer))]
-    if names:
-        sets["tensor"] = [[name] for name in names]
-    return {
-        kind: swap_whole(receiver, (donor.tensors(some) for some in every))
-        for kind, every in sets.items()
-    }
+    return {kind: swap_whole(receiver, map(donor.tensors, some)) for kind, some in sets.items()}
 
 
 def _within(receiver: Receiver, names: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -202,23 +203,10 @@ class Sweeps:
 
     def _exact(self, estimand: Estimand) -> None:
         kinds = self._exact_kinds(estimand)
-        self._zeros(estimand, kinds)
         selected = {kind: self._all_of(estimand, kind) for kind in kinds}
-        blocks = exact_blocks(self.recordings, estimand, selected)
-        for block, result in self._finished(f"{estimand}, exact", blocks):
-            members, layer, chosen = self._members(block), block.layer, dict(block.chosen)
-            for c, kind, value in self._by_kind(result):
-                target, indices = self.changes[estimand, c, kind], chosen[kind]
-                rows = value.T.double()
-                if kind == "tensor":
-                    target[members.unsqueeze(-1), torch.tensor(indices)] = rows
-                elif kind == "layer":
-                    target[members, layer] = rows[:, 0]
-                else:
-                    target[members.unsqueeze(-1), layer, torch.tensor(indices)] = rows
-        for kind in kinds:
-            for c in self.criteria:
-                self.fidelity[f"{estimand}/{c}/{kind}"] = Fidelity(method="exact")
+        for (c, kind), changes in self._swapped(estimand, selected, "exact").items():
+            self.changes[estimand, c, kind] = changes
+            self.fidelity[f"{estimand}/{c}/{kind}"] = Fidelity(method="exact")
 
     def _first_order(self, estimand: Estimand) -> None:
         exact = self._exact_kinds(estimand)
@@ -254,43 +242,48 @@ class Sweeps:
                 sorted(i % count for i in chosen if i // count == layer)
                 for layer in range(n_layers)
             ]
-        exact = self._swapped(estimand, selected)
+        exact = self._swapped(estimand, selected, "verify")
         for kind in kinds:
             for c in self.criteria:
                 second = of_knockout(estimand) and fisher_at_expert(c)
                 method: ScoringMethod = "second-order" if second else "first-order"
                 predicted = self.scores(estimand, c, kind)[0]
+                found = self._recovered(estimand, c, exact[c, kind])[0].flatten()
                 self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
-                    predicted, exact[c, kind], top[c, kind], random[kind], method
+                    predicted, found, top[c, kind], random[kind], method
                 )
 
     def _swapped(
-        self, estimand: Estimand, selected: Selected
-    ) -> dict[tuple[str, str], torch.Tensor]:
-        """Exact scores of selected components, zero elsewhere, flat, by criterion and kind."""
+        self, estimand: Estimand, selected: Selected, sweep: Literal["exact", "verify"]
+    ) -> dict[tuple[CriterionName, Kind], torch.Tensor]:
+        """Changes ``[prompts, *shape of the kind]`` by real swaps of components, 0 elsewhere."""
         n_prompts = self.recordings.n_prompts
         changes = {
-            (c, kind): torch.zeros((*self._shape(kind), n_prompts), dtype=torch.float64)
+            (c, kind): torch.zeros((n_prompts, *self._shape(kind)), dtype=torch.float64)
             for kind in selected
             for c in self.criteria
         }
-        blocks = exact_blocks(self.recordings, estimand, selected, "verify")
-        for block, result in self._finished(f"{estimand}, verifying", blocks):
-            chosen = dict(block.chosen)
+        stage = f"{estimand}, {'exact' if sweep == 'exact' else 'verifying'}"
+        blocks = exact_blocks(self.recordings, estimand, selected, sweep)
+        for block, result in self._finished(stage, blocks):
+            members, chosen = self._members(block).unsqueeze(-1), dict(block.chosen)
             for c, kind, value in self._by_kind(result):
-                rows = torch.tensor(chosen[kind]).unsqueeze(-1)
-                changes[c, kind][block.layer, rows, self._members(block)] = value.double()
-        sign = -1.0 if of_knockout(estimand) else 1.0
-        return {
-            (c, kind): sign * (change.mean(-1) / self._distance(c).mean()).flatten()
-            for (c, kind), change in changes.items()
-        }
+                indices = torch.tensor(chosen[kind])
+                inside = (block.layer,) if kind == "layer" else (block.layer, indices)
+                place = (indices,) if kind == "tensor" else inside
+                changes[c, kind][members, *place] = value.T.double()
+        return changes
 
     def scores(
         self, estimand: Estimand, c: CriterionName, kind: Kind
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and standard errors from the changes."""
-        change = self.changes[estimand, c, kind].movedim(0, -1)
+        return self._recovered(estimand, c, self.changes[estimand, c, kind])
+
+    def _recovered(
+        self, estimand: Estimand, c: CriterionName, change: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        change = change.movedim(0, -1)
         # knockout = 1 - r(expert with c from the base): what the criterion loses
         change = -change if of_knockout(estimand) else change
         return recovery(change, self._distance(c))
