@@ -21,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mergekit_wp.engine.decoder import hooked
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import staged_folder
+from mergekit_wp.merging.merge import check_target
 from mergekit_wp.models.backoff import fitting
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
@@ -32,8 +34,6 @@ from mergekit_wp.runs.progress import Progress
 
 #: texts in a forward pass, where nobody says how many
 AT_ONCE = 16
-#: in the range that the paper explores, 0.2 to 0.6
-DEFAULT_OMEGA = 0.4
 
 _LEFT_OUT = ("mergekit_config.yml",)  # it describes another model than the one written here
 _NOTE = """
@@ -79,11 +79,7 @@ def aim(
     for checkpoint in (start, end):
         checkpoint.require_whole("aim")
     target = out.absolute()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{out} is a file; give a folder for the model")
-    for source in (start, end):
-        if target.exists() and target.samefile(source.path):
-            raise UserError(f"{out} is an input; give another folder")
+    check_target(target, (start.path, end.path))
     if start.architecture != end.architecture:
         raise UserError(
             f"'{merged}' is {end.architecture}, but its base '{base}' {start.architecture}"
@@ -152,7 +148,7 @@ def activation_importance(
         for p in prompts
     ]
     encoded.sort(key=len)
-    try:
+    with hooked(handles):
         for start in range(0, len(encoded), batch_size):
             rows = encoded[start : start + batch_size]
             width = max(map(len, rows))
@@ -161,9 +157,6 @@ def activation_importance(
             lengths = torch.tensor([len(r) for r in rows], device=model.device)
             real = torch.arange(width, device=model.device) < lengths[:, None]
             model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
         name: (total / total.max()).float() if total.max() > 0 else total.float()
         for name, total in sums.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,11 +52,11 @@ def merge(
     options.apply_global_options()
     if options.device:
         check_device(options.device)
-    if options.multi_gpu and not _has_accelerator():
+    if options.multi_gpu and not torch.accelerator.is_available():
         raise UserError(f"{option('multi_gpu')} needs a GPU, and there is none here; leave it out")
     target = Path(os.path.abspath(out))
     checked = recipes.read(recipe)
-    _check_target(target, checked)
+    check_target(target, (model.model.path for model in checked.config.referenced_models()))
     tasks = preflight.check(checked, options)
     # the card is written here: mergekit's asks the network about folders with one slash
     bare = options.model_copy(update={"write_model_card": False})
@@ -93,18 +93,15 @@ def recipe_of(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     }
 
 
-def _has_accelerator() -> bool:
-    """What mergekit's multi-GPU executor takes for granted."""
-    if hasattr(torch, "accelerator"):
-        return torch.accelerator.is_available()
-    return torch.cuda.is_available()  # torch before 2.6
+def check_target(target: Path, sources: Iterable[str]) -> None:
+    """Refuse to write a model over a file, or over one of the models that are read.
 
-
-def _check_target(target: Path, checked: recipes.Recipe) -> None:
+    Raises:
+        UserError: says which.
+    """
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give a folder for the merged model")
-    for model in checked.config.referenced_models():
-        source = model.model.path
+        raise UserError(f"{target} is a file; give a folder for the model")
+    for source in sources:
         if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
             raise UserError(f"{target} is an input of the merge; give another folder")
 

@@ -27,7 +27,7 @@ from mergekit_wp.merging.expert_scores import Choice, ExpertScores, check_compan
 from mergekit_wp.merging.fusion import component_gates, fuse
 from mergekit_wp.merging.host import config_of, is_tied, refuse_unusable, shown, unwritten
 from mergekit_wp.merging.parameters import RECORDED, SPEC
-from mergekit_wp.merging.stored import Given, stored_pair
+from mergekit_wp.merging.stored import stored_pair
 from mergekit_wp.terms import Fusion
 
 LOG = logging.getLogger(__name__)
@@ -191,20 +191,13 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
     ) -> None:
         metadata, base = group.metadata, group.base
         name, called = str(metadata.name), shown(str(metadata.name), entry.id)
-
-        def stored() -> tuple[torch.Tensor, torch.Tensor] | None:
-            ours, theirs = (
-                Given(side.tensor, side.id, config_of(side.id)) for side in (base, entry)
-            )
-            names = file.stored_names(name, tied)
-            return stored_pair(names, ours, theirs, metadata.vocabulary_axis, shown_as=called)
-
+        names, axis = file.stored_names(name, tied), metadata.vocabulary_axis
         file.check_delta(
             file.scored_name(name, tied),
             base.tensor,
             entry.tensor,
             shown_as=called,
-            stored=stored,
+            stored=lambda: stored_pair(names, base, entry, axis, shown_as=called),
         )
 
 

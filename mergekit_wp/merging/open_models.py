@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -20,7 +19,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.merging.recipe import Recipe, score_files
+from mergekit_wp.merging.recipe import Recipe
 from mergekit_wp.models import hub
 from mergekit_wp.models.load import MISTAKEN_CONFIG
 from mergekit_wp.models.lora import require_safetensors
@@ -33,8 +32,6 @@ from mergekit_wp.models.refusals import (
 
 #: what a mistake in a model or recipe raises in mergekit and transformers
 MISTAKES = (*MISTAKEN_CONFIG, SafetensorError)
-# from here on torch.load builds nothing but tensors unless told to
-_SAFE_LOAD = (2, 6)
 
 
 def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = False) -> None:
@@ -63,7 +60,7 @@ def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = F
         for model in models
     }
     if recipe.is_weight_patching:
-        for file in score_files(recipe):
+        for file in recipe.score_files:
             file.require_base(configs[base])
     for model in models:
         _refuse_pickles(model, options)
@@ -147,17 +144,9 @@ def _refuse_pickles(model: ModelReference, options: MergeOptions) -> None:
     bare = ModelReference(model=model.model)
     folder = snapshot(bare, options).model.path
     if os.path.isdir(folder):
-        lazily = options.lazy_unpickle and not model.lora and _loads_safely(folder)
-        refuse_pickles(folder, str(bare), lazily=lazily)
+        refuse_pickles(folder, str(bare), lazily=options.lazy_unpickle and not model.lora)
     if model.lora:  # which peft reads
         require_safetensors(model.lora.path, model.lora.revision)
-
-
-def _loads_safely(folder: str) -> bool:
-    """Whether a pickle is read without being executed: mergekit lists a single one by torch."""
-    single = os.path.isfile(os.path.join(folder, "pytorch_model.bin"))
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return not single or version >= _SAFE_LOAD
 
 
 def _merge_adapter(model: ModelReference, options: MergeOptions) -> None:

@@ -7,21 +7,21 @@ compared with its score file. Nothing is written.
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Iterator
 
+from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from safetensors import safe_open
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.merging.expert_scores import ExpertScores
 from mergekit_wp.merging.host import is_tied, shown, unwritten
 from mergekit_wp.merging.plan import plan, planned_gates, planned_source
-from mergekit_wp.merging.recipe import Recipe, score_files
+from mergekit_wp.merging.recipe import Recipe
 from mergekit_wp.models.refusals import headers
 
 #: Tensors per expert that are read before the merge: the smallest, and evenly spaced layer tensors.
@@ -49,10 +49,24 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
     return tasks
 
 
+def _inputs(
+    task: ExecuteMergeMethodTask,
+) -> Iterator[tuple[ModelReference, WeightInfo, tuple[str, ...]]]:
+    """What a merge reads of each model for one tensor, and under which names it may be stored."""
+    gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+    for model, weight in gather.weight_info.items():
+        yield model, weight, (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+
+
+def _headers(model: ModelReference) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and stored dtype of a model's tensors; nothing for pickles."""
+    index = LoaderCache().get(model).index
+    return headers(index, str(model)) if index.is_safetensors else {}
+
+
 def _refuse_shifted_layers(tasks: list[ExecuteMergeMethodTask]) -> None:
     for task in tasks:
-        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-        for model, weight in gather.weight_info.items():
+        for model, weight, _ in _inputs(task):
             if weight.name != task.output_weight.name:
                 raise UserError(
                     f"slices: {weight.name} of {model} would become {task.output_weight.name}, "
@@ -63,13 +77,9 @@ def _refuse_shifted_layers(tasks: list[ExecuteMergeMethodTask]) -> None:
 def _refuse_missing_tensors(tasks: list[ExecuteMergeMethodTask]) -> None:
     """Tensors that mergekit's definition asks for and a model does not store."""
     for task in tasks:
-        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-        for model, weight in gather.weight_info.items():
-            if weight.optional:
-                continue
+        for model, weight, names in _inputs(task):
             stored = LoaderCache().get(model).index.tensor_paths
-            names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
-            if any(name in stored for name in names):
+            if weight.optional or any(name in stored for name in names):
                 continue
             kind = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
             if not can_convert_checkpoint_keys(kind, set(stored), weight.name):
@@ -81,22 +91,17 @@ def _refuse_missing_tensors(tasks: list[ExecuteMergeMethodTask]) -> None:
 
 def _refuse_other_shapes(tasks: list[ExecuteMergeMethodTask]) -> None:
     """Tensors that the base stores in another shape, among them embeddings of other tokens."""
-    stored: dict[ModelReference, dict[str, tuple[tuple[int, ...], str]]] = {}
-    for model in {model for task in tasks for model in task.model_order}:
-        index = LoaderCache().get(model).index
-        stored[model] = headers(index, str(model)) if index.is_safetensors else {}
+    stored = {m: _headers(m) for m in {model for task in tasks for model in task.model_order}}
     for task in tasks:
         if not isinstance(task.gather_tensors, GatherTensors):
             continue  # mergekit aligns its tokens first
-        shapes = {}
-        for model, weight in task.gather_tensors.weight_info.items():
-            names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
-            found = next((stored[model][name] for name in names if name in stored[model]), None)
-            if found is not None:
-                shapes[model] = found[0]
-        wanted = shapes.get(task.base_model)
-        for model, shape in shapes.items():
-            if wanted is not None and shape != wanted:
+        found = {
+            model: next((stored[model][name][0] for name in names if name in stored[model]), None)
+            for model, _, names in _inputs(task)
+        }
+        wanted = found.get(task.base_model)
+        for model, shape in found.items():
+            if wanted is not None and shape is not None and shape != wanted:
                 raise UserError(
                     f"tensor {task.output_weight.name} of {model} has shape {list(shape)}, that of "
                     f"the base {list(wanted)}"
@@ -110,7 +115,7 @@ def _refuse_other_shapes(tasks: list[ExecuteMergeMethodTask]) -> None:
 
 
 def _refuse_lost_tensors(recipe: Recipe, tasks: list[ExecuteMergeMethodTask]) -> None:
-    for file in score_files(recipe):
+    for file in recipe.score_files:
         planned = {file.scored_name(task.output_weight.name, None) for task in tasks}
         if lost := unwritten(file.tensor_names, planned):
             raise UserError(
@@ -143,33 +148,18 @@ def _sample(tasks: list[ExecuteMergeMethodTask]) -> None:
             and file.norm(scored) > 0
             and all(name in loader.index.tensor_paths for loader in loaders)
         }
-        for name in _pick(list(usable), loaders[0], file):
+        for name in _pick(list(usable), base, file):
             pair = [loader.get_tensor(name) for loader in loaders]
             file.check_delta(usable[name], *pair, shown_as=shown(name, expert))
         for loader in loaders:
             loader.flush()
 
 
-def _pick(names: list[str], loader: LazyTensorLoader, file: ExpertScores) -> list[str]:
+def _pick(names: list[str], base: ModelReference, file: ExpertScores) -> list[str]:
     """The smallest tensors, and evenly spaced ones of the layers."""
-    sizes = _sizes(names, loader)
-    smallest = sorted(names, key=lambda name: sizes.get(name, 0))[:SMALLEST]
+    stored = _headers(base)
+    size = {name: math.prod(stored[name][0]) if stored else 0 for name in names}
+    smallest = sorted(names, key=size.__getitem__)[:SMALLEST]
     inside = [name for name in names if file.layout(name, "component").layer is not None]
     spaced = [inside[len(inside) * (i + 1) // (SPACED + 1)] for i in range(SPACED) if inside]
     return list(dict.fromkeys(smallest + spaced))
-
-
-def _sizes(names: list[str], loader: LazyTensorLoader) -> dict[str, int]:
-    """Elements of each tensor, from the headers of safetensors files; nothing for pickles."""
-    sizes: dict[str, int] = {}
-    if not loader.index.is_safetensors:
-        return sizes
-    wanted = set(names)
-    for shard in loader.index.shards:
-        with safe_open(os.path.join(loader.index.base_path, shard.filename), "pt") as handle:
-            for name in wanted.intersection(shard.contained_keys):
-                size = 1
-                for extent in handle.get_slice(name).get_shape():
-                    size *= extent
-                sizes[name] = size
-    return sizes

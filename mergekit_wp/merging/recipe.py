@@ -50,11 +50,12 @@ _Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_st
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as its author wrote it, and as mergekit reads it."""
+    """A recipe as its author wrote it, as mergekit reads it, and the score files that it names."""
 
     path: Path
     source: str
     config: MergeConfiguration
+    score_files: tuple[ExpertScores, ...] = ()
 
     @property
     def is_weight_patching(self) -> bool:
@@ -130,12 +131,12 @@ def read(given: RecipeLike) -> Recipe:
             dtype_from_name(dtype)
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"recipe {path}: {one_line(error)}") from error
-    recipe = Recipe(path, source, config)
-    if recipe.is_weight_patching:
-        _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
-        _refuse_twice(config, path)
-        _resolve_score_files(recipe)
-        _check_parameters(recipe)
+    if config.merge_method != SPEC.name:
+        return Recipe(path, source, config)
+    _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
+    _refuse_twice(config, path)
+    recipe = Recipe(path, source, config, _resolve_score_files(config, path))
+    _check_parameters(recipe)
     return recipe
 
 
@@ -186,24 +187,6 @@ def find_score_file(reference: str, folder: Path) -> str:
             "--prompts FILE.jsonl --out FILE.safetensors'"
         )
     return os.path.abspath(found)
-
-
-def score_files(recipe: Recipe) -> list[ExpertScores]:
-    """Every score file that the recipe names, in order."""
-    paths: dict[str, None] = {}
-
-    def collect(setting: Any) -> None:
-        for entry in setting if isinstance(setting, list) else [setting]:
-            if isinstance(entry, ConditionalParameter):
-                collect(entry.value)
-            else:
-                paths[entry] = None
-
-    for scopes in _scopes(recipe.config):
-        for scope in scopes:
-            if "scores" in scope.parameters:
-                collect(scope.parameters["scores"])
-    return [load(path) for path in paths]
 
 
 def experts_in_order(config: MergeConfiguration) -> list[ModelReference]:
@@ -308,9 +291,9 @@ def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:
             )
 
 
-def _resolve_score_files(recipe: Recipe) -> None:
-    """Make every ``scores`` path absolute: beside the recipe first, else from here."""
-    folder = recipe.path.absolute().parent
+def _resolve_score_files(config: MergeConfiguration, path: Path) -> tuple[ExpertScores, ...]:
+    """Make every ``scores`` path absolute: beside the recipe first, else from here; read them."""
+    folder, files = path.absolute().parent, dict[str, ExpertScores]()
 
     def resolve(setting: Any) -> Any:
         if isinstance(setting, list):
@@ -318,12 +301,13 @@ def _resolve_score_files(recipe: Recipe) -> None:
         if isinstance(setting, ConditionalParameter):
             return ConditionalParameter(value=resolve(setting.value), filter=setting.filter)
         if not isinstance(setting, str):
-            raise UserError(f"recipe {recipe.path}: 'scores' must be a path, not {setting!r}")
+            raise UserError(f"recipe {path}: 'scores' must be a path, not {setting!r}")
         found = find_score_file(setting, folder)
-        load(found)
+        files[found] = load(found)
         return found
 
-    for scopes in _scopes(recipe.config):
+    for scopes in _scopes(config):
         for scope in scopes:
             if "scores" in scope.parameters:
                 scope.parameters["scores"] = resolve(scope.parameters["scores"])
+    return tuple(files.values())

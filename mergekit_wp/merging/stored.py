@@ -7,25 +7,23 @@ are of the checkpoints that a score file was made from shows only in what is sto
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from mergekit.common import ModelReference
+from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_wp.errors import UserError
-
-
-class Given(NamedTuple):
-    """A tensor as the merge reads it, the model it is of, and that model's config if known."""
-
-    tensor: torch.Tensor
-    model: Hashable
-    config: Any
+from mergekit_wp.merging.host import config_of
 
 
 def stored_pair(
-    names: Sequence[str], base: Given, expert: Given, token_axis: int | None, *, shown_as: str
+    names: Sequence[str],
+    base: TensorEntry,
+    expert: TensorEntry,
+    token_axis: int | None,
+    *,
+    shown_as: str,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The stored tensors of which two given ones were made.
 
@@ -64,16 +62,16 @@ def _rounded(given: torch.Tensor, stored: torch.Tensor) -> bool:
     return torch.equal(stored.to(device=given.device, dtype=given.dtype), given)
 
 
-def _stored(names: Sequence[str], given: Given) -> torch.Tensor | None:
+def _stored(names: Sequence[str], given: TensorEntry) -> torch.Tensor | None:
     # imported here, as mergekit may import this package while it is half imported itself
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_wp.models.parameter_names import StoredNames
 
-    model = given.model
+    model, config = given.id, config_of(given.id)
     loader = LoaderCache.loaders.get(model) if isinstance(model, ModelReference) else None
-    if loader is None or given.config is None:
+    if loader is None or config is None:
         return None
-    stored = StoredNames(given.config, dict.fromkeys(loader.index.tensor_paths, ((), "")))
+    stored = StoredNames(config, dict.fromkeys(loader.index.tensor_paths, ((), "")))
     name = next((name for name in names if stored.has(name)), None)
     return None if name is None else stored.read(name, loader.get_tensor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import parse_json
 from mergekit_wp.models import hub
-from mergekit_wp.models.refusals import refuse_stand_ins
+from mergekit_wp.models.refusals import refuse_stand_ins, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
@@ -234,7 +233,7 @@ def _shapes(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int
     _require_weights(file, name)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     try:
-        for key, shape in _stored(file):
+        for key, (shape, _) in stored_tensors(file).items():
             match = _KEY.match(key)
             if match is None or len(shape) != 2 or match[1].endswith(".lora_embedding"):
                 raise UserError(
@@ -257,9 +256,3 @@ def _require_weights(file: Path, name: str) -> None:
         raise UserError(
             f"{name} has no {WEIGHTS}; pickled weights are never loaded, save it again with peft"
         )
-
-
-def _stored(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with safe_open(file, framework="pt") as handle:
-        for key in handle.keys():  # noqa: SIM118
-            yield key, tuple(handle.get_slice(key).get_shape())

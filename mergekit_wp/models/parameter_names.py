@@ -20,16 +20,12 @@ from mergekit.architecture.conversion import (
 )
 
 from mergekit_wp.architectures import of_type
+from mergekit_wp.models.refusals import FLOATS
 
 _NUMBER = re.compile(r"\.([0-9]+)\.")
 
 Header = tuple[tuple[int, ...], str]
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, name) for kind, name in FLOATS.items()}
 
 
 class StoredNames:

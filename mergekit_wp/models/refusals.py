@@ -195,8 +195,7 @@ def headers(index: ShardedTensorIndex, name: str) -> dict[str, tuple[tuple[int, 
     for shard in index.shards:
         path = os.path.join(index.base_path, shard.filename)
         try:
-            stat = os.stat(path)
-            stored = _stored(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            stored = stored_tensors(path)
         except FileNotFoundError:
             raise UserError(
                 f"model '{name}': weight file {shard.filename} is missing; copy or download it "
@@ -214,8 +213,20 @@ def headers(index: ShardedTensorIndex, name: str) -> dict[str, tuple[tuple[int, 
     return found
 
 
+def stored_tensors(path: str | Path) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    """Shape and stored dtype of every tensor in a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: there is no such file, or it is damaged.
+    """
+    stat = os.stat(path)
+    return _stored(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
 @lru_cache(maxsize=512)
-def _stored(path: str, stamp: tuple[int, int, int]) -> Mapping[str, tuple[tuple[int, ...], str]]:
+def _stored(
+    path: str | Path, stamp: tuple[int, int, int]
+) -> Mapping[str, tuple[tuple[int, ...], str]]:
     found = {}
     with safe_open(path, framework="pt") as handle:
         for name in handle.keys():  # noqa: SIM118
