@@ -256,4 +256,5 @@ def test_the_bases_tokenizer_steps_in_aloud(zoo, tmp_path, capfd) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["score", *pair, "--prompts", prompts, "--estimand", "share", "--out", out])
     assert stop.value.code == 0
-    assert "has no tokenizer; using that of the base" in capfd.readouterr().err
+    said = f"'{pair[1]}' has no tokenizer; that of '{pair[0]}' is used"
+    assert said in capfd.readouterr().err

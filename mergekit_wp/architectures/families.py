@@ -11,6 +11,8 @@ _STACKED = LLAMA_CUTS | {
     "mlp.experts.gate_up_proj": Cut(("neuron", "neuron"), (0, 1)),
     "mlp.experts.down_proj": Cut(("neuron",), (0, 2)),
 }
+#: a head's query, key and value rows, then the next head's
+_INTERLEAVED = Cut(("head", "kv_group", "kv_group"), interleaved=True)
 
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA,
@@ -83,12 +85,8 @@ FAMILIES: tuple[Architecture, ...] = (
         attention_out="attention.dense.weight",
         mlp_out="mlp.dense_4h_to_h.weight",
         cuts={
-            "attention.query_key_value.weight": Cut(
-                ("head", "kv_group", "kv_group"), interleaved=True
-            ),
-            "attention.query_key_value.bias": Cut(
-                ("head", "kv_group", "kv_group"), interleaved=True
-            ),
+            "attention.query_key_value.weight": _INTERLEAVED,
+            "attention.query_key_value.bias": _INTERLEAVED,
             "attention.dense.weight": columns("head"),
             "mlp.dense_h_to_4h.weight": rows("neuron"),
             "mlp.dense_h_to_4h.bias": rows("neuron"),

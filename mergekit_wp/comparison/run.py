@@ -34,6 +34,7 @@ from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.memory import is_out_of_memory
+from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.terms import RowRole, Split
 
 #: what a run reports to: method's name, and jobs done and known so far
@@ -67,7 +68,7 @@ class Runner:
         self.at_once = {task.name: AtOnce(UNBOUNDED, self.told) for task in plan.tasks}
         self.base = Checkpoint(plan.base)
         self.evaluation = EvaluationModel(self.base, plan.eval_dtype, plan.device)
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = find_tokenizer(map(Checkpoint, (plan.base, *plan.experts)), self.told)
         self.in_memory = plan.in_memory
         if self.in_memory is None:
             parameters = sum(p.numel() for p in self.evaluation.model.parameters())
@@ -112,14 +113,6 @@ class Runner:
             models += draws * (2 if plan.tuned and method.name == OURS else 1)
             models += (len(method.grid) or 3) if plan.tuned else 0
         return models * len(plan.tasks)
-
-    def _tokenizer(self) -> Any:
-        for reference in (self.plan.base, *self.plan.experts):
-            if (tokenizer := Checkpoint(reference).tokenizer()) is not None:
-                if reference != self.plan.base:
-                    self.told(f"'{self.plan.base}' has no tokenizer; that of '{reference}' is used")
-                return tokenizer
-        raise UserError(f"neither '{self.plan.base}' nor its experts have a tokenizer")
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]

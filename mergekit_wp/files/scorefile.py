@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class ScoreFile:
             raise UserError(f"no scores '{key}' in this score file; it has {have}")
         return self.tensors[key]
 
-    @property
+    @cached_property
     def delta_norm(self) -> dict[str, float]:
         """Frobenius norm of each tensor of the task vector."""
         return dict(
@@ -75,7 +76,7 @@ class ScoreFile:
             digest.update(key.encode() + self.tensors[key].numpy().tobytes())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def fine_tensor_names(self) -> tuple[str, ...]:
         """Tensors that are fine components by themselves (norms, embeddings, ...)."""
         dims = self.manifest.dims

@@ -31,6 +31,7 @@ from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.placement import choose_device
 from mergekit_wp.prompts import Prompt, encode_prompt, encode_response, read_prompts
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.texts import find_tokenizer
 
 #: texts in a forward pass, where nobody says how many
 AT_ONCE = 16
@@ -84,12 +85,7 @@ def aim(
         raise UserError(
             f"'{merged}' is {end.architecture}, but its base '{base}' {start.architecture}"
         )
-    tokenizer = start.tokenizer()
-    if tokenizer is None:
-        tokenizer = end.tokenizer()
-        if tokenizer is None:
-            raise UserError(f"neither '{base}' nor '{merged}' has a tokenizer")
-        progress.note(f"'{base}' has no tokenizer; that of '{merged}' is used")
+    tokenizer = find_tokenizer((start, end), progress.note)
     model = load_folder(start.path, "auto", device)
     _, importance = fitting(
         min(batch_size or AT_ONCE, max(1, len(prompts))),

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,18 +45,6 @@ class ExpertScores:
     file: ScoreFile
     _normalised: dict[Choice, Normalised] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def _position(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.file.manifest.tensor_names)}
-
-    @cached_property
-    def _fine_position(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.file.fine_tensor_names)}
-
-    @cached_property
-    def _delta_norm(self) -> dict[str, float]:
-        return self.file.delta_norm
-
     @property
     def called(self) -> str:
         """What errors call the file."""
@@ -69,7 +57,7 @@ class ExpertScores:
 
     def norm(self, name: str) -> float:
         """Frobenius norm of one tensor of the scored task vector."""
-        return self._delta_norm[name]
+        return self.file.delta_norm[name]
 
     def scored_name(self, name: str, tied: bool | None) -> str:
         """The name under which a tensor was scored: that of the model's parameter.
@@ -103,7 +91,7 @@ class ExpertScores:
 
     def covers(self, name: str, granularity: str) -> bool:
         """Whether the file scores a tensor (under its `scored_name`)."""
-        if name not in self._position:
+        if name not in self.file.delta_norm:
             return False
         kinds = self.layout(name, granularity).kinds
         return any(kind in self.file.manifest.kinds for kind in kinds)
@@ -173,9 +161,9 @@ class ExpertScores:
     def _tied(self) -> bool | None:
         """Whether the scored model's output head was its embedding; None where nothing tells."""
         architecture = self.file.manifest.dims.architecture
-        if f"{architecture.embedding}.weight" not in self._position:
+        if f"{architecture.embedding}.weight" not in self.tensor_names:
             return None
-        return f"{architecture.head}.weight" not in self._position
+        return f"{architecture.head}.weight" not in self.tensor_names
 
     def scores(self, name: str, choice: Choice, density: float) -> torch.Tensor:
         """Normalised scores of one tensor's components, zero outside the best ``density`` share.
@@ -201,8 +189,9 @@ class ExpertScores:
                     for kind, count in layout.owners
                 ]
             )
-        position = self._position if choice.granularity == "tensor" else self._fine_position
-        return partition.cut("tensor", position[name], density)
+        fine = choice.granularity != "tensor"
+        names = self.file.fine_tensor_names if fine else self.tensor_names
+        return partition.cut("tensor", names.index(name), density)
 
     def _partition(self, choice: Choice) -> Normalised:
         if choice not in self._normalised:

@@ -78,11 +78,7 @@ class Experts:
             UserError: unreadable, or not a recipe of a base and whole experts.
         """
         path, _, data = _load(given)
-        try:
-            config = MergeConfiguration.model_validate(data)
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"recipe {path}: {one_line(error)}") from error
-        return cls.of(config, path)
+        return cls.of(_parsed(path, data), path)
 
     @classmethod
     def of(cls, config: MergeConfiguration, path: str | os.PathLike[str]) -> Experts:
@@ -124,13 +120,7 @@ def read(given: RecipeLike) -> Recipe:
             ignore, or with a score file that is missing, unreadable or not given.
     """
     path, source, data = _load(given)
-    try:
-        config = MergeConfiguration.model_validate(data)
-        merge_methods.get(config.merge_method)
-        for dtype in (config.dtype, config.out_dtype):
-            dtype_from_name(dtype)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"recipe {path}: {one_line(error)}") from error
+    config = _parsed(path, data, known_only=True)
     if config.merge_method != SPEC.name:
         return Recipe(path, source, config)
     _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")
@@ -138,6 +128,19 @@ def read(given: RecipeLike) -> Recipe:
     recipe = Recipe(path, source, config, _resolve_score_files(config, path))
     _check_parameters(recipe)
     return recipe
+
+
+def _parsed(path: Path, data: Mapping[str, Any], *, known_only: bool = False) -> MergeConfiguration:
+    """As mergekit reads it; with a method and dtypes that it knows where that is asked for."""
+    try:
+        config = MergeConfiguration.model_validate(data)
+        if known_only:
+            merge_methods.get(config.merge_method)
+            for dtype in (config.dtype, config.out_dtype):
+                dtype_from_name(dtype)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"recipe {path}: {one_line(error)}") from error
+    return config
 
 
 def _load(given: RecipeLike) -> tuple[Path, str, dict[str, Any]]:

@@ -76,7 +76,7 @@ class Run:
             progress.advance(1)
 
         pair = open_pair(base, expert, compared)
-        tokenizer = find_tokenizer(pair, progress)
+        tokenizer = find_tokenizer((pair.expert, pair.base), progress.note)
         refuse_other_tokens(pair, tokenizer, progress)
         texts = encode_texts(tokenizer, prompts)
         texts.check_vocabulary(pair.vocabulary)

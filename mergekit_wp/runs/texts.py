@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptSet, Sample, encode_prompt, encode_response
 from mergekit_wp.runs.progress import Progress
@@ -63,19 +64,25 @@ def encode_texts(tokenizer: Any, prompts: PromptSet) -> Encoded:
     return encoded
 
 
-def find_tokenizer(pair: Pair, progress: Progress) -> Any:
-    """The expert's tokenizer, whose behaviour the prompts elicit; else, said aloud, the base's."""
-    tokenizer = pair.expert.tokenizer()
-    if tokenizer is None:
-        tokenizer = pair.base.tokenizer()
-        if tokenizer is not None:
-            progress.note(f"'{pair.expert.name}' has no tokenizer; using that of the base")
-    if tokenizer is None:
-        raise UserError(
-            f"neither '{pair.expert.name}' nor '{pair.base.name}' has a tokenizer; copy "
-            "tokenizer.json and tokenizer_config.json into the expert's folder"
-        )
-    return tokenizer
+def find_tokenizer(checkpoints: Iterable[Checkpoint], told: Callable[[str], None]) -> Any:
+    """The first checkpoint's tokenizer; said aloud, that of the first that has one.
+
+    Raises:
+        UserError: none has one.
+    """
+    without: list[str] = []
+    for checkpoint in checkpoints:
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            without.append(f"'{checkpoint.name}'")
+            continue
+        if without:
+            told(f"{without[0]} has no tokenizer; that of '{checkpoint.name}' is used")
+        return tokenizer
+    raise UserError(
+        f"neither {' nor '.join(without)} has a tokenizer; copy tokenizer.json and "
+        f"tokenizer_config.json into the folder of {without[0]}"
+    )
 
 
 def refuse_other_tokens(pair: Pair, tokenizer: Any, progress: Progress) -> None:

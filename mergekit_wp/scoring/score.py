@@ -133,7 +133,6 @@ def common_fields(
     request: ScoreRequest, pair: Pair, prompts: PromptSet, references: References
 ) -> dict[str, Any]:
     """What every manifest says: the models, the prompts, the reference values."""
-    dims = pair.partition.dims
     return {
         "base": model_id(pair.base),
         "expert": model_id(pair.expert),
@@ -142,10 +141,7 @@ def common_fields(
         "prompts_sha256": prompts.sha256,
         "responses": prompts.responses,
         "architecture": pair.base.architecture,
-        "n_layers": dims.n_layers,
-        "n_heads": dims.n_heads,
-        "n_kv_groups": dims.n_kv_groups,
-        "n_neurons": dims.n_neurons,
+        **pair.partition.dims.numbers,
         "hidden_size": int(pair.base.text_config.hidden_size),
         "kinds": request.kinds,
         "scale": {
