@@ -25,7 +25,7 @@ from mergekit_wp.mechanism.anchors import find_anchors
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.mechanism.verify import BEHAVIOR, verify
-from mergekit_wp.models.backoff import fitting
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
@@ -266,10 +266,10 @@ def test_halving_ends_with_one_clear_error() -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")
 
     with pytest.raises(UserError, match="out of memory with one sequence at a time .*8 bytes"):
-        fitting(5, run, told.append)
+        AtOnce(5, told.append).run(run)
     assert tried == [5, 3, 2, 1] and len(told) == 3
     with pytest.raises(RuntimeError, match="size mismatch"):
-        fitting(5, _mismatch, told.append)
+        AtOnce(5, told.append).run(_mismatch)
 
 
 def _mismatch(_size: int) -> None:

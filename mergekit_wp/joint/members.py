@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.joint.request import MembersRequest, NamedExperts
 from mergekit_wp.merging.recipe import Experts
-from mergekit_wp.models.backoff import fitting
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.model_names import last_name
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptSet, PromptSource, read_prompts
@@ -83,10 +83,8 @@ def measure(member: Member, journal: Journal, size: int | None = None) -> Refere
     samples = run.samples(resident, journal, prefix=f"{member.name}.")
     size = size or run.batch_size(samples)
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
-    _, references = fitting(
-        size,
-        lambda at_once: measure_references(resident, samples, ("kl",), size, at_once),
-        progress.note,
+    references = AtOnce(size, progress.note).run(
+        lambda at_once: measure_references(resident, samples, ("kl",), size, at_once)
     )
     progress.advance(1)
     return references

@@ -19,7 +19,7 @@ from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import TraceRequest
 from mergekit_wp.mechanism.tracer import Tracer
-from mergekit_wp.models.backoff import AtOnce, fitting
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.progress import Progress
@@ -62,15 +62,14 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
         resident = run.load()
         samples = run.samples(resident, journal)
         size, anchor = run.batch_size(samples), anchor_of(file, resident)
-        fitted, references = fitting(
-            size,
-            lambda at_once: measure_references(
-                resident, samples, (criterion,), size, at_once, anchor=anchor
-            ),
-            progress.note,
+        at_once = AtOnce(size, progress.note)
+        references = at_once.run(
+            lambda few: measure_references(
+                resident, samples, (criterion,), size, few, anchor=anchor
+            )
         )
         recordings = Recordings(resident, references, (criterion,))
-        at_once = AtOnce(fitted, progress.note, recordings.forget)
+        at_once.forget = recordings.forget
         tracer = Tracer(request, recordings, at_once, criterion, targets, journal, progress)
         nodes, edges, screen = tracer.circuit()
         result = TraceFile(

@@ -25,7 +25,7 @@ from mergekit_wp.engine.decoder import hooked
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.merging.merge import check_target
-from mergekit_wp.models.backoff import fitting
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.placement import choose_device
@@ -87,10 +87,8 @@ def aim(
         )
     tokenizer = find_tokenizer((start, end), progress.note)
     model = load_folder(start.path, "auto", device)
-    _, importance = fitting(
-        min(batch_size or AT_ONCE, max(1, len(prompts))),
-        partial(activation_importance, model, tokenizer, prompts),
-        progress.note,
+    importance = AtOnce(batch_size or AT_ONCE, progress.note).run(
+        partial(activation_importance, model, tokenizer, prompts), max(1, len(prompts))
     )
     del model
     with staged_folder(target) as folder:

@@ -13,7 +13,7 @@ from mergekit_wp.criteria import Criteria, CriterionFunction, named, source_sha2
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
 from mergekit_wp.files.scorefile import ScoreFile, read, write
-from mergekit_wp.models.backoff import AtOnce, fitting
+from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import (
     free_memory,
@@ -227,9 +227,10 @@ def _references(
     if request.batch_size is None:
         fits = Footprint.of(run.pair, resident.dtype).fits(samples, free_memory(request.device))
         size = min(size, fits)
-    size, references = fitting(size, measured, run.progress.note)
-    journal.block(BATCH_SIZE, lambda: {"sequences": torch.tensor([size])})
-    return size, references
+    at_once = AtOnce(size, run.progress.note)
+    references = at_once.run(measured)
+    journal.block(BATCH_SIZE, lambda: {"sequences": torch.tensor([at_once.size])})
+    return at_once.size, references
 
 
 def memory_used(
