@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ from mergekit_wp.merging.request import AimRequest
 
 @click.command(short_help="Apply Activation-Informed Merging to a merge.")
 @options_of(AimRequest)
-def aim(merged: str, out: Path, **options: Any) -> None:
+def aim(**options: Any) -> None:
     """Apply Activation-Informed Merging (arXiv 2502.02421) to the checkpoint MERGED, into OUT.
 
     Whatever method made the merge: the weights of input channels that the base uses most on the
@@ -29,9 +28,7 @@ def aim(merged: str, out: Path, **options: Any) -> None:
     from mergekit_wp.runs.progress import BarProgress
 
     transformers.logging.set_verbosity_error()
-    progress = BarProgress()
-    try:
-        run(merged, out, progress=progress, **options)
-    finally:
-        progress.close()
-    click.echo(f"model written to {out}")
+    request = AimRequest.of(**options)
+    with BarProgress() as progress:
+        run(request, progress)
+    click.echo(f"model written to {request.out}")

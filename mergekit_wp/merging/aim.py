@@ -25,10 +25,10 @@ from mergekit_wp.engine.decoder import hooked
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.merging.merge import check_target
+from mergekit_wp.merging.request import AimRequest
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
-from mergekit_wp.models.placement import choose_device
 from mergekit_wp.prompts import Prompt, encode_prompt, encode_response, read_prompts
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.texts import find_tokenizer
@@ -46,27 +46,12 @@ Afterwards the weights of input channels that the base uses most were drawn back
 """
 
 
-def aim(
-    merged: str,
-    out: Path,
-    *,
-    base: str,
-    calibration: Path,
-    omega: float,
-    batch_size: int | None,
-    device: str,
-    progress: Progress,
-) -> None:
+def aim(request: AimRequest, progress: Progress) -> None:
     """Apply AIM to a checkpoint, into a folder that appears only when it is complete.
 
     Args:
-        merged: the checkpoint, a folder or Hub id.
-        out: the folder.
-        base: of the merge.
-        calibration: prompt file whose texts the base's activations are measured on.
-        omega: see `apply_aim`.
-        batch_size: texts at once, None for `AT_ONCE`; halved where memory runs out.
-        device: that runs the base, or "auto".
+        request: names the checkpoints, and says how; without a batch size, `AT_ONCE` texts go
+            together.
         progress: told of files, and of every step back.
 
     Raises:
@@ -74,20 +59,19 @@ def aim(
             folder is a file or an input, or not even one text fits into memory.
         DiskError: the disk is full.
     """
-    device = choose_device(device)
-    prompts = read_prompts(calibration, None).prompts
-    start, end = Checkpoint(base), Checkpoint(merged)
+    omega, prompts = request.omega, read_prompts(request.calibration, None).prompts
+    start, end = Checkpoint(request.base), Checkpoint(request.merged)
     for checkpoint in (start, end):
         checkpoint.require_whole("aim")
-    target = out.absolute()
+    target = request.out.absolute()
     check_target(target, (start.path, end.path))
     if start.architecture != end.architecture:
         raise UserError(
-            f"'{merged}' is {end.architecture}, but its base '{base}' {start.architecture}"
+            f"'{end.name}' is {end.architecture}, but its base '{start.name}' {start.architecture}"
         )
     tokenizer = find_tokenizer((start, end), progress.note)
-    model = load_folder(start.path, "auto", device)
-    importance = AtOnce(batch_size or AT_ONCE, progress.note).run(
+    model = load_folder(start.path, "auto", request.device)
+    importance = AtOnce(request.batch_size or AT_ONCE, progress.note).run(
         partial(activation_importance, model, tokenizer, prompts), max(1, len(prompts))
     )
     del model
