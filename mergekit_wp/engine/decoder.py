@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from mergekit_wp.architectures import Architecture, Dims
 from mergekit_wp.errors import UserError
@@ -25,7 +26,7 @@ class Decoder:
         UserError: the architecture has no component map.
     """
 
-    model: Any
+    model: PreTrainedModel
 
     @cached_property
     def dims(self) -> Dims:
@@ -62,14 +63,12 @@ class Decoder:
     def norm(self) -> nn.Module:
         """Norm after the last layer; what changes nothing where there is none."""
         path = self.architecture.norm
-        module: nn.Module = nn.Identity() if path is None else self.model.get_submodule(path)
-        return module
+        return nn.Identity() if path is None else self.model.get_submodule(path)
 
     @property
     def head(self) -> nn.Module:
         """Unembedding."""
-        module: nn.Module = self.model.get_submodule(self.architecture.head)
-        return module
+        return self.model.get_submodule(self.architecture.head)
 
     def attention(self, index: int) -> nn.Module:
         """Attention block of a layer."""

@@ -53,10 +53,11 @@ def greedy(
     max_new_tokens: int,
     ends: Sequence[int],
     device: str | torch.device,
+    at_once: int | None = None,
 ) -> list[list[int]]:
     """Greedy continuations, each ending with its end token if it got there.
 
-    One batch, padded on the left behind an attention mask; it stops when every row has ended.
+    A batch is padded on the left behind an attention mask; it stops when every row has ended.
     Where padding would make NaN, prompts of one length go together.
 
     Args:
@@ -65,10 +66,16 @@ def greedy(
         max_new_tokens: longest continuation.
         ends: tokens that end one.
         device: the model's.
+        at_once: prompts in a batch; all where None.
 
     Raises:
         UserError: a model that keeps no keys and values.
     """
+    if at_once is not None and at_once < len(prompts):
+        starts = range(0, len(prompts), at_once)
+        batches = [prompts[start : start + at_once] for start in starts]
+        each = [greedy(model, batch, max_new_tokens, ends, device) for batch in batches]
+        return [ids for answers in each for ids in answers]
     width = max(len(p) for p in prompts)
     # transformers' own attention takes its softmax in float32, where the float64 mask is infinite
     if model.dtype == torch.float64 and model.config._attn_implementation == "eager":

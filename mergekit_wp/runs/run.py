@@ -121,16 +121,10 @@ class Run:
         def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
             resident.move_to(position)
             ends = end_tokens(self.pair.expert.path, self.tokenizer)
-            length = self.request.max_new_tokens
-
-            def continued(together: int) -> list[list[int]]:
-                found: list[list[int]] = []
-                for start in range(0, len(chunk), together):
-                    some = [prompts[i] for i in chunk[start : start + together]]
-                    found += greedy(resident.model, some, length, ends, resident.device)
-                return found
-
-            found = at_once.run(continued)
+            some, length = [prompts[i] for i in chunk], self.request.max_new_tokens
+            found = at_once.run(
+                partial(greedy, resident.model, some, length, ends, resident.device)
+            )
             return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
 
         if chunks:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,9 @@ def answers(
                 break
             size += 1
         members = order[start : start + size]
-
-        def continued(together: int, some: Sequence[int] = members, new: int = budget) -> Any:
-            found: list[list[int]] = []
-            for begun in range(0, len(some), together):
-                ids = [encoded[i] for i in some[begun : begun + together]]
-                found += greedy(model, ids, new, ends, model.device)
-            return found
-
+        continued = partial(
+            greedy, model, [encoded[i] for i in members], budget, ends, model.device
+        )
         rows_out = at_once.run(continued, size) if at_once else continued(size)
         for i, ids in zip(members, rows_out, strict=True):
             ended = bool(ids) and ids[-1] in ends
