@@ -291,17 +291,20 @@ def recovery(change: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor
     return ratio, variance.sqrt() / distance.mean().abs()
 
 
-def target_part(batch: PromptBatch, targets: Targets, start: int, stop: int) -> Targets:
-    """What some of a batch's samples are measured against."""
+def part_of(
+    batch: PromptBatch, targets: Targets, start: int, stop: int
+) -> tuple[PromptBatch, Targets]:
+    """Some of a batch's samples, with what they are measured against."""
+    if (start, stop) == (0, batch.size):
+        return batch, targets
+    part = batch.part(start, stop)
     if targets.expert_logprobs is None:
-        return targets
+        return part, targets
     own = batch.in_part(start, stop)
-    return replace(targets, expert_logprobs=targets.expert_logprobs[own])
+    return part, replace(targets, expert_logprobs=targets.expert_logprobs[own])
 
 
 def split(batch: PromptBatch, targets: Targets, size: int) -> list[tuple[PromptBatch, Targets]]:
     """A batch in parts of at most `size` samples, with what each is measured against."""
-    if batch.size <= size:
-        return [(batch, targets)]
-    cuts = [(start, min(batch.size, start + size)) for start in range(0, batch.size, size)]
-    return [(batch.part(*cut), target_part(batch, targets, *cut)) for cut in cuts]
+    starts = range(0, batch.size, size)
+    return [part_of(batch, targets, start, min(batch.size, start + size)) for start in starts]

@@ -146,12 +146,8 @@ def contribution(
         handed = experts.act_fn(both[0]) * both[1] * _counts(both[0], chosen, weights)
         along = (handed.flatten(1) * (g @ columns(here(experts.down_proj)))).sum()
         gradients = torch.autograd.grad(along, both)
-    changes = _rows(delta, x)
-    found = sum(
-        (part * change for part, change in zip(gradients, changes, strict=True)),
-        torch.zeros_like(changes[0]),
-    )
-    return found.flatten(1)
+    gate, up = _rows(delta, x)
+    return (gradients[0] * gate + gradients[1] * up).flatten(1)
 
 
 def _rows(gate_up: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,11 +124,6 @@ def component_gates(
     return scale * weights.to(torch.float64)[:, None] * share
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 for float64 weights, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _row_blocks(tensor: torch.Tensor) -> Iterator[slice]:
     rows = tensor.shape[0]
     step = max(1, CHUNK // max(1, tensor[0].numel())) if rows else 1
@@ -144,7 +139,7 @@ def delta_norm(base: torch.Tensor, expert: torch.Tensor) -> float:
     """
     if base.ndim == 0:
         base, expert = base[None], expert[None]
-    wide = accumulation_dtype(torch.promote_types(base.dtype, expert.dtype))
+    wide = torch.promote_types(torch.promote_types(base.dtype, expert.dtype), torch.float32)
     total = 0.0
     for rows in _row_blocks(base):
         delta = expert[rows].detach().to(wide) - base[rows].detach().to(wide)
@@ -180,7 +175,7 @@ def fuse(base: torch.Tensor, experts: Sequence[torch.Tensor], gates: torch.Tenso
     ]
     if not parts:
         return base
-    wide = accumulation_dtype(base.dtype)
+    wide = torch.promote_types(base.dtype, torch.float32)
     merged = torch.empty_like(base)
     # asked of the masks before they go to the weights' device, where the answer takes a wait
     exact = [(expert, mask.to(base.device)) for expert, _, mask in parts if mask.any()]

@@ -25,9 +25,15 @@ from mergekit_wp.components import TensorLayout
 from mergekit_wp.errors import UserError
 from mergekit_wp.merging.expert_scores import Choice, ExpertScores, check_company, load
 from mergekit_wp.merging.fusion import component_gates, fuse
-from mergekit_wp.merging.host import config_of, is_tied, refuse_unusable, shown, unwritten
+from mergekit_wp.merging.host import (
+    config_of,
+    is_tied,
+    refuse_unusable,
+    shown,
+    stored_pair,
+    unwritten,
+)
 from mergekit_wp.merging.parameters import RECORDED, SPEC
-from mergekit_wp.merging.stored import stored_pair
 from mergekit_wp.terms import Fusion
 
 LOG = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from mergekit_wp.components import Partition
-from mergekit_wp.criteria import Criteria, Targets, target_part
+from mergekit_wp.criteria import Criteria, Targets, part_of
 from mergekit_wp.engine.activation_swaps import activation_inputs
 from mergekit_wp.engine.block_changes import Changes, block_inputs
 from mergekit_wp.engine.decoder import Decoder
@@ -92,10 +92,7 @@ class Recordings:
         """Prompts, one a row, and what they are measured against."""
         batch = self.references.batches[portion.batch]
         targets = self.references.targets[portion.batch]
-        cut = (portion.start, portion.stop)
-        if cut == (0, batch.size):
-            return batch, targets
-        return batch.part(*cut), target_part(batch, targets, *cut)
+        return part_of(batch, targets, portion.start, portion.stop)
 
     def receiver(self, position: float, portion: Portion, *, packs: bool = True) -> Receiver:
         """The base (0) or the expert (1), which is then in memory, with its run on some prompts.
