@@ -12,7 +12,7 @@ import pytest
 
 import mergekit_wp.commands
 from mergekit_wp.cli import cli
-from mergekit_wp.commands.derive import asked
+from mergekit_wp.commands.derive import given
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.request import CompanyRequest, FitRequest
 from mergekit_wp.mechanism.request import TraceRequest, VerifyRequest
@@ -147,7 +147,7 @@ def test_a_stored_command_asks_for_the_same(request_: Request) -> None:
     options = context.params
     if type(request_) is ScoreRequest:
         options["prompts"] = options["prompts"][0]
-    assert asked(type(request_), options) == request_
+    assert type(request_).of(**given(type(request_), options)) == request_
 
 
 def test_plain_values_of_python() -> None:
@@ -194,10 +194,10 @@ def test_a_bad_value_is_named(options: dict[str, Any], message: str) -> None:
 def test_a_command_says_the_flag() -> None:
     options = {"recipe": "r", "prompts": ("a",), "out": "o"}
     with pytest.raises(UserError) as refused:
-        asked(FitRequest, options)
+        FitRequest.of(**given(FitRequest, options))
     error = refused.value
     assert str(error) == "prompts: 'a' names no expert; write EXPERT=FILE.jsonl"
     error.use_flags({field.name: field.flag for field in declared(FitRequest).values()})
     assert str(error) == "--prompts: 'a' names no expert; write EXPERT=FILE.jsonl"
     with pytest.raises(UserError, match="recipe is missing; give it"):
-        asked(FitRequest, options | {"recipe": None})
+        FitRequest.of(**given(FitRequest, options | {"recipe": None}))
