@@ -8,7 +8,7 @@ disk unless a path is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
-from mergekit_wp.comparison.progress import CompareProgress, ComparisonBar
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -232,7 +231,7 @@ def fuse(
 def compare(
     *what: Mergeable,
     tasks: Sequence[PathLike],
-    progress: bool | CompareProgress = True,
+    progress: bool | Progress = True,
     **options: Any,
 ) -> ComparisonResult:
     """Compare a merge by scores with other methods, on your own items.
@@ -249,7 +248,7 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    with _shown(progress, ComparisonBar) as shown, recipes_for(what) as recipes:
+    with _shown(progress) as shown, recipes_for(what) as recipes:
         named = tuple(os.fspath(task) for task in tasks)
         return _compare(CompareRequest.of(recipes=recipes, tasks=named, **options), shown)
 
@@ -334,11 +333,11 @@ def find_anchors(
 
 
 @contextmanager
-def _shown(progress: object, bar: Callable[[], Any] = BarProgress) -> Iterator[Any]:
+def _shown(progress: bool | Progress) -> Iterator[Progress]:
     if not isinstance(progress, bool):
         yield progress
     elif progress:
-        with bar() as shown:
+        with BarProgress() as shown:
             yield shown
     else:
         yield NoProgress()

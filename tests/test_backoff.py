@@ -27,6 +27,7 @@ from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyReq
 from mergekit_wp.mechanism.verify import BEHAVIOR, verify
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.prompts import Prompt
+from mergekit_wp.runs.progress import Progress
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.tasks.checkers import Checkers
@@ -220,7 +221,7 @@ def test_answers_of_the_expert_tell_of_it(
         torch.testing.assert_close(small[key], tensor, rtol=1e-5, atol=1e-7)
 
 
-def compared(world: Path, out: Path, told: Callable[[str], None]) -> list[str]:
+def compared(world: Path, out: Path, progress: Progress) -> list[str]:
     """Rows and items of a comparison, with what was answered."""
     plan = Plan(
         base=str(world / "base"),
@@ -237,7 +238,7 @@ def compared(world: Path, out: Path, told: Callable[[str], None]) -> list[str]:
         eval_dtype=torch.float64,
     )
     with Results(out, {}) as results:
-        Runner(plan, results, lambda *_: None, told).run()
+        Runner(plan, results, progress).run()
     return (out / "results.jsonl").read_text().splitlines()
 
 
@@ -245,16 +246,16 @@ def compared(world: Path, out: Path, told: Callable[[str], None]) -> list[str]:
 def test_a_comparison_is_that_of_a_run_with_memory(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    whole, said = compared(world, tmp_path / "whole", print), Quiet()
+    whole, said = compared(world, tmp_path / "whole", Quiet()), Quiet()
     memory = SmallMemory(monkeypatch, error, 9, EvaluationModel)
-    small = compared(world, tmp_path / "small", said.note)
+    small = compared(world, tmp_path / "small", said)
     assert small == whole
     # once for the answers, whose next chunks and models begin with what fitted; once for AIM
     assert said.notes == ["out of memory; going on with 2 sequences per forward pass"] * 2
     assert memory.refused == 2
     memory.tokens = 2
     with pytest.raises(OutOfMemory, match="with one sequence at a time"):
-        compared(world, tmp_path / "none", said.note)
+        compared(world, tmp_path / "none", said)
     assert not (tmp_path / "none" / "results.jsonl").exists(), "no merge is blamed for it"
 
 

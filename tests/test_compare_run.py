@@ -14,13 +14,10 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
-from safetensors.torch import load_file
 
 from mergekit_wp import interrupts
 from mergekit_wp.cli import cli
 from mergekit_wp.comparison.compare import compare
-from mergekit_wp.comparison.merging import merge_in_memory
 from mergekit_wp.comparison.methods import methods_of
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest
@@ -34,6 +31,7 @@ from mergekit_wp.interrupts import Interrupted
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.prompts import Prompt
+from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 from tests.merging import Family, llama_config
@@ -96,7 +94,7 @@ def make_plan(family: Family, task: Distance, names: tuple[str, ...], **options:
 
 def run(plan: Plan, folder: Path, inputs: dict[str, Any] | None = None) -> Comparison:
     with Results(folder, inputs or {"a": 1}) as results:
-        return Runner(plan, results, lambda *_: None, lambda _: None).run()
+        return Runner(plan, results, NoProgress()).run()
 
 
 def planted(family: Family, weight: float) -> torch.Tensor:
@@ -415,7 +413,7 @@ def test_the_page_is_offline_escaped_and_the_same_twice() -> None:
         assert "<script" not in page and "<b>" not in page and "http" not in page
         assert "3 experts &amp; more" in page and "failed: no &lt;memory&gt;" in page
         assert "density 0.5" in page and 'name="viewport"' in page
-        assert page.count("<svg") == 3 + (len(names) > 2)
+        assert page.count("<svg") == 2
         assert "The best peer is ties &lt;b&gt; with" in page
 
 
@@ -447,7 +445,7 @@ def invoke(world: Path, *arguments: str) -> Result:
 
 def test_the_command(world: Path, family: Family) -> None:
     recipes = [str(world / "recipe.yml"), str(world / "fixed.yml")]
-    options = ["--methods", "weight_patching,ties", "--relative", "--keep"]
+    options = ["--methods", "weight_patching,ties", "--relative"]
     done = invoke(world, *recipes, *options)
     assert done.exit_code == 0, done.output
     assert re.search(r"weight_patching +1.00 +1.00", done.output)
@@ -461,46 +459,25 @@ def test_the_command(world: Path, family: Family) -> None:
         yaml.safe_load((out / "recipes" / "ties.yml").read_text())
     )
     assert chosen.merge_method == "ties"
-    kept = sorted(path.name for path in (out / "merged").iterdir())
-    assert kept == ["fixed", "ties", "weight_patching", "weight_patching-untuned"]
-    load_folder(out / "merged" / "ties", torch.float32, "cpu")
-    carded = CliRunner().invoke(cli, ["card", str(out / "merged" / "ties"), "--results", str(out)])
+    assert sorted(path.name for path in (out / "recipes").iterdir()) == [
+        "fixed.yml",
+        "ties.yml",
+        "weight_patching-untuned.yml",
+        "weight_patching.yml",
+    ]
+    merged = world / "merged"
+    made = CliRunner().invoke(cli, ["merge", str(out / "recipes" / "ties.yml"), str(merged)])
+    assert made.exception is None, made.exception
+    load_folder(merged, torch.float32, "cpu")
+    carded = CliRunner().invoke(cli, ["card", str(merged), "--results", str(out)])
     assert carded.exception is None, carded.exception
-    assert "This model is **ties**" in (out / "merged" / "ties" / "README.md").read_text()
+    assert "This model is **ties**" in (merged / "README.md").read_text()
     again = invoke(world, *recipes, *options)
     assert again.exit_code == 0
     assert again.stdout.splitlines()[-10:] == done.stdout.splitlines()[-10:]
     anew = invoke(world, str(world / "recipe.yml"), "--methods", "ram", "--restart")
     assert anew.exit_code == 0, anew.output
     assert "ram " in anew.output and "AIM" not in anew.output
-    assert not (out / "merged").exists(), "--restart throws kept merges away"
-
-
-def test_kept_merges_are_whole_or_not_there(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = Distance("near", planted(family, 0.5))
-    plan = make_plan(family, task, ("task_arithmetic", "task_arithmetic+aim"))
-    plan = replace(plan, keep=tmp_path / "merged", calibration=(Prompt(prompt="abc"),))
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mergekit_wp.comparison.run.merge_to", killed)
-        run(plan, tmp_path / "out")
-    assert not (tmp_path / "merged").exists()
-    run(plan, tmp_path / "out")
-    plain, aimed = (tmp_path / "merged" / n for n in ("task_arithmetic", "task_arithmetic+aim"))
-    config = MergeConfiguration.model_validate(
-        yaml.safe_load((plain / "mergekit_config.yml").read_text())
-    )
-    wanted = merge_in_memory(config, MergeOptions(quiet=True))
-    for name, tensor in load_file(plain / "model.safetensors").items():
-        assert torch.equal(tensor, wanted[name]), name
-    assert not (aimed / "mergekit_config.yml").exists()
-    other = load_file(aimed / "model.safetensors")
-    assert any(not torch.equal(other[name], wanted[name]) for name in other)
 
 
 def test_aim_is_left_out_aloud(world: Path) -> None:
@@ -538,10 +515,7 @@ def test_from_python(world: Path, family: Family) -> None:
     tasks = (str(world / "one.jsonl"), f"zwei={world / 'two.jsonl'}")
     said: list[str] = []
 
-    class Listener:
-        def job(self, model: str, done: int, total: int) -> None:
-            said.append(model)
-
+    class Listener(NoProgress):
         def note(self, text: str) -> None:
             said.append(spelled(text))
 
@@ -550,7 +524,7 @@ def test_from_python(world: Path, family: Family) -> None:
     before = sorted(world.iterdir())
     found = compare(request, Listener())
     assert sorted(world.iterdir()) == before, "nothing is written unless a path is given"
-    assert "AIM is left out: it needs calibration=PROMPTS.jsonl" in said and "ties" in said
+    assert "AIM is left out: it needs calibration=PROMPTS.jsonl" in said
     done = invoke(world, str(world / "recipe.yml"), "--untuned")
     assert f"'{family.experts[0].path}' has no tokenizer; that of the merges is used" in said
     assert found.table() in done.stdout and "<svg" in found.report() and not found.failed
@@ -560,10 +534,7 @@ def test_from_python(world: Path, family: Family) -> None:
     assert list(frame["name"]) == [row["name"] for row in rows]
     assert list(frame["zwei"]) == [row["tasks"]["zwei"]["value"] for row in rows]
     assert list(frame["mean_low"]) == [row["mean"]["low"] for row in rows]
-    for given, message in (
-        ({"keep": True}, "keep keeps merges in out=FOLDER"),
-        ({"recipes": (recipe | {"models": []},)}, "recipe in memory"),
-    ):
+    for given, message in (({"recipes": (recipe | {"models": []},)}, "recipe in memory"),):
         with pytest.raises(UserError, match=message):
             compare(request.model_copy(update=given), Listener())
 

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import circuit_graph, merge_preview, summary, weights_vs_activations
+from mergekit_wp.report import circuit_graph, summary, weights_vs_activations
 from tests.circuit import NEURON, write_world
 from tests.test_trace import scored, traced
 
@@ -63,21 +63,6 @@ def test_circuit_stands_in_layers(world: tuple[ScoreFile, TraceFile]) -> None:
     assert "1 carrier (holds the change in its weights and supplies others): layer 0" in said
     rows = {row.name: row for row in circuit_graph.node_rows(trace)}
     assert rows["layer 1 head 2"].role == "router" and rows["layer 1 head 2"].suppliers == "1"
-
-
-def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]) -> None:
-    file = world[0]
-    found = merge_preview.merge_preview(file)
-    assert found is not None and (found.estimand, found.criterion) == ("gain", "kl")
-    for kind in ("head", "kv_group", "neuron"):
-        scores = file.scores("gain", "kl", kind)
-        assert found.taken[kind] == (int((scores > 0).sum()), scores.numel())  # type: ignore[index]
-    assert found.leading > 0.99, "one neuron is the whole change"
-    assert sum(found.by_layer["neuron"]) == pytest.approx(1, abs=1e-3)
-    only = ScoreFile(
-        file.manifest.model_copy(update={"estimands": ("activation_gain",)}), file.tensors
-    )
-    assert merge_preview.merge_preview(only) is None, "no merge goes by activations"
 
 
 def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:

@@ -34,6 +34,7 @@ from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.prompts import Prompt
+from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.tasks.checkers import Checkers
@@ -190,6 +191,11 @@ def own_recipes(folder: Path, seed: int, experts: Sequence[str]) -> dict[str, Me
     }
 
 
+class Notes(NoProgress):
+    def note(self, text: str) -> None:
+        print(text)
+
+
 def compare(
     seed: int,
     experts: Sequence[str],
@@ -224,11 +230,9 @@ def compare(
     plan.check()
     inputs = {"seed": seed, "experts": list(experts), "label": label}
 
-    def said(name: str, done: int, total: int) -> None:
-        bar.set_postfix_str(f"seed {seed}, {'+'.join(experts)}: {name} ({done}/{total})")
-
+    bar.set_postfix_str(f"seed {seed}, {'+'.join(experts)}")
     with Results(folder / label / "-".join(experts), inputs) as results:
-        return Runner(plan, results, said, print).run()
+        return Runner(plan, results, Notes()).run()
 
 
 @click.command(context_settings={"show_default": True})

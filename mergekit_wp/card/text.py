@@ -37,7 +37,7 @@ def source_table(found: Sequence[Source]) -> str:
     return "## Inputs\n\n" + _table(("model", "role", "revision", "licence"), rows)
 
 
-def contribution_table(found: Contributions, picture: str) -> str:
+def contribution_table(found: Contributions) -> str:
     """Components by expert: how many it leads, how many take from it, its mean gate."""
     names = short_names(found.experts)
     rows = []
@@ -56,7 +56,6 @@ def contribution_table(found: Contributions, picture: str) -> str:
     head = ("kind", "of", "expert", "leads", "gives to", "mean gate")
     return (
         "## What each expert contributed\n\n"
-        f"![Share of components that each expert leads, by kind]({picture})\n\n"
         "An expert *leads* a component in which its gate is the largest, and *gives to* every "
         "component in which its gate is positive. A gate multiplies the expert's difference from "
         "the base: 0 keeps the base, 1 takes the expert.\n\n" + _table(head, rows)

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import flags, given, options_of
+from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.shown import progress
 from mergekit_wp.comparison.request import CompareRequest
 
 
@@ -27,14 +28,10 @@ def compare(context: click.Context, /, **options: Any) -> None:
     OUT gets results.jsonl (one line per item), summary.json, table.md, report.html and recipes/
     with the chosen parameters. Start the same command again after a crash: finished work is kept.
     """
-    import transformers
-
     from mergekit_wp import api
-    from mergekit_wp.comparison.progress import ComparisonBar
 
-    transformers.logging.set_verbosity_error()
     fields = given(CompareRequest, options)
-    with ComparisonBar(flags(context.command)) as bar:
+    with progress() as bar:
         found = api.compare(*fields.pop("recipes"), **fields, progress=bar)
     click.echo(found.table())
     click.echo(f"\nreport: {options['out'] / 'report.html'}")

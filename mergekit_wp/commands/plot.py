@@ -18,8 +18,7 @@ def plot(file: str, out: Path, trace: Path | None) -> None:
     A .png is one figure with a row for each estimand and criterion. A .html is one page that
     needs nothing else, not even a network: a summary in words, the figures, the leading
     components, weights against activations where both are scored, the traced circuit, what sets
-    of components do together, how stable the ranking is, what a merge would take, and how far to
-    trust the scores.
+    of components do together, how stable the ranking is, and how far to trust the scores.
 
     Red is a positive score (the component carries the behaviour), blue a negative one (it works
     against it), white zero; layer 0 is at the bottom. The neurons' panel shows how many neurons

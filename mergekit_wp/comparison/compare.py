@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.page import html_page
-from mergekit_wp.comparison.progress import CompareProgress
-from mergekit_wp.comparison.request import KEPT, CompareRequest, fingerprint, make_plan
+from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.results import Results
 from mergekit_wp.comparison.rows import Comparison, recipe_name
@@ -25,6 +23,7 @@ from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.report.table import frame
+from mergekit_wp.runs.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class ComparisonResult:
                 temporary.write_text(text, encoding="utf-8")
 
 
-def compare(request: CompareRequest, progress: CompareProgress) -> ComparisonResult:
+def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
     """Merge by every method, measure the merges, and write what came out where ``out`` says.
 
     Raises:
@@ -96,9 +95,7 @@ def compare(request: CompareRequest, progress: CompareProgress) -> ComparisonRes
         _folder(request) as folder,
         Results(folder, fingerprint(plan), request.restart) as results,
     ):
-        if request.restart:
-            shutil.rmtree(folder / KEPT, ignore_errors=True)
-        runner = Runner(plan, results, progress.job, progress.note)
+        runner = Runner(plan, results, progress)
         comparison = runner.run()
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
     found = ComparisonResult(comparison, title, runner.chosen)

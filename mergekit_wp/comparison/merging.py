@@ -128,23 +128,19 @@ class EvaluationModel:
         return self.load(tensors)
 
 
-def merge_to(config: MergeConfiguration, options: MergeOptions, folder: Path) -> None:
-    """Merge into a folder, without a model card: mergekit's asks the network about local paths."""
-    bare = options.model_copy(update={"write_model_card": False})
-    placed = with_snapshots(config, bare)
-    source = None if placed == config else config.to_yaml()  # which names the models, not places
-    run_merge(placed, str(folder), bare, config_source=source)
-
-
 @contextmanager
 def merged_on_disk(
     config: MergeConfiguration, options: MergeOptions, parent: Path
 ) -> Iterator[Path]:
-    """A folder with the merged checkpoint, removed afterwards whatever happens."""
+    """A folder with the merged checkpoint, removed afterwards whatever happens.
+
+    It has no model card: mergekit's asks the network about local paths.
+    """
     folder = Path(tempfile.mkdtemp(prefix=MERGE, dir=parent))
     try:
         with naming_disk(folder):
-            merge_to(config, options, folder)
+            bare = options.model_copy(update={"write_model_card": False})
+            run_merge(config.model_copy(deep=True), str(folder), bare)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

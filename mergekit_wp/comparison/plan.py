@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from mergekit.config import MergeConfiguration
@@ -50,7 +49,6 @@ class Plan:
     seeds: int = 1
     calibration: tuple[Prompt, ...] = ()
     in_memory: bool | None = None
-    keep: Path | None = None
 
     def check(self) -> None:
         """Refuse what would fail after hours.

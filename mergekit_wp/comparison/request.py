@@ -36,9 +36,6 @@ from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import DTypeName
 from mergekit_wp.version import __version__
 
-#: folder of kept merges, inside --out
-KEPT = "merged"
-
 
 class CompareRequest(Request):
     """Everything `mergekit-wp compare` is asked for.
@@ -98,7 +95,6 @@ class CompareRequest(Request):
         f"folder in {option('out')} that is removed after evaluation. AIM's are always made in "
         "memory.",
     )
-    keep: bool = Field(default=False, description="Keep the reported merges in OUT/merged.")
     restart: Restart = False
 
 
@@ -108,8 +104,6 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    if request.keep and request.out is None:
-        raise UserError(f"{option('keep')} keeps merges in {option('out', 'FOLDER')}; give both")
     read = [recipes.read(given) for given in request.recipes]
     first = _first(request, read)
     experts = Experts.of(first, read[0].path)
@@ -154,7 +148,6 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         device=request.device,
         eval_dtype=_dtype(eval_dtype),
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
-        keep=request.out / KEPT if request.keep and request.out else None,
     )
     plan.check()
     return plan, notes

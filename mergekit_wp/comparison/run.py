@@ -19,26 +19,22 @@ from mergekit_wp.comparison.merging import (
     EvaluationModel,
     keeps_shapes,
     merge_in_memory,
-    merge_to,
     merged_on_disk,
 )
 from mergekit_wp.comparison.methods import OMEGA, OURS, Method, configuration, peers, with_aim
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import Job, Results
-from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting, recipe_name
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.merging.aim import activation_importance, apply_aim
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.memory import is_out_of_memory
+from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.terms import RowRole, Split
-
-#: what a run reports to: method's name, and jobs done and known so far
-OnJob = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -48,16 +44,12 @@ class Runner:
     Attributes:
         plan: what is compared.
         results: finished jobs.
-        on_job: told of every job.
-        told: of every step back where memory runs out.
+        progress: told of every job, and of every step back where memory runs out.
     """
 
     plan: Plan
     results: Results
-    on_job: OnJob
-    told: Callable[[str], None]
-    _total: int = 0
-    _count: int = 0
+    progress: Progress
     _tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
 
@@ -65,16 +57,16 @@ class Runner:
         """Everything, in the order of the table."""
         plan = self.plan
         # what fitted one model fits the next, but another task may have longer prompts
-        self.at_once = {task.name: AtOnce(UNBOUNDED, self.told) for task in plan.tasks}
+        self.at_once = {task.name: AtOnce(UNBOUNDED, self.progress.note) for task in plan.tasks}
         self.base = Checkpoint(plan.base)
         self.evaluation = EvaluationModel(self.base, plan.eval_dtype, plan.device)
-        self.tokenizer = find_tokenizer(map(Checkpoint, (plan.base, *plan.experts)), self.told)
+        self.tokenizer = find_tokenizer(map(Checkpoint, (plan.base, *plan.experts)), self.progress.note)
         self.in_memory = plan.in_memory
         if self.in_memory is None:
             parameters = sum(p.numel() for p in self.evaluation.model.parameters())
             self.in_memory = 4 * parameters <= IN_MEMORY
         splits: tuple[Split, ...] = ("valid", "test") if plan.tuned else ("test",)
-        self._total = self._count_jobs(len(splits))
+        self.progress.stage("comparing", self._count_jobs(len(splits)), "job")
         rows = [self._checkpoint_row("base", "base", self.base, splits)]
         for name, reference in zip(plan.names, plan.experts, strict=True):
             expert = Checkpoint(reference)
@@ -120,7 +112,9 @@ class Runner:
         tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
             if role == "expert":
-                self.told(f"'{checkpoint.name}' has no tokenizer; that of the merges is used")
+                self.progress.note(
+                    f"'{checkpoint.name}' has no tokenizer; that of the merges is used"
+                )
             tokenizer = self.tokenizer
         for split in splits:
             self._measure(
@@ -174,8 +168,6 @@ class Runner:
         for seed in seeds:
             self._measure(model, setting, seed, "test", partial(self._merge, setting, seed, make))
         self.chosen[name] = make(setting)
-        if self.plan.keep is not None:
-            self._keep(name, model, setting, seeds[0], make)
         return self._row(name, role, model, setting, seeds, valid)
 
     def _row(
@@ -227,7 +219,7 @@ class Runner:
             self.results.drop_incomplete(job, task.count(split))
             if self.results.scores(job) is None and job not in self.results.failed:
                 todo.append((task, job))
-        self._said(model, len(self.plan.tasks) - len(todo))
+        self.progress.advance(len(self.plan.tasks) - len(todo), resumed=True)
         if not todo:
             return
         try:
@@ -245,13 +237,13 @@ class Runner:
                             )
                             self.results.add(job, found)
                     except MAY_FAIL as error:
-                        self._record_failure(error, model, [job])
+                        self._record_failure(error, [job])
                     else:
-                        self._said(model, 1)
+                        self.progress.advance(1)
         except MAY_FAIL as error:
-            self._record_failure(error, model, [job for _, job in todo])
+            self._record_failure(error, [job for _, job in todo])
 
-    def _record_failure(self, error: Exception, model: str, jobs: Sequence[Job]) -> None:
+    def _record_failure(self, error: Exception, jobs: Sequence[Job]) -> None:
         """Record why jobs have no scores, or raise what is not the merge's fault."""
         reason = why_failed(error)
         if reason is None:
@@ -259,11 +251,7 @@ class Runner:
         for job in jobs:
             if job not in self.results.done and job not in self.results.failed:
                 self.results.add_failure(job, reason)
-                self._said(model, 1)
-
-    def _said(self, model: str, jobs: int) -> None:
-        self._count += jobs
-        self.on_job(model, self._count, max(self._total, self._count))
+                self.progress.advance(1)
 
     def _options(self, seed: int) -> MergeOptions:
         return MergeOptions(quiet=True, random_seed=seed, device=self.plan.device)
@@ -285,7 +273,7 @@ class Runner:
         if "base" not in self._tensors:
             model = self.evaluation.load_checkpoint(self.base)
             texts = self.plan.calibration
-            self._tensors["importance"] = AtOnce(16, self.told).run(
+            self._tensors["importance"] = AtOnce(16, self.progress.note).run(
                 lambda size: activation_importance(model, self.tokenizer, texts, size), len(texts)
             )
             self._tensors["base"] = {
@@ -294,28 +282,6 @@ class Runner:
         return apply_aim(
             self._tensors["base"], tensors, self._tensors["importance"], float(setting[OMEGA])
         )
-
-    def _keep(
-        self,
-        name: str,
-        model: str,
-        setting: Setting,
-        seed: int,
-        make: Callable[[Setting], MergeConfiguration],
-    ) -> None:
-        """Write a reported merge as a checkpoint, unless it failed."""
-        assert self.plan.keep is not None
-        folder, config = self.plan.keep / recipe_name(name), make(setting)
-        if folder.exists() or self._scores(model, setting, seed, "test") is None:
-            return
-        with staged_folder(folder) as staged:
-            if OMEGA in setting:
-                tensors = merge_in_memory(config, self._options(seed))
-                self.evaluation.load(self._with_aim(setting, tensors)).save_pretrained(staged)
-                self.tokenizer.save_pretrained(staged)
-            else:
-                merge_to(config, self._options(seed), staged)
-                (staged / "mergekit_config.yml").write_text(config.to_yaml(), encoding="utf-8")
 
 
 @contextmanager

@@ -24,8 +24,6 @@ ORDER: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
 _MOST_PIXELS = 16_000
 #: stands for the page's text colour in an inline SVG
 INK = "#010203"
-#: gid of texts that keep their colour, as they stand on a coloured ground
-FIXED = "fixed"
 
 
 @contextmanager
@@ -157,17 +155,14 @@ def svg(panel: panels.Panel, prefix: str, n_layers: int) -> str:
 
 def _element(figure: Figure, prefix: str) -> str:
     for text in figure.findobj(matplotlib.text.Text):
-        if text.get_gid() != FIXED:
-            text.set_color(INK)
+        text.set_color(INK)
     figure.patch.set_visible(False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
     return _inline(buffer.getvalue(), prefix)
 
 
-def page_svg(
-    draw: Callable[[Axes], None], prefix: str, size: tuple[float, float], polar: bool = False
-) -> str:
+def page_svg(draw: Callable[[Axes], None], prefix: str, size: tuple[float, float]) -> str:
     """Any drawing as an ``<svg>`` element for a page, in the page's text colour."""
     inked = matplotlib.rc_context(
         {
@@ -180,7 +175,7 @@ def page_svg(
     )
     with settings(), inked:
         figure = Figure(figsize=size, layout="constrained")
-        ax = figure.add_subplot(projection="polar") if polar else figure.add_subplot()
+        ax = figure.add_subplot()
         ax.patch.set_visible(False)
         draw(ax)
         return _element(figure, prefix)

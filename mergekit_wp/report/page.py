@@ -20,7 +20,6 @@ from mergekit_wp.report import (
     circuit_graph,
     fit_history,
     mechanism,
-    merge_preview,
     summary,
     weights_vs_activations,
     words,
@@ -66,14 +65,13 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Part:
-    """A section about more than one estimand: sentences, figures, tables of text, code."""
+    """A section about more than one estimand: sentences, figures, tables of text."""
 
     id: str
     title: str
     sentences: list[str]
     figures: list[_Figure] = field(default_factory=list)
     tables: list[_Plain] = field(default_factory=list)
-    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,6 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
             *_circuit(trace),
             *_fit(score_file),
             *_stability(score_file),
-            *_merge_preview(score_file),
         ],
         identity=words.identity(manifest),
         criteria=[
@@ -315,29 +312,6 @@ def _stability(score_file: ScoreFile) -> Iterator[_Part]:
             "and no ranking agrees with another one better than with itself"
         ],
         tables=[_Plain("Agreement", head, rows, 3)],
-    )
-
-
-def _merge_preview(score_file: ScoreFile) -> Iterator[_Part]:
-    """What a merge would take from the file."""
-    found = merge_preview.merge_preview(score_file)
-    if found is None:
-        return
-    figures = []
-    if found.by_layer:
-        figures.append(
-            _Figure(
-                "Where it lies",
-                f"Stacked bars of positive {found.estimand} of each layer by kind",
-                Markup(page_svg(partial(merge_preview.draw, found), "takings", (5.2, 3.0))),
-            )
-        )
-    yield _Part(
-        "takings",
-        "What a merge would take from it",
-        merge_preview.sentences(found),
-        figures,
-        code=merge_preview.recipe(score_file, found),
     )
 
 

@@ -77,15 +77,12 @@ class BarProgress:
 
 
 class NoProgress:
-    """Says nothing, of runs and of comparisons."""
+    """Says nothing."""
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Nothing."""
 
     def advance(self, amount: float, *, resumed: bool = False) -> None:
-        """Nothing."""
-
-    def job(self, model: str, done: int, total: int) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
