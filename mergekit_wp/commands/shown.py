@@ -1,15 +1,19 @@
-"""What commands show while they run: a bar and notes; not what libraries say of themselves."""
+"""What commands share: the prompts they are given, what they show while they run and at the end."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
 from mergekit_wp.commands.derive import flags
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.runs.progress import BarProgress
 
 
@@ -21,6 +25,30 @@ def progress() -> BarProgress:
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
     return BarProgress(flags(click.get_current_context().command))
+
+
+@contextmanager
+def prompt_file(options: Mapping[str, Any]) -> Iterator[Path]:
+    """The prompt file that was given, or one of a built-in behaviour while the context lasts.
+
+    Raises:
+        UserError: neither is given, or both; no such behaviour.
+    """
+    from mergekit_wp.tasks import behaviors
+
+    prompts, builtin = options["prompts"], options["builtin"]
+    if (prompts is None) == (builtin is None):
+        raise UserError(
+            f"give either {option('prompts', 'FILE.jsonl')} or {option('builtin', 'NAME')}"
+        )
+    if prompts is not None:
+        yield prompts
+        return
+    assert builtin is not None
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch, f"{builtin}.jsonl")
+        path.write_text(behaviors.jsonl(behaviors.behavior(builtin).prompts()))
+        yield path
 
 
 def merge_by(folder: Path, experts: Iterable[str]) -> str:

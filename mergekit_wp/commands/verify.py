@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from mergekit_wp.commands.derive import given, options_of
-from mergekit_wp.commands.prompts import prompt_file
-from mergekit_wp.commands.shown import progress
+from mergekit_wp.commands.shown import progress, prompt_file
 from mergekit_wp.mechanism.request import VerifyRequest
 
 
