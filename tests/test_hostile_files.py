@@ -252,10 +252,10 @@ def read_trace(path: Path) -> None:
     copy = path.with_name("again.json")
     circuitfile.write(trace, copy)
     assert circuitfile.read(copy, SCORES) == trace
-    from mergekit_wp.report import circuit_graph
+    from mergekit_wp.report import circuit_graph, mechanism
 
-    circuit_graph.sentences(trace)
-    circuit_graph.node_rows(trace)
+    mechanism.circuit_sentences(trace)
+    mechanism.node_rows(trace)
     circuit_graph.positions(trace)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import circuit_graph, summary, weights_vs_activations
+from mergekit_wp.report import circuit_graph, mechanism, summary, weights_vs_activations
 from tests.circuit import NEURON, write_world
 from tests.test_trace import scored, traced
 
@@ -59,10 +59,10 @@ def test_circuit_stands_in_layers(world: tuple[ScoreFile, TraceFile]) -> None:
         assert at[edge.source][1] < at[edge.target][1] or edge.target.startswith(
             edge.source.rsplit(" ", 2)[0]
         )
-    said = " ".join(circuit_graph.sentences(trace))
+    said = " ".join(mechanism.circuit_sentences(trace))
     assert "1 carrier (holds the change in its weights and supplies others): layer 0" in said
-    rows = {row.name: row for row in circuit_graph.node_rows(trace)}
-    assert rows["layer 1 head 2"].role == "router" and rows["layer 1 head 2"].suppliers == "1"
+    rows = {row[0]: row for row in mechanism.node_rows(trace)}
+    assert (rows["layer 1 head 2"][1], rows["layer 1 head 2"][-1]) == ("router", "1")
 
 
 def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:

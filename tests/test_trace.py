@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +333,7 @@ def test_the_command_and_its_file(tmp_path: Path) -> None:
     options = ["--prompts", str(root / "prompts.jsonl"), "--out", str(out), "--targets", "3"]
     done = CliRunner().invoke(cli, ["trace", str(root / "scores.safetensors"), *options])
     assert done.exception is None, done.exception
-    assert "layer 0 neuron 3 -> layer 1 head 2, by weights: +1.000" in done.output
+    assert re.search(r"layer 0 neuron 3 +layer 1 head 2 +weights +\+1\.000", done.output)
     assert "carrier" in done.output and "executor" in done.output
     read = circuitfile.read(out, file)
     assert read.behavior == "prompts" and read.n_layers == 4

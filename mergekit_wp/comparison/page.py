@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from mergekit_wp.comparison import table
 from mergekit_wp.comparison.resampling import Resampled, best_peer
 from mergekit_wp.comparison.table import Line
-from mergekit_wp.report.figures import INK, page_svg
+from mergekit_wp.report.figures import INK, Drawing, drawing
 from mergekit_wp.report.html import filled
+from mergekit_wp.report.words import interval
 
 # Okabe and Ito's colours, told apart by the colour-blind
 COLOURS = {"ours": "#0072B2", "peer": "#E69F00", "expert": "#009E73", "base": "#999999"}
-
-
-@dataclass(frozen=True)
-class _Figure:
-    title: str
-    alt: str
-    svg: Markup
 
 
 def html_page(resampled: Resampled, title: str) -> str:
@@ -38,7 +29,7 @@ def html_page(resampled: Resampled, title: str) -> str:
         tasks=resampled.comparison.tasks,
         reference=resampled.comparison.reference,
         lines=found,
-        interval=table.interval,
+        interval=interval,
         signed=table.signed,
         setting=table.setting_words,
     )
@@ -50,13 +41,13 @@ def sentences(resampled: Resampled, found: list[Line]) -> list[str]:
     ours = next(line for line in found if line.row.name == reference)
     said, best = [], best_peer(resampled)
     if ours.mean is not None:
-        said.append(f"{reference} reaches {table.interval(ours.mean)}.")
+        said.append(f"{reference} reaches {interval(ours.mean)}.")
         for line in found:
             d = line.difference
             if line.mean is None or d is None or line.row.role != "peer":
                 continue
             if line.row is best:
-                said.append(f"The best peer is {line.row.name} with {table.interval(line.mean)}.")
+                said.append(f"The best peer is {line.row.name} with {interval(line.mean)}.")
         said += _counts(found, reference)
     said += [f"{line.row.name} failed: {line.row.failed}" for line in found if line.row.failed]
     return said
@@ -77,7 +68,7 @@ def _counts(found: list[Line], reference: str) -> list[str]:
     return [f"{words[v]} {', '.join(names)}." for v, names in by_verdict.items() if names]
 
 
-def _bars(shown: list[Line]) -> _Figure:
+def _bars(shown: list[Line]) -> Drawing:
     def draw(ax: Axes) -> None:
         for y, line in enumerate(reversed(shown)):
             assert line.mean is not None
@@ -88,11 +79,11 @@ def _bars(shown: list[Line]) -> _Figure:
         ax.set_xlabel("mean over tasks, 95% interval")
 
     names = ", ".join(f"{x.row.name} {x.mean.value:.2f}" for x in shown if x.mean)
-    svg = page_svg(draw, "bars", (5.6, 0.24 * len(shown) + 0.9))
-    return _Figure("Mean over tasks", f"Bars: {names}", Markup(svg))
+    size = (5.6, 0.24 * len(shown) + 0.9)
+    return drawing("Mean over tasks", f"Bars: {names}", draw, "bars", size)
 
 
-def _differences(shown: list[Line], reference: str) -> _Figure | None:
+def _differences(shown: list[Line], reference: str) -> Drawing | None:
     compared = [line for line in shown if line.difference is not None]
     if not compared:
         return None
@@ -109,6 +100,6 @@ def _differences(shown: list[Line], reference: str) -> _Figure | None:
         ax.set_yticks(range(len(compared)), [line.row.name for line in reversed(compared)])
         ax.set_xlabel(f"difference from {reference}".replace("$", r"\$"))
 
-    svg = page_svg(draw, "differences", (5.6, 0.24 * len(compared) + 0.9))
+    size = (5.6, 0.24 * len(compared) + 0.9)
     alt = "Paired differences with 95% intervals; a filled point's interval excludes zero"
-    return _Figure(f"Paired differences from {reference}", alt, Markup(svg))
+    return drawing(f"Paired differences from {reference}", alt, draw, "differences", size)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit_wp.comparison.resampling import Difference, Resampled
 from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.report.words import interval
 from mergekit_wp.statistics import Estimate
 
 
@@ -41,11 +42,6 @@ def lines(resampled: Resampled) -> list[Line]:
     merges = [line for line in found if line.row.role in ("peer", "ours")]
     merges.sort(key=lambda line: -line.mean.value if line.mean else 1e9)
     return given + merges
-
-
-def interval(estimate: Estimate) -> str:
-    """Two decimals: ``0.61 [0.55, 0.66]``."""
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def signed(estimate: Estimate) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from mergekit_wp.files.circuitfile import Edge, Measured, Node, TraceFile
-from mergekit_wp.report.words import count
+from mergekit_wp.files.circuitfile import Edge, TraceFile
 from mergekit_wp.terms import ROLES, Via
 
 #: strongest edges that are drawn; a graph of more is not read
@@ -23,24 +21,6 @@ _STYLE = {
     None: ("#888888", "."),
 }
 _LINES: dict[Via, Literal["-", "--"]] = {"weights": "-", "activations": "--"}
-_MEANING = {
-    "carrier": "holds the change in its weights and supplies others",
-    "router": "has its effect from its suppliers",
-    "executor": "acts on the output itself",
-    None: "no role by the rules",
-}
-
-
-@dataclass(frozen=True)
-class CircuitRow:
-    """A component of the circuit as text."""
-
-    name: str
-    role: str
-    gain: str
-    activation: str
-    direct: str
-    suppliers: str
 
 
 def drawn_edges(trace: TraceFile) -> list[Edge]:
@@ -125,60 +105,3 @@ def draw(trace: TraceFile, ax: Axes) -> None:
         if any(edge.via == via for edge in drawn_edges(trace))
     ]
     ax.legend(handles=handles, frameon=False, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))
-
-
-def sentences(trace: TraceFile) -> list[str]:
-    """The circuit in words."""
-    rules, strong = trace.rules, trace.strong
-    said = [
-        f"traced by {trace.criterion} on {count(trace.n_prompts, 'prompt')}: "
-        f"{count(sum(n.target for n in trace.nodes), 'target')}, {count(len(strong), 'edge')}; "
-        f"an edge brings at least {rules.edge:.0%} of its target's effect"
-    ]
-    for role in ROLES:
-        names = [node.name for node in trace.nodes if node.role == role]
-        if names:
-            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-            listed = ", ".join(names[:6]) + more
-            said.append(f"{count(len(names), role)} ({_MEANING[role]}): {listed}")
-    spread = [n.suppliers_for_half for n in trace.nodes if n.suppliers_for_half is not None]
-    if spread:
-        said.append(
-            f"half of what weights supply to a target comes from {min(spread):,} to "
-            f"{max(spread):,} components, to first order"
-        )
-    screen = trace.screen
-    if screen.pearson is not None:
-        said.append(
-            f"the first-order screen against {screen.leading + screen.random:,} exact supplies: "
-            f"Pearson {screen.pearson:.3f}"
-        )
-    return said
-
-
-def node_rows(trace: TraceFile) -> list[CircuitRow]:
-    """Components, largest effect first."""
-    arriving = {node.name: set[str]() for node in trace.nodes}
-    for edge in trace.strong:
-        arriving[edge.target].add(edge.source)
-
-    def row(node: Node) -> CircuitRow:
-        return CircuitRow(
-            name=node.name,
-            role=node.role or "–",
-            gain=_cell(node.gain),
-            activation=_cell(node.activation),
-            direct=_cell(node.direct),
-            suppliers=str(len(arriving[node.name])) if node.target else "–",
-        )
-
-    return [row(n) for n in sorted(trace.nodes, key=lambda n: -n.activation.value)]
-
-
-def edge_rows(trace: TraceFile) -> list[tuple[str, str, str, str]]:
-    """Source, target, via and supply of the edges that are drawn."""
-    return [(e.source, e.target, e.via, _cell(e.supply)) for e in drawn_edges(trace)]
-
-
-def _cell(measured: Measured) -> str:
-    return f"{measured.value:+.3f}"

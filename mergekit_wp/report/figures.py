@@ -8,9 +8,11 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
@@ -114,18 +116,22 @@ def _row(part: SubFigure, row: list[panels.Panel]) -> None:
         1, len(row), squeeze=False, sharey=True, width_ratios=[panel.width for panel in row]
     )
     for place, (ax, panel) in enumerate(zip(grid[0], row, strict=True)):
-        _draw(part, ax, panel)
-        if place == 0:
-            ax.set_ylabel("layer")
+        ax.set_title(panel.title)
+        draw_panel(panel, ax)
+        if place > 0:
+            ax.set_ylabel("")
 
 
-def _draw(part: Figure | SubFigure, ax: Axes, panel: panels.Panel) -> None:
-    ax.set_title(panel.title)
+def draw_panel(panel: panels.Panel, ax: Axes) -> None:
+    """One panel, with a bar that explains its colours."""
+    ax.set_ylabel("layer")
     drawn = panel.draw(ax)
     if drawn is None:
         return
     image, label = drawn
-    bar = part.colorbar(image, ax=ax, location="bottom", aspect=14, fraction=0.06, pad=0.02)
+    figure = ax.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(image, ax=ax, location="bottom", aspect=14, fraction=0.06, pad=0.02)
     bar.set_label(label)
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize="small")
@@ -138,33 +144,34 @@ def _draw(part: Figure | SubFigure, ax: Axes, panel: panels.Panel) -> None:
         bar.set_ticks([-end, 0, end], labels=[panels.signed(t) for t in (-end, 0, end)])
 
 
-def svg(panel: panels.Panel, prefix: str, n_layers: int) -> str:
-    """One panel as an ``<svg>`` element to be put into a page.
+@dataclass(frozen=True)
+class Drawing:
+    """A figure for a page.
 
-    It takes the page's text colour, has no address in it, and its ids start with ``prefix``.
+    Attributes:
+        title: its caption.
+        alt: the text that stands for it.
+        svg: an ``<svg>`` element in the page's text colour, without any address.
     """
-    height = min(max(0.09 * n_layers, 1.6), 6.0) + 1.2
-    with settings():
-        figure = Figure(figsize=(3.8, height), layout="constrained")
-        ax = figure.subplots()
-        ax.set_ylabel("layer")
-        _draw(figure, ax, panel)
-        ax.set_title("")
-        return _element(figure, prefix)
+
+    title: str
+    alt: str
+    svg: Markup
 
 
-def _element(figure: Figure, prefix: str) -> str:
-    for text in figure.findobj(matplotlib.text.Text):
-        text.set_color(INK)
-    figure.patch.set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
-    return _inline(buffer.getvalue(), prefix)
+def drawing(
+    title: str, alt: str, draw: Callable[[Axes], None], prefix: str, size: tuple[float, float]
+) -> Drawing:
+    """Draw a figure for a page.
 
-
-def page_svg(draw: Callable[[Axes], None], prefix: str, size: tuple[float, float]) -> str:
-    """Any drawing as an ``<svg>`` element for a page, in the page's text colour."""
-    inked = matplotlib.rc_context(
+    Args:
+        title: its caption.
+        alt: the text that stands for it.
+        draw: draws it.
+        prefix: how the ids in it begin, so that those of a page differ.
+        size: in inches.
+    """
+    ink = matplotlib.rc_context(
         {
             "axes.edgecolor": INK,
             "axes.labelcolor": INK,
@@ -173,12 +180,16 @@ def page_svg(draw: Callable[[Axes], None], prefix: str, size: tuple[float, float
             "text.color": INK,
         }
     )
-    with settings(), inked:
+    with settings(), ink:
         figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_visible(False)
         ax = figure.add_subplot()
         ax.patch.set_visible(False)
         draw(ax)
-        return _element(figure, prefix)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None})
+    # nothing in it comes from a file but numbers, and text that matplotlib has escaped
+    return Drawing(title, alt, Markup(_inline(buffer.getvalue(), prefix)))
 
 
 def _inline(text: str, prefix: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from mergekit_wp.files.circuitfile import Edge, Measured, Node, TraceFile
+from mergekit_wp.files.circuitfile import Measured, TraceFile
 from mergekit_wp.files.manifest import Agreement
 from mergekit_wp.report import words
+from mergekit_wp.terms import ROLES, Role
 
 if TYPE_CHECKING:
     from mergekit_wp.mechanism.anchors import LayerAnchor
@@ -19,7 +20,16 @@ _AGAINST = {
     "behavior": "another behaviour",
     "expert": "another expert",
 }
-#: edges that a table lists
+_MEANING: dict[Role, str] = {
+    "carrier": "holds the change in its weights and supplies others",
+    "router": "has its effect from its suppliers",
+    "executor": "acts on the output itself",
+}
+#: heads of tables; recoveries have their standard errors
+AGREEMENT = ("against", "scores", "kind", "rank correlation", "overlap of leaders")
+NODES = ("component", "role", "by weights", "by activations", "direct", "suppliers")
+EDGES = ("from", "to", "by", "supply", "of its effect")
+#: edges that a printed table lists
 _SHOWN_EDGES = 20
 
 
@@ -56,74 +66,104 @@ def agreement_sentence(group: Iterable[Agreement]) -> str:
     return f"{agreement_label(listed[0])}: {'; '.join(parts)}"
 
 
+def agreement_rows(found: Iterable[Agreement]) -> list[tuple[str, ...]]:
+    """One row per comparison and kind, below `AGREEMENT`."""
+    return [
+        (
+            agreement_label(one),
+            f"{one.estimand}/{one.criterion}",
+            words.KIND_WORDS[one.kind],
+            *agreement_cells(one),
+        )
+        for one in found
+    ]
+
+
 def agreement_table(found: list[Agreement]) -> str:
     """One line per comparison and kind."""
     if not found:
         return "nothing to compare: no scores vary, or too few prompts for halves; give other files"
-    rows = [
-        (
-            agreement_label(a),
-            f"{a.estimand}/{a.criterion}",
-            words.KIND_WORDS[a.kind],
-            *agreement_cells(a),
-        )
-        for a in found
-    ]
-    head = ("against", "scores", "kind", "rank correlation", "overlap")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    )
+    return words.columns(AGREEMENT, agreement_rows(found))
 
 
 def anchor_table(found: list[LayerAnchor]) -> str:
     """How usable an anchor each layer has: one line a layer."""
-    output = [f"{'layer':>5}  {'separation':>10}  {'stability':<21}{'steering (kl)':<22}usable"]
-    for layer in found:
-        both = (layer.stability, layer.steering)
-        cells = [f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in both]
-        output.append(
-            f"{layer.layer:>5}  {layer.separation:>10.2f}  {cells[0]:<21}{cells[1]:<22}"
-            f"{'yes' if layer.usable else '-'}"
+    rows = [
+        (
+            str(layer.layer),
+            f"{layer.separation:.2f}",
+            words.interval(layer.stability),
+            words.interval(layer.steering),
+            "yes" if layer.usable else "-",
         )
-    return "\n".join(output)
+        for layer in found
+    ]
+    return words.columns(("layer", "separation", "stability", "steering (kl)", "usable"), rows)
+
+
+def circuit_sentences(trace: TraceFile) -> list[str]:
+    """The circuit in words."""
+    rules, strong = trace.rules, trace.strong
+    said = [
+        f"traced by {trace.criterion} on {words.count(trace.n_prompts, 'prompt')}: "
+        f"{words.count(sum(n.target for n in trace.nodes), 'target')}, "
+        f"{words.count(len(strong), 'edge')}; "
+        f"an edge brings at least {rules.edge:.0%} of its target's effect"
+    ]
+    for role in ROLES:
+        names = [node.name for node in trace.nodes if node.role == role]
+        if names:
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            listed = ", ".join(names[:6]) + more
+            said.append(f"{words.count(len(names), role)} ({_MEANING[role]}): {listed}")
+    spread = [n.suppliers_for_half for n in trace.nodes if n.suppliers_for_half is not None]
+    if spread:
+        said.append(
+            f"half of what weights supply to a target comes from {min(spread):,} to "
+            f"{max(spread):,} components, to first order"
+        )
+    screen = trace.screen
+    if screen.pearson is not None:
+        missed = screen.largest_missed
+        said.append(
+            f"the first-order screen against {screen.leading + screen.random:,} exact supplies: "
+            f"Pearson {screen.pearson:.3f}"
+            + ("" if missed is None else f", largest missed {missed:.2g}")
+        )
+    return said
+
+
+def node_rows(trace: TraceFile) -> list[tuple[str, ...]]:
+    """Components below `NODES`, largest effect first."""
+    arriving = {node.name: set[str]() for node in trace.nodes}
+    for edge in trace.strong:
+        arriving[edge.target].add(edge.source)
+    return [
+        (
+            node.name,
+            node.role or "–",
+            *map(_measured, (node.gain, node.activation, node.direct)),
+            str(len(arriving[node.name])) if node.target else "–",
+        )
+        for node in sorted(trace.nodes, key=lambda node: -node.activation.value)
+    ]
+
+
+def edge_rows(trace: TraceFile, most: int) -> list[tuple[str, ...]]:
+    """The strongest edges, below `EDGES`."""
+    effect = {node.name: node.activation.value for node in trace.nodes}
+    return [
+        (e.source, e.target, e.via, _measured(e.supply), f"{e.supply.value / effect[e.target]:.0%}")
+        for e in trace.strong[:most]
+    ]
 
 
 def circuit_table(found: TraceFile) -> str:
-    """Components with their roles, and the strongest edges."""
-    lines = [
-        f"recovery of {found.criterion} over {found.n_prompts} prompts, ± standard error",
-        "",
-        f"{'component':<24}{'role':<10}{'by weights':<17}{'by activations':<17}{'direct':<17}"
-        "supplied by",
-    ]
-    strong = found.strong
-    for node in found.nodes:
-        arriving = len({edge.source for edge in strong if edge.target == node.name})
-        supplied = str(arriving) if node.target else "not traced"
-        cells = "".join(f"{_measured(m):<17}" for m in (node.gain, node.activation, node.direct))
-        lines.append(f"{node.name:<24}{node.role or '-':<10}{cells}{supplied}")
-    lines += ["", f"{len(strong)} edges; the strongest:" if strong else "no edges"]
-    lines += [_edge(edge, found.nodes) for edge in strong[:_SHOWN_EDGES]]
-    screen = found.screen
-    if screen.pearson is not None:
-        lines += [
-            "",
-            f"first-order screen against {screen.leading + screen.random} exact supplies:",
-        ]
-        lines[-1] += f" Pearson {screen.pearson:.3f}"
-        if screen.largest_missed is not None:
-            lines[-1] += f", largest missed {screen.largest_missed:.2g}"
-    return "\n".join(lines)
-
-
-def _edge(edge: Edge, nodes: tuple[Node, ...]) -> str:
-    effect = next(node.activation.value for node in nodes if node.name == edge.target)
-    return (
-        f"  {edge.source} -> {edge.target}, by {edge.via}: {_measured(edge.supply)} "
-        f"({edge.supply.value / effect:.0%} of its effect)"
-    )
+    """What a circuit is: sentences, components with their roles, and the strongest edges."""
+    parts = ["\n".join(circuit_sentences(found)), words.columns(NODES, node_rows(found))]
+    if found.strong:
+        parts.append(words.columns(EDGES, edge_rows(found, _SHOWN_EDGES)))
+    return "\n\n".join(parts)
 
 
 def _measured(measured: Measured) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,64 +24,36 @@ from mergekit_wp.report import (
     weights_vs_activations,
     words,
 )
-from mergekit_wp.report.figures import page_svg, panel_list, png, svg
+from mergekit_wp.report.figures import Drawing, draw_panel, drawing, panel_list, png
 from mergekit_wp.report.html import filled
-from mergekit_wp.report.ranking import Leaders, RankedComponent, leaders, select
+from mergekit_wp.report.ranking import Leaders, leaders, select
 from mergekit_wp.report.table import ScoreFormat
 from mergekit_wp.report.verification import DIRECTIONS, draw, measures, sentences
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
 
 _LEADERS = 20
+_CURVES, _SCATTER = (5.2, 3.0), (3.8, 3.0)
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Leading components, with scores as text."""
+class PageTable:
+    """A table of text; columns from ``numbers`` on are aligned to the right."""
 
     title: str
-    rows: list[tuple[RankedComponent, str, str]]
-    aside: bool
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: int
 
 
 @dataclass(frozen=True)
-class _Figure:
-    """An inline SVG with its caption and the text that stands for it."""
-
-    title: str
-    alt: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class _Section:
-    """Everything about one estimand and criterion."""
-
-    estimand: Estimand
-    criterion: CriterionName
-    summary: list[str]
-    figures: list[_Figure]
-    tables: list[_Table]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A section about more than one estimand: sentences, figures, tables of text."""
+class PageSection:
+    """One section: sentences, figures and tables."""
 
     id: str
     title: str
     sentences: list[str]
-    figures: list[_Figure] = field(default_factory=list)
-    tables: list[_Plain] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Plain:
-    """A table of text; columns from ``numbers`` on are aligned to the right."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    numbers: int
+    figures: list[Drawing] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
 
 
 def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
@@ -97,7 +69,8 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
         "page.html",
         behavior=words.clean(manifest.behavior),
         summary=summary.sentences(score_file, trace),
-        parts=[
+        sections=[
+            *(_scores(score_file, e, c) for e, c in selection.pairs),
             *_sides(score_file),
             *_circuit(trace),
             *_fit(score_file),
@@ -115,7 +88,6 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
         ],
         kind_words=words.KIND_WORDS,
         methods=words.METHOD_WORDS,
-        sections=[_section(score_file, e, c) for e, c in selection.pairs],
         versions=", ".join(words.clean(f"{k} {v}") for k, v in sorted(manifest.versions.items())),
     )
 
@@ -146,68 +118,66 @@ def plot(file: str | Path, out: Path, trace: Path | None) -> None:
         temporary.write_bytes(content)
 
 
-def _section(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> _Section:
-    kinds = select(score_file).kinds
+def _scores(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> PageSection:
+    """Everything about one estimand and criterion."""
+    manifest, name = score_file.manifest, f"{estimand}-{criterion}"
+    size = (3.8, min(max(0.09 * manifest.n_layers, 1.6), 6.0) + 1.2)
     figures = [
-        _Figure(
-            panel.title,
-            panel.alt,
-            # nothing in it comes from the file but numbers
-            Markup(
-                svg(panel, f"{estimand}-{criterion}-{panel.kind}", score_file.manifest.n_layers)
-            ),
-        )
+        drawing(panel.title, panel.alt, partial(draw_panel, panel), f"{name}-{panel.kind}", size)
         for panel in panel_list(score_file, estimand, criterion)
     ]
-    verified = score_file.manifest.verification
+    verified = manifest.verification
     if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
         figures += _curves(verified)
-    return _Section(
-        estimand,
-        criterion,
-        _summary(score_file, estimand, criterion),
-        figures,
-        [_table(x) for x in leaders(score_file, estimand, criterion, kinds, _LEADERS)],
-    )
+    said = [words.portrait(score_file, estimand, criterion).spread]
+    if estimand == "share":
+        said.insert(0, words.share_words(score_file, criterion))
+    kinds = select(score_file).kinds
+    tables = [_leaders(x) for x in leaders(score_file, estimand, criterion, kinds, _LEADERS)]
+    return PageSection(name, f"{estimand}/{criterion}", said, figures, tables)
 
 
-def _curves(found: Verification) -> list[_Figure]:
+def _leaders(listed: Leaders) -> PageTable:
+    score = ScoreFormat([row.score for row in listed.rows])
+    rows = [
+        # a long name may be broken at its dots
+        (
+            Markup(".<wbr>").join(row.name.split(".")),
+            score(row.score),
+            "" if row.se is None else score(row.se, sign=""),
+        )
+        for row in listed.rows
+    ]
+    return PageTable(f"Leading {listed.title}", ("name", "score", "± se"), rows, 1)
+
+
+def _curves(found: Verification) -> list[Drawing]:
     """What the leading components do together; the numbers stand in the alternative text."""
     return [
-        _Figure(
+        drawing(
             f"{direction.capitalize()} of {measure} by sets of components",
             "; ".join(sentences(found)),
-            Markup(
-                page_svg(
-                    partial(draw, found, direction, measure), f"{direction}-{measure}", (5.2, 3.0)
-                )
-            ),
+            partial(draw, found, direction, measure),
+            f"{direction}-{measure}",
+            _CURVES,
         )
         for measure in measures(found)
         for direction in DIRECTIONS
     ]
 
 
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
-def _sides(score_file: ScoreFile) -> Iterator[_Part]:
+def _sides(score_file: ScoreFile) -> Iterator[PageSection]:
     """Weights against activations."""
     for found in weights_vs_activations.comparisons(score_file):
         name = f"{found.weights}-{found.activations}-{found.criterion}"
+        said = weights_vs_activations.sentences(found)
         figures = [
-            _Figure(
-                f"{_upper(words.KIND_WORDS[kind])}: {found.weights} and {found.activations}",
-                f"Scatter of {words.KIND_WORDS[kind]}: "
-                + "; ".join(weights_vs_activations.sentences(found)),
-                Markup(
-                    page_svg(
-                        partial(weights_vs_activations.draw, score_file, found, kind),
-                        f"{name}-{kind}",
-                        (3.8, 3.0),
-                    )
-                ),
+            drawing(
+                f"{words.KIND_WORDS[kind]}: {found.weights} and {found.activations}",
+                f"Scatter of {words.KIND_WORDS[kind]}: {'; '.join(said)}",
+                partial(weights_vs_activations.draw, score_file, found, kind),
+                f"{name}-{kind}",
+                _SCATTER,
             )
             for kind in SLICED_KINDS
             if kind in score_file.manifest.kinds
@@ -233,100 +203,52 @@ def _sides(score_file: ScoreFile) -> Iterator[_Part]:
             "high by weights only",
             "high by activations only",
         )
-        yield _Part(
-            name,
-            f"Weights against activations: {found.weights}/{found.criterion}",
-            [
-                "a component that is important by its activations, and not by its weights, passes "
-                "on what others supply; high is the top 5% of a kind, low is outside its top 20%",
-                *weights_vs_activations.sentences(found),
-            ],
-            figures,
-            [_Plain("By kind and depth", head, rows, 2)],
+        what = (
+            "a component that is important by its activations, and not by its weights, passes on "
+            "what others supply; high is the top 5% of a kind, low is outside its top 20%"
         )
+        title = f"Weights against activations: {found.weights}/{found.criterion}"
+        tables = [PageTable("By kind and depth", head, rows, 2)]
+        yield PageSection(name, title, [what, *said], figures, tables)
 
 
-def _circuit(trace: TraceFile | None) -> Iterator[_Part]:
+def _circuit(trace: TraceFile | None) -> Iterator[PageSection]:
     """Who supplies whom."""
     if trace is None:
         return
-    said = circuit_graph.sentences(trace)
-    yield _Part(
+    said = mechanism.circuit_sentences(trace)
+    figure = drawing(
+        "Suppliers below, what they supply above",
+        f"Layered graph; {'; '.join(said)}",
+        partial(circuit_graph.draw, trace),
         "circuit",
-        "Circuit: who supplies whom",
-        said,
-        [
-            _Figure(
-                "Suppliers below, what they supply above",
-                f"Layered graph; {'; '.join(said)}",
-                Markup(
-                    page_svg(
-                        partial(circuit_graph.draw, trace), "circuit", circuit_graph.size(trace)
-                    )
-                ),
-            )
-        ],
-        [
-            _Plain(
-                "Components",
-                ("name", "role", "by weights", "by activations", "direct", "suppliers"),
-                [astuple(row) for row in circuit_graph.node_rows(trace)],
-                2,
-            ),
-            _Plain("Edges", ("from", "to", "by", "supply"), circuit_graph.edge_rows(trace), 3),
-        ],
+        circuit_graph.size(trace),
     )
+    edges = mechanism.edge_rows(trace, circuit_graph.MOST_EDGES)
+    tables = [
+        PageTable("Components", mechanism.NODES, mechanism.node_rows(trace), 2),
+        PageTable("Edges", mechanism.EDGES, edges, 3),
+    ]
+    yield PageSection("circuit", "Circuit: who supplies whom", said, [figure], tables)
 
 
-def _fit(score_file: ScoreFile) -> Iterator[_Part]:
+def _fit(score_file: ScoreFile) -> Iterator[PageSection]:
     """How the objective rose."""
     said = [f"{label}: {text}" for label, text in fit_history.facts(score_file.manifest)]
-    if not said:
-        return
-    draw = partial(fit_history.draw, score_file.manifest)
-    figure = _Figure("Recovery by step", "; ".join(said), Markup(page_svg(draw, "fit", (5.2, 3.0))))
-    yield _Part("fit", "How the fit went", said, [figure])
+    if said:
+        draw = partial(fit_history.draw, score_file.manifest)
+        figure = drawing("Recovery by step", "; ".join(said), draw, "fit", _CURVES)
+        yield PageSection("fit", "How the fit went", said, [figure])
 
 
-def _stability(score_file: ScoreFile) -> Iterator[_Part]:
+def _stability(score_file: ScoreFile) -> Iterator[PageSection]:
     """How much of the ranking is the prompts' accident."""
-    found = score_file.manifest.stability
-    if not found:
-        return
-    rows = [
-        (
-            mechanism.agreement_label(one),
-            f"{one.estimand}/{one.criterion}",
-            words.KIND_WORDS[one.kind],
-            *mechanism.agreement_cells(one),
-        )
-        for one in found
-    ]
-    head = ("against", "scores", "kind", "rank correlation", "overlap of leaders")
-    yield _Part(
-        "stability",
-        "Stability of the ranking",
-        [
+    if found := score_file.manifest.stability:
+        what = (
             "rank correlation over all components of a kind with a 95% interval, and the Jaccard "
             "overlap of the leaders; halves say how much of the order is the prompts' accident, "
             "and no ranking agrees with another one better than with itself"
-        ],
-        tables=[_Plain("Agreement", head, rows, 3)],
-    )
-
-
-def _summary(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> list[str]:
-    spread = words.portrait(score_file, estimand, criterion).spread
-    return [words.share_words(score_file, criterion), spread] if estimand == "share" else [spread]
-
-
-def _table(listed: Leaders) -> _Table:
-    score = ScoreFormat([row.score for row in listed.rows])
-    return _Table(
-        f"Leading {listed.title}",
-        [
-            (row, score(row.score), "" if row.se is None else score(row.se, sign=""))
-            for row in listed.rows
-        ],
-        listed.aside,
-    )
+        )
+        rows = mechanism.agreement_rows(found)
+        tables = [PageTable("Agreement", mechanism.AGREEMENT, rows, 3)]
+        yield PageSection("stability", "Stability of the ranking", [what], tables=tables)

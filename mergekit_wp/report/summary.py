@@ -6,7 +6,7 @@ import numpy as np
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import circuit_graph, mechanism, weights_vs_activations, words
+from mergekit_wp.report import mechanism, weights_vs_activations, words
 from mergekit_wp.report.ranking import leaders
 from mergekit_wp.report.verification import curve, measures
 from mergekit_wp.terms import SLICED_KINDS
@@ -50,7 +50,7 @@ def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str
             f"the order is stable to this degree between {mechanism.agreement_sentence(halves)}"
         )
     if trace is not None:
-        said += circuit_graph.sentences(trace)[1:4]
+        said += mechanism.circuit_sentences(trace)[1:4]
     return said
 
 
@@ -81,7 +81,7 @@ def _together(score_file: ScoreFile) -> list[str]:
         for direction, verb in (("restoration", "restore"), ("knockout", "knock out")):
             top, random = (curve(verified, direction, measure, s)[0] for s in ("top", "random"))
             parts.append(
-                f"{verb} {top.value:.2f} [{top.low:.2f}, {top.high:.2f}] of {measure} "
+                f"{verb} {words.interval(top)} of {measure} "
                 f"(random ones of the same kinds {random.value:.2f})"
             )
         size = curve(verified, "restoration", measure, "top")[0].size

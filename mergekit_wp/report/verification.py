@@ -9,7 +9,7 @@ import numpy as np
 from scipy.integrate import trapezoid
 
 from mergekit_wp.files.manifest import SetPoint, Verification
-from mergekit_wp.report.words import count
+from mergekit_wp.report.words import columns, count, interval
 from mergekit_wp.terms import Direction, SetName
 
 if TYPE_CHECKING:
@@ -58,14 +58,12 @@ def table(found: Verification) -> str:
     for measure in measures(found):
         for direction in DIRECTIONS:
             curves = [curve(found, direction, measure, name) for name in SETS]
-            output += ["", f"{direction}, {measure}"]
-            output.append(f"{'size':>8}  " + "".join(f"{name:<21}" for name in SETS).rstrip())
-            for points in zip(*curves, strict=True):
-                cells = (f"{p.value:.2f} [{p.low:.2f}, {p.high:.2f}]" for p in points)
-                line = f"{points[0].size:>8,}  " + "".join(f"{cell:<21}" for cell in cells)
-                output.append(line.rstrip())
-            areas = "".join(f"{area(points):<21.2f}" for points in curves)
-            output.append(f"{'area':>8}  {areas}".rstrip())
+            rows = [
+                (f"{points[0].size:,}", *map(interval, points))
+                for points in zip(*curves, strict=True)
+            ]
+            rows.append(("area", *(f"{area(points):.2f}" for points in curves)))
+            output += ["", f"{direction}, {measure}", columns(("size", *SETS), rows)]
     return "\n".join(output)
 
 

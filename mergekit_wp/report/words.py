@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 from mergekit_wp.errors import clean as clean
-from mergekit_wp.files.manifest import Fidelity, Manifest, ModelId
+from mergekit_wp.files.manifest import Fidelity, Manifest, ModelId, SetPoint
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.statistics import Estimate
 from mergekit_wp.terms import CriterionName, Estimand, Kind, ScoringMethod
 
 #: Plural, as said in a sentence.
@@ -53,6 +55,18 @@ def percent(part: float) -> str:
 def count(n: int, singular: str) -> str:
     """A number with its noun: 1 prompt, 1,536 neurons."""
     return f"{n:,} {singular}{'' if n == 1 else 's'}"
+
+
+def interval(found: Estimate | SetPoint) -> str:
+    """Two decimals: ``0.61 [0.55, 0.66]``."""
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text for a terminal, its columns two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in (head, *rows))
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def identity(manifest: Manifest) -> list[tuple[str, str]]:
