@@ -27,7 +27,6 @@ from mergekit_wp.card import sources as card_sources
 from mergekit_wp.card.contributions import Contributions, Tally, contributions
 from mergekit_wp.card.scores import copy_scores
 from mergekit_wp.card.sources import NOT_READ, NOT_STATED, common_licence, sources
-from mergekit_wp.card.text import short_names
 from mergekit_wp.card.write import BEGIN, mergekit_card
 from mergekit_wp.cli import cli
 from mergekit_wp.comparison.resampling import Resampled
@@ -39,6 +38,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.plan import plan
+from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.terms import RowRole
 from tests.merging import Family, llama_config
 
@@ -310,9 +310,9 @@ def test_a_tensor_that_an_expert_did_not_change_is_no_contribution(tmp_path: Pat
     assert isinstance(before, Tally)
 
 
-def test_short_names() -> None:
-    assert short_names(["a/b/inst", "a/b/math"]) == ("inst", "math")
-    assert short_names(["me/x", "you/x"]) == ("me/x", "you/x")
+def test_distinct_names() -> None:
+    assert distinct_names(["a/b/inst", "a/b/math"]) == ("inst", "math")
+    assert distinct_names(["me/x", "you/x"]) == ("me/x", "you/x")
 
 
 # --- inputs ----------------------------------------------------------------------------------

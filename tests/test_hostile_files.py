@@ -23,8 +23,8 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import circuitfile, scorefile
-from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, Screen, TraceFile
-from mergekit_wp.files.manifest import Agreement, Manifest, SetPoint, Verification
+from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, TraceFile
+from mergekit_wp.files.manifest import Agreement, Fidelity, Manifest, SetPoint, Verification
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging import expert_scores, recipe
 from mergekit_wp.prompts import read_prompts
@@ -117,8 +117,8 @@ def trace_of(file: ScoreFile) -> TraceFile:
         n_layers=2,
         criterion="kl",
         rules=Rules(),
-        screen=Screen(
-            leading=1, random=1, pearson=0.9, spearman=0.9, pearson_random=None, largest_missed=None
+        screen=Fidelity(
+            method="first-order", verified_top=1, verified_random=1, pearson=0.9, spearman=0.9
         ),
         nodes=(node(0, False), node(1, True)),
         edges=(

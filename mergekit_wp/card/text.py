@@ -10,17 +10,9 @@ from mergekit_wp.card.evaluation import Evaluation
 from mergekit_wp.card.scores import ScoreCopy
 from mergekit_wp.card.sources import Source
 from mergekit_wp.files.manifest import Manifest
-from mergekit_wp.report.words import KIND_WORDS, clean, fidelity_rows
+from mergekit_wp.models.model_names import distinct_names
+from mergekit_wp.report.words import KIND_WORDS, clean, fidelity_rows, markdown
 from mergekit_wp.terms import CriterionName, Estimand
-
-
-def short_names(models: Sequence[str]) -> tuple[str, ...]:
-    """The last parts of model references, as far as they tell the models apart."""
-    for parts in range(1, max(name.count("/") for name in models) + 2):
-        short = tuple("/".join(name.rstrip("/").split("/")[-parts:]) for name in models)
-        if len(set(short)) == len(short):
-            return short
-    return tuple(models)
 
 
 def source_table(found: Sequence[Source]) -> str:
@@ -34,12 +26,12 @@ def source_table(found: Sequence[Source]) -> str:
         )
         for s in found
     ]
-    return "## Inputs\n\n" + _table(("model", "role", "revision", "licence"), rows)
+    return "## Inputs\n\n" + markdown(("model", "role", "revision", "licence"), rows, 4)
 
 
 def contribution_table(found: Contributions) -> str:
     """Components by expert: how many it leads, how many take from it, its mean gate."""
-    names = short_names(found.experts)
+    names = distinct_names(found.experts)
     rows = []
     for kind, tally in found.kinds.items():
         for i, name in enumerate(names):
@@ -58,7 +50,7 @@ def contribution_table(found: Contributions) -> str:
         "## What each expert contributed\n\n"
         "An expert *leads* a component in which its gate is the largest, and *gives to* every "
         "component in which its gate is positive. A gate multiplies the expert's difference from "
-        "the base: 0 keeps the base, 1 takes the expert.\n\n" + _table(head, rows)
+        "the base: 0 keeps the base, 1 takes the expert.\n\n" + markdown(head, rows, len(head))
     )
 
 
@@ -81,7 +73,7 @@ def score_table(copies: Sequence[ScoreCopy], used: Iterable[tuple[Estimand, Crit
         for copy in copies
     ]
     head = ("file", "behaviour", "prompts", "how it was measured", "sha256")
-    return "## Score files\n\n" + _table(head, rows)
+    return "## Score files\n\n" + markdown(head, rows, len(head))
 
 
 def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName]]) -> list[str]:
@@ -122,9 +114,3 @@ def how_to_repeat(config: str, version: str, scored: bool) -> str:
 def _shown(path: str) -> str:
     """A local path without the author's folders."""
     return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.shown import progress
 from mergekit_wp.merging.request import AimRequest
 
 
@@ -22,13 +23,9 @@ def aim(**options: Any) -> None:
     \b
       mergekit-wp aim merged/ merged-aim/ --base BASE --calibration prompts.jsonl
     """
-    import transformers
-
     from mergekit_wp.merging.aim import aim as run
-    from mergekit_wp.runs.progress import BarProgress
 
-    transformers.logging.set_verbosity_error()
     request = AimRequest.of(**options)
-    with BarProgress() as progress:
-        run(request, progress)
+    with progress() as bar:
+        run(request, bar)
     click.echo(f"model written to {request.out}")

@@ -34,17 +34,20 @@ class Method:
 
     Attributes:
         name: as in the table; ``NAME+aim`` is NAME with AIM on top.
-        merge_method: mergekit's name.
         untuned: parameters of a user who does not tune.
         grid: parameters to choose from on validation items.
         draws: whether the merge depends on random numbers.
     """
 
     name: str
-    merge_method: str
     untuned: Setting
     grid: tuple[Setting, ...]
     draws: bool = False
+
+    @property
+    def merge_method(self) -> str:
+        """Mergekit's name."""
+        return self.name.removesuffix("+aim")
 
     @property
     def aim(self) -> bool:
@@ -89,32 +92,27 @@ def peers(n_experts: int) -> dict[str, Method]:
     table = [
         Method(
             "task_arithmetic",
-            "task_arithmetic",
             {"weight": share},
             product(weight=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)),
         ),
         Method(
-            "ties",
             "ties",
             {"weight": 1.0, "density": 0.5, "lambda": 1.0},
             product(weight=(1.0,), density=(0.2, 0.5, 1.0), **{"lambda": LAMBDAS}),
         ),
         Method(
             "dare_ties",
-            "dare_ties",
             {"weight": share, "density": 0.5},
             product(weight=SCALES, density=(0.5, 0.8)),
             draws=True,
         ),
         Method(
             "dare_linear",
-            "dare_linear",
             {"weight": share, "density": 0.5},
             product(weight=SCALES, density=(0.5, 0.8)),
             draws=True,
         ),
         Method(
-            "della",
             "della",
             {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "lambda": 1.0},
             product(weight=(1.0,), density=(0.5, 0.8), epsilon=(0.15,), **{"lambda": LAMBDAS}),
@@ -122,17 +120,12 @@ def peers(n_experts: int) -> dict[str, Method]:
         ),
         Method(
             "breadcrumbs",
-            "breadcrumbs",
             {"weight": share, "density": 0.9, "gamma": 0.01},
             product(weight=SCALES, density=(0.5, 0.9), gamma=(0.01,)),
         ),
-        Method(
-            "sce", "sce", {"select_topk": 1.0}, product(select_topk=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0))
-        ),
-        Method("ram", "ram", {}, ({},)),
-        Method(
-            "linear", "linear", {BASE_WEIGHT: 0.0}, product(**{BASE_WEIGHT: (0.0, 0.5, 1.0, 2.0)})
-        ),
+        Method("sce", {"select_topk": 1.0}, product(select_topk=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0))),
+        Method("ram", {}, ({},)),
+        Method("linear", {BASE_WEIGHT: 0.0}, product(**{BASE_WEIGHT: (0.0, 0.5, 1.0, 2.0)})),
     ]
     methods = {method.name: method for method in table}
     for name in ("task_arithmetic", "ties"):
@@ -150,7 +143,7 @@ def ours(recipe: MergeConfiguration) -> Method:
         grid = product(**{"lambda": (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)})
     else:
         grid = product(power=(0.5, 1.0), **{"lambda": (0.5, 0.7, 1.0, 1.3)})
-    return Method(OURS, OURS, {}, grid)
+    return Method(OURS, {}, grid)
 
 
 def with_aim(method: Method, best: Setting) -> Method:

@@ -20,6 +20,7 @@ from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
+from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.runs.request import (
@@ -135,7 +136,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     plan = Plan(
         base=experts.base,
         experts=experts.models,
-        names=_names(experts.models),
+        names=distinct_names(experts.models),
         recipe=first,
         extra=fixed,
         methods=methods,
@@ -223,16 +224,6 @@ def _first(request: CompareRequest, read: Sequence[recipes.Recipe]) -> MergeConf
 
 def _with_grid(method: Method, grids: dict[str, tuple[Any, ...]]) -> Method:
     return replace(method, grid=grids[method.name]) if method.name in grids else method
-
-
-def _names(models: Sequence[str]) -> tuple[str, ...]:
-    """The shortest ends of the models' paths that tell them apart."""
-    parts = [model.rstrip("/").split("/") for model in models]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = tuple("/".join(p[-depth:]) for p in parts)
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"the recipe names {models[0]} twice")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -44,6 +44,10 @@ class Job(NamedTuple):
         """A job; settings are compared as sorted JSON."""
         return cls(model, json.dumps(setting, sort_keys=True), seed, task, split)
 
+    def line(self, **found: Any) -> ResultLine:
+        """A line of results with what was found."""
+        return ResultLine(**self._asdict() | {"setting": json.loads(self.setting)}, **found)
+
 
 class Results:
     """The results of one comparison, on disk and in memory.
@@ -167,35 +171,14 @@ class Results:
 
     def add(self, job: Job, found: Sequence[ItemScore]) -> None:
         """Append a finished job."""
-        setting = json.loads(job.setting)
-        lines = [
-            ResultLine(
-                model=job.model,
-                setting=setting,
-                seed=job.seed,
-                task=job.task,
-                split=job.split,
-                item=x.item,
-                score=x.score,
-                output=x.output,
-            )
-            for x in found
-        ]
+        lines = [job.line(item=x.item, score=x.score, output=x.output) for x in found]
         self._append(lines)
         self.done[job] = lines
         self.failed.pop(job, None)
 
     def add_failure(self, job: Job, reason: str) -> None:
         """Append why a job has no scores."""
-        line = ResultLine(
-            model=job.model,
-            setting=json.loads(job.setting),
-            seed=job.seed,
-            task=job.task,
-            split=job.split,
-            failed=reason,
-        )
-        self._append([line])
+        self._append([job.line(failed=reason)])
         self.failed[job] = reason
 
     def _append(self, lines: Sequence[ResultLine]) -> None:

@@ -139,8 +139,8 @@ class Runner:
         if method.aim:
             under = method.name.removesuffix("+aim")
             if under not in won:
-                best = plan_best(self, under)
-                won[under] = best[0] if best else method.untuned
+                self._method_rows(peers(len(plan.experts))[under], won)
+                won.setdefault(under, method.untuned)
             method = with_aim(method, won[under])
         found = []
         for setting in method.grid:
@@ -296,14 +296,6 @@ def _on_disk(runner: Runner, config: MergeConfiguration, seed: int) -> Iterator[
                 raise
             raise UserError(f"the merge cannot be loaded: {error}") from error
         yield model
-
-
-def plan_best(runner: Runner, name: str) -> tuple[Setting, float] | None:
-    """Tune the method under an AIM row that is itself not compared."""
-    method = peers(len(runner.plan.experts))[name]
-    won: dict[str, Setting] = {}
-    runner._method_rows(method, won)
-    return (won[name], 0.0) if name in won else None
 
 
 def _fixed(config: MergeConfiguration, _setting: Setting) -> MergeConfiguration:

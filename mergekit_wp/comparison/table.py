@@ -7,7 +7,7 @@ from typing import Any
 
 from mergekit_wp.comparison.resampling import Difference, Resampled
 from mergekit_wp.comparison.rows import Comparison, Row
-from mergekit_wp.report.words import interval
+from mergekit_wp.report.words import columns, interval, markdown
 from mergekit_wp.statistics import Estimate
 
 
@@ -66,51 +66,41 @@ def what(comparison: Comparison, resampled: Resampled) -> str:
 
 
 def terminal_table(resampled: Resampled) -> str:
-    """Aligned columns of at most 100 characters for three tasks."""
+    """Columns of at most 100 characters for three tasks of short names."""
     comparison = resampled.comparison
-    found = lines(resampled)
-    name = max(len("method"), *(len(line.row.name) for line in found))
-    widths = {task: max(5, min(10, len(task))) for task in comparison.tasks}
-    head = f"{'method':<{name}}"
-    head += "".join(f" {task[: widths[task]]:>{widths[task]}}" for task in comparison.tasks)
-    head += f"  {'mean':<17}  {'difference':<22}  won/lost"
-    output = [f"{what(comparison, resampled)}; differences from {comparison.reference}", "", head]
-    for line in found:
-        text = f"{line.row.name:<{name}}"
+    rows, failed = [], []
+    for line in lines(resampled):
         if line.mean is None:
-            output.append(f"{text} failed: {line.row.failed}")
+            failed.append(f"{line.row.name} failed: {line.row.failed}")
             continue
-        text += "".join(
-            f" {line.tasks[task].value:>{widths[task]}.2f}" for task in comparison.tasks
-        )
-        text += f"  {interval(line.mean):<17}"
+        means = [f"{line.tasks[task].value:.2f}" for task in comparison.tasks]
+        against, counts = "", ""
         if line.difference is not None:
             d = line.difference
-            text += f"  {signed(d.estimate):<22}  {d.won}/{d.lost}"
-            text += "" if d.verdict == "unclear" else f" {d.verdict}"
-        output.append(text.rstrip())
-    return "\n".join(output)
+            against, counts = signed(d.estimate), f"{d.won}/{d.lost}"
+            counts += "" if d.verdict == "unclear" else f" {d.verdict}"
+        rows.append([line.row.name, *means, interval(line.mean), against, counts])
+    head = ["method", *comparison.tasks, "mean", "difference", "won/lost"]
+    said = f"{what(comparison, resampled)}; differences from {comparison.reference}"
+    return "\n".join([said, "", columns(head, rows), *failed])
 
 
 def markdown_table(resampled: Resampled) -> str:
     """A table for a model card."""
     comparison = resampled.comparison
     head = ["method", *comparison.tasks, "mean", f"against {comparison.reference}", "won / lost"]
-    output = [
-        "| " + " | ".join(_cell(text) for text in head) + " |",
-        "|---" + "|---:" * (len(head) - 1) + "|",
-    ]
+    rows = []
     for line in lines(resampled):
-        cells = [_cell(line.row.name)]
+        cells = [line.row.name]
         if line.mean is None:
-            cells += [_cell(f"failed: {line.row.failed}")] + [""] * (len(head) - 2)
+            cells += [f"failed: {line.row.failed}"] + [""] * (len(head) - 2)
         else:
             cells += [interval(line.tasks[task]) for task in comparison.tasks]
             cells.append(interval(line.mean))
             d = line.difference
             cells += ["", ""] if d is None else [_verdict(d), f"{d.won} / {d.lost}"]
-        output.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*output, "", what(comparison, resampled) + "."]) + "\n"
+        rows.append(cells)
+    return f"{markdown(head, rows, 1)}\n{what(comparison, resampled)}.\n"
 
 
 def summary(resampled: Resampled) -> dict[str, Any]:
@@ -166,7 +156,3 @@ def records(resampled: Resampled) -> list[dict[str, Any]]:
 def _verdict(difference: Difference) -> str:
     text = signed(difference.estimate)
     return text if difference.verdict == "unclear" else f"{text} {difference.verdict}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -6,21 +6,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.files.untrusted import complaint, parse_json
+from mergekit_wp.files.untrusted import StrictModel, complaint, parse_json
 from mergekit_wp.options import Option
 from mergekit_wp.terms import CriterionName, FineKind, Role, Via
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Rules(_Strict):
+class Rules(StrictModel):
     """When a supply is an edge, and when a component has a role.
 
     A component's *effect* is what it does when it writes what it writes in the expert's run. To
@@ -68,7 +65,7 @@ class Rules(_Strict):
     )
 
 
-class Measured(_Strict):
+class Measured(StrictModel):
     """A recovery of the criterion with its standard error, None with one prompt."""
 
     value: float
@@ -80,7 +77,7 @@ class Measured(_Strict):
         return self.value > 2 * (self.se or 0.0)
 
 
-class Node(_Strict):
+class Node(StrictModel):
     """One component of the traced circuit, measured by exact patches into the base.
 
     Attributes:
@@ -109,7 +106,7 @@ class Node(_Strict):
     role: Role | None = None
 
 
-class Edge(_Strict):
+class Edge(StrictModel):
     """What one component supplies to another along the residual stream alone.
 
     ``via`` weights: the source has the expert's weights and the base's input; activations: it
@@ -125,23 +122,13 @@ class Edge(_Strict):
     strong: bool
 
 
-class Screen(BaseModel):
-    """How well the first-order screen predicts exact supplies, over leading and random pairs."""
+class TraceFile(StrictModel):
+    """What `mergekit-wp trace` writes; ``scores_sha256`` says for which score file.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    leading: int
-    random: int
-    pearson: float | None
-    spearman: float | None
-    pearson_random: float | None
-    #: largest exact |supply| among the random pairs that are not leading ones
-    largest_missed: float | None
+    ``screen`` says how well the first order predicts exact supplies, over the leading and the
+    random pairs.
+    """
 
-
-class TraceFile(BaseModel):
-    """What `mergekit-wp trace` writes; ``scores_sha256`` says for which score file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     format_version: Literal[1] = 1
     behavior: str
     base: str
@@ -152,7 +139,7 @@ class TraceFile(BaseModel):
     n_layers: PositiveInt
     criterion: CriterionName
     rules: Rules
-    screen: Screen
+    screen: Fidelity
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     seed: int

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -18,6 +16,7 @@ from pydantic import (
 
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import layout_of
+from mergekit_wp.files.untrusted import StrictModel
 from mergekit_wp.terms import (
     SLICED_KINDS,
     CriterionName,
@@ -33,11 +32,7 @@ FORMAT_VERSION = 1
 MAX_CRITERIA = 64
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelId(_Strict):
+class ModelId(StrictModel):
     """Which checkpoint was scored."""
 
     reference: str
@@ -47,7 +42,7 @@ class ModelId(_Strict):
     weights_dtype: str
 
 
-class Anchor(_Strict):
+class Anchor(StrictModel):
     """The vector anchor: where it was taken and how well it separates.
 
     ``separation`` is the effect size on held-out prompts, None with too few prompts to hold out.
@@ -59,7 +54,7 @@ class Anchor(_Strict):
     n_contrasts: int
 
 
-class Fidelity(_Strict):
+class Fidelity(StrictModel):
     """How the scores of one estimand/criterion/kind were computed, and how far to trust them.
 
     For first-order scores, ``verified_top`` leaders and ``verified_random`` uniformly drawn
@@ -78,14 +73,14 @@ class Fidelity(_Strict):
     largest_missed: float | None = None
 
 
-class Scale(_Strict):
+class Scale(StrictModel):
     """Raw criterion value at the base and at the expert (means over prompts)."""
 
     base: float
     expert: float
 
 
-class CompanyMember(_Strict):
+class CompanyMember(StrictModel):
     """One of the experts that were scored together.
 
     ``weights_sha256`` is over the content of its weight files; ``recovery`` is how far its
@@ -98,7 +93,7 @@ class CompanyMember(_Strict):
     recovery: float
 
 
-class SetPoint(_Strict):
+class SetPoint(StrictModel):
     """One point of a verification: a set of components swapped together, with its 95% interval.
 
     ``direction``: base plus the set (restoration: how far it gets, 0 to 1), or expert minus the set
@@ -114,7 +109,7 @@ class SetPoint(_Strict):
     high: float
 
 
-class Verification(_Strict):
+class Verification(StrictModel):
     """What the leading components do together, beside the last ones and random ones."""
 
     estimand: Estimand
@@ -150,7 +145,7 @@ class Verification(_Strict):
         return self
 
 
-class Agreement(_Strict):
+class Agreement(StrictModel):
     """How alike two rankings of the same components are.
 
     ``against``: "halves" are two random halves of the prompts (mean and 95% range over splits);
@@ -172,7 +167,7 @@ class Agreement(_Strict):
     top: PositiveInt
 
 
-class Guard(_Strict):
+class Guard(StrictModel):
     """A behaviour of the base that a fit was to keep; its teacher is the base."""
 
     behavior: str
@@ -180,7 +175,7 @@ class Guard(_Strict):
     n_prompts: PositiveInt
 
 
-class Moment(_Strict):
+class Moment(StrictModel):
     """The objective of a fit at one step: recovery by behaviour, guards among them.
 
     ``fitted`` is over the prompts of that step, ``held_out`` over the prompts that were never
@@ -192,7 +187,7 @@ class Moment(_Strict):
     held_out: dict[str, float] | None
 
 
-class Fit(_Strict):
+class Fit(StrictModel):
     """How `mergekit-wp fit` made the ``path`` scores: the same in the files of all experts.
 
     ``upper`` is the largest score it allowed; ``best_step`` the number of steps after which the
@@ -226,7 +221,7 @@ class Fit(_Strict):
         return best.held_out or best.fitted or {}
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """The JSON under the metadata key ``mergekit_wp``.
 
     ``responses`` says whose answers the prompts were continued with: the prompt file's, the

@@ -23,8 +23,6 @@ from mergekit_wp.files.untrusted import complaint, parse_json
 from mergekit_wp.terms import SLICED_KINDS, Kind
 
 METADATA_KEY = "mergekit_wp"
-#: criteria of one file; a manifest of strangers names what is made of them before it is read
-MAX_CRITERIA = 64
 
 
 @dataclass(frozen=True)

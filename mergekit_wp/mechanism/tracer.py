@@ -14,7 +14,8 @@ from mergekit_wp.engine.gradients import criterion_gradients, record_with_gradie
 from mergekit_wp.engine.paths import Place, supplied, supply_gradient, written_to_the_end
 from mergekit_wp.engine.replay import Receiver
 from mergekit_wp.engine.weight_swaps import written_anew
-from mergekit_wp.files.circuitfile import Edge, Measured, Node, Screen
+from mergekit_wp.files.circuitfile import Edge, Measured, Node
+from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.mechanism.request import TraceRequest
 from mergekit_wp.mechanism.roles import is_edge, role
 from mergekit_wp.models.backoff import AtOnce
@@ -63,7 +64,7 @@ class Tracer:
         self.dims = recordings.partition.dims
         self.distance = recordings.references.values[criterion].distance.double()
 
-    def circuit(self) -> tuple[tuple[Node, ...], tuple[Edge, ...], Screen]:
+    def circuit(self) -> tuple[tuple[Node, ...], tuple[Edge, ...], Fidelity]:
         """Nodes with their roles, all leading supplies, and how good the screen was."""
         screened = self._screen()
         pairs = list(self._pairs(screened))
@@ -299,17 +300,9 @@ class Tracer:
         accounted = (node.gain.value + written) / effect if effect else None
         return {"suppliers_for_half": half, "accounted": accounted}
 
-    def _fidelity(self, pairs: Sequence[SupplyPair], supplies: Sequence[Measured]) -> Screen:
+    def _fidelity(self, pairs: Sequence[SupplyPair], supplies: Sequence[Measured]) -> Fidelity:
         predicted = torch.tensor([pair.screened for pair in pairs], dtype=torch.float64)
         exact = torch.tensor([supply.value for supply in supplies], dtype=torch.float64)
         top = [p for p, pair in enumerate(pairs) if pair.leading]
         drawn = [p for p, pair in enumerate(pairs) if not pair.leading]
-        found = verdict(predicted, exact, top, drawn, "first-order")
-        return Screen(
-            leading=len(top),
-            random=len(drawn),
-            pearson=found.pearson,
-            spearman=found.spearman,
-            pearson_random=found.pearson_random,
-            largest_missed=found.largest_missed,
-        )
+        return verdict(predicted, exact, top, drawn, "first-order")

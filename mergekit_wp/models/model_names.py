@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath, ModelReference
@@ -17,6 +17,16 @@ def last_name(reference: str) -> str:
     if not os.path.isdir(reference):
         reference = reference.rpartition("+")[2].partition("@")[0]
     return os.path.basename(reference.rstrip("/"))
+
+
+def distinct_names(references: Sequence[str]) -> tuple[str, ...]:
+    """The shortest ends of references that tell the models apart; whole where nothing does."""
+    parts = [reference.rstrip("/").split("/") for reference in references]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = tuple("/".join(part[-depth:]) for part in parts)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(references)
 
 
 def absolute(reference: str) -> str:

@@ -122,14 +122,7 @@ def circuit_sentences(trace: TraceFile) -> list[str]:
             f"half of what weights supply to a target comes from {min(spread):,} to "
             f"{max(spread):,} components, to first order"
         )
-    screen = trace.screen
-    if screen.pearson is not None:
-        missed = screen.largest_missed
-        said.append(
-            f"the first-order screen against {screen.leading + screen.random:,} exact supplies: "
-            f"Pearson {screen.pearson:.3f}"
-            + ("" if missed is None else f", largest missed {missed:.2g}")
-        )
+    said.append(f"supplies were screened {words.fidelity_words(trace.screen)}")
     return said
 
 

@@ -239,17 +239,6 @@ def to_json(score_file: ScoreFile, selection: Selection, top: int | None) -> Ite
     yield f'{{"manifest": {score_file.manifest.model_dump_json()}, "components": ['
     for start in range(0, len(ranking), _CHUNK):
         rows = ranking.rows(start, start + _CHUNK)
-        yield (",\n" if start else "\n") + ",\n".join(json.dumps(_public(row)) for row in rows)
+        public = ({k: v for k, v in vars(row).items() if k != "se"} for row in rows)
+        yield (",\n" if start else "\n") + ",\n".join(map(json.dumps, public))
     yield "\n]}\n"
-
-
-def _public(row: RankedComponent) -> dict[str, str | int | float | None]:
-    return {
-        "kind": row.kind,
-        "layer": row.layer,
-        "index": row.index,
-        "name": row.name,
-        "estimand": row.estimand,
-        "criterion": row.criterion,
-        "score": row.score,
-    }

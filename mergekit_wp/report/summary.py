@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import mechanism, weights_vs_activations, words
+from mergekit_wp.report import mechanism, verification, weights_vs_activations, words
 from mergekit_wp.report.ranking import leaders
-from mergekit_wp.report.verification import curve, measures
 from mergekit_wp.terms import SLICED_KINDS
 
 _DEPTHS = ("the early", "the middle", "the late")
@@ -29,16 +30,10 @@ def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str
     if leading:
         named = ", ".join(f"{words.clean(row.name)} ({row.score:+.2g})" for row in leading)
         said.append(f"the highest {first[0].title}: {named}")
-    said += _together(score_file)
-    for found in weights_vs_activations.comparisons(score_file):
-        for row in found.rows:
-            whole = row.kind in ("head", "neuron") and row.depth == weights_vs_activations.DEPTHS[0]
-            if whole and row.spearman is not None:
-                said.append(
-                    f"{words.KIND_WORDS[row.kind]}: importance by weights and by activations "
-                    f"({found.weights}/{found.criterion}) correlate by {row.spearman:.2f} in "
-                    f"rank; {row.activations_only:,} of {row.n:,} matter by activations only"
-                )
+    if manifest.verification is not None:
+        said += verification.sentences(manifest.verification)[:2]
+    for found in islice(weights_vs_activations.comparisons(score_file), 1):
+        said += weights_vs_activations.sentences(found)
     halves = [
         a
         for a in manifest.stability
@@ -68,22 +63,3 @@ def _depth(score_file: ScoreFile, key: str) -> str | None:
         f"{words.percent(part)} in {name} layers" for part, name in zip(parts, _DEPTHS, strict=True)
     )
     return f"of the positive score {listed}"
-
-
-def _together(score_file: ScoreFile) -> list[str]:
-    """The smallest verified set, restored and knocked out, beside random ones."""
-    verified = score_file.manifest.verification
-    if verified is None:
-        return []
-    said = []
-    for measure in measures(verified)[:1]:
-        parts = []
-        for direction, verb in (("restoration", "restore"), ("knockout", "knock out")):
-            top, random = (curve(verified, direction, measure, s)[0] for s in ("top", "random"))
-            parts.append(
-                f"{verb} {words.interval(top)} of {measure} "
-                f"(random ones of the same kinds {random.value:.2f})"
-            )
-        size = curve(verified, "restoration", measure, "top")[0].size
-        said.append(f"the leading {size:,} components together {' and '.join(parts)}")
-    return said

@@ -69,6 +69,14 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
+    """A table in Markdown; columns from ``numbers`` on are aligned to the right."""
+    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    rule = "|---" * numbers + "|---:" * (len(head) - numbers) + "|"
+    named, *others = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([named, rule, *others]) + "\n"
+
+
 def identity(manifest: Manifest) -> list[tuple[str, str]]:
     """What was scored: (label, text)."""
     return [
