@@ -41,6 +41,32 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def read_lines(path: Path, where: str) -> tuple[bytes, list[str]]:
+    """A JSONL file: its bytes, and its lines without their ends.
+
+    Args:
+        path: the file.
+        where: what it is and its name, for messages.
+
+    Raises:
+        UserError: it cannot be read, or is of another format that data sets come in.
+    """
+    try:
+        content = path.read_bytes()
+        found = next((name for start, name in _FORMATS.items() if content.startswith(start)), None)
+        text = "" if found else content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} cannot be read: {error}") from error
+    if found is None and re.match(r"\s*\[\s*\{", text):
+        found = "a JSON array"
+    if found is not None:
+        raise UserError(
+            f"{where} is {found}; expected JSONL in UTF-8, one JSON object a line: write it "
+            "anew, for example with pandas' to_json(orient='records', lines=True)"
+        )
+    return content, text.split("\n")  # splitlines() would cut at U+2028 too
+
+
 def parse_json(text: str | bytes) -> Any:
     """JSON in which no object holds a key twice, and every text can be written in UTF-8.
 
