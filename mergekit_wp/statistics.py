@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
 from scipy import stats
 
 Array = npt.NDArray[np.float64]
@@ -69,7 +68,7 @@ def between_halves(changes: Array, distance: Array, seed: int) -> Likeness | Non
         one, two = (changes[part].mean(0) * np.sign(distance[part].mean()) for part in parts)
         if np.ptp(one) == 0 or np.ptp(two) == 0:
             return None
-        ranks = (scipy.stats.rankdata(one), scipy.stats.rankdata(two))
+        ranks = (stats.rankdata(one), stats.rankdata(two))
         correlations.append(float(np.corrcoef(*ranks)[0, 1]))
         overlaps.append(jaccard(one, two, k))
     low, high = np.quantile(correlations, (0.025, 0.975)).tolist()
@@ -93,7 +92,7 @@ def between_files(one: Array, two: Array, seed: int) -> Likeness | None:
     k = leaders(one.size)
     if k is None or np.ptp(one) == 0 or np.ptp(two) == 0:
         return None
-    x, y = (scipy.stats.rankdata(v).reshape(len(v), -1) for v in (one, two))
+    x, y = (stats.rankdata(v).reshape(len(v), -1) for v in (one, two))
     # sums by layer suffice: a resampled correlation is one of sums of sums
     moments = np.stack([np.full(len(x), x.shape[1]), *(m.sum(1) for m in _products(x, y))], 1)
     rng = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from mergekit_wp.components import layout_of
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.terms import (
     CRITERIA,
@@ -85,64 +87,52 @@ class RankedComponent:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """One score tensor, flat; ``positions`` are those of its entries that take part."""
-
-    estimand: Estimand
-    criterion: CriterionName
-    kind: Kind
-    width: int
-    positions: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float32]
-    se: npt.NDArray[np.float32] | None
-
-
-@dataclass(frozen=True)
 class Ranking:
     """Components in order of score, highest first.
 
     Equal scores keep the order estimand, criterion, kind, layer, index, so that two runs print
     the same.
+
+    Attributes:
+        manifest: of the score file.
+        tensors: the score tensors, as estimand, criterion and kind.
+        owners: of each component, the number of its tensor.
+        positions: its place there, flat.
+        scores: its score.
+        se: its standard error, NaN where there is none.
     """
 
-    blocks: tuple[_Block, ...]
-    order: npt.NDArray[np.int64]
-    tensor_names: tuple[str, ...]
-    tensor_layers: tuple[int | None, ...]
+    manifest: Manifest
+    tensors: tuple[tuple[Estimand, CriterionName, Kind], ...]
+    owners: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    se: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         """Number of ranked components."""
-        return len(self.order)
+        return len(self.scores)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[RankedComponent]:
         """Components of ranks ``start`` to ``stop``, counted from 0."""
-        ends = np.cumsum([len(block.positions) for block in self.blocks])
-        starts = [0, *ends.tolist()]
-        order = self.order[start:stop]
-        owners = np.searchsorted(ends, order, side="right").tolist()
-        for owner, place in zip(owners, order.tolist(), strict=True):
-            block = self.blocks[owner]
-            position = int(block.positions[place - starts[owner]])
-            layer, index, name = self._address(block, position)
-            yield RankedComponent(
-                block.kind,
-                layer,
-                index,
-                name,
-                block.estimand,
-                block.criterion,
-                float(block.scores[position]),
-                None if block.se is None else float(block.se[position]),
-            )
+        columns = (self.owners, self.positions, self.scores, self.se)
+        for owner, position, score, se in zip(
+            *(column[start:stop].tolist() for column in columns), strict=True
+        ):
+            estimand, criterion, kind = self.tensors[owner]
+            place = self._address(kind, position)
+            known = None if math.isnan(se) else se
+            yield RankedComponent(kind, *place, estimand, criterion, score, known)
 
-    def _address(self, block: _Block, position: int) -> tuple[int | None, int, str]:
+    def _address(self, kind: Kind, position: int) -> tuple[int | None, int, str]:
         """Layer, index and name as `Partition.components` gives them."""
-        if block.kind == "tensor":
-            return self.tensor_layers[position], position, self.tensor_names[position]
-        if block.kind == "layer":
+        if kind == "tensor":
+            name = self.manifest.tensor_names[position]
+            return layout_of(name, self.manifest.dims).layer, position, name
+        if kind == "layer":
             return position, position, f"layer {position}"
-        layer, index = divmod(position, block.width)
-        return layer, index, f"layer {layer} {block.kind} {index}"
+        layer, index = divmod(position, self.manifest.shape(kind)[1])
+        return layer, index, f"layer {layer} {kind} {index}"
 
 
 def rank(
@@ -162,36 +152,21 @@ def rank(
             that no weight is listed twice.
     """
     manifest = score_file.manifest
-    layouts = [layout_of(name, manifest.dims) for name in manifest.tensor_names]
-    blocks = []
-    for estimand, criterion in selection.pairs:
-        for kind in selection.kinds:
-            tensor = score_file.scores(estimand, criterion, kind)
-            scores = tensor.numpy().reshape(-1)
-            se = score_file.tensors.get(f"{estimand}/{criterion}/{kind}.se")
-            positions = np.arange(len(scores), dtype=np.int64)
-            if fine and kind == "tensor":
-                whole = [i for i, layout in enumerate(layouts) if layout.whole]
-                positions = np.array(whole, dtype=np.int64)
-            blocks.append(
-                _Block(
-                    estimand,
-                    criterion,
-                    kind,
-                    manifest.dims.count(kind) if kind in SLICED_KINDS else 1,
-                    positions,
-                    scores,
-                    None if se is None else se.numpy().reshape(-1),
-                )
-            )
-    values = [block.scores[block.positions] for block in blocks]
-    order = np.argsort(-np.concatenate(values), kind="stable") if values else np.empty(0, np.int64)
-    return Ranking(
-        tuple(blocks),
-        order[:top].astype(np.int64),
-        manifest.tensor_names,
-        tuple(layout.layer for layout in layouts),
-    )
+    tensors = tuple((e, c, kind) for e, c in selection.pairs for kind in selection.kinds)
+    none = (np.empty(0, np.int64), np.empty(0, np.int64), *np.empty((2, 0), np.float32))
+    parts = [none]  # a file may have no kinds
+    for owner, (estimand, criterion, kind) in enumerate(tensors):
+        scores = score_file.scores(estimand, criterion, kind).numpy().reshape(-1)
+        error = score_file.tensors.get(f"{estimand}/{criterion}/{kind}.se")
+        se = np.full_like(scores, np.nan) if error is None else error.numpy().reshape(-1)
+        kept = np.arange(len(scores))
+        if fine and kind == "tensor":
+            whole = [layout_of(name, manifest.dims).whole for name in manifest.tensor_names]
+            kept = kept[np.array(whole, dtype=bool)]
+        parts.append((np.full(len(kept), owner), kept, scores[kept], se[kept]))
+    owners, positions, scores, se = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.argsort(-scores, kind="stable")[:top]
+    return Ranking(manifest, tensors, owners[order], positions[order], scores[order], se[order])
 
 
 @dataclass(frozen=True)
