@@ -60,7 +60,9 @@ class Runner:
         self.at_once = {task.name: AtOnce(UNBOUNDED, self.progress.note) for task in plan.tasks}
         self.base = Checkpoint(plan.base)
         self.evaluation = EvaluationModel(self.base, plan.eval_dtype, plan.device)
-        self.tokenizer = find_tokenizer(map(Checkpoint, (plan.base, *plan.experts)), self.progress.note)
+        self.tokenizer = find_tokenizer(
+            map(Checkpoint, (plan.base, *plan.experts)), self.progress.note
+        )
         self.in_memory = plan.in_memory
         if self.in_memory is None:
             parameters = sum(p.numel() for p in self.evaluation.model.parameters())
