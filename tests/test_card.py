@@ -112,6 +112,7 @@ def test_a_merge_has_a_card_its_recipe_and_its_scores(family: Family, tmp_path: 
         copy = out / "scores" / path.name
         assert copy.read_bytes() == path.read_bytes()
         assert hashlib.sha256(copy.read_bytes()).hexdigest() in card.text
+    assert (out / "contributions.png").read_bytes()[:4] == b"\x89PNG"
     assert "share/kl of neurons: first-order; against 6 exact swaps" in card.text
     assert "Spearman 0.875" in card.text and "share/kl sums to 0.987 of 1" in card.text
 

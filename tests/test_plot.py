@@ -140,9 +140,11 @@ def test_page_is_self_contained_and_says_it_all(source: Path, tmp_path: Path) ->
             assert value.startswith(("#", "data:image/png;base64,"))
     assert '<meta name="viewport" content="width=device-width' in page
     assert "prefers-color-scheme: dark" in page
-    assert tags.tags.count("svg") == 10 == tags.attributes.count(("role", "img"))
-    assert sum(name == "aria-label" and bool(value) for name, value in tags.attributes) >= 10
-    assert "In short" in page
+    assert tags.tags.count("svg") == 11 == tags.attributes.count(("role", "img"))
+    assert sum(name == "aria-label" and bool(value) for name, value in tags.attributes) > 10
+    for title in ("In short", "What a merge would take from it"):
+        assert title in page
+    assert "merge_method: weight_patching" in page
     score_file = read(source)
     leaders = [
         row.name

@@ -10,7 +10,13 @@ import torch
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import circuit_graph, mechanism, summary, weights_vs_activations
+from mergekit_wp.report import (
+    circuit_graph,
+    mechanism,
+    merge_preview,
+    summary,
+    weights_vs_activations,
+)
 from tests.circuit import NEURON, write_world
 from tests.test_trace import scored, traced
 
@@ -70,3 +76,18 @@ def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:
     assert "the highest components: layer 0 neuron 3 (+1)" in said
     assert "100% in the early layers" in said
     assert "1 executor (acts on the output itself): layer 3 neuron 5" in said
+
+
+def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]) -> None:
+    file = world[0]
+    found = merge_preview.merge_preview(file)
+    assert found is not None and (found.estimand, found.criterion) == ("gain", "kl")
+    for kind in ("head", "kv_group", "neuron"):
+        scores = file.scores("gain", "kl", kind)
+        assert found.taken[kind] == (int((scores > 0).sum()), scores.numel())  # type: ignore[index]
+    assert found.leading > 0.99, "one neuron is the whole change"
+    assert sum(found.by_layer["neuron"]) == pytest.approx(1, abs=1e-3)
+    only = ScoreFile(
+        file.manifest.model_copy(update={"estimands": ("activation_gain",)}), file.tensors
+    )
+    assert merge_preview.merge_preview(only) is None, "no merge goes by activations"

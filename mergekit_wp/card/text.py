@@ -29,7 +29,7 @@ def source_table(found: Sequence[Source]) -> str:
     return "## Inputs\n\n" + markdown(("model", "role", "revision", "licence"), rows, 4)
 
 
-def contribution_table(found: Contributions) -> str:
+def contribution_table(found: Contributions, picture: str) -> str:
     """Components by expert: how many it leads, how many take from it, its mean gate."""
     names = distinct_names(found.experts)
     rows = []
@@ -48,6 +48,7 @@ def contribution_table(found: Contributions) -> str:
     head = ("kind", "of", "expert", "leads", "gives to", "mean gate")
     return (
         "## What each expert contributed\n\n"
+        f"![Share of components that each expert leads, by kind]({picture})\n\n"
         "An expert *leads* a component in which its gate is the largest, and *gives to* every "
         "component in which its gate is positive. A gate multiplies the expert's difference from "
         "the base: 0 keeps the base, 1 takes the expert.\n\n" + markdown(head, rows, len(head))

@@ -21,6 +21,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card import text
+from mergekit_wp.card.chart import chart
 from mergekit_wp.card.contributions import contributions, used_scores
 from mergekit_wp.card.evaluation import Evaluation, evaluation
 from mergekit_wp.card.front_matter import with_keys
@@ -30,9 +31,10 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.merging.plan import plan
 from mergekit_wp.merging.recipe import Recipe, experts_in_order, read
+from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.version import __version__
 
-README, CONFIG = "README.md", "mergekit_config.yml"
+README, CONFIG, CHART = "README.md", "mergekit_config.yml", "contributions.png"
 BEGIN, END = "<!-- mergekit-wp: begin -->", "<!-- mergekit-wp: end -->"
 _SECTION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
 
@@ -68,7 +70,9 @@ def write_card(
     parts = [text.source_table(found)]
     if recipe.is_weight_patching:
         shares = contributions(experts_in_order(recipe.config), tasks)
-        parts.append(text.contribution_table(shares))
+        with written_whole(folder / CHART) as temporary:
+            temporary.write_bytes(chart(shares, distinct_names(shares.experts)))
+        parts.append(text.contribution_table(shares, CHART))
         parts.append(text.score_table(copies, used_scores(tasks)))
     if measured is not None:
         parts.append(text.evaluation_section(measured))

@@ -20,6 +20,7 @@ from mergekit_wp.report import (
     circuit_graph,
     fit_history,
     mechanism,
+    merge_preview,
     summary,
     weights_vs_activations,
     words,
@@ -54,6 +55,7 @@ class PageSection:
     sentences: list[str]
     figures: list[Drawing] = field(default_factory=list)
     tables: list[PageTable] = field(default_factory=list)
+    code: str = ""
 
 
 def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
@@ -75,6 +77,7 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
             *_circuit(trace),
             *_fit(score_file),
             *_stability(score_file),
+            *_merge_preview(score_file),
         ],
         identity=words.identity(manifest),
         criteria=[
@@ -252,3 +255,18 @@ def _stability(score_file: ScoreFile) -> Iterator[PageSection]:
         rows = mechanism.agreement_rows(found)
         tables = [PageTable("Agreement", mechanism.AGREEMENT, rows, 3)]
         yield PageSection("stability", "Stability of the ranking", [what], tables=tables)
+
+
+def _merge_preview(score_file: ScoreFile) -> Iterator[PageSection]:
+    """What a merge would take from the file."""
+    found = merge_preview.merge_preview(score_file)
+    if found is None:
+        return
+    figures = []
+    if found.by_layer:
+        alt = f"Stacked bars of positive {found.estimand} of each layer by kind"
+        draw = partial(merge_preview.draw, found)
+        figures.append(drawing("Where it lies", alt, draw, "merge", (5.2, 3.0)))
+    code = merge_preview.recipe(score_file, found)
+    said = merge_preview.sentences(found)
+    yield PageSection("merge", "What a merge would take from it", said, figures, code=code)
