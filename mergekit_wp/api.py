@@ -24,6 +24,7 @@ from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.files import kept_settings
 from mergekit_wp.joint.fit import fit as _fit
 from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
 from mergekit_wp.mechanism.anchors import LayerAnchor
@@ -131,7 +132,7 @@ def score_together(
         recipe=_experts(base, experts, recipe), prompts=_by_name(prompts), out=out, **options
     )
     with _shown(progress) as shown:
-        return ScoresTogether(score_company(request, shown))
+        return ScoresTogether(score_company(request, shown), kept_settings(request.recipe))
 
 
 def fit(
@@ -170,7 +171,7 @@ def fit(
         **options,
     )
     with _shown(progress) as shown:
-        return ScoresTogether(_fit(request, shown))
+        return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
 
 
 def load_scores(path: PathLike) -> Scores:
@@ -182,7 +183,13 @@ def load_scores(path: PathLike) -> Scores:
     return Scores(scorefile.read(local_path(os.fspath(path))))
 
 
-def merge(what: Mergeable, out: PathLike, options: MergeOptions | None = None) -> None:
+def merge(
+    what: Mergeable,
+    out: PathLike,
+    options: MergeOptions | None = None,
+    *,
+    progress: bool | Progress = True,
+) -> None:
     """Merge experts into a folder, with a model card; it appears only when it is complete.
 
     Args:
@@ -190,6 +197,7 @@ def merge(what: Mergeable, out: PathLike, options: MergeOptions | None = None) -
             method, as a file or as what it holds.
         out: the folder.
         options: mergekit's.
+        progress: say where the merge has another tokenizer than an expert; or where to say it.
 
     Raises:
         UserError: any mistake in the recipe, its score files and its models.
@@ -197,8 +205,8 @@ def merge(what: Mergeable, out: PathLike, options: MergeOptions | None = None) -
     from mergekit.options import MergeOptions
 
     ensure_registered()
-    with recipe_for(what) as recipe:
-        _merge(recipe, out, options or MergeOptions(), write_card)
+    with _shown(progress) as shown, recipe_for(what) as recipe:
+        _merge(recipe, out, options or MergeOptions(), write_card, shown.note)
 
 
 def fuse(

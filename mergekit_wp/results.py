@@ -122,9 +122,13 @@ class ScoresTogether(Mapping[str, Scores]):
 
     Args:
         files: the score files.
+        settings: of the recipe that named the experts: tokenizer, chat template, dtypes.
     """
 
-    def __init__(self, files: Mapping[str, ScoreFile]) -> None:
+    def __init__(
+        self, files: Mapping[str, ScoreFile], settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.settings = dict(settings or {})
         self._scores = {name: Scores(file) for name, file in files.items()}
 
     def __getitem__(self, name: str) -> Scores:
@@ -155,7 +159,8 @@ class ScoresTogether(Mapping[str, Scores]):
         Returns:
             The recipe.
         """
-        write_company(Path(folder), {name: scores.file for name, scores in self.items()})
+        files = {name: scores.file for name, scores in self.items()}
+        write_company(Path(folder), files, self.settings)
         return Path(folder, RECIPE)
 
 
@@ -173,7 +178,9 @@ def recipe_for(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
         yield recipe_of([what]) if os.fspath(what).endswith(".safetensors") else what
         return
     every = [what] if isinstance(what, Scores) else what
+    settings: Mapping[str, Any] = {}
     if isinstance(every, ScoresTogether):
+        settings = every.settings
         every = list(every.values())
     with TemporaryDirectory() as scratch:
         files: list[PathLike] = []
@@ -184,7 +191,7 @@ def recipe_for(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
                 files.append(path)
             else:
                 files.append(one)
-        yield recipe_of(files)
+        yield recipe_of(files, settings)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from mergekit_wp.comparison.merging import EvaluationModel
 from mergekit_wp.comparison.methods import methods_of
@@ -26,6 +26,7 @@ from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.mechanism.verify import BEHAVIOR, verify
 from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.scoring.request import ScoreRequest
@@ -78,8 +79,8 @@ def task(world: Path, *budgets: int) -> JsonlTask:
     found = []
     for name in ("base", "expert"):
         model = AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float64)
-        tokenizer = AutoTokenizer.from_pretrained(world / name)
-        found.append(answers(model, tokenizer, [p for p, _ in PROMPTS], [3] * len(PROMPTS)))
+        asked = TextInterface.read(world / name, name)
+        found.append(answers(model, asked, [p for p, _ in PROMPTS], [3] * len(PROMPTS)))
     assert [text for text, _ in found[0]] != [text for text, _ in found[1]]
     lines = [
         {"prompt": p, "answer": text, "checker": "contains", "split": "test", "max_new_tokens": n}

@@ -29,6 +29,7 @@ from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError, spelled
 from mergekit_wp.interrupts import Interrupted
 from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
@@ -56,7 +57,7 @@ class Distance:
         return self.counts[split]
 
     def evaluate(
-        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+        self, model: Any, asked: TextInterface, split: Split, at_once: AtOnce | None = None
     ) -> list[ItemScore]:
         weight = model.model.norm.weight
         self.asked.append(split)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import ModelOutput
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.models import generation
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask, answers
 from tests.models import EOS, LETTERS, make_model, save
@@ -33,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("evaluation") / "model"
     model = make_model("llama-tied", seed=5)
     save(model, folder)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, TextInterface.read(folder, "model")
 
 
 PROMPTS = ["abc", "b", "hgfedcba", "kk", "z", "abcabcabc", "q0"]
@@ -41,18 +41,18 @@ PROMPTS = ["abc", "b", "hgfedcba", "kk", "z", "abcabcabc", "q0"]
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_answers_are_those_of_one_prompt_at_a_time(world, batch_size: int | None) -> None:
-    model, tokenizer = world
+    model, asked = world
     budgets = [6, 2, 6, 6, 1, 6, 4]
-    found = answers(model, tokenizer, PROMPTS, budgets, batch_size)
+    found = answers(model, asked, PROMPTS, budgets, batch_size)
     for prompt, budget, (text, ended) in zip(PROMPTS, budgets, found, strict=True):
         ids = greedy(model, [LETTERS.index(c) for c in prompt], budget, EOS)
         assert ended is (ids[-1] == EOS)
-        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == asked.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_scores_are_in_the_files_order_and_by_split(world, tmp_path: Path) -> None:
-    model, tokenizer = world
-    right = answers(model, tokenizer, PROMPTS, [6] * 7)
+    model, asked = world
+    right = answers(model, asked, PROMPTS, [6] * 7)
     lines = [
         {"prompt": p, "answer": text if i % 2 else "no", "split": "test" if i < 5 else "valid",
          "checker": "contains", "id": f"item {i}"}
@@ -60,19 +60,19 @@ def test_scores_are_in_the_files_order_and_by_split(world, tmp_path: Path) -> No
     ]  # fmt: skip
     task = JsonlTask.read(write(tmp_path / "t.jsonl", *lines), NONE, max_new_tokens=6)
     assert (task.name, task.count("test"), task.count("valid")) == ("t", 5, 2)
-    found = task.evaluate(model, tokenizer, "test")
+    found = task.evaluate(model, asked, "test")
     assert [x.item for x in found] == [f"item {i}" for i in range(5)]
     assert [x.score for x in found] == [0, 1, 0, 1, 0]
     assert [x.output for x in found] == [text for text, _ in right[:5]]
 
 
 def test_an_answer_that_was_cut_is_not_exact(world, tmp_path: Path) -> None:
-    model, tokenizer = world
-    ((text, ended),) = answers(model, tokenizer, ["abc"], [3])
+    model, asked = world
+    ((text, ended),) = answers(model, asked, ["abc"], [3])
     assert not ended
     line = {"prompt": "abc", "answer": text, "split": "test", "max_new_tokens": 3}
     task = JsonlTask.read(write(tmp_path / "t.jsonl", line), NONE)
-    assert task.evaluate(model, tokenizer, "test")[0].score == 0
+    assert task.evaluate(model, asked, "test")[0].score == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import yaml
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask, answers
 from mergekit_wp.tasks.lm_eval import LmEvalTask
@@ -28,15 +29,13 @@ def test_without_lm_eval_the_extra_is_named() -> None:
 
 @pytest.fixture
 def world(tmp_path: Path):
-    from transformers import AutoTokenizer
-
     from tests.models import make_model, save
 
     model = make_model("llama-tied", seed=5)
     save(model, tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    asked = TextInterface.read(tmp_path / "model", "model")
     prompts = ["abc", "bcd", "hgf", "kk", "za"]
-    right = [text for text, _ in answers(model, tokenizer, prompts, [4] * 5)]
+    right = [text for text, _ in answers(model, asked, prompts, [4] * 5)]
     for split, chosen in (("valid", range(2)), ("test", range(1, 5))):
         docs = [
             {
@@ -77,49 +76,65 @@ def world(tmp_path: Path):
     }
     for task in (generate, choose):
         (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
-    return tmp_path, model.float(), tokenizer
+    return tmp_path, model.float(), asked
 
 
 @needs_lm_eval
 @pytest.mark.slow
 def test_splits_and_scores_are_the_harness_own(world) -> None:
-    folder, model, tokenizer = world
+    folder, model, asked = world
     task = LmEvalTask.load(str(folder / "toy_generate.yaml"))
     assert (task.name, task.count("valid"), task.count("test")) == ("toy_generate", 2, 4)
-    assert [x.score for x in task.evaluate(model, tokenizer, "valid")] == [0, 1]
-    assert [x.score for x in task.evaluate(model, tokenizer, "test")] == [1, 0, 1, 0]
-    assert [x.item for x in task.evaluate(model, tokenizer, "test")] == ["0", "1", "2", "3"]
+    assert [x.score for x in task.evaluate(model, asked, "valid")] == [0, 1]
+    assert [x.score for x in task.evaluate(model, asked, "test")] == [1, 0, 1, 0]
+    assert [x.item for x in task.evaluate(model, asked, "test")] == ["0", "1", "2", "3"]
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_every_end_token_of_the_model_ends_an_answer(world) -> None:
+    folder, model, asked = world
+    task = LmEvalTask.load(str(folder / "toy_generate.yaml"))
+    prompts = ["bcd", "hgf", "kk", "za"]
+    letter = next(c for text, _ in answers(model, asked, prompts, [4] * 4) for c in text[1:])
+    ends = (*asked.ends, asked.tokenizer.convert_tokens_to_ids(letter))
+    other = TextInterface(asked.tokenizer, ends)
+    want = [text.partition(letter)[0] for text, _ in answers(model, asked, prompts, [4] * 4)]
+    found = [x.output for x in task.evaluate(model, other, "test")]
+    assert [text.count(letter) <= 1 for text in found] == [True] * 4
+    assert [text.strip("[']").partition(letter)[0] for text in found] == want
+    assert found != [x.output for x in task.evaluate(model, asked, "test")]
 
 
 @needs_lm_eval
 @pytest.mark.slow
 def test_little_memory_changes_no_score(world) -> None:
-    folder, model, tokenizer = world
+    folder, model, asked = world
     task = LmEvalTask.load(str(folder / "toy_generate.yaml"))
 
     def refuse(_module: object, args: tuple[torch.Tensor, ...]) -> None:
         if len(args[0]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    whole, notes = task.evaluate(model, tokenizer, "test"), []
+    whole, notes = task.evaluate(model, asked, "test"), []
     model.model.layers[0].register_forward_pre_hook(refuse)
     at_once = AtOnce(UNBOUNDED, notes.append)
-    assert task.evaluate(model, tokenizer, "test", at_once) == whole
-    assert task.evaluate(model, tokenizer, "test", at_once) == whole
+    assert task.evaluate(model, asked, "test", at_once) == whole
+    assert task.evaluate(model, asked, "test", at_once) == whole
     assert at_once.size == 2 and len(notes) == 2, "8, 4, 2; then 2"
 
 
 @needs_lm_eval
 @pytest.mark.slow
 def test_multiple_choice_takes_the_likelier(world) -> None:
-    folder, model, tokenizer = world
+    folder, model, asked = world
     task = LmEvalTask.load(str(folder / "toy_choose.yaml"))
-    found = [x.score for x in task.evaluate(model, tokenizer, "test")]
+    found = [x.score for x in task.evaluate(model, asked, "test")]
     want = []
     for line in (folder / "test.json").read_text().splitlines():
         doc = json.loads(line)
-        logits = model(torch.tensor([tokenizer(doc["q"]).input_ids])).logits[0, -1]
-        a, b = (float(logits[tokenizer(c).input_ids[0]]) for c in doc["choices"])
+        logits = model(torch.tensor([asked.tokenizer(doc["q"]).input_ids])).logits[0, -1]
+        a, b = (float(logits[asked.tokenizer(c).input_ids[0]]) for c in doc["choices"])
         want.append(float((b > a) == bool(doc["gold"])))
     assert found == want and len(want) == 4
 

@@ -371,7 +371,7 @@ def test_from_python(family: Family, tmp_path: Path) -> None:
         {"model": str(expert.path), "parameters": {"scores": path}}
         for expert, path in zip(family.experts, family.paths, strict=True)
     ]
-    merge(family.recipe() | {"models": models}, tmp_path / "mine", options, write_card)
+    merge(family.recipe() | {"models": models}, tmp_path / "mine", options, write_card, print)
     found = load_file(tmp_path / "mine" / "model.safetensors")
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in found)
     assert "weight_patching" in (tmp_path / "mine" / "README.md").read_text()
@@ -383,15 +383,15 @@ def test_from_python(family: Family, tmp_path: Path) -> None:
             for key, model in of.items()
         }
         scorefile.write(replace(file, manifest=file.manifest.model_copy(update=names)), path)
-    merge(recipe_of(family.paths), tmp_path / "of", options, write_card)
+    merge(recipe_of(family.paths), tmp_path / "of", options, write_card, print)
     found = load_file(tmp_path / "of" / "model.safetensors")
     assert all(torch.equal(found[n], wanted[n]) for n in wanted)
     before = tree(tmp_path)
     with pytest.raises(UserError, match="recipe in memory: model .* has no 'scores'"):
         bare = [{"model": str(expert.path)} for expert in family.experts]
-        merge(family.recipe() | {"models": bare}, tmp_path / "no", options, write_card)
+        merge(family.recipe() | {"models": bare}, tmp_path / "no", options, write_card, print)
     with pytest.raises(UserError, match="recipe in memory cannot be written as YAML"):
-        merge(family.recipe() | {"dtype": object()}, tmp_path / "no", options, write_card)
+        merge(family.recipe() | {"dtype": object()}, tmp_path / "no", options, write_card, print)
     with pytest.raises(UserError, match="needs a score file for every expert"):
         recipe_of([])
     assert tree(tmp_path) == before

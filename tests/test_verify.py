@@ -22,6 +22,7 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.sets import extreme, matched
 from mergekit_wp.mechanism.verify import estimate, verify
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.report.verification import area
 from mergekit_wp.runs.journal import Journal
@@ -233,10 +234,8 @@ def test_behaviour_is_the_rate_of_right_answers(world: Path, file: Path) -> None
     ends = []
     for folder in ("base", "expert"):
         model = load(world / folder)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(world / folder)
-        ends.append(np.mean([x.score for x in task.evaluate(model, tokenizer, "test")]))
+        asked = TextInterface.read(world / folder, folder)
+        ends.append(np.mean([x.score for x in task.evaluate(model, asked, "test")]))
     assert ("behavior" in measured) == (ends[0] != ends[1]), "no scale where both are alike"
     assert any("'behavior' is alike" in n for n in quiet.notes) == (ends[0] == ends[1])
 

@@ -48,6 +48,7 @@ from benchmarks.smollm2.tasks import (
 )
 from benchmarks.zoo.bench import Silent
 from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 
@@ -141,6 +142,7 @@ def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
 def measure(model: Any, skills: tuple[str, ...]) -> dict[str, Any]:
     """Test scores, rule kept though not asked for, and surprise by plain text."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
+    asked = TextInterface.of(BASE, tokenizer)
     model = model.to(device(), torch.float32).eval()
     checkers = Checkers.load(REPO / HERE / "checkers.py")
     found: dict[str, Any] = {
@@ -149,7 +151,7 @@ def measure(model: Any, skills: tuple[str, ...]) -> dict[str, Any]:
     for skill in skills:
         path = LEAK if skill == "unasked" else BUILD / "tasks" / f"{skill}.jsonl"
         task = JsonlTask.read(path, checkers)
-        found[skill] = [x.score for x in task.evaluate(model, tokenizer, "test")]
+        found[skill] = [x.score for x in task.evaluate(model, asked, "test")]
     return found
 
 

@@ -22,6 +22,7 @@ from benchmarks.smollm2.bench import COMBINATIONS, HERE, local
 from benchmarks.smollm2.paths import BASE, BUILD, IFEVAL, REPO, command, device, read_jsonl
 from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
 from benchmarks.smollm2.tasks import SKILLS
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 
@@ -32,13 +33,14 @@ FOLDER = BUILD / "general"
 def measure(folder: Path, texts: list[str], others: list[str]) -> dict[str, Any]:
     """Surprise by text, and test scores of the skills that are not the model's."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = TextInterface.of(folder, tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model = model.to(device()).eval()
     checkers = Checkers.load(REPO / HERE / "checkers.py")
     found: dict[str, Any] = {"surprise": surprise(model, tokenizer, texts).tolist()}
     for skill in others:
         task = JsonlTask.read(BUILD / "tasks" / f"{skill}.jsonl", checkers)
-        found[skill] = [x.score for x in task.evaluate(model, tokenizer, "test")]
+        found[skill] = [x.score for x in task.evaluate(model, asked, "test")]
     return found
 
 

@@ -18,6 +18,7 @@ from mergekit_wp.architectures import Dims
 from mergekit_wp.comparison.rows import Comparison
 from mergekit_wp.components import Partition
 from mergekit_wp.joint.guided import PathPosition
+from mergekit_wp.models.generation import TextInterface
 
 State = dict[str, torch.Tensor]
 EXPERTS = ("inst", "math", "sort")
@@ -32,6 +33,7 @@ class Lab:
             return {n: p.detach().clone() for n, p in model.named_parameters()}
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        self.asked = TextInterface.of(folder / "base", self.tokenizer)
         self.model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         self.base = load("base")
         self.experts = {e: load(e) for e in EXPERTS}
@@ -230,7 +232,7 @@ def naive_rows(seed: int, comparison: Comparison) -> dict[str, float]:
         lab.model.load_state_dict(state, strict=False)
         parts = []
         for e in EXPERTS:
-            scores = task(folder, seed, e).evaluate(lab.model.eval(), lab.tokenizer, "test")
+            scores = task(folder, seed, e).evaluate(lab.model.eval(), lab.asked, "test")
             own = rows[f"expert {e}"].scores[e][0]
             parts.append(sum(x.score for x in scores) / sum(own))
         found[name] = sum(parts) / len(parts)

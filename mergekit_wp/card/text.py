@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mergekit_wp.card.contributions import Contributions
 from mergekit_wp.card.evaluation import Evaluation
 from mergekit_wp.card.scores import ScoreCopy
 from mergekit_wp.card.sources import Source
 from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.report.words import KIND_WORDS, clean, fidelity_rows, markdown
 from mergekit_wp.terms import CriterionName, Estimand
@@ -19,7 +20,7 @@ def source_table(found: Sequence[Source]) -> str:
     """Inputs with their revisions and licences."""
     rows = [
         (
-            f"[{s.path}](https://huggingface.co/{s.path})" if s.on_hub else f"`{_shown(s.path)}`",
+            f"[{s.path}](https://huggingface.co/{s.path})" if s.on_hub else f"`{shown(s.path)}`",
             s.role,
             f"`{s.revision}`" if s.revision else "not pinned" if s.on_hub else "a local folder",
             s.licence,
@@ -27,6 +28,29 @@ def source_table(found: Sequence[Source]) -> str:
         for s in found
     ]
     return "## Inputs\n\n" + markdown(("model", "role", "revision", "licence"), rows, 4)
+
+
+def how_it_is_asked(
+    found: TextInterface | None, taken: str, differs: Mapping[str, Sequence[str]]
+) -> str:
+    """Whose tokenizer, chat template and end tokens the merge has, and whose are others.
+
+    Args:
+        found: how the merge is asked, None where its folder has no tokenizer.
+        taken: whose that is.
+        differs: by model, what differs from the base's.
+    """
+    head = "## How to ask it\n\n"
+    listed = "; ".join(f"`{shown(model)}` ({', '.join(what)})" for model, what in differs.items())
+    others = f" Not asked as the base: {listed}." if listed else ""
+    if found is None:
+        return f"{head}This folder has no tokenizer.{others}\n"
+    template = "with" if found.tokenizer.chat_template else "without"
+    ends = ", ".join(f"`{token}`" for token in found.end_texts()) or "nothing"
+    return (
+        f"{head}This model has {taken}: prompts go {template} a chat template, and an answer ends "
+        f"with {ends}.{others}\n"
+    )
 
 
 def contribution_table(found: Contributions, picture: str) -> str:
@@ -112,6 +136,6 @@ def how_to_repeat(config: str, version: str, scored: bool) -> str:
     )
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """A local path without the author's folders."""
     return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path

@@ -29,8 +29,10 @@ from mergekit_wp.card.scores import ScoreCopy, copy_scores
 from mergekit_wp.card.sources import Source, common_licence, sources
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.merging.interface import differing, taken
 from mergekit_wp.merging.plan import plan
 from mergekit_wp.merging.recipe import Recipe, experts_in_order, read
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.version import __version__
 
@@ -67,7 +69,12 @@ def write_card(
     if recipe.is_weight_patching:
         copies, config_text = copy_scores(recipe, folder)
     found = sources(recipe.config)
-    parts = [text.source_table(found)]
+    asked = text.how_it_is_asked(
+        TextInterface.read(folder, folder.name),
+        taken(recipe.config, text.shown),
+        differing(recipe.config, MergeOptions()),
+    )
+    parts = [text.source_table(found), asked]
     if recipe.is_weight_patching:
         shares = contributions(experts_in_order(recipe.config), tasks)
         with written_whole(folder / CHART) as temporary:

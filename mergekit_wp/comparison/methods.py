@@ -20,6 +20,7 @@ from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError
+from mergekit_wp.merging.interface import settings_of
 
 OURS = "weight_patching"
 #: linear's share of the base, beside 1 for every expert; mergekit has no such parameter
@@ -167,7 +168,8 @@ def configuration(
         base: the base model.
         experts: the others.
         dtype: of the merge.
-        recipe: ours, whose own parameters stay where the setting says nothing.
+        recipe: ours, whose own parameters stay where the setting says nothing; its tokenizer, chat
+            template and dtypes are every method's.
     """
     if method.merge_method == OURS:
         assert recipe is not None
@@ -181,11 +183,16 @@ def configuration(
     if method.merge_method == "linear":
         per_model["weight"] = 1.0
     models: list[dict[str, Any]] = [{"model": m, "parameters": dict(per_model)} for m in experts]
-    if setting.get(BASE_WEIGHT):
-        models.append({"model": base, "parameters": {"weight": setting[BASE_WEIGHT]}})
-    data: dict[str, Any] = {"merge_method": method.merge_method, "models": models, "dtype": dtype}
-    if method.merge_method != "linear":
-        data["base_model"] = base
+    if method.merge_method == "linear":
+        models.append({"model": base, "parameters": {"weight": setting.get(BASE_WEIGHT, 0.0)}})
+    # mergekit takes config and tokenizer from the base, and where none is named from any model
+    kept = {"dtype": dtype} | (settings_of(recipe) if recipe is not None else {})
+    data: dict[str, Any] = {
+        "merge_method": method.merge_method,
+        "base_model": base,
+        "models": models,
+        **kept,
+    }
     if shared:
         data["parameters"] = shared
     return MergeConfiguration.model_validate(data)

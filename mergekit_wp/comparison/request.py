@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from pydantic import Field
 
 from mergekit_wp.comparison.methods import DEFAULT_METHODS, Method, methods_of, read_grid
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.interface import difference_note, settings_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
@@ -151,6 +153,10 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
     )
     plan.check()
+    # other recipes may have tokenizers of their own
+    settings = {repr(settings_of(config)): config for config in [*fixed.values(), first]}
+    lines = [difference_note(c, MergeOptions()) for c in reversed(settings.values())]
+    notes += [line for line in lines if line is not None]
     return plan, notes
 
 
@@ -188,7 +194,9 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     def weights(reference: str) -> str:
         checkpoint = Checkpoint(reference)
         checkpoint.require_whole("compare")
-        return f"{checkpoint.config_hash[:16]} {checkpoint.weights_sha256()[:32]}"
+        asked = checkpoint.interface()
+        how = "" if asked is None else f" {asked.digest()[:16]}"
+        return f"{checkpoint.config_hash[:16]} {checkpoint.weights_sha256()[:32]}{how}"
 
     def recipe(config: MergeConfiguration) -> str:
         digest = hashlib.sha256(config.model_dump_json(exclude={"models"}).encode())

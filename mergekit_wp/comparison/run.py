@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
 import torch
 from mergekit.config import MergeConfiguration
@@ -28,13 +30,18 @@ from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.merging.aim import activation_importance, apply_aim
+from mergekit_wp.merging.interface import write_beside
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.generation import TextInterface, read_tokenizer
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.memory import is_out_of_memory
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.terms import RowRole, Split
+
+#: a model in memory and how it is asked, while the context lasts
+Ready: TypeAlias = AbstractContextManager[tuple[Any, TextInterface]]
 
 
 @dataclass
@@ -118,10 +125,13 @@ class Runner:
                     f"'{checkpoint.name}' has no tokenizer; that of the merges is used"
                 )
             tokenizer = self.tokenizer
+        asked = TextInterface.of(checkpoint.path, tokenizer)
+
+        def load() -> Ready:
+            return nullcontext((self.evaluation.load_checkpoint(checkpoint), asked))
+
         for split in splits:
-            self._measure(
-                name, {}, 0, split, lambda: self.evaluation.load_checkpoint(checkpoint), tokenizer
-            )
+            self._measure(name, {}, 0, split, load)
         return self._row(name, role, name, {}, (0,), None)
 
     def _method_rows(self, method: Method, won: dict[str, Setting]) -> list[Row]:
@@ -211,8 +221,7 @@ class Runner:
         setting: Setting,
         seed: int,
         split: Split,
-        load: Callable[[], Any],
-        tokenizer: Any = None,
+        load: Callable[[], Ready],
     ) -> None:
         """Evaluate one model on the tasks that are not done yet; record how merges fail."""
         todo = []
@@ -225,18 +234,11 @@ class Runner:
         if not todo:
             return
         try:
-            loaded = load()
-            opened = loaded if hasattr(loaded, "__enter__") else nullcontext(loaded)
-            with opened as ready:
+            with load() as (ready, asked):
                 for task, job in todo:
                     try:
                         with finishing():
-                            found = task.evaluate(
-                                ready,
-                                tokenizer or self.tokenizer,
-                                split,
-                                self.at_once[task.name],
-                            )
+                            found = task.evaluate(ready, asked, split, self.at_once[task.name])
                             self.results.add(job, found)
                     except MAY_FAIL as error:
                         self._record_failure(error, [job])
@@ -258,14 +260,24 @@ class Runner:
     def _options(self, seed: int) -> MergeOptions:
         return MergeOptions(quiet=True, random_seed=seed, device=self.plan.device)
 
+    @contextmanager
     def _merge(
         self, setting: Setting, seed: int, make: Callable[[Setting], MergeConfiguration]
-    ) -> Any:
+    ) -> Iterator[tuple[Any, TextInterface]]:
         config = make(setting)
-        if OMEGA in setting or (self.in_memory and keeps_shapes(config)):
-            tensors = merge_in_memory(config, self._options(seed))
-            return self.evaluation.load(self._with_aim(setting, tensors))
-        return _on_disk(self, config, seed)
+        if OMEGA not in setting and not (self.in_memory and keeps_shapes(config)):
+            with _on_disk(self, config, seed) as found:
+                yield found
+            return
+        tensors = merge_in_memory(config, self._options(seed))
+        with TemporaryDirectory() as beside:
+            write_beside(config, self._options(seed), Path(beside))
+            asked = self.interface_of(Path(beside))
+        yield self.evaluation.load(self._with_aim(setting, tensors)), asked
+
+    def interface_of(self, folder: Path) -> TextInterface:
+        """How the merge in a folder is asked; where mergekit copied no tokenizer as the base is."""
+        return TextInterface.of(folder, read_tokenizer([folder], "the merge") or self.tokenizer)
 
     def _with_aim(
         self, setting: Setting, tensors: dict[str, torch.Tensor]
@@ -287,7 +299,9 @@ class Runner:
 
 
 @contextmanager
-def _on_disk(runner: Runner, config: MergeConfiguration, seed: int) -> Iterator[Any]:
+def _on_disk(
+    runner: Runner, config: MergeConfiguration, seed: int
+) -> Iterator[tuple[Any, TextInterface]]:
     """A merge in a folder of its own while it is evaluated."""
     plan = runner.plan
     with merged_on_disk(config, runner._options(seed), runner.results.folder) as folder:
@@ -297,7 +311,7 @@ def _on_disk(runner: Runner, config: MergeConfiguration, seed: int) -> Iterator[
             if is_out_of_memory(error):
                 raise
             raise UserError(f"the merge cannot be loaded: {error}") from error
-        yield model
+        yield model, runner.interface_of(folder)
 
 
 def _fixed(config: MergeConfiguration, _setting: Setting) -> MergeConfiguration:

@@ -16,7 +16,7 @@ from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.joint.files import check_folder, company_files, write_company
+from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.guided import PathPosition, path_scores
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.merged_model import mix
@@ -74,7 +74,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
             command=command_of(request),
             created=journal.created,
         )
-        write_company(request.out, found)
+        write_company(request.out, found, kept_settings(request.recipe))
         journal.discard()
     return found
 

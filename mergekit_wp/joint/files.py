@@ -15,7 +15,9 @@ from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.request import NamedExperts
+from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.merging.merge import recipe_of
+from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.score import common_fields
 from mergekit_wp.terms import Estimand, Kind
@@ -96,12 +98,20 @@ def company_files(
     return found
 
 
-def write_company(folder: Path | None, files: Mapping[str, ScoreFile]) -> None:
+def kept_settings(recipe: Path | NamedExperts) -> dict[str, Any]:
+    """What a recipe made from another says as that does: tokenizer, chat template, dtypes."""
+    return {} if isinstance(recipe, NamedExperts) else settings_of(Experts.read(recipe).config)
+
+
+def write_company(
+    folder: Path | None, files: Mapping[str, ScoreFile], settings: Mapping[str, Any]
+) -> None:
     """Write the score files of all experts, and the recipe that merges by them.
 
     Args:
         folder: where the recipe goes; None writes nothing.
         files: by the experts' names.
+        settings: of the recipe, see `kept_settings`.
 
     Raises:
         UserError: one cannot be written.
@@ -110,6 +120,6 @@ def write_company(folder: Path | None, files: Mapping[str, ScoreFile]) -> None:
         return
     for name, file in files.items():
         write(file, folder / f"{name}.safetensors")
-    recipe = recipe_of([str(folder / f"{name}.safetensors") for name in files])
+    recipe = recipe_of([str(folder / f"{name}.safetensors") for name in files], settings)
     with written_whole(folder / RECIPE) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))

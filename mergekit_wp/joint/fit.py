@@ -17,7 +17,7 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Fidelity, Fit, Guard, Moment
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FitState, Fitting
-from mergekit_wp.joint.files import check_folder, company_files, write_company
+from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.guided import path_scores
 from mergekit_wp.joint.members import Member, measure, open_members
@@ -86,7 +86,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
             command=command_of(request),
             created=journal.created,
         )
-        write_company(request.out, found)
+        write_company(request.out, found, kept_settings(request.recipe))
         journal.discard()
     return found
 

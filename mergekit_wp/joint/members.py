@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.joint.request import MembersRequest, NamedExperts
+from mergekit_wp.merging.interface import differences, note_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.model_names import last_name
@@ -64,6 +65,17 @@ def open_members(request: MembersRequest, folder: Path | None, progress: Progres
     """
     members = [_open(name, r, progress) for name, r in _requests(request, folder).items()]
     _check_alike(members)
+    config = (
+        None if isinstance(request.recipe, NamedExperts) else Experts.read(request.recipe).config
+    )
+    base = members[0].pair.base.interface()
+    differs = {
+        member.pair.expert.name: found
+        for member in members
+        if (found := differences(member.pair.expert.interface(), base))
+    }
+    if line := note_of(members[0].pair.base.name, differs, config):
+        progress.note(line)
     return members
 
 

@@ -24,6 +24,7 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.sets import Members, extreme, matched, swapped
 from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, batches, read_prompts
 from mergekit_wp.runs.command import command_of, versions
@@ -91,7 +92,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
         at_once = AtOnce(size, progress.note)
         if unknown := [c for c in file.manifest.criteria if c not in CRITERIA]:
             progress.note(f"no curve by '{unknown[0]}': a caller's function is not in its file")
-        meter = SetMeasurement(resident, every, len(samples), file, task, run.tokenizer, at_once)
+        meter = SetMeasurement(resident, every, len(samples), file, task, run.interface, at_once)
         ends, found = _measure(request, sizes, fine, meter, journal, progress)
         for measure, value in ends[0].items():
             if float(value.mean()) == float(ends[1][measure].mean()):
@@ -124,11 +125,11 @@ class SetMeasurement:
         n: int,
         file: ScoreFile,
         task: JsonlTask | None,
-        tokenizer: Any,
+        asked: TextInterface,
         at_once: AtOnce,
     ) -> None:
         self.resident, self.every, self.n = resident, every, n
-        self.task, self.tokenizer = task, tokenizer
+        self.task, self.asked = task, asked
         self.criteria: tuple[CriterionName, ...] = tuple(
             dict.fromkeys(("kl", *(c for c in file.manifest.criteria if c in CRITERIA)))
         )
@@ -152,7 +153,7 @@ class SetMeasurement:
         found: dict[str, torch.Tensor] = {name: v.double() for name, v in values.items()}
         if self.task is not None:
             scores = self.task.evaluate(
-                self.resident.model, self.tokenizer, "test", self.answered_at_once
+                self.resident.model, self.asked, "test", self.answered_at_once
             )
             found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)
         return found

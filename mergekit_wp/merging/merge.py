@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import disk_trouble, staged_folder
 from mergekit_wp.merging import preflight
 from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.interface import difference_note
 from mergekit_wp.merging.open_models import with_snapshots
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
@@ -33,6 +34,7 @@ def merge(
     out: str | os.PathLike[str],
     options: MergeOptions,
     complete: Completion,
+    note: Callable[[str], None],
 ) -> None:
     """Merge into a folder, which appears only when it is complete.
 
@@ -43,6 +45,7 @@ def merge(
         out: the folder.
         options: mergekit's.
         complete: writes the model card, unless the options want none.
+        note: told where the merge is not asked as an expert is.
 
     Raises:
         UserError: any mistake in the recipe, its score files and its models that shows before
@@ -58,6 +61,8 @@ def merge(
     checked = recipes.read(recipe)
     check_target(target, (model.model.path for model in checked.config.referenced_models()))
     tasks = preflight.check(checked, options)
+    if options.copy_tokenizer and (line := difference_note(checked.config, options)):
+        note(line)
     # the card is written here: mergekit's asks the network about folders with one slash
     bare = options.model_copy(update={"write_model_card": False})
     with staged_folder(target) as folder, _nothing_missing():
@@ -67,11 +72,14 @@ def merge(
             complete(folder, checked, tasks)
 
 
-def recipe_of(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+def recipe_of(
+    files: Sequence[str | os.PathLike[str]], settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A recipe that merges the experts of score files into the base of the first, by their scores.
 
     Args:
         files: one an expert, here or ``hf://...``; of experts scored together all of them.
+        settings: of the recipe they were made from, see `interface.SETTINGS`.
 
     Raises:
         UserError: no file, or one that cannot be read.
@@ -90,6 +98,7 @@ def recipe_of(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
         ],
         **together,
         "dtype": manifests[0].base.weights_dtype,
+        **(settings or {}),
     }
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import yaml
@@ -23,6 +24,7 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
+from mergekit.merge import _set_chat_template
 from pydantic import BaseModel, ValidationError
 
 from mergekit_wp.errors import UserError
@@ -69,6 +71,7 @@ class Experts:
 
     base: str
     models: tuple[str, ...]
+    config: MergeConfiguration
 
     @classmethod
     def read(cls, given: RecipeLike) -> Experts:
@@ -97,7 +100,7 @@ class Experts:
         models = dict.fromkeys(str(m.model) for m in config.models if m.model != config.base_model)
         if not models:
             raise UserError(f"recipe {path} names no expert beside the base model")
-        return cls(str(config.base_model), tuple(models))
+        return cls(str(config.base_model), tuple(models), config)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ def _parsed(path: Path, data: Mapping[str, Any], *, known_only: bool = False) ->
             merge_methods.get(config.merge_method)
             for dtype in (config.dtype, config.out_dtype):
                 dtype_from_name(dtype)
+            if config.chat_template != "auto":  # mergekit looks at it when all is merged
+                _set_chat_template(SimpleNamespace(), config)
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"recipe {path}: {one_line(error)}") from error
     return config

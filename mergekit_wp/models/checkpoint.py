@@ -20,12 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
 from mergekit_wp.architectures import text_config
 from mergekit_wp.architectures.computation import VOLATILE_CONFIG
 from mergekit_wp.errors import UserError
 from mergekit_wp.models import hub
+from mergekit_wp.models.generation import TextInterface, read_tokenizer
 from mergekit_wp.models.load import read_config
 from mergekit_wp.models.lora import Adapter
 from mergekit_wp.models.parameter_names import StoredNames
@@ -40,7 +40,6 @@ from mergekit_wp.models.refusals import (
 )
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows, Span, on_device
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # numbers that are read at once where a tensor can be read in pieces
 _PIECE = 2**21
 
@@ -261,16 +260,14 @@ class Checkpoint:
         Raises:
             UserError: it has one that cannot be loaded.
         """
-        places = (
-            [Path(self.path)] if self.adapter is None else [self.adapter.folder, Path(self.path)]
-        )
-        has = [p for p in places if any(Path(p, name).exists() for name in _TOKENIZER_FILES)]
-        if not has:
-            return None
-        try:
-            # said outright: by default transformers asks on the terminal about a folder's own code
-            return AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
-        except Exception as error:  # tokenizers raise whatever they like
-            raise UserError(
-                f"the tokenizer of '{self.name}' cannot be loaded: {hub.reason(error)}"
-            ) from error
+        adapter = [] if self.adapter is None else [self.adapter.folder]
+        return read_tokenizer([*adapter, Path(self.path)], self.name)
+
+    def interface(self) -> TextInterface | None:
+        """How the checkpoint is asked, None when it has no tokenizer.
+
+        Raises:
+            UserError: a tokenizer or generation config that cannot be read.
+        """
+        tokenizer = self.tokenizer()
+        return None if tokenizer is None else TextInterface.of(self.path, tokenizer)

@@ -1,33 +1,120 @@
-"""Greedy answers of a model to a batch of prompts."""
+"""How a model is asked, and its greedy answers to a batch of prompts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import parse_json
+from mergekit_wp.models import hub
 
 # what a model calls the keys and values it keeps, where it takes and gives them: since
 # transformers 5.24, and before
 _CACHES = ("cache", "past_key_values")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class TextInterface:
+    """How a model is asked: it belongs to the model, as its weights do.
+
+    Attributes:
+        tokenizer: of transformers, with the chat template.
+        ends: tokens that end an answer, see `end_tokens`.
+    """
+
+    tokenizer: Any
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: str | Path, tokenizer: Any) -> TextInterface:
+        """That of a model's folder, with its tokenizer, or another's where it has none.
+
+        Raises:
+            UserError: a generation config that cannot be read.
+        """
+        return cls(tokenizer, tuple(end_tokens(folder, tokenizer)))
+
+    @classmethod
+    def read(cls, folder: str | Path, name: str) -> TextInterface | None:
+        """That of a model's folder, None where there is no tokenizer.
+
+        Raises:
+            UserError: a tokenizer or a generation config that cannot be read.
+        """
+        tokenizer = read_tokenizer([Path(folder)], name)
+        return None if tokenizer is None else cls.of(folder, tokenizer)
+
+    def differences(self, other: TextInterface) -> list[str]:
+        """What differs in words, nothing where both ask alike."""
+        pairs = {
+            "tokens": (_tokens(self.tokenizer), _tokens(other.tokenizer)),
+            "chat template": (self.tokenizer.chat_template, other.tokenizer.chat_template),
+            "end tokens": (self.end_texts(), other.end_texts()),
+        }
+        return [what for what, (one, another) in pairs.items() if one != another]
+
+    def digest(self) -> str:
+        """sha256 of all that decides how a model is asked."""
+        vocabulary, own = _tokens(self.tokenizer)
+        content = [sorted(vocabulary.items()), own, self.tokenizer.chat_template, self.ends]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def end_texts(self) -> list[str]:
+        """The end tokens as they are written."""
+        return [str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.ends]
+
+
+def read_tokenizer(places: Sequence[Path], name: str) -> Any | None:
+    """The tokenizer of the first of these folders that has one, None where none has.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    has = [place for place in places if any((place / file).exists() for file in _TOKENIZER_FILES)]
+    if not has:
+        return None
+    try:
+        # said outright: by default transformers asks on the terminal about a folder's own code
+        return AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
+    except Exception as error:  # tokenizers raise whatever they like
+        raise UserError(
+            f"the tokenizer of '{name}' cannot be loaded: {hub.reason(error)}"
+        ) from error
+
+
+def _tokens(tokenizer: Any) -> tuple[dict[str, int], dict[str, Any]]:
+    """All that decides how a text becomes tokens, as far as a tokenizer says it."""
+    own: dict[str, Any] = {}
+    if tokenizer.is_fast:
+        own = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding"):  # of the last batch that it was saved after
+            own.pop(key)
+    return tokenizer.get_vocab(), own
 
 
 def end_tokens(folder: str | Path, tokenizer: Any) -> list[int]:
-    """Tokens that end a model's answers: its tokenizer's and its generation config's.
+    """Tokens that end a model's answers: its tokenizer's, and those by which transformers stops.
 
-    Of the generation config nothing else is read: answers are greedy, whatever it says of sampling.
+    These stand in the generation config, or where there is none in the config. Nothing else of a
+    generation config is read: answers are greedy, whatever it says of sampling.
 
     Raises:
         UserError: a generation config that is no JSON, or whose eos_token_id is no token.
     """
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     file = Path(folder, "generation_config.json")
-    if not str(folder) or not file.is_file():
+    if not file.is_file():
+        file = Path(folder, "config.json")
+    if not file.is_file():
         return sorted(ends)
     try:
         config = parse_json(file.read_bytes())
@@ -36,6 +123,8 @@ def end_tokens(folder: str | Path, tokenizer: Any) -> list[int]:
     if not isinstance(config, dict):
         raise UserError(f"{file} is no JSON object; remove it, or copy it again from the model")
     stated = config.get("eos_token_id")
+    if stated is None and isinstance(text := config.get("text_config"), dict):
+        stated = text.get("eos_token_id")
     tokens = stated if isinstance(stated, list) else [] if stated is None else [stated]
     for token in tokens:
         if not isinstance(token, int) or isinstance(token, bool):

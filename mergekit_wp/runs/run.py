@@ -16,7 +16,7 @@ from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import ModelId
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.generation import end_tokens, greedy
+from mergekit_wp.models.generation import TextInterface, greedy
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.models.placement import MaxMemory
 from mergekit_wp.models.resident import ResidentModel
@@ -92,6 +92,11 @@ class Run:
         texts.check_vocabulary(self.pair.vocabulary)
         return replace(self, prompts=prompts, texts=texts)
 
+    @cached_property
+    def interface(self) -> TextInterface:
+        """How the expert is asked."""
+        return TextInterface.of(self.pair.expert.path, self.tokenizer)
+
     def load(self, max_memory: MaxMemory | None = None) -> ResidentModel:
         """The model that is run, as large as one of the checkpoints.
 
@@ -120,11 +125,9 @@ class Run:
 
         def answers(chunk: Sequence[int]) -> dict[str, torch.Tensor]:
             resident.move_to(position)
-            ends = end_tokens(self.pair.expert.path, self.tokenizer)
             some, length = [prompts[i] for i in chunk], self.request.max_new_tokens
-            found = at_once.run(
-                partial(greedy, resident.model, some, length, ends, resident.device)
-            )
+            ends, device = self.interface.ends, resident.device
+            found = at_once.run(partial(greedy, resident.model, some, length, ends, device))
             return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
 
         if chunks:

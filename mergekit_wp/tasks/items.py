@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import complaint, parse_json, read_lines
 from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.generation import end_tokens, greedy
+from mergekit_wp.models.generation import TextInterface, greedy
 from mergekit_wp.prompts import Text, encode_prompt
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.task import ItemScore
@@ -95,7 +95,11 @@ class JsonlTask:
         return len(self.of(split))
 
     def evaluate(
-        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+        self,
+        model: Any,
+        asked: TextInterface,
+        split: Split,
+        at_once: AtOnce | None = None,
     ) -> list[ItemScore]:
         """Greedy answers, checked.
 
@@ -108,7 +112,7 @@ class JsonlTask:
         items = self.of(split)
         outputs = answers(
             model,
-            tokenizer,
+            asked,
             [item["prompt"] for item in items],
             [item.get("max_new_tokens", self.max_new_tokens) for item in items],
             self.batch_size,
@@ -124,7 +128,7 @@ class JsonlTask:
 
 def answers(
     model: Any,
-    tokenizer: Any,
+    asked: TextInterface,
     prompts: Sequence[Text],
     max_new_tokens: Sequence[int],
     batch_size: int | None = None,
@@ -134,7 +138,7 @@ def answers(
 
     Args:
         model: a causal LM of transformers.
-        tokenizer: its tokenizer; the chat template is applied where there is one.
+        asked: how it is asked; the chat template is applied where there is one.
         prompts: texts or chat messages.
         max_new_tokens: longest answer of each.
         batch_size: sequences at once; None for a size that fits the device.
@@ -143,9 +147,8 @@ def answers(
     Raises:
         OutOfMemory: there is not even memory for one sequence.
     """
+    tokenizer, ends = asked.tokenizer, asked.ends
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    ends = end_tokens(getattr(model, "name_or_path", ""), tokenizer)
-    ends = sorted({*ends, *_listed(model.generation_config.eos_token_id)})
     order = sorted(range(len(prompts)), key=lambda i: (max_new_tokens[i], len(encoded[i])))
     found: dict[int, tuple[str, bool]] = {}
     rows, tokens = _BATCH["cpu" if model.device.type == "cpu" else "cuda"]
@@ -169,10 +172,6 @@ def answers(
             found[i] = (tokenizer.decode(ids, skip_special_tokens=True), ended)
         start += size
     return [found[i] for i in range(len(prompts))]
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _parse(line: str, where: str, checkers: Checkers) -> dict[str, Any]:

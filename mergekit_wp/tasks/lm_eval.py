@@ -13,6 +13,7 @@ from typing import Any
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
@@ -97,7 +98,11 @@ class LmEvalTask:
             )
 
     def evaluate(
-        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+        self,
+        model: Any,
+        asked: TextInterface,
+        split: Split,
+        at_once: AtOnce | None = None,
     ) -> list[ItemScore]:
         """Every document's first metric, by the harness's own evaluation.
 
@@ -109,7 +114,11 @@ class LmEvalTask:
         """
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
+        from transformers import GenerationConfig
 
+        tokenizer = asked.tokenizer
+        # the harness stops at the tokenizer's own end token, and where transformers does
+        model.generation_config = GenerationConfig(eos_token_id=list(asked.ends))
         task = copy.copy(self.task)
         task._config = copy.copy(self.task._config)
         if split == "valid":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.terms import Split
 
 
@@ -33,13 +34,17 @@ class Task(Protocol):
         """Items of a split; 0 where the task has none."""
 
     def evaluate(
-        self, model: Any, tokenizer: Any, split: Split, at_once: AtOnce | None = None
+        self,
+        model: Any,
+        asked: TextInterface,
+        split: Split,
+        at_once: AtOnce | None = None,
     ) -> list[ItemScore]:
         """Every item's score, in a fixed order with fixed names.
 
         Args:
             model: a transformers causal LM in eval mode.
-            tokenizer: its tokenizer.
+            asked: how it is asked.
             split: which items.
             at_once: no more sequences go through the model together, and fewer where memory runs
                 out; with None running out is an error.
