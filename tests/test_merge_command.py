@@ -87,7 +87,7 @@ def test_the_result_is_mergekits_own(family: Family, tmp_path: Path) -> None:
     config = MergeConfiguration.model_validate(yaml.safe_load(source))
     run_merge(config, str(tmp_path / "stock" / "out"), options, config_source=source)
     out, stock = tmp_path / "deep" / "er" / "out", tmp_path / "stock" / "out"
-    assert set(os.listdir(out)) - set(os.listdir(stock)) == {"scores"}
+    assert set(os.listdir(out)) - set(os.listdir(stock)) == {"scores", "contributions.png"}
     texts = {"README.md", "mergekit_config.yml"}  # see test_card
     assert texts < set(os.listdir(stock))
     for name in set(os.listdir(stock)) - texts:
