@@ -26,7 +26,8 @@ from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.members import _at_expert
-from mergekit_wp.prompts import encode_prompt, read_prompts
+from mergekit_wp.models.encoding import encode_prompt
+from mergekit_wp.prompts import read_prompts
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.lm_eval import LmEvalTask
