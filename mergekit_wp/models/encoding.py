@@ -284,6 +284,8 @@ class Context:
         """Of a model, with weights or without; None where nothing states it or it grows."""
         config = text_config(model.config)
         stated = getattr(config, "max_position_embeddings", None)
+        if stated is None and isinstance(biased := getattr(config, "max_seq_len", None), int):
+            return cls(biased, ends=True)  # MPT makes its biases for so many
         if not isinstance(stated, int) or RopeBorders.of(config).growing:
             return None
         rows = {stated + offset for offset in _OFFSETS}
