@@ -50,7 +50,7 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
         objectives = [objective_of(m, own) for m, own in zip(coarse, references, strict=True)]
         for guard in request.guards:
             prompts = read_prompts(guard, request.max_prompts)
-            objectives.append(guard_of(prompts, coarse, journal, size))
+            objectives.append(guard_of(coarse[0].run.asking(prompts), coarse, journal, size))
         fitting = Fitting(request, coarse, objectives, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
     fitting.move_to(state.best)

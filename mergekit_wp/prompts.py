@@ -1,10 +1,10 @@
-"""Prompts, from a file or from memory, and their tokens.
+"""Prompts, from a file or from memory, and their tokens in batches.
 
 A prompt file is JSONL: ``prompt`` (text or chat messages), optional ``contrast`` (the same request
-without the instruction), optional ``response``. The text is the prompt, then the response, then
-the end-of-sequence token. Sequences are padded on the right and no mask is
-needed: under causal attention nothing looks at a later position, so a prompt's numbers do not
-depend on what it is batched with.
+without the instruction), optional ``response``. Sequences are padded on the right and no mask is
+needed: under causal attention nothing looks at a later position, and where the length of the
+longest changes all positions, each length goes with its like. So a prompt's numbers do not depend
+on what it is batched with.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -185,56 +186,6 @@ def _checked(prompt: Prompt, where: str) -> Prompt:
     return prompt
 
 
-def encode_prompt(tokenizer: Any, text: Text) -> list[int]:
-    """Token ids of a prompt, by the chat template when the tokenizer has one.
-
-    Raises:
-        UserError: chat messages without a chat template, or no tokens.
-    """
-    if tokenizer.chat_template:
-        messages = (
-            [{"role": "user", "content": text}]
-            if isinstance(text, str)
-            else [m.model_dump(exclude_unset=True) for m in text]  # no key that the file has not
-        )
-        rendered = _rendered(tokenizer, messages)
-        for number, message in enumerate(messages, start=1):
-            content = message.get("content", "")
-            if isinstance(content, str) or str(content) not in rendered:
-                continue
-            without = [*messages[: number - 1], message | {"content": ""}, *messages[number:]]
-            if rendered.count(str(content)) > _rendered(tokenizer, without).count(str(content)):
-                raise UserError(
-                    f"the chat template writes the 'content' of message {number} as "
-                    f"{str(content)!r:.60}, for it reads texts only; give a text"
-                )
-        ids = tokenizer(rendered, add_special_tokens=False).input_ids
-    elif isinstance(text, str):
-        ids = tokenizer(text).input_ids
-    else:
-        raise UserError("a prompt holds chat messages, but the tokenizer has no chat template")
-    if not ids:
-        raise UserError(f"prompt {text!r:.80} has no tokens")
-    return list(ids)
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
-    except Exception as error:  # jinja templates raise whatever they like
-        raise UserError(f"the chat template refuses prompt {messages!r:.80}: {error}") from error
-
-
-def encode_response(tokenizer: Any, response: str) -> list[int]:
-    """Token ids of a response with the end-of-sequence token, where the tokenizer has one."""
-    ids = list(tokenizer(response, add_special_tokens=False).input_ids)
-    if tokenizer.eos_token_id is not None:
-        ids.append(int(tokenizer.eos_token_id))
-    return ids
-
-
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its response, as token ids."""
@@ -327,9 +278,30 @@ class PromptBatch:
         )
 
 
-def batches(samples: Sequence[Sample], size: int, device: str) -> Iterator[PromptBatch]:
-    """Batches of at most `size` samples, similar lengths together."""
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
-    for start in range(0, len(order), size):
-        members = order[start : start + size]
+def batches(
+    samples: Sequence[Sample],
+    size: int,
+    device: str,
+    side: Callable[[int], Hashable] = lambda _length: None,
+) -> Iterator[PromptBatch]:
+    """Batches of at most `size` samples, similar lengths together.
+
+    Args:
+        samples: prompts, with responses or without.
+        size: the most in a batch.
+        device: where they go.
+        side: of a length; samples of different sides do not go together
+            (`architectures.computation.RopeBorders`).
+    """
+    for members in together([len(s.input_ids) for s in samples], size, side):
         yield PromptBatch.of([samples[i] for i in members], members, device)
+
+
+def together(
+    lengths: Sequence[int], size: int, side: Callable[[int], Hashable]
+) -> Iterator[list[int]]:
+    """Which of some sequences go through a model together: at most `size`, all of one side."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for _, alike in groupby(order, key=lambda i: side(lengths[i])):
+        members = list(alike)
+        yield from (members[start : start + size] for start in range(0, len(members), size))

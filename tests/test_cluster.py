@@ -19,7 +19,7 @@ import torch
 from mergekit_wp.cli import main
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import Interrupted, listening
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample

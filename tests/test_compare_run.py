@@ -28,9 +28,9 @@ from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError, spelled
 from mergekit_wp.interrupts import Interrupted
-from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.load import load_folder
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.tasks.task import ItemScore
@@ -55,6 +55,9 @@ class Distance:
 
     def count(self, split: Split) -> int:
         return self.counts[split]
+
+    def too_long(self, _model: Any, _tokenizer: Any) -> None:
+        return None
 
     def evaluate(
         self, model: Any, asked: TextInterface, split: Split, at_once: AtOnce | None = None

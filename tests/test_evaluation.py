@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.utils import ModelOutput
 
 from mergekit_wp.errors import UserError
@@ -157,7 +158,7 @@ def test_bad_files(tmp_path: Path, lines: list[Any], message: str) -> None:
 
 def test_a_model_without_a_cache_is_refused() -> None:
     class Forgetful:
-        dtype = torch.float32
+        dtype, config = torch.float32, LlamaConfig()
 
         def __call__(self, **_: Any) -> ModelOutput:
             return ModelOutput(logits=torch.zeros(1, 1, 5))

@@ -49,7 +49,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
 
     request = FitRequest(recipe=world, prompts=(), out=world, dtype="float64", held_out=0)
     unread: Any = None
-    runs = [Run(request, unread, pair, unread, unread, Quiet()) for pair in pairs]
+    runs = [Run(request, unread, pair, unread, unread, unread, Quiet()) for pair in pairs]
     members = [Member(name, unread, run) for name, run in zip(NAMES, runs, strict=True)]
     fitting = Fitting(request, members, objectives, layout, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.generation import TextInterface
+from mergekit_wp.models.memory import UNBOUNDED, AtOnce
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask, answers
 from mergekit_wp.tasks.lm_eval import LmEvalTask

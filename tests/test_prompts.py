@@ -9,13 +9,12 @@ import torch
 from transformers import AutoTokenizer
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.models.encoding import encode_pair, encode_prompt
 from mergekit_wp.prompts import (
     Prompt,
     PromptBatch,
     Sample,
     batches,
-    encode_prompt,
-    encode_response,
     read_prompts,
 )
 from mergekit_wp.scoring.score import choose_criteria
@@ -61,7 +60,7 @@ def test_a_broken_line_is_named(tmp_path, line) -> None:
 
 def test_tokens_are_prompt_response_end(tokenizer) -> None:
     assert encode_prompt(tokenizer, "abc") == [0, 1, 2]
-    assert encode_response(tokenizer, "d") == [3, EOS]
+    assert encode_pair(tokenizer, "abc", "d") == ([0, 1, 2], [3, EOS], True)
     sample = Sample((0, 1, 2), (3, EOS))
     assert sample.input_ids == (0, 1, 2, 3)
     batch = PromptBatch.of([sample, Sample((5,), (EOS,))], [4, 7], "cpu")

@@ -26,7 +26,8 @@ from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.members import _at_expert
-from mergekit_wp.prompts import encode_prompt, read_prompts
+from mergekit_wp.models.encoding import encode_prompt
+from mergekit_wp.prompts import read_prompts
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.lm_eval import LmEvalTask
@@ -180,14 +181,15 @@ def test_a_comparison_without_scores_says_the_first_reason() -> None:
 
 def test_a_harness_task_that_the_context_has_no_room_for() -> None:
     def task(**stated: int) -> Any:
-        inner = SimpleNamespace(config=SimpleNamespace(generation_kwargs=stated))
+        config = SimpleNamespace(generation_kwargs=stated)
+        inner = SimpleNamespace(config=config, OUTPUT_TYPE="generate_until")
         return LmEvalTask("long", "", inner, "exact_match", None)
 
     model = make_model("llama-tied")
     model.config.max_position_embeddings = 128
     with pytest.raises(UserError, match="'long' lets a model write 256 tokens.*has 128"):
-        task()._check_length(model)
-    task(max_gen_toks=16)._check_length(model)
+        task().too_long(model, None)
+    task(max_gen_toks=16).too_long(model, None)
 
 
 def test_merges_of_other_shapes_are_not_held_in_the_bases_model() -> None:

@@ -21,8 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.engine.measure import counted, profiled, timed
-from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
+from mergekit_wp.models.memory import AtOnce, in_gib, peak_memory, peak_on_gpus
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample

@@ -10,7 +10,7 @@ from benchmarks.components import Component
 from benchmarks.engine.inputs import Inputs
 from benchmarks.engine.naive import Scores
 from mergekit_wp.criteria import Criteria
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.scoring.blocks import Block, exact_blocks, first_order_blocks, share_blocks
 from mergekit_wp.scoring.measure import measure

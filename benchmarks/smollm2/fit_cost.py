@@ -36,6 +36,7 @@ from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, batches, read_prompts
+from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.runs.references import logprobs
 from mergekit_wp.runs.texts import encode_texts
 
@@ -200,7 +201,7 @@ def fitted_on() -> Prompts:
     steps, every = [], 0
     for skill in SKILLS:
         path = PROMPTS / f"{skill}.jsonl"
-        texts = encode_texts(tokenizer, read_prompts(path, None))
+        texts = encode_texts(tokenizer, read_prompts(path, None), NoProgress())
         pairs = zip(texts.prompts, texts.responses.values(), strict=True)
         samples = [Sample(tuple(prompt), tuple(response)) for prompt, response in pairs]
         found = list(batches(samples, A_STEP, "cpu"))

@@ -20,7 +20,8 @@ from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
-from mergekit_wp.prompts import encode_prompt, encode_response, read_prompts
+from mergekit_wp.models.encoding import encode_pair
+from mergekit_wp.prompts import read_prompts
 from mergekit_wp.terms import SLICED_KINDS
 
 POINTS = (0.25, 0.5, 0.75)
@@ -61,10 +62,7 @@ def shares(experts: Sequence[str], max_prompts: int) -> tuple[Partition, list[St
     tasks = []
     for b, expert in enumerate(experts):
         prompts = read_prompts(PROMPTS / f"{expert}.jsonl", max_prompts).prompts
-        encoded = [
-            (encode_prompt(tokenizer, p.prompt), encode_response(tokenizer, p.response or ""))
-            for p in prompts
-        ]
+        encoded = [encode_pair(tokenizer, p.prompt, p.response or "")[:2] for p in prompts]
         with torch.no_grad():
             move_to([float(e == b) for e in range(len(experts))])
             targets = [log_probabilities(model, *ids) for ids in encoded]

@@ -1,12 +1,14 @@
 """Whether two configs make one computation of the same weights: what transformers builds of them.
 
 Not their text: one rope may be spelt in several ways, and one length may change every logit.
+`RopeBorders` are the lengths at which it does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,6 +113,41 @@ _ACTIVATION_TYPES = tuple(
 _CLOSE = 1e-6
 
 
+@dataclass(frozen=True)
+class RopeBorders:
+    """Lengths beyond which a forward pass turns all of its tokens by other frequencies.
+
+    Attributes:
+        steps: with one other set of frequencies beyond (longrope).
+        growing: with frequencies of each length's own beyond (dynamic rope).
+    """
+
+    steps: frozenset[int] = frozenset()
+    growing: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, config: Any) -> RopeBorders:
+        """Of a model's config."""
+        config = text_config(config)
+        steps, growing = set(), set()
+        for _, rope in rope_by_layer_type(config):
+            kind = str(rope.get("rope_type"))
+            if kind == "longrope":
+                steps.add(int(rope["original_max_position_embeddings"]))
+            elif "dynamic" in kind:
+                growing.add(int(config.max_position_embeddings))
+        return cls(frozenset(steps), frozenset(growing))
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.steps or self.growing)
+
+    def side(self, length: int) -> tuple[int, ...]:
+        """Alike for lengths that are turned alike."""
+        steps = sum(length > border for border in self.steps)
+        return (steps, *(max(length, border) for border in sorted(self.growing)))
+
+
 def difference(
     base: Any, expert: Any, base_model: PreTrainedModel, expert_model: PreTrainedModel
 ) -> Mismatch | None:
@@ -171,7 +208,7 @@ def _rotary(ours: Any, theirs: Any, one: PreTrainedModel, other: PreTrainedModel
             factor = name.replace("inv_freq", "attention_scaling")
             if not _alike(getattr(module, factor, None), getattr(same, factor, None)):
                 return True
-    parameters = [dict(_by_layer_type(config)) for config in (ours, theirs)]
+    parameters = [dict(rope_by_layer_type(config)) for config in (ours, theirs)]
     for kind in {**parameters[0], **parameters[1]}:
         first, second = (found.get(kind, {}) for found in parameters)
         if {*first, *second} - _TABULATED and first != second:
@@ -184,7 +221,8 @@ def _rotary(ours: Any, theirs: Any, one: PreTrainedModel, other: PreTrainedModel
     return False
 
 
-def _by_layer_type(config: Any) -> Iterator[tuple[str | None, dict[str, Any]]]:
+def rope_by_layer_type(config: Any) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Rope parameters of each kind of layer; of None where all layers have the same."""
     stated = getattr(config, "rope_parameters", None) or {}
     if stated and all(isinstance(value, dict) for value in stated.values()):
         yield from stated.items()

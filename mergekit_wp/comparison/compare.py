@@ -22,6 +22,7 @@ from mergekit_wp.comparison.rows import Comparison, recipe_name
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.models.encoding import one_clock
 from mergekit_wp.report.table import frame
 from mergekit_wp.runs.progress import Progress
 
@@ -96,7 +97,8 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
         Results(folder, fingerprint(plan), request.restart) as results,
     ):
         runner = Runner(plan, results, progress)
-        comparison = runner.run()
+        with one_clock(results.clock):
+            comparison = runner.run()
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
     found = ComparisonResult(comparison, title, runner.chosen)
     if request.out is not None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -20,11 +21,15 @@ from mergekit_wp.comparison.rows import ResultLine, Setting
 from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
+from mergekit_wp.models.encoding import Clock, today
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
 #: inputs by name that a later run may add to: results of one do not depend on another
 GROWING = ("tasks", "other recipes")
+
+#: the entry of the date that a chat template read, where one did
+DATE = "template date"
 
 #: how folders begin that hold a merge while it is evaluated
 MERGE = ".merge."
@@ -68,6 +73,8 @@ class Results:
         self.path = folder / "results.jsonl"
         self.done: dict[Job, list[ResultLine]] = {}
         self.failed: dict[Job, str] = {}
+        #: what chat templates read for today, of the run that began
+        self.clock = Clock(today(), self._write_inputs)
 
     def __enter__(self) -> Self:
         try:
@@ -113,6 +120,9 @@ class Results:
                 raise UserError(
                     f"{stated} is damaged; add {option('restart', True)} to begin anew"
                 ) from error
+            if (date := earlier.pop(DATE, None)) is not None:
+                self.clock = Clock(str(date), self._write_inputs)
+                self.clock.was_read = True
             changed = _changed(earlier, self.inputs)
             for key in GROWING:
                 if key in earlier and key in self.inputs:
@@ -128,8 +138,12 @@ class Results:
                 f"{self.path} is there without its comparison.json, so nobody knows what it "
                 f"belongs to; choose another {option('out')}, or add {option('restart', True)}"
             )
-        with written_whole(stated) as temporary:
-            temporary.write_text(json.dumps(self.inputs, indent=1, sort_keys=True))
+        self._write_inputs()
+
+    def _write_inputs(self) -> None:
+        stated = self.inputs | ({DATE: self.clock.date} if self.clock.was_read else {})
+        with written_whole(self.folder / "comparison.json") as temporary:
+            temporary.write_text(json.dumps(stated, indent=1, sort_keys=True))
 
     def _read(self) -> None:
         """Read finished jobs; drop a torn last line and failures, which are tried again."""
@@ -206,6 +220,8 @@ def _stated(text: str) -> dict[str, Any]:
         raise ValueError("expected a mapping")
     if any(not isinstance(found[key], dict) for key in GROWING if key in found):
         raise ValueError(f"{' and '.join(GROWING)} are mappings")
+    if DATE in found:
+        datetime.fromisoformat(str(found[DATE]))
     return found
 
 

@@ -31,11 +31,10 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.merging.aim import activation_importance, apply_aim
 from mergekit_wp.merging.interface import write_beside
-from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.generation import TextInterface, read_tokenizer
 from mergekit_wp.models.load import load_folder
-from mergekit_wp.models.memory import is_out_of_memory
+from mergekit_wp.models.memory import UNBOUNDED, AtOnce, is_out_of_memory
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.terms import RowRole, Split
@@ -70,6 +69,9 @@ class Runner:
         self.tokenizer = find_tokenizer(
             map(Checkpoint, (plan.base, *plan.experts)), self.progress.note
         )
+        for task in plan.tasks:
+            if note := task.too_long(self.evaluation.model, self.tokenizer):
+                self.progress.note(note)
         self.in_memory = plan.in_memory
         if self.in_memory is None:
             parameters = sum(p.numel() for p in self.evaluation.model.parameters())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.files.manifest import Fidelity
+from mergekit_wp.files.manifest import Fidelity, Omitting
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.files.untrusted import StrictModel, complaint, parse_json
 from mergekit_wp.options import Option
@@ -122,12 +122,15 @@ class Edge(StrictModel):
     strong: bool
 
 
-class TraceFile(StrictModel):
+class TraceFile(Omitting):
     """What `mergekit-wp trace` writes; ``scores_sha256`` says for which score file.
 
     ``screen`` says how well the first order predicts exact supplies, over the leading and the
-    random pairs.
+    random pairs. ``template_date`` is the day that the chat template wrote, None where it read
+    none.
     """
+
+    omitted: ClassVar = ("template_date",)
 
     format_version: Literal[1] = 1
     behavior: str
@@ -146,6 +149,7 @@ class TraceFile(StrictModel):
     #: arguments of `mergekit-wp` but for ``--out``, and versions, see `runs.command`
     command: tuple[str, ...]
     versions: dict[str, str]
+    template_date: str | None = None
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -30,6 +30,17 @@ from mergekit_wp.terms import (
 FORMAT_VERSION = 1
 #: criteria of one file; a manifest of strangers names what is made of them before it is read
 MAX_CRITERIA = 64
+
+
+class Omitting(StrictModel):
+    """What writes nothing of some entries where they are None, as files of before they were."""
+
+    omitted: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = dump(self)
+        return {k: v for k, v in said.items() if v is not None or k not in self.omitted}
 
 
 class ModelId(StrictModel):
@@ -109,8 +120,13 @@ class SetPoint(StrictModel):
     high: float
 
 
-class Verification(StrictModel):
-    """What the leading components do together, beside the last ones and random ones."""
+class Verification(Omitting):
+    """What the leading components do together, beside the last ones and random ones.
+
+    ``template_date``: the day that the chat template wrote, None where it read none.
+    """
+
+    omitted: ClassVar = ("template_date",)
 
     estimand: Estimand
     criterion: CriterionName
@@ -123,6 +139,7 @@ class Verification(StrictModel):
     #: arguments of `mergekit-wp` but for the file, and versions, see `runs.command`
     command: tuple[str, ...]
     versions: dict[str, str]
+    template_date: str | None = None
 
     @model_validator(mode="after")
     def _whole_curves(self) -> Self:
@@ -221,14 +238,17 @@ class Fit(StrictModel):
         return best.held_out or best.fitted or {}
 
 
-class Manifest(StrictModel):
+class Manifest(Omitting):
     """The JSON under the metadata key ``mergekit_wp``.
 
     ``responses`` says whose answers the prompts were continued with: the prompt file's, the
     expert's own, or some of each. ``company`` names the experts that were scored together, this
     one among them; None for an expert scored alone. ``fit`` says how `mergekit-wp fit` made the
-    ``path`` scores, None where it did not.
+    ``path`` scores, None where it did not. ``template_date`` is the day that the chat template
+    wrote into the prompts, None where it read none.
     """
+
+    omitted: ClassVar = ("fit", "template_date")
 
     format_version: int = FORMAT_VERSION
     base: ModelId
@@ -237,6 +257,7 @@ class Manifest(StrictModel):
     n_prompts: PositiveInt
     prompts_sha256: str
     responses: Literal["given", "expert", "mixed"]
+    template_date: str | None = None
     architecture: str
     n_layers: PositiveInt
     n_heads: NonNegativeInt
@@ -262,11 +283,6 @@ class Manifest(StrictModel):
     command: tuple[str, ...] = ()
     created: str
     versions: dict[str, str]
-
-    @model_serializer(mode="wrap")
-    def _without_an_empty_fit(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        said: dict[str, Any] = dump(self)
-        return said if self.fit is not None else {k: v for k, v in said.items() if k != "fit"}
 
     @model_validator(mode="after")
     def _tensors_fit(self) -> Self:

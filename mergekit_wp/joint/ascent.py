@@ -21,7 +21,7 @@ from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.merged_model import mix
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 

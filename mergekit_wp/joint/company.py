@@ -21,9 +21,9 @@ from mergekit_wp.joint.guided import PathPosition, path_scores
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.merged_model import mix
 from mergekit_wp.joint.request import CompanyRequest
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.command import command_of
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Portion, Recordings, Result, in_portions
 from mergekit_wp.runs.references import References, values_of
@@ -43,9 +43,10 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
         UserError: any mistake in the inputs, before anything is written.
     """
     check_folder(request.out, request.recipe)
-    members = open_members(request, request.out, progress)
-    runs = {member.name: member.run for member in members}
     beside = None if request.out is None else request.out / "company"
+    date = begun(beside, request.restart)
+    members = open_members(request, request.out, progress, date)
+    runs = {member.name: member.run for member in members}
     with journal_of(request, runs, beside, progress, restart=request.restart) as journal:
         references = [measure(member, journal) for member in members]
         walk = Walk(request, members, references, journal, progress)

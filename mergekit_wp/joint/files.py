@@ -84,7 +84,7 @@ def company_files(
         }
         norms = list(member.pair.delta_norm.values())
         manifest = Manifest(
-            **common_fields(member.request, member.pair, member.prompts, reference),
+            **common_fields(member.request, member.run, reference),
             criteria=("kl",),
             estimands=tuple(own),
             anchor=None,

@@ -26,6 +26,7 @@ from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest, NamedExperts
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
 from mergekit_wp.runs.command import command_of
+from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.run import check_norms, journal_of
 
@@ -52,7 +53,9 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
         )
     check_folder(request.out, request.recipe)
-    members = open_members(request, request.out, progress)
+    beside = None if request.out is None else request.out / "fit"
+    date = begun(beside, request.restart)
+    members = open_members(request, request.out, progress, date)
     guards = [
         read_prompts(guard, request.max_prompts, f"guard {number}")
         for number, guard in enumerate(request.guards, 1)
@@ -66,13 +69,13 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         "start": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
     }
     runs, size = {member.name: member.run for member in members}, request.prompts_a_step
-    beside = None if request.out is None else request.out / "fit"
+    guarded = [members[0].run.asking(guard) for guard in guards]
     with journal_of(
         request, runs, beside, progress, restart=request.restart, **contents
     ) as journal:
         references = [measure(member, journal, size) for member in members]
         objectives = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
-        objectives += [guard_of(guard, members, journal, size) for guard in guards]
+        objectives += [guard_of(guard, members, journal, size) for guard in guarded]
         state = Fitting(request, members, objectives, layout, journal, progress).run(start)
         how = _how(request, guards, state, [objective.name for objective in objectives])
         found = company_files(

@@ -10,7 +10,7 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.joint.request import MembersRequest, NamedExperts
 from mergekit_wp.merging.interface import differences, note_of
 from mergekit_wp.merging.recipe import Experts
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.model_names import last_name
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptSet, PromptSource, read_prompts
@@ -51,19 +51,22 @@ class Member:
         return self.run.expert_sha256
 
 
-def open_members(request: MembersRequest, folder: Path | None, progress: Progress) -> list[Member]:
+def open_members(
+    request: MembersRequest, folder: Path | None, progress: Progress, date: str
+) -> list[Member]:
     """Open all experts of a recipe with their prompts.
 
     Args:
         request: names the recipe and the prompts.
         folder: where a file of each expert would be written, if any is.
         progress: told how far it is.
+        date: on which the run began.
 
     Raises:
         UserError: prompts that fit no expert, or several; two experts of one name or with the
             same weights; any mistake in a checkpoint or prompt file.
     """
-    members = [_open(name, r, progress) for name, r in _requests(request, folder).items()]
+    members = [_open(name, r, progress, date) for name, r in _requests(request, folder).items()]
     _check_alike(members)
     config = (
         None if isinstance(request.recipe, NamedExperts) else Experts.read(request.recipe).config
@@ -192,9 +195,9 @@ def _named(key: str, prompts: PromptSource) -> str:
     return f"prompts of '{key}'"
 
 
-def _open(name: str, request: ScoreRequest, progress: Progress) -> Member:
+def _open(name: str, request: ScoreRequest, progress: Progress, date: str) -> Member:
     prompts = read_prompts(request.prompts, request.max_prompts, name)
-    run = Run.open(request, request.base, request.expert, prompts, progress)
+    run = Run.open(request, request.base, request.expert, prompts, progress, date)
     run.pair.partition.dims.require_map("scoring in company, or fitting gates,")
     return Member(name, request, run)
 

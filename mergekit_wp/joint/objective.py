@@ -11,10 +11,11 @@ from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.members import Member
-from mergekit_wp.models.backoff import AtOnce
-from mergekit_wp.prompts import PromptBatch, PromptSet, batches
+from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.prompts import PromptBatch, batches
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.references import References, logprobs, values_of
+from mergekit_wp.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,11 @@ def objective_of(member: Member, references: References) -> Objective:
 
 
 @torch.no_grad()
-def guard_of(
-    prompts: PromptSet, members: Sequence[Member], journal: Journal, size: int
-) -> Objective:
+def guard_of(run: Run, members: Sequence[Member], journal: Journal, size: int) -> Objective:
     """What the base does on some prompts; 0 is as far from it as the experts are on average.
 
     Args:
-        prompts: the guard's.
+        run: the models on the guard's prompts.
         members: the experts.
         journal: keeps the base's answers.
         size: prompts per batch.
@@ -86,10 +85,9 @@ def guard_of(
     Raises:
         UserError: the experts answer like the base there.
     """
-    run = members[0].run.asking(prompts)
-    resident, progress = run.load(), run.progress
+    resident, progress, prompts = run.load(), run.progress, run.prompts
     samples = run.samples(resident, journal, prefix=f"guard-{prompts.name}.", position=0.0)
-    every = list(batches(samples, size, resident.device))
+    every = list(batches(samples, size, resident.device, resident.side))
     progress.stage(f"base and experts on guard {prompts.name}", len(members) + 1, "model")
     resident.move_to(0.0)
     decoder = Decoder(resident.model)

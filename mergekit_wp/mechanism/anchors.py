@@ -18,7 +18,7 @@ from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.errors import UserError
 from mergekit_wp.mechanism.request import AnchorRequest
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, batches, read_prompts
 from mergekit_wp.runs.journal import Unwritten
@@ -91,9 +91,7 @@ def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor
     references = at_once.run(
         lambda fewer: measure_references(resident, samples, ("kl",), size, fewer)
     )
-    contrast = at_once.run(
-        lambda fewer: _states(resident, samples, texts.contrasts, fewer, request.device)
-    )
+    contrast = at_once.run(lambda fewer: _states(resident, samples, texts.contrasts, fewer))
     vectors = (contrast.towards - contrast.away).mean(0)
     separations = held_out_separation(contrast)
     assert separations is not None
@@ -123,11 +121,11 @@ def _states(
     samples: Sequence[Sample],
     contrasts: dict[int, list[int]],
     size: int,
-    device: str,
 ) -> Contrast:
     decoder, n = Decoder(resident.model), len(samples)
-    with_it = list(batches([Sample(s.prompt_ids) for s in samples], size, device))
-    _, without = contrast_batches(contrasts, size, device)
+    alone = [Sample(s.prompt_ids) for s in samples]
+    with_it = list(batches(alone, size, resident.device, resident.side))
+    _, without = contrast_batches(contrasts, size, resident)
     resident.move_to(1.0)
     towards = last_token_states(decoder, with_it, n)
     away = last_token_states(decoder, without, n)

@@ -19,9 +19,10 @@ from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import TraceRequest
 from mergekit_wp.mechanism.tracer import Tracer
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.runs.command import command_of, versions
+from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import anchor_of, measure_references
@@ -53,7 +54,8 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     prompts = read_prompts(request.prompts, request.max_prompts)
     base = request.base or scored_model(file.manifest.base)
     expert = request.expert or scored_model(file.manifest.expert)
-    run = Run.open(request, base, expert, prompts, progress)
+    date = begun(request.out, request.restart)
+    run = Run.open(request, base, expert, prompts, progress, date)
     check_pair(file, run.pair, request.file)
     check_traceable(run.pair.partition, run.pair.base.text_config)
     with journal_of(
@@ -88,6 +90,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
             seed=request.seed,
             command=command_of(request),
             versions=versions(),
+            template_date=run.template_date,
         )
         if request.out is not None:
             circuitfile.write(result, request.out)

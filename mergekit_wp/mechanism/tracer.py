@@ -18,7 +18,7 @@ from mergekit_wp.files.circuitfile import Edge, Measured, Node
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.mechanism.request import TraceRequest
 from mergekit_wp.mechanism.roles import is_edge, role
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Portion, Recordings, Result, in_portions

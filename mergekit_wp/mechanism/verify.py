@@ -23,12 +23,12 @@ from mergekit_wp.files.manifest import SetPoint, Verification
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.sets import Members, extreme, matched, swapped
-from mergekit_wp.models.backoff import UNBOUNDED, AtOnce
 from mergekit_wp.models.generation import TextInterface
+from mergekit_wp.models.memory import UNBOUNDED, AtOnce
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch, batches, read_prompts
 from mergekit_wp.runs.command import command_of, versions
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import anchor_of, logprobs, values_of
 from mergekit_wp.runs.run import Run, check_pair, check_scores, journal_of, scored_model
@@ -80,15 +80,18 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     prompts = read_prompts(request.prompts, request.max_prompts)
     base = request.base or scored_model(file.manifest.base)
     expert = request.expert or scored_model(file.manifest.expert)
-    run = Run.open(request, base, expert, prompts, progress)
-    check_pair(file, run.pair, request.file)
     beside = request.file.with_name(request.file.name + ".verify")
+    date = begun(beside, request.restart)
+    run = Run.open(request, base, expert, prompts, progress, date)
+    check_pair(file, run.pair, request.file)
     contents = {"scores": file.digest(), "task": task.fingerprint if task else None}
     with journal_of(request, run, beside, progress, restart=request.restart, **contents) as journal:
         resident = run.load()
+        if task is not None and (note := task.too_long(resident.model, run.tokenizer)):
+            progress.note(note)
         samples = run.samples(resident, journal)
         size = run.batch_size(samples)
-        every = list(batches(samples, size, request.device))
+        every = list(batches(samples, size, request.device, resident.side))
         at_once = AtOnce(size, progress.note)
         if unknown := [c for c in file.manifest.criteria if c not in CRITERIA]:
             progress.note(f"no curve by '{unknown[0]}': a caller's function is not in its file")
@@ -108,6 +111,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
             seed=request.seed,
             command=command_of(request),
             versions=versions(),
+            template_date=run.template_date,
         )
         manifest = file.manifest.model_copy(update={"verification": verification})
         scorefile.write(replace(file, manifest=manifest), request.file)

@@ -21,15 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.engine.decoder import hooked
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import staged_folder
 from mergekit_wp.merging.merge import check_target
 from mergekit_wp.merging.request import AimRequest
-from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.encoding import encode_pair, encode_prompt
 from mergekit_wp.models.load import load_folder
-from mergekit_wp.prompts import Prompt, encode_prompt, encode_response, read_prompts
+from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.prompts import Prompt, read_prompts, together
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.texts import find_tokenizer
 
@@ -120,15 +122,11 @@ def activation_importance(
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module.weight) not in tied
     ]
-    encoded = [
-        encode_prompt(tokenizer, p.prompt)
-        + ([] if p.response is None else encode_response(tokenizer, p.response))
-        for p in prompts
-    ]
-    encoded.sort(key=len)
+    encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
+    side = RopeBorders.of(model.config).side
     with hooked(handles):
-        for start in range(0, len(encoded), batch_size):
-            rows = encoded[start : start + batch_size]
+        for members in together([len(ids) for ids in encoded], batch_size, side):
+            rows = [encoded[i] for i in members]
             width = max(map(len, rows))
             # padding is on the right, where causal attention never looks from a real position
             ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=model.device)
@@ -139,6 +137,13 @@ def activation_importance(
         name: (total / total.max()).float() if total.max() > 0 else total.float()
         for name, total in sums.items()
     }
+
+
+def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if prompt.response is None:
+        return encode_prompt(tokenizer, prompt.prompt)
+    parts = encode_pair(tokenizer, prompt.prompt, prompt.response)
+    return parts.prompt + parts.response
 
 
 def apply_aim(

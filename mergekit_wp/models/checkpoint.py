@@ -255,7 +255,7 @@ class Checkpoint:
         return out
 
     def tokenizer(self) -> Any | None:
-        """The checkpoint's tokenizer, None when it has none.
+        """The checkpoint's tokenizer, None when it has none; its template's clock is `set_clock`'s.
 
         Raises:
             UserError: it has one that cannot be loaded.

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationMixin
 
+from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import parse_json
 from mergekit_wp.models import hub
+from mergekit_wp.models.encoding import set_clock
+from mergekit_wp.prompts import together
 
 # what a model calls the keys and values it keeps, where it takes and gives them: since
 # transformers 5.24, and before
@@ -76,6 +79,8 @@ class TextInterface:
 def read_tokenizer(places: Sequence[Path], name: str) -> Any | None:
     """The tokenizer of the first of these folders that has one, None where none has.
 
+    Its chat template's clock is that of `set_clock`.
+
     Raises:
         UserError: it cannot be loaded.
     """
@@ -84,11 +89,13 @@ def read_tokenizer(places: Sequence[Path], name: str) -> Any | None:
         return None
     try:
         # said outright: by default transformers asks on the terminal about a folder's own code
-        return AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
     except Exception as error:  # tokenizers raise whatever they like
         raise UserError(
             f"the tokenizer of '{name}' cannot be loaded: {hub.reason(error)}"
         ) from error
+    set_clock(found)
+    return found
 
 
 def _tokens(tokenizer: Any) -> tuple[dict[str, int], dict[str, Any]]:
@@ -146,8 +153,9 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy continuations, each ending with its end token if it got there.
 
-    A batch is padded on the left behind an attention mask; it stops when every row has ended.
-    Where padding would make NaN, prompts of one length go together.
+    Prompts go together padded on the left behind an attention mask, until every one has ended.
+    Where padding would make NaN, or the length changes all positions (`RopeBorders`), those of one
+    length do; every answer is that of its prompt alone.
 
     Args:
         model: a causal LM of transformers.
@@ -160,22 +168,31 @@ def greedy(
     Raises:
         UserError: a model that keeps no keys and values.
     """
-    if at_once is not None and at_once < len(prompts):
-        starts = range(0, len(prompts), at_once)
-        batches = [prompts[start : start + at_once] for start in starts]
-        each = [greedy(model, batch, max_new_tokens, ends, device) for batch in batches]
-        return [ids for answers in each for ids in answers]
-    width = max(len(p) for p in prompts)
+    borders = RopeBorders.of(model.config)
     # transformers' own attention takes its softmax in float32, where the float64 mask is infinite
-    if model.dtype == torch.float64 and model.config._attn_implementation == "eager":
-        lengths = sorted({len(p) for p in prompts})
-        if len(lengths) > 1:
-            found: dict[int, list[int]] = {}
-            for length in lengths:
-                same = [i for i, p in enumerate(prompts) if len(p) == length]
-                parts = greedy(model, [prompts[i] for i in same], max_new_tokens, ends, device)
-                found |= dict(zip(same, parts, strict=True))
-            return [found[i] for i in range(len(prompts))]
+    unpadded = model.dtype == torch.float64 and model.config._attn_implementation == "eager"
+
+    def alike(length: int) -> tuple[object, ...]:
+        first, last = borders.side(length), borders.side(length + max_new_tokens - 1)
+        return first, length if unpadded or first != last else None
+
+    found: dict[int, list[int]] = {}
+    for members in together([len(p) for p in prompts], at_once or len(prompts), alike):
+        rows = _continued(model, [prompts[i] for i in members], max_new_tokens, ends, device)
+        found |= dict(zip(members, rows, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _continued(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    device: str | torch.device,
+) -> list[list[int]]:
+    """As `greedy`, of prompts that go together."""
+    width = max(len(p) for p in prompts)
+    anew = _forgets_at(model)
     ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
     stop = torch.tensor(list(ends), device=device)
@@ -183,12 +200,12 @@ def greedy(
     rows: list[list[int]] = [[] for _ in prompts]
     cache: dict[str, Any] = {}
     step = ids
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
     for _ in range(max_new_tokens):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
         output = model(
             input_ids=step,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions[:, -step.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
             **cache,
@@ -207,6 +224,20 @@ def greedy(
         done |= torch.isin(chosen, stop)
         if done.all():
             break
-        step, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
+        step = chosen.unsqueeze(-1)
+        ids = torch.cat([ids, step], -1)
         mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], -1)
+        if ids.shape[1] - 1 in anew:
+            step, cache = ids, {}
     return rows
+
+
+def _forgets_at(model: Any) -> frozenset[int]:
+    """Lengths after which a model reads all of its text again: what it keeps is turned otherwise.
+
+    Phi-3 and its kin say so by a preparation of their own; what has none goes on with what it has.
+    """
+    steps = RopeBorders.of(model.config).steps
+    plain = GenerationMixin.prepare_inputs_for_generation
+    own = steps and type(model).prepare_inputs_for_generation is not plain
+    return steps if own else frozenset()

@@ -66,6 +66,7 @@ def skeleton(config: Any, name: str | None = None) -> PreTrainedModel:
             f"{reason(error)}"
         ) from error
     model.tie_weights()
+    _forget_lengths(model)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -89,7 +90,29 @@ def load_folder(folder: str | Path, dtype: torch.dtype | str, device: str) -> An
         generation_config=GenerationConfig(),
     )
     torch.nn.Module.to(model, device)
+    _forget_lengths(model)
     return model.eval().requires_grad_(False)
+
+
+def _forget_lengths(model: Any) -> None:
+    """Make dynamic ropes turn by the length that is run, whatever ran before.
+
+    transformers keeps the frequencies of the longest run; a prompt's numbers would depend on it.
+    """
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_max_seq_len"):
+            module.register_forward_pre_hook(_as_built)
+
+
+def _as_built(module: torch.nn.Module, _inputs: Any) -> None:
+    trained: int = module.original_max_seq_len  # type: ignore[assignment]
+    for name, longest in list(vars(module).items()):
+        if name.endswith("max_seq_len_cached") and longest > trained:
+            prefix = name.removesuffix("max_seq_len_cached")
+            setattr(module, name, trained)
+            table = getattr(module, f"{prefix}inv_freq")
+            built = getattr(module, f"{prefix}original_inv_freq").to(table.device)
+            module.register_buffer(f"{prefix}inv_freq", built, persistent=False)
 
 
 def _check_settings(config: Any, name: str) -> None:

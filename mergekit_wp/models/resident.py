@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.errors import option
 from mergekit_wp.models.load import skeleton
 from mergekit_wp.models.memory import in_gib
@@ -43,6 +44,8 @@ class ResidentModel:
         #: what is not on the device, None where it is in the checkpoints only
         self._elsewhere: dict[str, torch.Tensor | None] = {}
         self.model = skeleton(pair.base.config)
+        #: alike for lengths that may be in one batch
+        self.side = RopeBorders.of(pair.base.config).side
         if dtype == torch.float64 and hasattr(self.model, "set_experts_implementation"):
             self.model.set_experts_implementation("eager")  # grouped products stop at float32
         places = self._places()

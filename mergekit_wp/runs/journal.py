@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,13 +24,26 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, synced
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
+from mergekit_wp.models.encoding import today
 
 
-def _today() -> str:
-    """The date, or that of SOURCE_DATE_EPOCH (reproducible-builds.org)."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-    return moment.date().isoformat()
+def begun(output: Path | None, restart: bool) -> str:
+    """The day on which the run began that will write a file: an earlier one's that it goes on from.
+
+    Args:
+        output: the file, None where none is written.
+        restart: throw away what an earlier run left.
+    """
+    if output is not None and not restart:
+        # what is damaged, `Journal` refuses
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            header = json.loads((_partial(output) / "inputs.json").read_text())
+            return datetime.fromisoformat(header["created"]).date().isoformat()
+    return today()
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 class Journal:
@@ -40,19 +53,22 @@ class Journal:
         output: the file the run will write.
         inputs: everything the results depend on, as JSON values by name.
         restart: throw away what an earlier run left.
+        created: the day on which the run began, see `begun`.
 
     Raises:
         UserError: an earlier run had other inputs (says which), or one is running now.
     """
 
-    def __init__(self, output: Path, inputs: dict[str, Any], restart: bool) -> None:
+    def __init__(
+        self, output: Path, inputs: dict[str, Any], restart: bool, created: str | None = None
+    ) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = _partial(output)
         self.inputs = inputs
         self.restart = restart
         self._made: list[Path] = []  # folders that were not there before
         #: the day the run began, so that a resumed run writes what an unbroken one would have
-        self.created = _today()
+        self.created = created or today()
 
     def __enter__(self) -> Self:
         self._made = [folder for folder in self.folder.parents if not folder.exists()]
@@ -201,7 +217,7 @@ class Unwritten(Journal):
     """The journal of a run that writes nothing: a block is held until it is used."""
 
     def __init__(self) -> None:
-        self.created = _today()
+        self.created = today()
         self._held: dict[str, dict[str, torch.Tensor]] = {}
 
     def __enter__(self) -> Self:

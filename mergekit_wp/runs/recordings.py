@@ -20,7 +20,7 @@ from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.donor import Donor
 from mergekit_wp.engine.packing import TokenCost, packed
 from mergekit_wp.engine.replay import Receiver, last_layer, record
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch

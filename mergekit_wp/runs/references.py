@@ -75,11 +75,11 @@ def last_token_states(
 
 
 def contrast_batches(
-    contrasts: Mapping[int, list[int]], size: int, device: str
+    contrasts: Mapping[int, list[int]], size: int, resident: ResidentModel
 ) -> tuple[list[int], list[PromptBatch]]:
     """Which prompts have a usable contrast, and the contrasts' token ids as batches."""
     samples = [Sample(tuple(ids)) for ids in contrasts.values()]
-    return list(contrasts), list(batches(samples, size, device))
+    return list(contrasts), list(batches(samples, size, resident.device, resident.side))
 
 
 @torch.no_grad()
@@ -112,9 +112,10 @@ def measure_references(
         UserError: a criterion that does not separate, or no anchor can be chosen.
     """
     decoder, at_once = Decoder(resident.model), at_once or batch_size
-    device, n = resident.device, len(samples)
-    every = list(batches(samples, batch_size, device))
-    prompt_only = list(batches([Sample(s.prompt_ids) for s in samples], at_once, device))
+    device, side, n = resident.device, resident.side, len(samples)
+    every = list(batches(samples, batch_size, device, side))
+    alone = [Sample(s.prompt_ids) for s in samples]
+    prompt_only = list(batches(alone, at_once, device, side))
     finds_anchor = "anchor" in criteria and anchor is None
     given: Criteria = tuple(c for c in criteria if c != "anchor" or not finds_anchor)
 

@@ -81,12 +81,13 @@ def _scored(manifest: Manifest, file: Path) -> Iterator[Step]:
     if found is not None:
         verb, *options = _stated(found.command, file)
         prompts = frozenset({found.prompts_sha256})
-        yield Step((verb, str(file), *options), prompts, found.versions)
+        command = (verb, str(file), *options)
+        yield Step(command, prompts, found.versions, found.template_date)
 
 
 def _traced(trace: TraceFile, file: Path) -> Step:
     command = (*_stated(trace.command, file), "--out", str(file))
-    return Step(command, frozenset({trace.prompts_sha256}), trace.versions)
+    return Step(command, frozenset({trace.prompts_sha256}), trace.versions, trace.template_date)
 
 
 def _other_scores(trace: TraceFile) -> Iterator[str]:

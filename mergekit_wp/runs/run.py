@@ -15,8 +15,9 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import ModelId
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.encoding import Clock, set_clock, today
 from mergekit_wp.models.generation import TextInterface, greedy
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.models.placement import MaxMemory
 from mergekit_wp.models.resident import ResidentModel
@@ -27,6 +28,7 @@ from mergekit_wp.runs.request import DTYPES, RunRequest
 from mergekit_wp.runs.texts import (
     Encoded,
     auto_batch_size,
+    check_lengths,
     encode_texts,
     find_tokenizer,
     refuse_other_tokens,
@@ -49,6 +51,7 @@ class Run:
         prompts: from a file or from memory.
         pair: base and expert.
         tokenizer: the expert's.
+        clock: that its chat template reads.
         texts: token ids of the prompts.
         progress: where the run reports how far it is.
     """
@@ -57,14 +60,29 @@ class Run:
     prompts: PromptSet
     pair: Pair
     tokenizer: Any
+    clock: Clock
     texts: Encoded
     progress: Progress
 
     @classmethod
     def open(
-        cls, request: RunRequest, base: str, expert: str, prompts: PromptSet, progress: Progress
+        cls,
+        request: RunRequest,
+        base: str,
+        expert: str,
+        prompts: PromptSet,
+        progress: Progress,
+        date: str | None = None,
     ) -> Run:
         """Open and compare two checkpoints, and tokenise prompts.
+
+        Args:
+            request: how models are run.
+            base: the one.
+            expert: the other.
+            prompts: from a file or from memory.
+            progress: told how far it is.
+            date: on which the run began, see `journal.begun`; None for today.
 
         Raises:
             UserError: checkpoints that cannot be scored, or prompts that fit no tokens of theirs.
@@ -78,9 +96,10 @@ class Run:
         pair = open_pair(base, expert, compared)
         tokenizer = find_tokenizer((pair.expert, pair.base), progress.note)
         refuse_other_tokens(pair, tokenizer, progress)
-        texts = encode_texts(tokenizer, prompts)
-        texts.check_vocabulary(pair.vocabulary)
-        return cls(request, prompts, pair, tokenizer, texts, progress)
+        clock = Clock(date or today())
+        set_clock(tokenizer, clock)
+        run = cls(request, prompts, pair, tokenizer, clock, Encoded([], {}, {}), progress)
+        return run.asking(prompts)
 
     def asking(self, prompts: PromptSet) -> Run:
         """The same models on other prompts.
@@ -88,14 +107,20 @@ class Run:
         Raises:
             UserError: prompts that fit no tokens of theirs.
         """
-        texts = encode_texts(self.tokenizer, prompts)
+        texts = encode_texts(self.tokenizer, prompts, self.progress)
         texts.check_vocabulary(self.pair.vocabulary)
+        check_lengths(texts, prompts, self.pair, self.request.max_new_tokens, self.progress)
         return replace(self, prompts=prompts, texts=texts)
 
     @cached_property
     def interface(self) -> TextInterface:
         """How the expert is asked."""
         return TextInterface.of(self.pair.expert.path, self.tokenizer)
+
+    @property
+    def template_date(self) -> str | None:
+        """The date that the chat template wrote, None where it read none."""
+        return self.clock.date if self.clock.was_read else None
 
     def load(self, max_memory: MaxMemory | None = None) -> ResidentModel:
         """The model that is run, as large as one of the checkpoints.
@@ -208,7 +233,9 @@ def journal_of(
         with Unwritten() as journal:
             yield journal
         return
-    with Journal(out, depends_on(request, runs, contents), restart) as journal:
+    some = runs if isinstance(runs, Run) else next(iter(runs.values()))
+    inputs = depends_on(request, runs, contents)
+    with Journal(out, inputs, restart, some.clock.date) as journal:
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
         yield journal

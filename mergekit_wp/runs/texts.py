@@ -12,8 +12,10 @@ import torch
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.encoding import TextLength, encode_pair, encode_prompt, too_long
+from mergekit_wp.models.load import skeleton
 from mergekit_wp.models.pair import Pair
-from mergekit_wp.prompts import PromptSet, Sample, encode_prompt, encode_response
+from mergekit_wp.prompts import PromptSet, Sample
 from mergekit_wp.runs.progress import Progress
 
 
@@ -42,17 +44,26 @@ class Encoded:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def encode_texts(tokenizer: Any, prompts: PromptSet) -> Encoded:
+def encode_texts(tokenizer: Any, prompts: PromptSet, progress: Progress) -> Encoded:
     """Tokenise prompts.
 
+    Args:
+        tokenizer: the expert's.
+        prompts: with responses or without.
+        progress: told of prompts that end within a token.
+
     Raises:
-        UserError: a response without tokens.
+        UserError: a prompt or response without tokens.
     """
-    encoded = Encoded([], {}, {})
+    encoded, within = Encoded([], {}, {}), []
     for i, prompt in enumerate(prompts.prompts):
-        encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
-        if prompt.response is not None:
-            encoded.responses[i] = encode_response(tokenizer, prompt.response)
+        if prompt.response is None:
+            encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
+        else:
+            parts = encode_pair(tokenizer, prompt.prompt, prompt.response)
+            encoded.prompts.append(parts.prompt)
+            encoded.responses[i] = parts.response
+            within += [] if parts.as_alone else [str(i + 1)]
         if prompt.usable_contrast:
             assert prompt.contrast is not None
             encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
@@ -61,7 +72,46 @@ def encode_texts(tokenizer: Any, prompts: PromptSet) -> Encoded:
             f"{prompts.source}: a response has no tokens, and the tokenizer has no "
             "end-of-sequence token"
         )
+    if within:
+        which = f"{len(within)} prompts, the first of them number {within[0]},"
+        progress.note(
+            f"{prompts.source}: {f'prompt {within[0]}' if len(within) == 1 else which} and the "
+            "response share a token or change one another's; their text is tokenised as one, and a "
+            "token that the prompt only begins belongs to the response"
+        )
     return encoded
+
+
+def check_lengths(
+    encoded: Encoded, prompts: PromptSet, pair: Pair, max_new_tokens: int, progress: Progress
+) -> None:
+    """Refuse texts that have more tokens than the models have positions.
+
+    Args:
+        encoded: the texts.
+        prompts: where they are from.
+        pair: the checkpoints.
+        max_new_tokens: of answers that a model is to give.
+        progress: told of texts beyond what models without such an end were made for.
+
+    Raises:
+        UserError: names the prompt, its length and the limit.
+    """
+    texts = []
+    for i, ids in enumerate(encoded.prompts):
+        what, response = f"{prompts.source}: prompt {i + 1}", encoded.responses.get(i)
+        if response is None:
+            texts.append(TextLength(what, len(ids), max_new_tokens))
+        else:  # the last token is only ever predicted
+            texts.append(TextLength(f"{what} with its response", len(ids) + len(response) - 1))
+        if i in encoded.contrasts:
+            contrast = f"{prompts.source}: the contrast of prompt {i + 1}"
+            texts.append(TextLength(contrast, len(encoded.contrasts[i])))
+    for checkpoint in (pair.base, pair.expert):
+        model = skeleton(checkpoint.config, checkpoint.name)
+        if note := too_long(model, texts, f"'{checkpoint.name}'"):
+            progress.note(note)
+            return
 
 
 def find_tokenizer(checkpoints: Iterable[Checkpoint], told: Callable[[str], None]) -> Any:

@@ -29,8 +29,8 @@ from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing, stopping
-from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.model_names import absolute
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.placement import MaxMemory

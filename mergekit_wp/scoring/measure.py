@@ -38,7 +38,7 @@ from mergekit_wp.engine.weight_swaps import (
     swap_slices,
     swap_whole,
 )
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.recordings import (
     Portion,
     Recordings,

@@ -13,9 +13,9 @@ from mergekit_wp.criteria import Criteria, CriterionFunction, named, source_sha2
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
 from mergekit_wp.files.scorefile import ScoreFile, read, write
-from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import (
+    AtOnce,
     free_memory,
     in_gib,
     is_out_of_memory,
@@ -25,9 +25,9 @@ from mergekit_wp.models.memory import (
 )
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import Prompt, PromptBatch, PromptSet, Sample, read_prompts
+from mergekit_wp.prompts import Prompt, PromptBatch, Sample, read_prompts
 from mergekit_wp.runs.command import command_of, versions
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import (
@@ -58,7 +58,8 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     prompts = read_prompts(request.prompts, request.max_prompts)
     criteria, functions = named(choose_criteria(request.criterion, prompts.prompts))
     _check_request(request, criteria, prompts.prompts, progress)
-    run = Run.open(request, request.base, request.expert, prompts, progress)
+    date = begun(request.out, request.restart)
+    run = Run.open(request, request.base, request.expert, prompts, progress, date)
     request = _within_the_map(request, run.pair, progress)
     identified = [_identity(name, functions.get(name)) for name in criteria]
     with journal_of(
@@ -115,7 +116,7 @@ def _manifest(
     request: ScoreRequest, run: Run, references: References, sweeps: Sweeps, created: str
 ) -> Manifest:
     return Manifest(
-        **common_fields(request, run.pair, run.prompts, references),
+        **common_fields(request, run, references),
         criteria=sweeps.criteria,
         estimands=request.estimand,
         anchor=references.anchor,
@@ -129,10 +130,9 @@ def _manifest(
     )
 
 
-def common_fields(
-    request: ScoreRequest, pair: Pair, prompts: PromptSet, references: References
-) -> dict[str, Any]:
+def common_fields(request: ScoreRequest, run: Run, references: References) -> dict[str, Any]:
     """What every manifest says: the models, the prompts, the reference values."""
+    pair, prompts = run.pair, run.prompts
     return {
         "base": model_id(pair.base),
         "expert": model_id(pair.expert),
@@ -140,6 +140,7 @@ def common_fields(
         "n_prompts": len(prompts.prompts),
         "prompts_sha256": prompts.sha256,
         "responses": prompts.responses,
+        "template_date": run.template_date,
         "architecture": pair.base.architecture,
         **pair.partition.dims.numbers,
         "hidden_size": int(pair.base.text_config.hidden_size),
@@ -201,7 +202,7 @@ def _references(
     def measured(size: int) -> References:
         contrasts: tuple[list[int], list[PromptBatch]] = ([], [])
         if "anchor" in criteria:
-            contrasts = contrast_batches(run.texts.contrasts, size, request.device)
+            contrasts = contrast_batches(run.texts.contrasts, size, resident)
         return measure_references(
             resident,
             samples,

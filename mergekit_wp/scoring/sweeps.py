@@ -10,7 +10,7 @@ import torch
 
 from mergekit_wp.criteria import fisher_at_expert, recovery
 from mergekit_wp.files.manifest import Fidelity
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings, Result

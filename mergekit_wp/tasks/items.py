@@ -18,9 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import complaint, parse_json, read_lines
-from mergekit_wp.models.backoff import AtOnce
+from mergekit_wp.models.encoding import TextLength, encode_prompt, too_long
 from mergekit_wp.models.generation import TextInterface, greedy
-from mergekit_wp.prompts import Text, encode_prompt
+from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.prompts import Text
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
@@ -94,6 +95,25 @@ class JsonlTask:
         """Items of a split."""
         return len(self.of(split))
 
+    def too_long(self, model: Any, tokenizer: Any) -> str | None:
+        """What to say of items longer than a model was made for, None where none is.
+
+        Raises:
+            UserError: the model has no positions for one.
+        """
+        texts = [
+            TextLength(
+                f"task '{self.name}': item {item['id']}",
+                len(encode_prompt(tokenizer, item["prompt"])),
+                self._length(item),
+            )
+            for item in self.items
+        ]
+        return too_long(model, texts, "the model")
+
+    def _length(self, item: dict[str, Any]) -> int:
+        return int(item.get("max_new_tokens", self.max_new_tokens))
+
     def evaluate(
         self,
         model: Any,
@@ -114,7 +134,7 @@ class JsonlTask:
             model,
             asked,
             [item["prompt"] for item in items],
-            [item.get("max_new_tokens", self.max_new_tokens) for item in items],
+            [self._length(item) for item in items],
             self.batch_size,
             at_once,
         )

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.errors import UserError
-from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import TextInterface
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
@@ -86,8 +87,16 @@ class LmEvalTask:
         """Documents of a split."""
         return len(self._docs(split))
 
-    def _check_length(self, model: Any) -> None:
-        """Refuse answers for which the context has no room; the harness only asserts there is."""
+    def too_long(self, model: Any, _tokenizer: Any) -> None:
+        """Refuse answers for which the context has no room; the harness only asserts there is.
+
+        It cuts prompts itself, from the left.
+
+        Raises:
+            UserError: an answer may be as long as the context.
+        """
+        if self.task.OUTPUT_TYPE != "generate_until":
+            return
         stated = (self.task.config.generation_kwargs or {}).get("max_gen_toks", _HARNESS_TOKENS)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and stated >= context:
@@ -124,8 +133,7 @@ class LmEvalTask:
         if split == "valid":
             # the harness evaluates test documents where there are any
             task._config.test_split = None
-        if task.OUTPUT_TYPE == "generate_until":
-            self._check_length(model)
+        self.too_long(model, tokenizer)
 
         def run(together: int) -> Any:
             return evaluate(
@@ -136,7 +144,8 @@ class LmEvalTask:
                 apply_chat_template=bool(tokenizer.chat_template),
             )
 
-        size = self.batch_size or 8
+        # the harness pads whatever it batches
+        size = 1 if RopeBorders.of(model.config) else self.batch_size or 8
         results = at_once.run(run, size) if at_once else run(size)
         assert results is not None
         samples = results["samples"][self.name]

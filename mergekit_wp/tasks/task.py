@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mergekit_wp.models.backoff import AtOnce
 from mergekit_wp.models.generation import TextInterface
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.terms import Split
 
 
@@ -32,6 +32,13 @@ class Task(Protocol):
 
     def count(self, split: Split) -> int:
         """Items of a split; 0 where the task has none."""
+
+    def too_long(self, model: Any, tokenizer: Any) -> str | None:
+        """What to say of items longer than a model was made for, None where none is.
+
+        Raises:
+            UserError: the model has no positions for one.
+        """
 
     def evaluate(
         self,
