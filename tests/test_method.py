@@ -302,7 +302,8 @@ def test_bad_hub_references(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no such repository\nlong help")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    with pytest.raises(UserError, match="score file hf://a/b/c could not .*: no such repository long help$"):
+    whole = "score file hf://a/b/c could not .*: no such repository long help$"
+    with pytest.raises(UserError, match=whole):
         hub.local_path("hf://a/b/c")
 
 
