@@ -148,6 +148,10 @@ def test_experts_together_are_merged_and_fused_alike(
     assert done.exit_code == 0, done.output
     for name, tensor in load_file("again/model.safetensors").items():
         assert torch.equal(tensor, merged[name])
+    one, other = (f"saved/{name}.safetensors" for name in NAMES)
+    for line in (f"inspect {one}", f"plot {one} --out page.html", f"stability {one} {other}"):
+        done = CliRunner().invoke(cli, line.split())
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(
