@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +29,7 @@ PathLike = str | os.PathLike[str]
 class Picture:
     """A PNG; a notebook shows it inline."""
 
-    png: bytes
+    png: bytes = field(repr=False)
 
     def _repr_png_(self) -> bytes:
         return self.png

@@ -103,7 +103,8 @@ def test_scores_are_ranked_framed_and_drawn(scores: Scores) -> None:
     table = heads.pivot(index="layer", columns="index", values="score").to_numpy()
     np.testing.assert_array_equal(table, share.numpy())
     assert frame.score.is_monotonic_decreasing
-    assert scores.plot()._repr_png_().startswith(b"\x89PNG")
+    picture = scores.plot()
+    assert picture._repr_png_().startswith(b"\x89PNG") and repr(picture) == "Picture()"
     assert "share by kl" in repr(scores)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,12 +32,22 @@ def test_it_is_stored_without_outputs(path: Path) -> None:
         assert cell.cell_type == "markdown" or (not cell.outputs and cell.execution_count is None)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_links_lead_somewhere(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links and all((path.parent / link).exists() for link in links), links
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of Jupyter's own packages
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):  # not the user's own
+        monkeypatch.setenv(name, str(tmp_path / name))
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -54,4 +65,8 @@ def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = sum("image/png" in data for data in shown)
     assert pictures == {"localise": 3, "merge": 1}[path.stem]
     text = "\n".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", ()))
-    assert {"localise": "restoration", "merge": "weight_patching"}[path.stem] in text
+    said = {
+        "localise": ("noise floor", "first-order", "restoration", "knockout", "supplies"),
+        "merge": ("noise floor", "shares add up to", "weight_patching", "task_arithmetic", "ties"),
+    }
+    assert [word for word in said[path.stem] if word not in text] == []
