@@ -14,6 +14,7 @@ from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.models.encoding import today
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.runs.progress import Progress
@@ -35,7 +36,7 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     Returns:
         The model at the gates kept, and where the fit ended.
     """
-    members = open_members(request, request.out, progress)
+    members = open_members(request, request.out, progress, today())
     coarse = [
         replace(
             m, run=replace(m.run, pair=replace(m.pair, partition=WholeTensors(p.dims, p.shapes)))
