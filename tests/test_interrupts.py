@@ -63,7 +63,7 @@ def test_a_signal_that_comes_in_a_destructor_is_not_lost(capfd: pytest.CaptureFi
 
     with listening(), pytest.raises(Interrupted) as stop:
         Struck()
-        time.sleep(5)
+        time.sleep(2)
     assert stop.value.status == 130 and capfd.readouterr().err == ""
 
 

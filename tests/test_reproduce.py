@@ -86,11 +86,12 @@ COMMANDS = {
         f"fitted/{NAMES[0]}.safetensors", 1,
     ),
 }  # fmt: skip
+SLOW = {"verify", "verify, built-in", "fit", "company"}
 
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=pytest.mark.slow) if k == "verify, built-in" else k for k in COMMANDS],
+    [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in COMMANDS],
 )
 def test_the_printed_command_makes_the_same_bytes(
     world: Path, kind: str, monkeypatch: pytest.MonkeyPatch
