@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
 # Two workers for the two cores of the CI machines. torch must not start threads of its own in each.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 MARK ?= slow or not slow
 

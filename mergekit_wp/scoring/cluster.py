@@ -222,6 +222,13 @@ def cluster(recordings: Recordings, at_once: AtOnce, progress: Progress) -> Iter
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError) as error:
         raise UserError(f"no Ray cluster can be reached: {error}") from error
+    except Exception as error:  # Ray's own word for a node that takes longer than 30 s
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start within its 30 seconds; run the same command again when the machine "
+            "is less busy, or start Ray before it (ray start --head)"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
     try:
