@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
+SITE ?= site
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
@@ -22,7 +23,7 @@ MARK ?= slow or not slow
 # because a local version sorts above the plain one.
 TORCH ?= torch==2.13.0
 
-.PHONY: help venv bench test test-slow matrix oldest newest lint format demo scores wheel clean
+.PHONY: help venv bench test test-slow matrix oldest newest lint format docs demo scores wheel clean
 
 help:
 	@echo "venv       create the environment $(VENV) and install this package into it, editable"
@@ -32,6 +33,7 @@ help:
 	@echo "matrix     run the quick tests with the oldest and the newest packages allowed"
 	@echo "lint       check format, lint and types"
 	@echo "format     apply what lint would ask for, where that can be automatic"
+	@echo "docs       build the documentation site into $(SITE), strictly"
 	@echo "demo       score, merge and compare the toy models (recipes/, benchmarks/zoo/)"
 	@echo "scores     only score them: the recipes in recipes/ need the files in scores/"
 	@echo "wheel      build the wheel into $(DIST)"
@@ -55,6 +57,15 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 $(VENV)/.installed-extras: $(VENV)/.installed
 	$(PIP) --editable ".[dev,eval,ray]"
 	touch $@
+
+# mkdocs and its plugins, which warn of each other's future
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable ".[dev,docs]"
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true \
+		$(PY) -m mkdocs build --quiet --strict --site-dir $(abspath $(SITE))
 
 test: venv
 	$(PYTEST)
@@ -96,5 +107,5 @@ wheel: venv
 	$(PY) -m build --wheel --no-isolation --outdir $(DIST)
 
 clean:
-	rm -rf $(DIST) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(DIST) $(SITE) .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mergekit_wp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

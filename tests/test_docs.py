@@ -37,7 +37,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*/README.md"))
 SLOW = {"mechanism.md"}  # its built-in behaviour has long prompts
 KINDS = {"bash", "text", "yaml", "json", "python", "mermaid"}
 #: blocks of output that are compared elsewhere or cannot be here, by how they begin
-NOT_COMPARED = {"accuracy on 200 unseen questions": "test_the_demo_prints_what_the_readme_shows"}
+NOT_COMPARED = {"accuracy on 200 unseen questions": "test_the_demo_prints_what_the_page_shows"}
 
 
 def make_world(folder: Path) -> None:
@@ -167,20 +167,29 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in made, link
 
 
+def test_the_site_has_every_page() -> None:
+    """`make docs` builds it; a page that no menu names is not found."""
+    menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    for page in [*PAGES, *BENCHMARKS, *(ROOT / "docs").glob("*/*.md")]:
+        assert f": {page.relative_to(ROOT)}\n" in menu, page
+
+
 @pytest.mark.slow  # scores, merges and measures for some minutes
-def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+def test_the_demo_prints_what_the_page_shows(tmp_path: Path) -> None:
     for name in ("benchmarks/zoo", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name)
     demo = [sys.executable, str(tmp_path / "benchmarks" / "zoo" / "demo.py")]
     done = subprocess.run(demo, check=True, stdout=subprocess.PIPE, text=True)
-    (shown,) = (b for b in blocks(ROOT / "README.md") if b.code.startswith(tuple(NOT_COMPARED)))
+    page = ROOT / "docs" / "results.md"
+    (shown,) = (b for b in blocks(page) if b.code.startswith(tuple(NOT_COMPARED)))
     assert agrees(f"…{shown.code}…", done.stdout), done.stdout
 
 
 def test_summaries_say_what_the_benchmarks_say() -> None:
-    """Every row of the README with an interval stands on a benchmark's page, too."""
+    """Every row of the summaries with an interval stands on a benchmark's page, too."""
     lines = [line for page in BENCHMARKS for line in page.read_text().splitlines()]
-    rows = re.findall(r"^\| .*\[[-+\d].*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    summaries = (ROOT / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
+    rows = re.findall(r"^\| .*\[[-+\d].*\|$", summaries, re.MULTILINE)
     assert len(rows) >= 9
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")[2:] if cell.strip()]
