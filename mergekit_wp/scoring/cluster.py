@@ -227,7 +227,7 @@ def cluster(recordings: Recordings, at_once: AtOnce, progress: Progress) -> Iter
             raise
         raise UserError(
             "Ray did not start within its 30 seconds; run the same command again when the machine "
-            "is less busy, or start Ray before it (ray start --head)"
+            "is less busy, or start Ray before it"
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
