@@ -13,6 +13,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_wp.components import GateLayout
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.expert_scores import ExpertScores
@@ -57,11 +58,11 @@ class ExpertGates(NamedTuple):
     """What a recipe takes of one expert.
 
     Attributes:
-        gates: ``[components of the tensor]`` by tensor name.
+        gates: how they lie and ``[gates of the tensor]``, by tensor name.
         files: the score files that say so, by path.
     """
 
-    gates: dict[str, torch.Tensor]
+    gates: dict[str, tuple[GateLayout, torch.Tensor]]
     files: dict[str, ExpertScores]
 
 
@@ -84,7 +85,7 @@ def recipe_gates(path: Path) -> list[ExpertGates]:
         if gated is not None:
             for expert, gates in zip(gated.experts, gated.gates, strict=True):
                 own, file = found[order.index(expert)], planned_source(task, expert)
-                own.gates[task.output_weight.name] = gates
+                own.gates[task.output_weight.name] = gated.layout, gates
                 own.files[file.path] = file
     return found
 
