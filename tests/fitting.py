@@ -35,6 +35,7 @@ def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: An
         "device": DEVICE,
         "prompts_a_step": 2,
         "steps": 6,
+        "granularity": "component",
         **options,
     }
     fit(FitRequest(**settings), Quiet())

@@ -32,11 +32,12 @@ _FINER = "gates"
 
 
 class Choice(NamedTuple):
-    """Which of a file's scores a merge uses."""
+    """Which of a file's scores a merge uses; its finest gates, unless components are asked for."""
 
     estimand: str
     criterion: str
     granularity: str
+    by_component: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +100,9 @@ class ExpertScores:
 
     def _finer(self, choice: Choice) -> bool:
         """Whether the gates are finer than components."""
-        chosen = choice.estimand == "path" and choice.granularity != "tensor"
-        return chosen and bool(self.file.gate_layouts)
+        if choice.estimand != "path" or choice.granularity == "tensor" or choice.by_component:
+            return False
+        return self.file.manifest.granularity != "component"
 
     def covers(self, name: str, granularity: str) -> bool:
         """Whether the file scores a tensor (under its `scored_name`)."""

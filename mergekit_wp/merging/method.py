@@ -211,6 +211,8 @@ def tensor_gates(
     files: Mapping[Hashable, ExpertScores],
     parameters: Mapping[str, Any],
     tied: bool | None,
+    *,
+    by_component: bool = False,
 ) -> Gated | None:
     """How much of each expert every part of one tensor takes: no weights are read.
 
@@ -219,6 +221,7 @@ def tensor_gates(
         files: the scores of each expert that has it.
         parameters: as mergekit hands them to `WeightPatchingMerge.merge_group`.
         tied: see `is_tied`.
+        by_component: of finer gates, the means that components have.
 
     Returns:
         None where no score file covers the tensor, which then stays at the base.
@@ -231,6 +234,7 @@ def tensor_gates(
         "path" if fusion == "path" else parameters["estimand"],
         parameters["criterion"],
         parameters["granularity"],
+        by_component,
     )
     scored = {expert: file.scored_name(name, tied) for expert, file in files.items()}
     covering = [e for e, file in files.items() if file.covers(scored[e], choice.granularity)]

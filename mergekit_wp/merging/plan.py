@@ -23,11 +23,12 @@ from mergekit_wp.merging.open_models import MISTAKES, forget_adapters, open_mode
 from mergekit_wp.merging.recipe import Recipe, one_line
 
 
-def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:
+def planned_gates(task: ExecuteMergeMethodTask, *, by_component: bool = False) -> Gated | None:
     """The gates with which a planned weight_patching merge will fuse one tensor.
 
     Args:
         task: one of mergekit's plan.
+        by_component: of finer gates, the means that components have.
 
     Returns:
         None where no score file covers the tensor, which then stays at the base.
@@ -38,7 +39,8 @@ def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:
     parameters, tied = _parameters(task), is_tied(task.base_model)
     experts = (model for model in task.input_parameters if model != task.base_model)
     files = {expert: source(parameters, expert) for expert in experts}
-    return tensor_gates(task.output_weight.name, files, parameters, tied)
+    name = task.output_weight.name
+    return tensor_gates(name, files, parameters, tied, by_component=by_component)
 
 
 def planned_source(task: ExecuteMergeMethodTask, expert: ModelReference) -> ExpertScores:
