@@ -117,8 +117,9 @@ def fine(manifest: dict[str, Any], values: dict[str, Array]) -> dict[str, Array]
 
 def gate_of(manifest: dict[str, Any], gates: dict[str, Array], name: str, shape: Any) -> Array:
     """One tensor's gates, in a shape that broadcasts to it; by kind, or by tensor."""
-    if name in gates:
-        return gates[name]
+    by_tensor = gates.get(name)
+    if by_tensor is not None:
+        return by_tensor
     found = place(name)
     if found is None:
         alone = [n for n in manifest["tensor_names"] if place(n) is None]

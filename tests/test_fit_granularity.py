@@ -78,7 +78,8 @@ def masks_of(partition: Partition, name: str, granularity: str) -> torch.Tensor:
         entries = []
         for at in itertools.product(*(range(shape[d]) for d in axes)):
             mask = torch.zeros(shape, dtype=torch.float64)
-            mask[tuple(at[axes.index(d)] if d in axes else slice(None) for d in range(len(shape)))] = 1
+            where = dict(zip(axes, at, strict=True))
+            mask[tuple(where.get(d, slice(None)) for d in range(len(shape)))] = 1
             entries.append(mask)
         block = partition.layouts[name].block(shape) if granularity == "slice" else 1
         found += [sum(entries[i : i + block]) for i in range(0, len(entries), block)]
@@ -247,10 +248,11 @@ def test_half_of_a_neuron_helps_and_half_harms(
     every = list(batches(sequences(task), 9, "cpu"))
     targets = [Targets(logprobs(Decoder(want), batch)) for batch in every]
     apart = torch.full((4,), divergence(base, want, task), dtype=torch.float64)
-    options = {"granularity": granularity, "held_out": 0, "steps": 60, "penalty": 0}
+    options: dict[str, Any] = {"granularity": granularity, "held_out": 0, "penalty": 0}
     request = FitRequest(recipe=world, prompts=(), dtype="float64", prompts_a_step=9, **options)
     unread: Any = None
-    members = [Member("expert", unread, Run(request, unread, pair, unread, unread, unread, Quiet()))]
+    run = Run(request, unread, pair, unread, unread, unread, Quiet())
+    members = [Member("expert", unread, run)]
     layout = Layout(pair.partition, (pair.changed,), granularity)
     objective = Objective("east", every, targets, -apart, apart)
     with Unwritten() as journal:
@@ -275,8 +277,9 @@ def test_gates_of_one_granularity_start_a_fit_of_another(world: Path) -> None:
     def weights(layout: Layout, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         [gates, _] = layout.unflat(flat)
         return {
-            name: sum(own.spread(layout.of_tensor(gates, name)[None], partition.shapes[name]))[0]
-            .expand(partition.shapes[name])  # type: ignore[index]
+            name: sum(own.spread(layout.of_tensor(gates, name)[None], partition.shapes[name]))[
+                0
+            ].expand(partition.shapes[name])  # type: ignore[index]
             for name, own in layout.layouts.items()
         }
 
@@ -294,7 +297,7 @@ def test_gates_of_one_granularity_start_a_fit_of_another(world: Path) -> None:
 
 def test_a_fit_goes_on_from_a_file(world: Path, tmp_path: Path) -> None:
     first = fitted(world, tmp_path / "one", granularity="channel", steps=3, held_out=0)
-    options = {"recipe": tmp_path / "one" / "recipe.yml", "start": "scores", "rate": 1e-12}
+    options: dict[str, Any] = {"recipe": tmp_path / "one" / "recipe.yml", "start": "scores", "rate": 1e-12}
     options |= {"steps": 1, "held_out": 0, "penalty": 0}
     for granularity in ("channel", "row_column"):
         again = fitted(world, tmp_path / granularity, granularity=granularity, **options)
