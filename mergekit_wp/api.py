@@ -146,7 +146,7 @@ def fit(
     progress: bool | Progress = True,
     **options: Any,
 ) -> ScoresTogether:
-    """Fit one gate for every component of every expert, all together, by gradient.
+    """Fit the gates of all experts together, by gradient.
 
     Args:
         base: a folder or a Hub id.
@@ -157,7 +157,7 @@ def fit(
         recipe: a mergekit recipe that names base and experts, in their place.
         out: folder for a score file of every expert, and a recipe that merges by them.
         progress: show a bar; or where to report instead.
-        options: fields of `FitRequest`: ``steps``, ``rate``, ``prompts_a_step``, ...
+        options: fields of `FitRequest`: ``granularity``, ``steps``, ``prompts_a_step``, ...
 
     Raises:
         UserError: any mistake in the inputs.

@@ -11,6 +11,9 @@ A tensor is cut into equal blocks, each of which belongs to one component of its
 may hold several kinds (a fused Q, K and V). `TensorLayout` says which block belongs to whom; that
 is all a sweep or a merge needs to know, so both work on whole tensors instead of looping over
 components. Which tensors are cut how is declared by architecture in `architectures`.
+
+The gates of a fit lie by these components, or finer: then every tensor has `OwnGates`. Both spread
+gates over a tensor and sum gradients into gates, so nothing that merges or fits asks which it is.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from functools import cached_property, lru_cache
 import torch
 
 from mergekit_wp.architectures import Dims
+from mergekit_wp.architectures.declaration import module_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.terms import FineKind, Kind
+from mergekit_wp.terms import FineKind, GateGranularity, Kind
 
 Shape = torch.Size | tuple[int, ...]
 
@@ -156,6 +160,18 @@ class TensorLayout:
         total = values.new_zeros((*values.shape[:-cut], self.count))
         return total.index_add_(-1, places, values.flatten(-cut))
 
+    def spread(self, gates: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, ...]:
+        """Gates of several experts over the tensor; see `OwnGates.spread`."""
+        return (torch.stack([self.expand(gate, shape) for gate in gates]),)
+
+    def dotted(self, gradient: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """Sum gradient * delta by component, ``[count]``."""
+        product = gradient * delta
+        if self.whole:
+            return self.reduce(product.flatten())
+        others = [d for d in range(product.dim()) if d not in self.dims]
+        return self.reduce(product.sum(others) if others else product)
+
 
 @lru_cache(maxsize=64)
 def _places(
@@ -166,6 +182,116 @@ def _places(
         starts[kind] = torch.arange(position, position + count, device="cpu").view(chunks, -1)
         position += count
     return torch.cat([starts[kind] for kind in runs], 1).flatten().repeat_interleave(block)
+
+
+@dataclass(frozen=True)
+class OwnGates:
+    """Gates of one tensor that it shares with no other, finer than its components.
+
+    Attributes:
+        name: the tensor.
+        shape: of the tensor.
+        parts: dimensions over which gates lie, which run through these as the tensor does; what
+            several parts say of an entry is added, so that weights stay linear in all gates.
+        block: so many gates in a row are one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    block: int = 1
+
+    @property
+    def counts(self) -> list[int]:
+        """Gates of each part."""
+        return [math.prod(self.shape[d] for d in dims) // self.block for dims in self.parts]
+
+    @property
+    def count(self) -> int:
+        """Gates in all."""
+        return sum(self.counts)
+
+    def spread(self, gates: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, ...]:
+        """Gates of several experts over the tensor.
+
+        Args:
+            gates: ``[experts, count]``.
+            shape: the tensor's shape.
+
+        Returns:
+            What is to be added to have every weight's gate, each ``[experts, ...]`` in a shape that
+            broadcasts to the tensor behind the experts.
+
+        Raises:
+            UserError: gates of a tensor of another shape.
+        """
+        found = []
+        for dims, part in zip(self.parts, gates.split(self.counts, -1), strict=True):
+            if len(shape) != len(self.shape) or any(shape[d] != self.shape[d] for d in dims):
+                raise UserError(
+                    f"tensor {self.name} has shape {list(shape)}, but its gates were fitted for "
+                    f"{list(self.shape)}"
+                )
+            sizes = [shape[d] if d in dims else 1 for d in range(len(shape))]
+            found.append(part.repeat_interleave(self.block, -1).reshape(-1, *sizes))
+        return tuple(found)
+
+    def dotted(self, gradient: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """Sum gradient * delta over what every gate covers, ``[count]``."""
+        product, found = gradient * delta, []
+        for dims in self.parts:
+            others = [d for d in range(product.dim()) if d not in dims]
+            rest = product.sum(others) if others else product
+            found.append(rest.reshape(-1, self.block).sum(-1))
+        return torch.cat(found)
+
+
+#: how the gates of one tensor lie; both have ``count``, ``spread`` and ``dotted``
+GateLayout = TensorLayout | OwnGates
+
+
+def gate_layouts(
+    dims: Dims, shapes: Mapping[str, tuple[int, ...]], granularity: GateGranularity
+) -> dict[str, GateLayout]:
+    """How the gates of all tensors lie.
+
+    ``component`` has one gate for each component, which tensors share. ``slice`` has one for each
+    block of a tensor. ``channel`` has one for each entry of the cut dimensions; where nothing is
+    cut, of the last. ``row_column`` has one for each row and one for each column of a matrix, added
+    up; of the embedding and the head only the columns, as rows are tokens, which a merge may
+    rearrange. A tensor of one dimension has one for each entry.
+
+    Raises:
+        UserError: a tensor's shape does not fit its cut.
+    """
+    architecture = dims.architecture
+    vocabularies = (architecture.embedding, architecture.head)
+    found: dict[str, GateLayout] = {}
+    for name, shape in shapes.items():
+        layout, n = layout_of(name, dims), len(shape)
+        if layout.dims and max(layout.dims) >= n:
+            raise UserError(f"{name}: shape {list(shape)} has no dimension {max(layout.dims)}")
+        block = layout.block(shape)
+        channels = layout.dims or ((n - 1,) if n else ())
+        if granularity == "component":
+            found[name] = layout
+        elif granularity == "slice":
+            found[name] = OwnGates(name, shape, (layout.dims,), block)
+        elif granularity == "channel" or n < 2 or module_of(name) in vocabularies:
+            found[name] = OwnGates(name, shape, (channels,))
+        else:
+            lead = tuple(range(n - 2))
+            found[name] = OwnGates(name, shape, ((*lead, n - 2), (*lead, n - 1)))
+    return found
+
+
+def positions(layouts: Mapping[str, GateLayout]) -> dict[str, slice]:
+    """Where the gates of every tensor stand in a flat vector that has them one after the other."""
+    found, start = {}, 0
+    for name, layout in layouts.items():
+        found[name] = slice(start, start + layout.count)
+        start += layout.count
+    return found
 
 
 def layout_of(name: str, dims: Dims) -> TensorLayout:

@@ -41,6 +41,9 @@ FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 Granularity = Literal["component", "tensor"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
+#: what one gate of a fit covers, from coarse to fine
+GateGranularity = Literal["component", "slice", "channel", "row_column"]
+
 # sets and circuits
 Direction = Literal["restoration", "knockout"]
 SetName = Literal["top", "bottom", "random"]

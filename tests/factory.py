@@ -117,6 +117,7 @@ def make_fit(*references: str) -> tuple[Fit, tuple[CompanyMember, ...]]:
     )
     seen = {member.behavior: 0.5 for member in company} | {"plain": 1.0}
     fit = Fit(
+        granularity="component",
         guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2),),
         guard_weight=0.25,
         start="0.5",

@@ -35,6 +35,7 @@ def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: An
         "device": DEVICE,
         "prompts_a_step": 2,
         "steps": 6,
+        "granularity": "component",
         **options,
     }
     fit(FitRequest(**settings), Quiet())
@@ -80,7 +81,8 @@ def merged(world: Path, layout: Layout, flat: torch.Tensor) -> PreTrainedModel:
     weights = dict(model.named_parameters())
     before = {name: w.clone() for name, w in weights.items()}
     with torch.no_grad():
-        for name, gates in zip(NAMES, layout.unflat(flat), strict=True):
+        for name, own in zip(NAMES, layout.unflat(flat), strict=True):
+            gates = layout.by_kind(own)
             theirs = dict(load(world / name).named_parameters())
             for component in fine_components(layout.partition):
                 i = (

@@ -42,6 +42,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
             assert (tensor >= 0).all(), name
         if name.startswith("path/") and not name.endswith(".se"):
             upper = manifest["fit"]["upper"] if "fit" in manifest else 1
+            if granularity(manifest) == "row_column" and not name.endswith("/row_column"):
+                upper *= 2
             assert (tensor <= upper * (1 + 1e-6)).all(), name
     return manifest, tensors
 
@@ -63,6 +65,9 @@ def shapes(manifest: dict[str, Any], tensors: dict[str, Array]) -> dict[str, tup
                 promised[name] = by_kind[kind]
                 if f"{name}.se" in tensors:
                     promised[f"{name}.se"] = by_kind[kind]
+    if (finest := granularity(manifest)) != "component":
+        count = sum(n for _, n in gate_counts(manifest))
+        promised[f"path/kl/{finest}"] = (count,)
     promised["delta_norm"] = (len(names),)
     if manifest["anchor"] is not None:
         promised["anchor/vector"] = (manifest["hidden_size"],)
@@ -78,6 +83,32 @@ def place(name: str) -> tuple[int, str, int] | None:
     return None if match[3] == "bias" and dimension == 1 else (int(match[1]), kind, dimension)
 
 
+def granularity(manifest: dict[str, Any]) -> str:
+    return str(manifest["fit"]["granularity"]) if "fit" in manifest else "component"
+
+
+def gate_counts(manifest: dict[str, Any]) -> list[tuple[int, int]]:
+    """Of a file with channels: over which dimension of every tensor its gates lie, how many."""
+    assert granularity(manifest) == "channel"
+    found = []
+    for name, shape in zip(manifest["tensor_names"], manifest["tensor_shapes"], strict=True):
+        cut = place(name)
+        dimension = len(shape) - 1 if cut is None else cut[2]
+        found.append((dimension, shape[dimension]))
+    return found
+
+
+def channels(manifest: dict[str, Any], tensors: dict[str, Array]) -> dict[str, Array]:
+    """Every tensor's gates, in a shape that broadcasts to it."""
+    found, start = {}, 0
+    for i, (dimension, count) in enumerate(gate_counts(manifest)):
+        own = tensors["path/kl/channel"][start : start + count]
+        start += count
+        last = dimension == len(manifest["tensor_shapes"][i]) - 1
+        found[manifest["tensor_names"][i]] = own if last else own[:, None]
+    return found
+
+
 def fine(manifest: dict[str, Any], values: dict[str, Array]) -> dict[str, Array]:
     """Values by kind; under `tensor` of those that are components by themselves only."""
     alone = [place(name) is None for name in manifest["tensor_names"]]
@@ -85,7 +116,10 @@ def fine(manifest: dict[str, Any], values: dict[str, Array]) -> dict[str, Array]
 
 
 def gate_of(manifest: dict[str, Any], gates: dict[str, Array], name: str, shape: Any) -> Array:
-    """One tensor's gates, in a shape that broadcasts to it."""
+    """One tensor's gates, in a shape that broadcasts to it; by kind, or by tensor."""
+    by_tensor = gates.get(name)
+    if by_tensor is not None:
+        return by_tensor
     found = place(name)
     if found is None:
         alone = [n for n in manifest["tensor_names"] if place(n) is None]

@@ -21,6 +21,7 @@ from mergekit_wp.cli import main
 from mergekit_wp.files.manifest import Manifest
 from tests.format_reader import (
     belongs,
+    channels,
     fine,
     merged,
     read,
@@ -135,6 +136,8 @@ def test_merges_by_the_specification_are_ours(world: Path, by: str) -> None:
     gates = [fine(m, scores(t, f"{estimand}/kl")) for m, t in files]
     if by == "share":
         gates = [{k: 0.75 * g for k, g in own.items()} for own in share_gates(gates, 0.5)]
+    elif by == "fit":
+        gates = [channels(m, t) for m, t in files]
     else:
         gates = [{k: np.maximum(g, 0) for k, g in own.items()} for own in gates]
     ours = load_file(world / f"by-{by}" / "model.safetensors")
@@ -172,6 +175,6 @@ def test_the_specification_names_every_key() -> None:
 def test_the_specification_names_every_value() -> None:
     page = PAGE.read_text()
     named = (terms.Estimand, terms.BuiltInCriterion, terms.ScoringMethod, terms.SetName)
-    for choice in (*named, terms.Direction, terms.Kind):
+    for choice in (*named, terms.Direction, terms.Kind, terms.GateGranularity):
         for value in typing.get_args(choice):
             assert f"`{value}`" in page, value

@@ -66,7 +66,8 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
 
     assert recovered == pytest.approx(objective(flat), abs=1e-6)
     places = []
-    for e, gates in enumerate(layout.unflat(torch.arange(layout.size))):
+    for e, own in enumerate(layout.unflat(torch.arange(layout.size))):
+        gates = layout.by_kind(own)
         for kind in FINE_KINDS:
             every = gates[kind].flatten()
             places += [(e, kind, int(i)) for i in every[torch.tensor([0, -1])]]
@@ -94,7 +95,7 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     vector = TaskVector(lambda name: pair.delta(name, torch.float64, "cpu"), pair.changed)
     [apart] = contributions(decoder, batch, pair.partition, [vector], ("kl",), targets)["kl"]
     terms = [Term(batch, targets, 1.0), Term(batch, targets, 0.5)]
-    [values, _], [together] = slopes(decoder, terms, pair.partition, [vector])
+    [values, _], [together] = slopes(decoder, terms, pair.partition.layouts, [vector])
     assert together.keys() == apart.keys() and len(together) > 12
     for name, each in apart.items():
         torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-5, atol=1e-7)

@@ -188,7 +188,7 @@ def flops() -> tuple[float, float]:
     term = Term(batch, Targets(logprobs(decoder, batch)), 1.0)
     vector = TaskVector(lambda name: pair.delta(name, torch.float32, "cpu"), pair.changed)
     with Counted() as counter:
-        slopes(decoder, [term], pair.partition, [vector])
+        slopes(decoder, [term], pair.partition.layouts, [vector])
     in_layers = sum(
         p.numel() for name, p in resident.model.named_parameters() if ".layers." in name
     )

@@ -9,6 +9,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
+from mergekit_wp.components import TensorLayout
 from mergekit_wp.merging.host import is_tied
 from mergekit_wp.merging.plan import planned_gates, planned_source
 from mergekit_wp.terms import FINE_KINDS, CriterionName, Estimand, FineKind
@@ -46,7 +47,7 @@ def contributions(
 ) -> Contributions:
     """Tally a planned weight_patching merge.
 
-    A component that is spread over several tensors counts with its mean gate over them. A tensor
+    A component that is spread over several tensors or gates counts with its mean gate. A tensor
     that an expert did not change counts as a gate of zero.
 
     Args:
@@ -88,7 +89,7 @@ def _gates(
 ) -> list[tuple[tuple[FineKind, int | str | None], torch.Tensor]]:
     """Which components a tensor belongs to, and their gates: ``[experts, components]``."""
     name, tied = task.output_weight.name, is_tied(task.base_model)
-    gated = planned_gates(task)
+    gated = planned_gates(task, by_component=True)
     if gated is None:
         return [(("tensor", name), torch.zeros(len(order), 1, dtype=torch.float64))]
     gates = torch.zeros(len(order), gated.gates.shape[1], dtype=torch.float64)
@@ -97,6 +98,7 @@ def _gates(
         if file.norm(file.scored_name(name, tied)) > 0:
             gates[order.index(expert)] = row
     layout = gated.layout
+    assert isinstance(layout, TensorLayout)
     parts = gates.split([count for _, count in layout.owners], 1)
     where = name if layout.whole else layout.layer
     return [((kind, where), part) for kind, part in zip(layout.kinds, parts, strict=True)]

@@ -11,12 +11,13 @@ from mergekit_wp.commands.shown import merge_by, progress
 from mergekit_wp.joint.request import FitRequest
 
 
-@click.command(short_help="Fit component gates jointly, by gradient.")
+@click.command(short_help="Fit the gates of all experts jointly, by gradient.")
 @options_of(FitRequest, exclude=("batch_size",), required=("out",))
 def fit(**options: Any) -> None:
-    """Fit one gate for every component of every expert of a RECIPE, all together.
+    """Fit the gates of every expert of a RECIPE, all together.
 
-    A gate multiplies the expert's difference from the base: 0 keeps the base, 1 takes the expert.
+    A gate multiplies a part of the expert's difference from the base: 0 keeps the base, 1 takes the
+    expert.
     The objective is the mean over behaviours of how far the merge has come from the base (0) to the
     expert (1) in its answers' distribution. The merged model, its residual streams, and one layer's
     gradients and differences are in memory; the rest is streamed. For three experts, 8 prompts of

@@ -1,6 +1,8 @@
-"""Derivatives by every component's gate, summed over prompts: what fitting climbs.
+"""Derivatives by every gate, summed over prompts: what fitting climbs.
 
     d v / d g_ec = grad_W v . Delta_ec        at W = B + sum over e, c of g_ec Delta_ec
+
+where Delta_ec is the part of expert e's difference that gate c covers.
 
 Unlike shares, a fit needs no value per prompt. So weight gradients are formed after all, but of one
 layer at a time: one product over the tokens serves every expert, where keeping prompts apart
@@ -9,21 +11,21 @@ takes one for each; and a layer's differences are read once for all behaviours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mergekit_wp.components import Partition, TensorLayout
+from mergekit_wp.components import GateLayout
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder, first
 from mergekit_wp.engine.integrated_gradients import TaskVector
 from mergekit_wp.engine.replay import Receiver, Recording, record
 from mergekit_wp.prompts import PromptBatch
 
-#: derivatives ``[components of the tensor]`` by tensor name, float64 on the CPU
+#: derivatives ``[gates of the tensor]`` by tensor name, float64 on the CPU
 Slopes = dict[str, torch.Tensor]
 
 
@@ -36,17 +38,11 @@ class Term:
     weight: float
 
 
-def dotted(gradient: torch.Tensor, delta: torch.Tensor, layout: TensorLayout) -> torch.Tensor:
-    """Sum gradient * delta by component, ``[components of the tensor]``."""
-    product = gradient * delta
-    if layout.whole:
-        return layout.reduce(product.flatten())
-    others = [d for d in range(product.dim()) if d not in layout.dims]
-    return layout.reduce(product.sum(others) if others else product)
-
-
 def slopes(
-    decoder: Decoder, terms: Sequence[Term], partition: Partition, vectors: Sequence[TaskVector]
+    decoder: Decoder,
+    terms: Sequence[Term],
+    layouts: Mapping[str, GateLayout],
+    vectors: Sequence[TaskVector],
 ) -> tuple[list[torch.Tensor], list[Slopes]]:
     """Values of every term at the decoder's present weights, and the slope of their sum.
 
@@ -55,14 +51,14 @@ def slopes(
     Args:
         decoder: the merge as it stands.
         terms: of the objective.
-        partition: the layouts of all tensors.
+        layouts: how the gates of all tensors lie.
         vectors: the experts' task vectors.
 
     Returns:
         Values of ``kl`` by term, each ``[n]``, and for each task vector the slope by every gate; a
         tensor no value depends on is absent.
     """
-    backward = _Backward(decoder, partition, vectors)
+    backward = _Backward(decoder, layouts, vectors)
     with torch.no_grad():
         recordings = [record(decoder, term.batch) for term in terms]
     values = []
@@ -99,9 +95,9 @@ class _Backward:
     """Collects slopes from one stage of modules after the other."""
 
     def __init__(
-        self, decoder: Decoder, partition: Partition, vectors: Sequence[TaskVector]
+        self, decoder: Decoder, layouts: Mapping[str, GateLayout], vectors: Sequence[TaskVector]
     ) -> None:
-        self.partition, self.vectors = partition, vectors
+        self.layouts, self.vectors = layouts, vectors
         self.found: list[Slopes] = [{} for _ in vectors]
         changed = frozenset[str]().union(*(vector.changed for vector in vectors))
         #: tensors that some gate moves; tied ones have one name
@@ -130,7 +126,7 @@ class _Backward:
             for vector, own in zip(self.vectors, self.found, strict=True):
                 if name in vector.changed:
                     delta = vector.delta_of(name)
-                    part = dotted(gradient, delta, self.partition.layouts[name]).double().cpu()
+                    part = self.layouts[name].dotted(gradient, delta).double().cpu()
                     own[name] = own[name] + part if name in own else part
 
 

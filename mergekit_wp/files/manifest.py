@@ -15,13 +15,15 @@ from pydantic import (
 )
 
 from mergekit_wp.architectures import Dims
-from mergekit_wp.components import layout_of
+from mergekit_wp.components import GateLayout, gate_layouts, layout_of
+from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import StrictModel
 from mergekit_wp.terms import (
     SLICED_KINDS,
     CriterionName,
     Direction,
     Estimand,
+    GateGranularity,
     Kind,
     ScoringMethod,
     SetName,
@@ -207,10 +209,11 @@ class Moment(StrictModel):
 class Fit(StrictModel):
     """How `mergekit-wp fit` made the ``path`` scores: the same in the files of all experts.
 
-    ``upper`` is the largest score it allowed; ``best_step`` the number of steps after which the
-    scores were what they are.
+    ``granularity`` is what each gate covers, ``upper`` the largest gate it allowed; ``best_step``
+    the number of steps after which the gates were what they are.
     """
 
+    granularity: GateGranularity
     guards: tuple[Guard, ...]
     guard_weight: float
     start: str
@@ -245,10 +248,12 @@ class Manifest(Omitting):
     expert's own, or some of each. ``company`` names the experts that were scored together, this
     one among them; None for an expert scored alone. ``fit`` says how `mergekit-wp fit` made the
     ``path`` scores, None where it did not. ``template_date`` is the day that the chat template
-    wrote into the prompts, None where it read none.
+    wrote into the prompts, None where it read none. ``tensor_shapes``, in the order of
+    ``tensor_names``, say how many gates each has where these are finer than components; None
+    elsewhere.
     """
 
-    omitted: ClassVar = ("fit", "template_date")
+    omitted: ClassVar = ("fit", "template_date", "tensor_shapes")
 
     format_version: int = FORMAT_VERSION
     base: ModelId
@@ -273,6 +278,7 @@ class Manifest(Omitting):
     noise_floor: dict[CriterionName, float]
     completeness: dict[str, float]
     tensor_names: tuple[str, ...]
+    tensor_shapes: tuple[Annotated[tuple[PositiveInt, ...], Field(max_length=8)], ...] | None = None
     company: tuple[CompanyMember, ...] | None
     fit: Fit | None = None
     verification: Verification | None = None
@@ -298,6 +304,7 @@ class Manifest(Omitting):
             raise ValueError("'path' scores and a 'company' belong together")
         if self.fit is not None:
             self._check_fit(self.fit)
+        self._check_gates()
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
             raise ValueError(f"the anchor lies in layer {self.anchor.layer} of {self.n_layers}")
         for name in self.tensor_names:
@@ -317,10 +324,49 @@ class Manifest(Omitting):
             ):
                 raise ValueError(f"history: step {moment.step} is of other behaviours")
 
+    def _check_gates(self) -> None:
+        if (self.tensor_shapes is not None) != (self.granularity != "component"):
+            raise ValueError("'tensor_shapes' and a 'fit' finer than components belong together")
+        if self.tensor_shapes is None:
+            return
+        if len(self.tensor_shapes) != len(self.tensor_names):
+            raise ValueError("tensor_shapes is not as long as tensor_names")
+        try:
+            self.gate_layouts  # noqa: B018
+        except UserError as error:
+            raise ValueError(f"tensor_shapes: {error}") from None
+
     @property
-    def path_bound(self) -> float:
-        """The largest ``path`` score: the guided path ends at 1, a fit where it was told."""
-        return 1.0 if self.fit is None else self.fit.upper
+    def granularity(self) -> GateGranularity:
+        """What each gate of the file covers."""
+        return "component" if self.fit is None else self.fit.granularity
+
+    @property
+    def gate_layouts(self) -> dict[str, GateLayout]:
+        """How gates finer than components lie in every tensor; empty where there are none."""
+        if self.tensor_shapes is None:
+            return {}
+        shapes = dict(zip(self.tensor_names, self.tensor_shapes, strict=True))
+        return gate_layouts(self.dims, shapes, self.granularity)
+
+    @property
+    def finer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that hold gates finer than components, by name."""
+        if self.tensor_shapes is None:
+            return {}
+        count = sum(layout.count for layout in self.gate_layouts.values())
+        return {f"path/{criterion}/{self.granularity}": (count,) for criterion in self.criteria}
+
+    def path_bound(self, kind: str) -> float:
+        """The largest ``path`` score: the guided path ends at 1, a fit where it was told.
+
+        Args:
+            kind: of component, or a granularity. Where a gate of a row and one of a column are
+                added, their sums, of which components have the means, reach twice as far.
+        """
+        upper = 1.0 if self.fit is None else self.fit.upper
+        added = self.granularity == "row_column" and kind != "row_column"
+        return 2 * upper if added else upper
 
     @property
     def known_prompts(self) -> tuple[str, ...]:

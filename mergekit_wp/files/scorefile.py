@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from mergekit_wp.components import layout_of
+from mergekit_wp.components import GateLayout, layout_of, positions
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import container
 from mergekit_wp.files.manifest import FORMAT_VERSION, Manifest
@@ -67,6 +67,24 @@ class ScoreFile:
             fine["tensor"] = every[[index[name] for name in self.fine_tensor_names]]
         return fine
 
+    @cached_property
+    def gate_layouts(self) -> dict[str, GateLayout]:
+        """How gates finer than components lie in every tensor; empty where there are none."""
+        return self.manifest.gate_layouts
+
+    @cached_property
+    def gate_places(self) -> dict[str, slice]:
+        """Where every tensor's gates stand among `finer_gates`."""
+        return positions(self.gate_layouts)
+
+    def finer_gates(self, criterion: str) -> torch.Tensor:
+        """Gates finer than components, ``[gates]``: of one tensor after the other.
+
+        Raises:
+            UserError: there are none.
+        """
+        return self.scores("path", criterion, self.manifest.granularity)
+
     def digest(self) -> str:
         """Hash of the scores alone, which later findings in the manifest do not change."""
         digest = hashlib.sha256()
@@ -84,6 +102,7 @@ class ScoreFile:
 def _expected_shapes(manifest: Manifest, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
     shapes = {key: manifest.shape(key.split("/")[2]) for key in manifest.score_keys()}  # type: ignore[arg-type]
     shapes |= {f"{key}.se": shape for key, shape in shapes.items() if f"{key}.se" in keys}
+    shapes |= manifest.finer_shapes
     shapes["delta_norm"] = (len(manifest.tensor_names),)
     if manifest.anchor is not None:
         shapes["anchor/vector"] = (manifest.hidden_size,)
@@ -103,12 +122,13 @@ def check(score_file: ScoreFile) -> None:
 
 
 def _check_bounds(score_file: ScoreFile) -> None:
-    tensors, upper = score_file.tensors, score_file.manifest.path_bound
+    tensors, manifest = score_file.tensors, score_file.manifest
     if (tensors["delta_norm"] < 0).any():
         raise UserError("tensor 'delta_norm' holds a negative norm")
     for key, tensor in tensors.items():
         if not key.startswith("path/") or key.endswith(".se"):
             continue
+        upper = manifest.path_bound(key.split("/")[2])
         if (tensor < 0).any() or (tensor > upper * (1 + 1e-6)).any():
             raise UserError(f"tensor '{key}' holds a score that is not within 0 and {upper:g}")
 

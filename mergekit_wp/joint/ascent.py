@@ -98,8 +98,6 @@ class Fitting:
     ) -> None:
         self.request, self.members, self.objectives = request, members, objectives
         self.layout, self.journal, self.progress = layout, journal, progress
-        first = members[0].pair
-        self.partition = first.partition
         self.resident = members[0].run.load()
         wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
         self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
@@ -191,7 +189,7 @@ class Fitting:
             for turn in range(max(len(piece) for piece in pieces)):
                 here = [i for i, piece in enumerate(pieces) if turn < len(piece)]
                 some = [Term(*pieces[i][turn], terms[i].weight) for i in here]
-                own, found = slopes(decoder, some, self.partition, self.vectors)
+                own, found = slopes(decoder, some, self.layout.layouts, self.vectors)
                 total += self.layout.collect(found)
                 for i, value in zip(here, own, strict=True):
                     values[i].append(value)
@@ -228,5 +226,6 @@ class Fitting:
         mix(
             self.resident,
             self.members,
-            lambda e, name: self.partition.of_tensor(gates[e], name),
+            self.layout.layouts,
+            lambda e, name: self.layout.of_tensor(gates[e], name),
         )

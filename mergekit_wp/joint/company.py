@@ -183,4 +183,9 @@ class Walk:
 
     def _move_to(self, positions: Sequence[PathPosition]) -> None:
         """The merge as the method would write it with the present gates."""
-        mix(self.resident, self.members, lambda e, name: positions[e].gate(name))
+        mix(
+            self.resident,
+            self.members,
+            self.partition.layouts,
+            lambda e, name: positions[e].gate(name),
+        )

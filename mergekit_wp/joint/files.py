@@ -11,7 +11,7 @@ import yaml
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
+from mergekit_wp.files.manifest import CompanyMember, Fidelity, Fit, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.request import NamedExperts
@@ -54,6 +54,8 @@ def company_files(
     scores: Sequence[Mapping[Estimand, ScoresByKind]],
     recoveries: Sequence[float],
     fidelity: Fidelity,
+    finer: Sequence[torch.Tensor] | None = None,
+    fit: Fit | None = None,
     **said: Any,
 ) -> dict[str, ScoreFile]:
     """One score file for every expert, by its name.
@@ -64,6 +66,8 @@ def company_files(
         scores: of each expert, by estimand; all by ``kl``.
         recoveries: how far each behaviour has come back at these scores.
         fidelity: how they were computed, all alike.
+        finer: of each expert the fitted gates, where these are finer than components.
+        fit: how they were fitted, if they were.
         said: what else every manifest says.
     """
     company = tuple(
@@ -76,21 +80,26 @@ def company_files(
         for m, recovery in zip(members, recoveries, strict=True)
     )
     found = {}
-    for member, reference, own in zip(members, references, scores, strict=True):
+    for e, (member, reference, own) in enumerate(zip(members, references, scores, strict=True)):
         tensors = {
             f"{estimand}/kl/{kind}": by_kind[kind].float()
             for estimand, by_kind in own.items()
             for kind in member.request.kinds
         }
+        fidelities = dict.fromkeys(tensors, fidelity)
         norms = list(member.pair.delta_norm.values())
+        if finer is not None and fit is not None:
+            tensors[f"path/kl/{fit.granularity}"] = finer[e].float()
+            said["tensor_shapes"] = tuple(member.pair.partition.shapes.values())
         manifest = Manifest(
             **common_fields(member.request, member.run, reference),
             criteria=("kl",),
             estimands=tuple(own),
             anchor=None,
-            fidelity=dict.fromkeys(tensors, fidelity),
+            fidelity=fidelities,
             noise_floor={},
             company=company,
+            fit=fit,
             **said,
         )
         tensors["delta_norm"] = torch.tensor(norms, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Fit the component gates of several experts jointly.
+"""Fit the gates of several experts jointly.
 
 Every expert is the teacher of its own behaviour: the objective is the mean over behaviours of the
 normalised ``kl`` recovery of the merge, on prompts without labels. A guard's teacher is the base.
@@ -19,7 +19,6 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.guided import path_scores
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest, NamedExperts
@@ -62,7 +61,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     ]
     _check_names([*(member.prompts for member in members), *guards])
     partition = members[0].pair.partition
-    layout = Layout(partition, tuple(member.pair.changed for member in members))
+    changed = tuple(member.pair.changed for member in members)
+    layout = Layout(partition, changed, request.granularity)
     start = _start(request, members, layout)
     contents = {
         "guards": [guard.sha256 for guard in guards],
@@ -81,10 +81,11 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         found = company_files(
             members,
             references,
-            [{"path": path_scores(partition, gates)} for gates in layout.unflat(state.best)],
+            [{"path": scores} for scores in layout.path_scores(state.best)],
             [how.reached[str(member.request.behavior)] for member in members],
             Fidelity(method="fitted", steps=state.best_step),
             completeness={},
+            finer=None if request.granularity == "component" else layout.unflat(state.best),
             fit=how,
             command=command_of(request),
             created=journal.created,
@@ -96,7 +97,6 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
 
 def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> torch.Tensor:
     """Flat gates to start from: a constant, or the recipe's own."""
-    flat = torch.zeros(layout.size, dtype=torch.float64)
     if request.start == "scores":
         if isinstance(request.recipe, NamedExperts):
             raise UserError(
@@ -104,13 +104,11 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
                 f"{option('recipe', 'FILE')} in place of base and experts"
             )
         own = recipe_gates(request.recipe)
-        for member, gates, found in zip(members, layout.unflat(flat), own, strict=True):
+        for member, found in zip(members, own, strict=True):
             for path, file in found.files.items():
                 way_out = "give the recipe the scores of its experts"
                 check_norms(file.file.delta_norm, member.pair, f"score file {path}", way_out)
-            for name, gate in found.gates.items():
-                layout.partition.put(gates, name, gate)
-        return flat.clamp(0.0, request.upper)
+        return layout.taking([found.gates for found in own]).clamp(0.0, request.upper)
     try:
         value = float(request.start)
     except ValueError:
@@ -120,7 +118,7 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
         ) from None
     if not 0 <= value <= request.upper:
         raise UserError(f"{option('start', f'{value:g}')} is not within 0 and {request.upper:g}")
-    return flat.fill_(value)
+    return torch.full((layout.size,), value * layout.share, dtype=torch.float64)
 
 
 def _check_names(every: Sequence[PromptSet]) -> None:
@@ -150,6 +148,7 @@ def _how(
             Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts))
             for p in guards
         ),
+        granularity=request.granularity,
         guard_weight=request.guard_weight,
         start=request.start,
         rate=request.rate,

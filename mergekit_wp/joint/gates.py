@@ -1,6 +1,8 @@
-"""Component gates and the steps that fit them: pure maths, no models.
+"""The gates of a fit and the steps that fit them: pure maths, no models.
 
-    W(g) = B + sum over experts e and components c of g_ec Delta_ec
+    W(g) = B + sum over experts e and gates c of g_ec Delta_ec
+
+where Delta_ec is the part of expert e's difference that gate c covers: a component, or less.
 
 The derivative of any value with respect to g_ec is grad_W v . Delta_ec, see `engine.slopes`.
 Adam (Kingma and Ba, arXiv 1412.6980) climbs the objective; gates stay within bounds.
@@ -8,79 +10,215 @@ Adam (Kingma and Ba, arXiv 1412.6980) climbs the objective; gates stay within bo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from mergekit_wp.components import Partition
-from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS, Kind
+from mergekit_wp.components import (
+    GateLayout,
+    Partition,
+    Shape,
+    TensorLayout,
+    gate_layouts,
+    positions,
+)
+from mergekit_wp.joint.guided import path_scores
+from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS, GateGranularity, Kind
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the gates of several experts lie in one flat vector.
+    """How the gates of several experts lie in one flat vector, one expert's after the other's.
 
     Attributes:
         partition: the components.
-        changed: for each expert, the tensors in which it differs from the base; a component none
-            of whose tensors differ has no gate to fit, and keeps 0.
+        changed: for each expert, the tensors in which it differs from the base; a gate that covers
+            none of them is not fitted, and keeps 0.
+        granularity: what each gate covers.
     """
 
     partition: Partition
     changed: tuple[frozenset[str], ...]
+    granularity: GateGranularity = "component"
 
-    def shape(self, kind: Kind) -> tuple[int, ...]:
-        """Shape of one expert's gates of one kind."""
+    @cached_property
+    def layouts(self) -> Mapping[str, GateLayout]:
+        """How the gates lie in every tensor."""
+        if self.granularity == "component":
+            return self.partition.layouts
+        return gate_layouts(self.partition.dims, self.partition.shapes, self.granularity)
+
+    @cached_property
+    def _places(self) -> Mapping[str, slice | torch.Tensor]:
+        """Where every tensor's gates stand among those of one expert."""
+        if self.granularity != "component":
+            return positions(self.layouts)
+        views = self.by_kind(torch.arange(self._each))
+        return {name: self.partition.of_tensor(views, name) for name in self.layouts}
+
+    @cached_property
+    def _each(self) -> int:
+        """Gates of one expert."""
+        if self.granularity != "component":
+            return sum(layout.count for layout in self.layouts.values())
+        return sum(math.prod(self._shape(kind)) for kind in FINE_KINDS)
+
+    @property
+    def size(self) -> int:
+        """Gates in all."""
+        return self._each * len(self.changed)
+
+    def unflat(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat vector: the gates of each expert."""
+        return list(flat.view(len(self.changed), self._each))
+
+    def of_tensor(self, gates: torch.Tensor, name: str) -> torch.Tensor:
+        """One expert's gates in a tensor, ``[gates of the tensor]``."""
+        return gates[self._places[name]]
+
+    def put(self, gates: torch.Tensor, name: str, new: torch.Tensor | float) -> None:
+        """Set one expert's gates in a tensor, in place."""
+        gates[self._places[name]] = new
+
+    def collect(self, slopes: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """Sum derivatives by tensor into gates.
+
+        Args:
+            slopes: for each expert, ``[gates of the tensor]`` by tensor name.
+        """
+        flat = torch.zeros(self.size, dtype=torch.float64)
+        for gates, found in zip(self.unflat(flat), slopes, strict=True):
+            for name, slope in found.items():
+                gates[self._places[name]] += slope
+        return flat
+
+    @property
+    def fitted(self) -> torch.Tensor:
+        """Which gates move anything."""
+        flat = torch.zeros(self.size, dtype=torch.bool)
+        for gates, changed in zip(self.unflat(flat), self.changed, strict=True):
+            for name in changed:
+                self.put(gates, name, True)
+        return flat
+
+    @property
+    def share(self) -> float:
+        """What part of a weight's gate each of those has that are added up for it."""
+        return 0.5 if self.granularity == "row_column" else 1.0
+
+    def _shape(self, kind: Kind) -> tuple[int, ...]:
+        """Shape of one expert's components of one kind."""
         if kind == "tensor":
             return (len(self.partition.whole_tensors),)
         assert kind in SLICED_KINDS
         dims = self.partition.dims
         return (dims.n_layers, dims.count(kind))
 
-    def unflat(self, flat: torch.Tensor) -> list[dict[Kind, torch.Tensor]]:
-        """Views of a flat vector: for each expert, gates by kind."""
-        found: list[dict[Kind, torch.Tensor]] = []
+    def by_kind(self, flat: torch.Tensor) -> dict[Kind, torch.Tensor]:
+        """One value for each component, by kind."""
+        views: dict[Kind, torch.Tensor] = {}
         start = 0
-        for _ in self.changed:
-            gates: dict[Kind, torch.Tensor] = {}
-            for kind in FINE_KINDS:
-                shape = self.shape(kind)
-                size = torch.Size(shape).numel()
-                gates[kind] = flat[start : start + size].view(shape)
-                start += size
-            found.append(gates)
+        for kind in FINE_KINDS:
+            shape = self._shape(kind)
+            views[kind] = flat[start : start + math.prod(shape)].view(shape)
+            start += math.prod(shape)
+        return views
+
+    def path_scores(self, flat: torch.Tensor) -> list[dict[Kind, torch.Tensor]]:
+        """Gates of each expert in the shapes of a score file: means over the weights.
+
+        Where gates are finer, a component has their mean over its weights in changed tensors, and a
+        tensor over all of its own; layers have the mean of their components.
+        """
+        found = []
+        for gates, changed in zip(self.unflat(flat), self.changed, strict=True):
+            if self.granularity == "component":
+                found.append(path_scores(self.partition, self.by_kind(gates)))
+                continue
+            components = replace(self, changed=(changed,), granularity="component")
+            names = [name for name in self.layouts if name in changed]
+            own = {name: (self.layouts[name], self.of_tensor(gates, name)) for name in names}
+            scores = path_scores(self.partition, components.by_kind(components.taking([own])))
+            tensors = [
+                _mean_over(_spread(*own[name], shape), (), shape)
+                if name in own
+                else torch.zeros((), dtype=torch.float64)
+                for name, shape in self.partition.shapes.items()
+            ]
+            found.append(scores | {"tensor": torch.stack(tensors)})
         return found
 
-    @property
-    def size(self) -> int:
-        """Gates in all."""
-        every = sum(torch.Size(self.shape(kind)).numel() for kind in FINE_KINDS)
-        return every * len(self.changed)
+    def taking(
+        self, given: Sequence[Mapping[str, tuple[GateLayout, torch.Tensor]]]
+    ) -> torch.Tensor:
+        """Flat gates like given ones: as they are where these lie alike, means over weights if not.
 
-    def collect(self, slopes: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-        """Sum derivatives by tensor into components.
+        Coarser gates are spread, so that the weights stay as they were; finer ones are averaged.
 
         Args:
-            slopes: for each expert, ``[components of the tensor]`` by tensor name.
+            given: for each expert, how the gates lie in a tensor, and ``[gates of the tensor]``.
         """
         flat = torch.zeros(self.size, dtype=torch.float64)
-        for gates, found in zip(self.unflat(flat), slopes, strict=True):
-            for name, slope in found.items():
-                self.partition.add(gates, name, slope)
-        return flat
+        weight = torch.zeros_like(flat)
+        for gates, seen, own in zip(self.unflat(flat), self.unflat(weight), given, strict=True):
+            alike = all(layout == self.layouts[name] for name, (layout, _) in own.items())
+            for name, (layout, values) in own.items():
+                if alike:
+                    self.put(gates, name, values)
+                    continue
+                shape = self.partition.shapes[name]
+                found, weights = _averaged(
+                    self.layouts[name], _spread(layout, values, shape), shape
+                )
+                gates[self._places[name]] += found * weights
+                seen[self._places[name]] += weights
+        return flat / torch.where(weight > 0, weight, 1.0)
 
-    @property
-    def fitted(self) -> torch.Tensor:
-        """Which gates move anything."""
-        flat = torch.zeros(self.size, dtype=torch.float64)
-        for gates, changed in zip(self.unflat(flat), self.changed, strict=True):
-            for name in changed:
-                ones = torch.ones(self.partition.layouts[name].count, dtype=torch.float64)
-                self.partition.put(gates, name, ones)
-        return flat.bool()
+
+def _spread(layout: GateLayout, gates: torch.Tensor, shape: Shape) -> list[torch.Tensor]:
+    """One expert's gates over a tensor: what is to be added, each in a shape that broadcasts."""
+    return [part[0] for part in layout.spread(gates[None], shape)]
+
+
+def _mean_over(parts: Sequence[torch.Tensor], dims: tuple[int, ...], shape: Shape) -> torch.Tensor:
+    """Mean of the sum of some parts over all dimensions but ``dims``, in the sizes of these."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        others = [d for d in range(part.dim()) if d not in dims]
+        total = total + (part.mean(others, keepdim=True) if others else part)
+    sizes = [size if d in dims else 1 for d, size in enumerate(shape)]
+    return total.expand(sizes).reshape([shape[d] for d in dims])
+
+
+def _averaged(
+    layout: GateLayout, parts: Sequence[torch.Tensor], shape: Shape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of a tensor's gates over what others cover, and over how many weights, ``[count]``.
+
+    A row's and a column's gate share the mean of the matrix evenly, as far as neither falls below
+    0 by it; where gates differ along one of the two only, their sums are these gates again.
+    """
+    if isinstance(layout, TensorLayout):
+        mean = _mean_over(parts, layout.dims, shape)
+        if layout.whole:
+            return mean.reshape(1), torch.tensor([float(math.prod(shape))], dtype=torch.float64)
+        weights = layout.reduce(torch.ones_like(mean))
+        others = math.prod(shape) / mean.numel()
+        return layout.reduce(mean) / weights, weights * others
+    means = [_mean_over(parts, dims, shape) for dims in layout.parts]
+    if len(means) == 2:
+        rows, columns = means
+        mean = rows.mean(-1, keepdim=True)
+        least = mean - columns.amin(-1, keepdim=True)
+        share = (mean / 2).maximum(least).minimum(rows.amin(-1, keepdim=True))
+        means = [rows - share, columns - (mean - share)]
+    found = torch.cat([mean.reshape(-1, layout.block).mean(-1) for mean in means])
+    return found, torch.ones_like(found)
 
 
 def weights(behaviors: int, guards: int, guard_weight: float) -> list[float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from mergekit_wp.components import GateLayout
 from mergekit_wp.joint.members import Member
-from mergekit_wp.merging.fusion import fuse
+from mergekit_wp.merging.fusion import fuse, take_rows
 from mergekit_wp.models.pair import common_pieces
 from mergekit_wp.models.resident import ResidentModel
 
@@ -15,6 +16,7 @@ from mergekit_wp.models.resident import ResidentModel
 def mix(
     resident: ResidentModel,
     members: Sequence[Member],
+    layouts: Mapping[str, GateLayout],
     gate_of: Callable[[int, str], torch.Tensor],
 ) -> None:
     """Set the weights to the merge as the method would write it, a few rows at a time.
@@ -22,7 +24,8 @@ def mix(
     Args:
         resident: overwritten.
         members: the experts.
-        gate_of: gates of an expert, by its number, in a tensor: ``[components of the tensor]``.
+        layouts: how the gates of every tensor lie.
+        gate_of: gates of an expert, by its number, in a tensor: ``[gates of the tensor]``.
     """
     first = members[0].pair
     wide = torch.promote_types(resident.dtype, torch.float32)
@@ -36,14 +39,12 @@ def mix(
         if not moving:
             first.base.read(name, out)
             return
-        layout = first.partition.layouts[name]
-        gates = torch.stack([layout.expand(gate, out.shape) for gate in moving.values()])
+        parts = layouts[name].spread(torch.stack(list(moving.values())), out.shape)
         sides = (first.base, *moving)
         pieces = common_pieces(name, *sides)
         for found in zip(*(s.on_device(name, out.device, pieces) for s in sides), strict=True):
             rows = found[0][0]
             base, *experts = (part.to(wide) for _, part in found)
-            spread = gates if gates.dim() < 2 or gates.shape[1] == 1 else gates[:, rows]
-            out[rows] = fuse(base, experts, spread)
+            out[rows] = fuse(base, experts, *take_rows(parts, rows))
 
     resident.fill(write)

@@ -11,6 +11,7 @@ from mergekit_wp.errors import option
 from mergekit_wp.options import Argument, Option
 from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.request import PROMPTS_OF_EACH, Restart, RunRequest
+from mergekit_wp.terms import GateGranularity
 
 #: weight of all guards of a fit together
 GUARD_WEIGHT = 0.5
@@ -83,6 +84,12 @@ class FitRequest(MembersRequest):
         default=GUARD_WEIGHT,
         gt=0,
         description="Weight of all guards together, beside 1 for all experts together.",
+    )
+    granularity: GateGranularity = Field(
+        default="channel",
+        description="What one gate covers: a whole component, each of its slices of a matrix, one "
+        "channel (a row or a column of a slice, an entry of a norm), or a row and a column of a "
+        "matrix, whose gates are added.",
     )
     penalty: float = Field(
         default=0.01,

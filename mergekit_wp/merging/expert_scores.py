@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mergekit_wp.architectures import Dims, text_config
-from mergekit_wp.components import TensorLayout, layout_of
+from mergekit_wp.components import GateLayout, TensorLayout, layout_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE, rounding
@@ -27,14 +27,17 @@ LOG = logging.getLogger(__name__)
 
 
 _LOCK = threading.Lock()
+#: under which gates finer than components are ranked
+_FINER = "gates"
 
 
 class Choice(NamedTuple):
-    """Which of a file's scores a merge uses."""
+    """Which of a file's scores a merge uses; its finest gates, unless components are asked for."""
 
     estimand: str
     criterion: str
     granularity: str
+    by_component: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +91,18 @@ class ExpertScores:
         if granularity == "tensor":
             return TensorLayout(name, layout.layer)
         return layout
+
+    def gate_layout(self, name: str, choice: Choice) -> GateLayout:
+        """How the gates lie that a choice of scores gives a tensor: as finely as the file says."""
+        if self._finer(choice):
+            return self.file.gate_layouts[name]
+        return self.layout(name, choice.granularity)
+
+    def _finer(self, choice: Choice) -> bool:
+        """Whether the gates are finer than components."""
+        if choice.estimand != "path" or choice.granularity == "tensor" or choice.by_component:
+            return False
+        return self.file.manifest.granularity != "component"
 
     def covers(self, name: str, granularity: str) -> bool:
         """Whether the file scores a tensor (under its `scored_name`)."""
@@ -166,7 +181,7 @@ class ExpertScores:
         return f"{architecture.head}.weight" not in self.tensor_names
 
     def scores(self, name: str, choice: Choice, density: float) -> torch.Tensor:
-        """Normalised scores of one tensor's components, zero outside the best ``density`` share.
+        """Normalised scores of one tensor's parts, zero outside the best ``density`` share of all.
 
         Args:
             name: a tensor the file covers.
@@ -174,9 +189,12 @@ class ExpertScores:
             density: in [0, 1].
 
         Returns:
-            float64 ``[components of the tensor]``.
+            float64 ``[components of the tensor]``, or ``[gates of the tensor]`` where the file has
+            finer ones.
         """
         partition = self._partition(choice)
+        if self._finer(choice):
+            return partition.cut(_FINER, self.file.gate_places[name], density)
         layout = self.layout(name, choice.granularity)
         if not layout.whole:
             row = layout.layer
@@ -211,6 +229,8 @@ class ExpertScores:
         return self._normalised[choice]
 
     def _chosen(self, choice: Choice) -> dict[str, torch.Tensor]:
+        if self._finer(choice):
+            return {_FINER: self.file.finer_gates(choice.criterion)}
         if choice.granularity == "tensor":
             return {"tensor": self.file.scores(choice.estimand, choice.criterion, "tensor")}
         fine = self.file.fine_scores(choice.estimand, choice.criterion)

@@ -35,12 +35,12 @@ class Normalised:
         """Components in the partition."""
         return sum(part.numel() for part in self.values.values())
 
-    def cut(self, kind: str, row: int, density: float) -> torch.Tensor:
+    def cut(self, kind: str, row: int | slice, density: float) -> torch.Tensor:
         """One row of a kind, zero outside the expert's best ``density`` share.
 
         Args:
             kind: a kind of the partition.
-            row: the layer of a sliced kind, or the position of a whole tensor.
+            row: the layer of a sliced kind, or the position of a whole tensor; or of several.
             density: in [0, 1].
 
         Returns:
@@ -147,7 +147,14 @@ def delta_norm(base: torch.Tensor, expert: torch.Tensor) -> float:
     return float(total**0.5)
 
 
-def fuse(base: torch.Tensor, experts: Sequence[torch.Tensor], gates: torch.Tensor) -> torch.Tensor:
+def take_rows(parts: Sequence[torch.Tensor], rows: slice) -> list[torch.Tensor]:
+    """Some rows of gates over a tensor, each ``[experts, ...]`` in a shape that broadcasts."""
+    return [part if part.dim() < 2 or part.shape[1] == 1 else part[:, rows] for part in parts]
+
+
+def fuse(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], gates: torch.Tensor, *more: torch.Tensor
+) -> torch.Tensor:
     """W = B + Σ gate_e (E_e − B), accumulated in float32 (float64 for float64 weights).
 
     Where one gate is exactly 1 and the others are 0, W is that expert to the last bit, and where
@@ -157,6 +164,7 @@ def fuse(base: torch.Tensor, experts: Sequence[torch.Tensor], gates: torch.Tenso
         base: ``[...]``.
         experts: tensors like the base.
         gates: ``[experts, ...]``, each in a shape that broadcasts to the base.
+        more: the same, to be added to the gates.
 
     Returns:
         The merged tensor in the base's dtype, on its device; the base or an expert itself where
@@ -164,6 +172,12 @@ def fuse(base: torch.Tensor, experts: Sequence[torch.Tensor], gates: torch.Tenso
     """
     if base.ndim == 0:
         return fuse(base[None], [expert[None] for expert in experts], gates[:, None])[0]
+    if more:  # a sum of rows and columns is as large as the tensor: of a few rows at a time
+        merged = torch.empty_like(base)
+        for rows in _row_blocks(base):
+            total = sum(take_rows((gates, *more), rows), torch.zeros((), dtype=gates.dtype))
+            merged[rows] = fuse(base[rows], [expert[rows] for expert in experts], total)
+        return merged
     alone = (gates == 1) & ((gates != 0).sum(0) == 1)
     for expert, mask in zip(experts, alone, strict=True):
         if mask.all():

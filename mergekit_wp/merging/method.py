@@ -21,7 +21,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_wp.components import TensorLayout
+from mergekit_wp.components import GateLayout
 from mergekit_wp.errors import UserError
 from mergekit_wp.merging.expert_scores import Choice, ExpertScores, check_company, load
 from mergekit_wp.merging.fusion import component_gates, fuse
@@ -44,11 +44,11 @@ _TENSOR_CONTRACT = InputContract(base=BasePolicy.REQUIRED)
 
 
 class Gated(NamedTuple):
-    """The gates of one tensor: ``[experts, components of the tensor]`` float64, and its cut."""
+    """The gates of one tensor: ``[experts, gates of the tensor]`` float64, and how they lie."""
 
     experts: tuple[Hashable, ...]
     gates: torch.Tensor
-    layout: TensorLayout
+    layout: GateLayout
 
 
 class _Coverage:
@@ -189,8 +189,7 @@ class WeightPatchingMerge(GroupMergeMethod):  # type: ignore[misc]
             if entry.id in gated.experts:
                 self._check_delta(group, entry, files[entry.id], tied)
                 experts.append(entry.tensor)
-        spread = torch.stack([gated.layout.expand(gate, tensor.shape) for gate in gated.gates])
-        return fuse(tensor, experts, spread)
+        return fuse(tensor, experts, *gated.layout.spread(gated.gates, tensor.shape))
 
     def _check_delta(
         self, group: TensorGroup, entry: TensorEntry, file: ExpertScores, tied: bool | None
@@ -212,14 +211,17 @@ def tensor_gates(
     files: Mapping[Hashable, ExpertScores],
     parameters: Mapping[str, Any],
     tied: bool | None,
+    *,
+    by_component: bool = False,
 ) -> Gated | None:
-    """How much of each expert every component of one tensor takes: no weights are read.
+    """How much of each expert every part of one tensor takes: no weights are read.
 
     Args:
         name: the tensor.
         files: the scores of each expert that has it.
         parameters: as mergekit hands them to `WeightPatchingMerge.merge_group`.
         tied: see `is_tied`.
+        by_component: of finer gates, the means that components have.
 
     Returns:
         None where no score file covers the tensor, which then stays at the base.
@@ -232,14 +234,17 @@ def tensor_gates(
         "path" if fusion == "path" else parameters["estimand"],
         parameters["criterion"],
         parameters["granularity"],
+        by_component,
     )
     scored = {expert: file.scored_name(name, tied) for expert, file in files.items()}
     covering = [e for e, file in files.items() if file.covers(scored[e], choice.granularity)]
     if not covering:
         return None
-    layouts = [files[e].layout(scored[e], choice.granularity) for e in covering]
-    if len({layout.count for layout in layouts}) > 1:
-        raise UserError(f"tensor {name}: its score files are of different architectures")
+    layouts = [files[e].gate_layout(scored[e], choice) for e in covering]
+    if len({(type(layout), layout.count) for layout in layouts}) > 1:
+        raise UserError(
+            f"tensor {name}: its score files are of different architectures or granularities"
+        )
     density, weight = parameters["density"], parameters["weight"]
     with torch.device("cpu"):  # a worker of --multi-gpu has its GPU as the default device
         scores = [files[e].scores(scored[e], choice, density[e]) for e in covering]

@@ -13,6 +13,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_wp.components import GateLayout
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.expert_scores import ExpertScores
@@ -22,11 +23,12 @@ from mergekit_wp.merging.open_models import MISTAKES, forget_adapters, open_mode
 from mergekit_wp.merging.recipe import Recipe, one_line
 
 
-def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:
+def planned_gates(task: ExecuteMergeMethodTask, *, by_component: bool = False) -> Gated | None:
     """The gates with which a planned weight_patching merge will fuse one tensor.
 
     Args:
         task: one of mergekit's plan.
+        by_component: of finer gates, the means that components have.
 
     Returns:
         None where no score file covers the tensor, which then stays at the base.
@@ -37,7 +39,8 @@ def planned_gates(task: ExecuteMergeMethodTask) -> Gated | None:
     parameters, tied = _parameters(task), is_tied(task.base_model)
     experts = (model for model in task.input_parameters if model != task.base_model)
     files = {expert: source(parameters, expert) for expert in experts}
-    return tensor_gates(task.output_weight.name, files, parameters, tied)
+    name = task.output_weight.name
+    return tensor_gates(name, files, parameters, tied, by_component=by_component)
 
 
 def planned_source(task: ExecuteMergeMethodTask, expert: ModelReference) -> ExpertScores:
@@ -57,11 +60,11 @@ class ExpertGates(NamedTuple):
     """What a recipe takes of one expert.
 
     Attributes:
-        gates: ``[components of the tensor]`` by tensor name.
+        gates: how they lie and ``[gates of the tensor]``, by tensor name.
         files: the score files that say so, by path.
     """
 
-    gates: dict[str, torch.Tensor]
+    gates: dict[str, tuple[GateLayout, torch.Tensor]]
     files: dict[str, ExpertScores]
 
 
@@ -84,7 +87,7 @@ def recipe_gates(path: Path) -> list[ExpertGates]:
         if gated is not None:
             for expert, gates in zip(gated.experts, gated.gates, strict=True):
                 own, file = found[order.index(expert)], planned_source(task, expert)
-                own.gates[task.output_weight.name] = gates
+                own.gates[task.output_weight.name] = gated.layout, gates
                 own.files[file.path] = file
     return found
 

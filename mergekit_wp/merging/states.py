@@ -67,8 +67,7 @@ def fuse_states(
             file = files[expert]
             shown_as = f"tensor {name} of '{expert}'"
             file.check_delta(file.scored_name(name, None), tensor, own, shown_as=shown_as)
-        gates = torch.stack([gated.layout.expand(gate, tensor.shape) for gate in gated.gates])
-        merged[name] = fuse(tensor, taken, gates)
+        merged[name] = fuse(tensor, taken, *gated.layout.spread(gated.gates, tensor.shape))
     return merged
 
 

@@ -29,7 +29,8 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
     found.append(
         (
             "fit",
-            f"from {clean(fit.start)}, {fit.prompts_a_step} prompts of each a step, rate "
+            f"gates by {fit.granularity.replace('_', ' and ')}, from {clean(fit.start)}, "
+            f"{fit.prompts_a_step} prompts of each a step, rate "
             f"{fit.rate:g}, penalty {fit.penalty:g}, up to {fit.upper:g}",
         )
     )
