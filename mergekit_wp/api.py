@@ -37,6 +37,8 @@ from mergekit_wp.merging.merge import merge as _merge
 from mergekit_wp.merging.states import fuse_states
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.prompts import prompt_source
+from mergekit_wp.prompts.dataset import pinned_text
+from mergekit_wp.prompts.location import HUB
 from mergekit_wp.results import Mergeable, PathLike, Scores, ScoresTogether, recipe_for, recipes_for
 from mergekit_wp.runs.progress import BarProgress, NoProgress, Progress
 from mergekit_wp.scoring.request import ScoreRequest
@@ -367,6 +369,12 @@ def _experts(
 
 def _by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
     pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
-    return tuple(  # EXPERT=FILE as one text is what a command passes on
-        pair if isinstance(pair, str) else (pair[0], prompt_source(pair[1])) for pair in pairs
+    return tuple(  # EXPERT=SOURCE as one text is what a command passes on
+        _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))
+        for pair in pairs
     )
+
+
+def _pinned_pair(pair: str) -> str:
+    expert, on_hub, rest = pair.partition(f"={HUB}")
+    return f"{expert}={pinned_text(HUB + rest)}" if on_hub else pair

@@ -17,6 +17,7 @@ from mergekit_wp.version import __version__
 _COMMANDS = {
     "score": ("mergekit_wp.commands.score:score", "Measure what each component of an expert does."),
     "behaviors": ("mergekit_wp.commands.behaviors:behaviors", "Built-in behaviours and prompts."),
+    "prompts": ("mergekit_wp.commands.prompts:prompts", "Look at what a source of prompts gives."),
     "anchor": ("mergekit_wp.commands.anchor:anchor", "Find the layer a behaviour is anchored at."),
     "inspect": ("mergekit_wp.commands.inspect:inspect", "Show a score file as a table or JSON."),
     "plot": ("mergekit_wp.commands.plot:plot", "Draw a score file: PNG, or one HTML page."),

@@ -231,7 +231,7 @@ def _pairs(values: Any) -> tuple[Any, ...]:
         if isinstance(value, str):
             name, equals, rest = value.partition("=")
             if not equals:
-                raise ValueError(f"'{value}' names no expert; write EXPERT=FILE.jsonl")
+                raise ValueError(f"'{value}' names no expert; write EXPERT=SOURCE")
             value = (name, rest)
         pairs.append(value)
     return tuple(pairs)

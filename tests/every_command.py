@@ -21,6 +21,7 @@ from tests.models import finetuned, make_model, perturbed, save, write_prompts
 #: two experts, and `plain` and `odd` without a component map
 COMMANDS = """
 behaviors capitals --out capitals.jsonl --items capitals-items.jsonl
+prompts "east.jsonl?sample=2" --out two.jsonl
 score base east --prompts east.jsonl --out east.safetensors --share-steps 2 \
     --verify 2 --criterion kl,logprob --estimand \
     share,gain,knockout,activation_gain,activation_knockout

@@ -80,8 +80,8 @@ def test_importing_the_package_costs_nothing() -> None:
     assert done.stdout.split() == ["mergekit_wp", "mergekit_wp.autoload"]
 
 
-#: what every room stands on: words, errors, files, how checkpoints are opened and read
-FOUNDATION = ("terms", "errors", "interrupts", "files", "models", "architectures")
+#: what every room stands on: words, errors, files, how checkpoints and prompts are opened and read
+FOUNDATION = ("terms", "errors", "interrupts", "files", "models", "architectures", "prompts")
 
 
 def passed_through(call: Callable[[], object]) -> set[str]:
@@ -111,7 +111,7 @@ def test_a_score_passes_through_few_modules(tmp_path: Path) -> None:
         max_new_tokens=2,
     )
     every = passed_through(lambda: score(request, Quiet()))
-    assert len(every) <= 46, sorted(every)
+    assert len(every) <= 51, sorted(every)
     above = {m for m in every if not m.removesuffix(".py").startswith(FOUNDATION)}
     assert {"scoring/score.py", "runs/run.py", "engine/replay.py"} < above
     assert len(above) <= 24, sorted(above)

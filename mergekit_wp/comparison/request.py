@@ -24,7 +24,9 @@ from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.options import Argument, Option, Request
-from mergekit_wp.prompts import read_prompts
+from mergekit_wp.prompts import Prompt, read_prompts
+from mergekit_wp.prompts.location import ENDINGS, HARNESS, Location
+from mergekit_wp.prompts.request import SOURCE
 from mergekit_wp.runs.request import (
     CALIBRATION,
     BatchSize,
@@ -51,10 +53,10 @@ class CompareRequest(Request):
         description="The weight_patching recipe in question, and any others of the same models.",
     )
     tasks: Annotated[tuple[str, ...], Option(flag="task", metavar="SPEC", repeated=True)] = Field(
-        description="What to measure on; once per task. FILE.jsonl or NAME=FILE.jsonl: lines of "
-        "'prompt', 'answer', 'split' (valid or test), 'checker' (exact, contains, number, regex, "
-        "ifeval). Anything else is an lm-eval task, by name or YAML file (pip install "
-        "'mergekit-wp[eval]').",
+        description="What to measure on; once per task. SOURCE or NAME=SOURCE (see `prompts`) "
+        "of items: 'prompt', 'answer', 'split' (valid or test), 'checker' (exact, contains, "
+        "number, regex, ifeval; SOURCE?checker=NAME for all). Anything else is an lm-eval task, by "
+        "name or YAML file (pip install 'mergekit-wp[eval]').",
     )
     out: Annotated[Path | None, Option(path="any")] = Field(
         default=None, description="Folder for results."
@@ -84,7 +86,7 @@ class CompareRequest(Request):
         ge=1,
         description="Merges by methods that draw (DARE, DELLA), each with another seed.",
     )
-    calibration: Path | None = Field(default=None, description=CALIBRATION)
+    calibration: Annotated[Path | None, SOURCE] = Field(default=None, description=CALIBRATION)
     checkers: CheckersFile = None
     max_new_tokens: MaxNewTokens = 64
     batch_size: BatchSize = None
@@ -122,7 +124,11 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
             raise UserError(f"two recipes are called '{other.path.stem}'; rename one")
         fixed[other.path.stem] = other.config
     notes: list[str] = []
-    calibration = read_prompts(request.calibration, None).prompts if request.calibration else ()
+    calibration: tuple[Prompt, ...] = ()
+    if request.calibration:
+        read_calibration = read_prompts(request.calibration, None)
+        calibration = read_calibration.prompts
+        notes += [] if read_calibration.plain else [read_calibration.said]
     wanted = request.methods
     if wanted is None:
         wanted = DEFAULT_METHODS
@@ -146,13 +152,14 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         tuned=not request.untuned,
         relative=request.relative,
         seeds=request.repeats,
-        calibration=tuple(calibration),
+        calibration=calibration,
         dtype=dtype,
         device=request.device,
         eval_dtype=_dtype(eval_dtype),
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
     )
     plan.check()
+    notes += [task.said for task in plan.tasks if isinstance(task, JsonlTask) and task.said]
     # other recipes may have tokenizers of their own
     settings = {repr(settings_of(config)): config for config in [*fixed.values(), first]}
     lines = [difference_note(c, MergeOptions()) for c in reversed(settings.values())]
@@ -161,7 +168,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
 
 
 def load_tasks(request: CompareRequest) -> tuple[Task, ...]:
-    """JSONL files by their names, everything else from lm-eval.
+    """Items of sources by their names, everything else from lm-eval.
 
     Raises:
         UserError: no such task, or a file that cannot be used.
@@ -169,14 +176,14 @@ def load_tasks(request: CompareRequest) -> tuple[Task, ...]:
     checkers = Checkers.load(request.checkers)
     found: list[Task] = []
     for spec in request.tasks:
-        name, equals, path = spec.partition("=")
-        file = Path(path if equals else spec)
-        if file.suffix == ".jsonl":
+        name, place = _task_name(spec)
+        if not _of_harness(place):
             found.append(
                 JsonlTask.read(
-                    file,
+                    Path(place),
                     checkers,
-                    name=name if equals else None,
+                    name=name,
+                    untuned=request.untuned,
                     max_new_tokens=request.max_new_tokens,
                     batch_size=request.batch_size,
                 )
@@ -184,8 +191,22 @@ def load_tasks(request: CompareRequest) -> tuple[Task, ...]:
             continue
         from mergekit_wp.tasks.lm_eval import LmEvalTask
 
-        found.append(LmEvalTask.load(spec, batch_size=request.batch_size))
+        found.append(LmEvalTask.load(place.removeprefix(HARNESS), request.batch_size))
     return tuple(found)
+
+
+def _task_name(spec: str) -> tuple[str | None, str]:
+    """NAME=SOURCE parted: a source has its own equals signs behind a question mark only."""
+    name, equals, place = spec.partition("=")
+    return (name, place) if equals and "?" not in name else (None, spec)
+
+
+def _of_harness(place: str) -> bool:
+    """Whether it is a task of lm-eval: its YAML file, or a name that is none of a file."""
+    source = Location.parse(place)
+    if source.kind != "file":
+        return source.kind == "harness"
+    return not source.place.lower().endswith(ENDINGS) and not Path(source.place).exists()
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:

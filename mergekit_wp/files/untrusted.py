@@ -9,26 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergekit_wp.errors import UserError
-
 T = TypeVar("T")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-#: how files of other formats begin
-_FORMATS = {
-    b"\x1f\x8b": "compressed by gzip",
-    b"PAR1": "a Parquet file",
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
-}
 #: bytes of a YAML text, and nodes it may stand for once its aliases are followed
 YAML_BYTES, YAML_NODES = 2**20, 100_000
 # what PyYAML's constructors raise for a scalar that is not of the type it claims, beside YAMLError
@@ -39,32 +27,6 @@ class StrictModel(BaseModel):
     """What a file states: no other keys, finite numbers, and it stays as it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def read_lines(path: Path, where: str) -> tuple[bytes, list[str]]:
-    """A JSONL file: its bytes, and its lines without their ends.
-
-    Args:
-        path: the file.
-        where: what it is and its name, for messages.
-
-    Raises:
-        UserError: it cannot be read, or is of another format that data sets come in.
-    """
-    try:
-        content = path.read_bytes()
-        found = next((name for start, name in _FORMATS.items() if content.startswith(start)), None)
-        text = "" if found else content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
-    if found is None and re.match(r"\s*\[\s*\{", text):
-        found = "a JSON array"
-    if found is not None:
-        raise UserError(
-            f"{where} is {found}; expected JSONL in UTF-8, one JSON object a line: write it "
-            "anew, for example with pandas' to_json(orient='records', lines=True)"
-        )
-    return content, text.split("\n")  # splitlines() would cut at U+2028 too
 
 
 def parse_json(text: str | bytes) -> Any:

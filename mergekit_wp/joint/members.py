@@ -13,7 +13,7 @@ from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.model_names import last_name
 from mergekit_wp.models.pair import Pair
-from mergekit_wp.prompts import PromptSet, PromptSource, read_prompts
+from mergekit_wp.prompts import PromptSet, PromptSource, read_prompts, source_name
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References, measure_references
@@ -138,7 +138,7 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             expert=model,
             prompts=source,
             out=None if folder is None else folder / f"{name}.safetensors",
-            behavior=source.stem if isinstance(source, Path) else name,
+            behavior=source_name(source, name),
             criterion=("kl",),
             max_prompts=request.max_prompts,
             batch_size=request.batch_size,

@@ -34,8 +34,8 @@ class MembersRequest(RunRequest):
     recipe: Annotated[Path | NamedExperts, Argument()] = Field(
         description="Names the base and its experts."
     )
-    prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=FILE")] = Field(
-        description=PROMPTS_OF_EACH
+    prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=SOURCE")] = (
+        Field(description=PROMPTS_OF_EACH)
     )
 
 
@@ -75,9 +75,11 @@ class FitRequest(MembersRequest):
         description="Folder to write into: a score file for each expert, and a recipe that merges "
         "by them. A killed run goes on where it was.",
     )
-    guards: Annotated[tuple[PromptSource, ...], Option(flag="guard")] = Field(
+    guards: Annotated[
+        tuple[PromptSource, ...], Option(flag="guard", metavar="SOURCE", path="any")
+    ] = Field(
         default=(),
-        description="Prompt file on which the merge is to stay like the base; may be given several "
+        description="Prompts on which the merge is to stay like the base; may be given several "
         "times.",
     )
     guard_weight: float = Field(

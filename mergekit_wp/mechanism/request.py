@@ -10,9 +10,8 @@ from pydantic import Field
 from mergekit_wp.errors import option
 from mergekit_wp.files.circuitfile import Rules
 from mergekit_wp.options import Argument, Option, Request
-from mergekit_wp.prompts import PromptSource
+from mergekit_wp.prompts.request import SOURCE, Prompts
 from mergekit_wp.runs.request import (
-    PROMPTS,
     REFERENCE,
     CheckersFile,
     PairRequest,
@@ -36,7 +35,7 @@ class RescoreRequest(RunRequest):
     """
 
     file: Annotated[Path, Argument()] = Field(description="A score file.")
-    prompts: PromptSource = Field(description=PROMPTS)
+    prompts: Prompts
     builtin: BuiltIn = None
     base: Annotated[str | None, Option(default="the file's")] = Field(
         default=None, description=f"The base model: {REFERENCE}."
@@ -59,9 +58,9 @@ class VerifyRequest(RescoreRequest):
     top: Annotated[tuple[str, ...], Option(metavar="K[,K...]")] = Field(
         description="Sizes of the sets: counts of components, or parts such as 1%,5%,20%."
     )
-    task: Path | None = Field(
+    task: Annotated[Path | None, SOURCE] = Field(
         default=None,
-        description="Items for `compare` (JSONL): how many test answers are right is measured, "
+        description="Items, as for `compare`: how many test answers are right is measured, "
         f"too. With {option('builtin')} its own items are taken, checked by the IFEval rule.",
     )
     checkers: CheckersFile = None
@@ -100,7 +99,7 @@ class AnchorRequest(PairRequest):
 
     command: ClassVar[str] = "anchor"
 
-    prompts: PromptSource = Field(description=PROMPTS)
+    prompts: Prompts
     builtin: BuiltIn = None
     strength: float = Field(default=1.0, gt=0, description="Factor on the added vector.")
 

@@ -82,6 +82,8 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     expert = request.expert or scored_model(file.manifest.expert)
     beside = request.file.with_name(request.file.name + ".verify")
     date = begun(beside, request.restart)
+    if task is not None and task.said:
+        progress.note(task.said)
     run = Run.open(request, base, expert, prompts, progress, date)
     check_pair(file, run.pair, request.file)
     contents = {"scores": file.digest(), "task": task.fingerprint if task else None}

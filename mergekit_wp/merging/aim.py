@@ -61,7 +61,10 @@ def aim(request: AimRequest, progress: Progress) -> None:
             folder is a file or an input, or not even one text fits into memory.
         DiskError: the disk is full.
     """
-    omega, prompts = request.omega, read_prompts(request.calibration, None).prompts
+    omega, calibration = request.omega, read_prompts(request.calibration, None)
+    if not calibration.plain:
+        progress.note(calibration.said)
+    prompts = calibration.prompts
     start, end = Checkpoint(request.base), Checkpoint(request.merged)
     for checkpoint in (start, end):
         checkpoint.require_whole("aim")

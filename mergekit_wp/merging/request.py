@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mergekit_wp.options import Argument, Request
+from mergekit_wp.prompts.request import SOURCE
 from mergekit_wp.runs.request import CALIBRATION, REFERENCE, BatchSize, Device
 
 
@@ -24,7 +25,7 @@ class AimRequest(Request):
     merged: Annotated[str, Argument()] = Field(description=f"The merge: {REFERENCE}.")
     out: Annotated[Path, Argument(path="any")] = Field(description="Folder for the model.")
     base: str = Field(description=f"The base model: {REFERENCE}.")
-    calibration: Path = Field(description=CALIBRATION)
+    calibration: Annotated[Path, SOURCE] = Field(description=CALIBRATION)
     omega: float = Field(
         default=0.4,
         ge=0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files import circuitfile, scorefile
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.manifest import Manifest, ModelId
+from mergekit_wp.prompts import prompt_source, read_prompts
 from mergekit_wp.tasks import behaviors
 
 
@@ -117,7 +117,7 @@ def command_line(step: Step) -> str:
 
 def _notes(step: Step) -> Iterator[str]:
     for sha256 in step.prompts - set(_prompts_here(step.command)):
-        yield f"no prompt file with sha256 {sha256} is here"
+        yield f"no prompts with sha256 {sha256} are here"
     for model in step.models:
         if model.revision and "@" not in model.reference:
             yield f"{model.reference} was read at commit {model.revision}"
@@ -136,12 +136,13 @@ def _prompts_here(command: tuple[str, ...]) -> Iterator[str | None]:
         if option in ("--prompts", "--guard"):
             yield from (_sha256(Path(part)) for part in (value, value.partition("=")[2]) if part)
         elif option == "--builtin":
-            text = behaviors.jsonl(behaviors.behavior(value).prompts())
-            yield hashlib.sha256(text.encode()).hexdigest()
+            prompts = prompt_source(behaviors.behavior(value).prompts())
+            yield read_prompts(prompts, None).sha256
 
 
-def _sha256(path: Path) -> str | None:
+def _sha256(source: Path) -> str | None:
+    """Of the prompts that are there now, None where there are none that can be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, ValueError):
+        return read_prompts(source, None).sha256
+    except UserError:
         return None

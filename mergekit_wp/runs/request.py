@@ -9,6 +9,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from mergekit_wp.options import Argument, Option, Request
+from mergekit_wp.prompts.request import PROMPTS, MaxPrompts
 from mergekit_wp.terms import DTypeName
 
 DTYPES = {
@@ -54,24 +55,18 @@ CheckersFile = Annotated[
     Path | None,
     Field(description="Python file with checkers of your own: f(item, output) -> bool or score."),
 ]
-PROMPTS = (
-    "JSONL: 'prompt' (text or chat messages), optional 'contrast' (the same request without the "
-    "instruction), optional 'response' (else the expert's own greedy answer)."
-)
 PROMPTS_OF_EACH = (
-    f"{PROMPTS} For several experts once each, as EXPERT=FILE, where EXPERT is its folder's or "
+    f"{PROMPTS} For several experts once each, as EXPERT=SOURCE, where EXPERT is its folder's or "
     "repository's last name."
 )
-CALIBRATION = "Prompt file whose texts AIM measures the base's activations on."
+CALIBRATION = "Prompts on whose texts AIM measures the base's activations on."
 REFERENCE = "a folder or a Hub id (owner/name@revision)"
 
 
 class RunRequest(Request):
     """How to run: what every command that measures models is asked for."""
 
-    max_prompts: Annotated[int | None, Option(metavar="N", default="all")] = Field(
-        default=None, ge=1, description="Use the first N."
-    )
+    max_prompts: MaxPrompts = None
     batch_size: BatchSize = None
     dtype: DTypeName = Field(
         default="float32",

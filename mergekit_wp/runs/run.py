@@ -107,6 +107,8 @@ class Run:
         Raises:
             UserError: prompts that fit no tokens of theirs.
         """
+        if not prompts.plain:
+            self.progress.note(prompts.said)
         texts = encode_texts(self.tokenizer, prompts, self.progress)
         texts.check_vocabulary(self.pair.vocabulary)
         check_lengths(texts, prompts, self.pair, self.request.max_new_tokens, self.progress)

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mergekit_wp.criteria import CriterionFunction, criterion_words
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.options import INTERNAL, Option
-from mergekit_wp.prompts import PromptSource
-from mergekit_wp.runs.request import PROMPTS, PairRequest, Restart
+from mergekit_wp.prompts.request import Prompts
+from mergekit_wp.runs.request import PairRequest, Restart
 from mergekit_wp.terms import CRITERIA, KINDS, BuiltInCriterion, Kind, LoneEstimand
 
 #: a kind is swapped exactly when that costs at most this many forward passes over the prompts
@@ -30,7 +30,7 @@ class ScoreRequest(PairRequest):
 
     command: ClassVar[str] = "score"
 
-    prompts: Annotated[PromptSource, Option(metavar="FILE")] = Field(description=PROMPTS)
+    prompts: Prompts
     out: Annotated[Path | None, Option(path="any")] = Field(
         default=None,
         description="Score file to write; appears only when complete. A killed run keeps its "

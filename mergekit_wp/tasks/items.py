@@ -1,14 +1,16 @@
-"""Tasks in JSONL files: a prompt, and what its answer is checked against.
+"""Items: a prompt, and what its answer is checked against.
 
-A line is ``{"prompt": ..., "split": "valid" or "test", "checker": name, ...}`` with the keys that
-the checker reads (``answer`` for ``exact``, which is the default), and optionally ``id`` and
-``max_new_tokens``. Parameters are chosen on validation items and reported on test items.
+They are read as prompts are, from any source: ``prompt``, ``split`` ("valid" or "test"), the name
+of a ``checker`` with the keys that it reads (``answer`` for ``exact``, which is the default), and
+optionally ``id`` and ``max_new_tokens``. Parameters are chosen on validation items and reported on
+test items.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergekit_wp.errors import UserError
-from mergekit_wp.files.untrusted import complaint, parse_json, read_lines
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.untrusted import complaint
 from mergekit_wp.models.encoding import TextLength, encode_prompt, too_long
 from mergekit_wp.models.generation import TextInterface, greedy
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import Text
+from mergekit_wp.prompts.location import Location
+from mergekit_wp.prompts.read import take
+from mergekit_wp.prompts.records import read_records
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
@@ -34,7 +39,7 @@ _BATCH = {"cpu": (256, 16_384), "cuda": (512, 131_072)}
 
 @dataclass(frozen=True)
 class JsonlTask:
-    """A task file, read and checked."""
+    """Items, read and checked; ``said`` is what was recognised, in one line."""
 
     name: str
     fingerprint: str
@@ -42,6 +47,7 @@ class JsonlTask:
     checkers: Checkers
     max_new_tokens: int
     batch_size: int | None
+    said: str = ""
 
     @classmethod
     def read(
@@ -50,41 +56,55 @@ class JsonlTask:
         checkers: Checkers,
         *,
         name: str | None = None,
+        untuned: bool = False,
         max_new_tokens: int = 64,
         batch_size: int | None = None,
     ) -> JsonlTask:
-        """Read a task file.
+        """Read items from a file, a folder of `datasets` or a dataset on the Hub.
+
+        Args:
+            path: a path, or another spelling of `prompts.location.Location`.
+            checkers: the built-in ones, and those of a user's file.
+            name: of the task; None for the source's.
+            untuned: items need not say whether they are for validation or test; those that do not
+                are for the test.
+            max_new_tokens: of an answer to an item that says none.
+            batch_size: sequences at once; None for a size that fits the device.
 
         Raises:
-            UserError: unreadable, empty, or a line that cannot be used; names the line and key.
+            UserError: unreadable, empty, or a row that cannot be used; names the row and key.
         """
-        content, lines = read_lines(path, f"task file {path}")
+        source = Location.parse(path)
+        records = read_records(source, "task")
+        rows = take(records, source, every_field=True)
         items: list[dict[str, Any]] = []
         seen: set[str] = set()
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"task file {path}, line {number}"
-            item = _parse(line, where, checkers)
-            item["id"] = str(item.get("id", number))
+        for place, row, found in rows.taken:
+            where = f"{records.where}, {place}"
+            item = _item(row, found, where, source, checkers, untuned)
+            item["id"] = str(item.get("id", place.rpartition(" ")[2]))
             if item["id"] in seen:
                 raise UserError(f"{where}: id '{item['id']}' stands twice")
             seen.add(item["id"])
             items.append(item)
         if not items:
             raise UserError(
-                f"task file {path} holds no items; expected lines such as "
+                f"{records.where} holds no items; expected lines such as "
                 '{"prompt": "...", "answer": "...", "split": "test"}'
+                + (f" (it said {rows.said})" if records.rows else "")
             )
-        digest = hashlib.sha256(content + checkers.fingerprint.encode())
+        kept = [item | {"prompt": _TEXT.dump_python(item["prompt"], mode="json")} for item in items]
+        content = json.dumps(kept, sort_keys=True, default=str)
+        digest = hashlib.sha256(content.encode() + checkers.fingerprint.encode())
         digest.update(str(max_new_tokens).encode())
         return cls(
-            name or path.stem,
+            name or source.name,
             digest.hexdigest(),
             tuple(items),
             checkers,
             max_new_tokens,
             batch_size,
+            "" if rows.plain else f"{records.where}: {rows.said}",
         )
 
     def of(self, split: Split) -> list[dict[str, Any]]:
@@ -194,27 +214,42 @@ def answers(
     return [found[i] for i in range(len(prompts))]
 
 
-def _parse(line: str, where: str, checkers: Checkers) -> dict[str, Any]:
+def _item(
+    row: Any,
+    found: Mapping[str, Any],
+    where: str,
+    source: Location,
+    checkers: Checkers,
+    untuned: bool,
+) -> dict[str, Any]:
+    """One item of a row and what its shape says of it.
+
+    Raises:
+        UserError: it cannot be used; says which key, and what to do.
+    """
+    item = dict(row) if isinstance(row, Mapping) else {}
     try:
-        item = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: expected an object with 'prompt' and 'split'")
-    try:
-        item["prompt"] = _TEXT.validate_python(item.get("prompt"))
+        item["prompt"] = _TEXT.validate_python(found.get("prompt"))
     except ValidationError as error:
         raise UserError(
             f"{where}: 'prompt' must be a text or chat messages ({complaint(error)})"
         ) from error
     if not item["prompt"]:
         raise UserError(f"{where}: 'prompt' is empty")
+    if "answer" not in item and found.get("response") is not None:
+        item["answer"] = found["response"]
+    if item.get("split") is None and untuned:
+        item["split"] = "test"
     if item.get("split") not in _SPLITS:
         raise UserError(
             f"{where}: 'split' is {item.get('split')!r}; write \"valid\" for items that "
-            'parameters are chosen on, "test" for those that are reported'
+            'parameters are chosen on, "test" for those that are reported; '
+            f"{option('untuned', True)} needs no 'split'"
         )
-    item.setdefault("checker", "exact")
+    if item.get("checker") is None:
+        item["checker"] = source.checker or _usual(item)
+    if isinstance(given := item.get("kwargs"), list):
+        item["kwargs"] = [_stated(each) if isinstance(each, dict) else each for each in given]
     try:
         checkers.check(item)
     except ValueError as error:
@@ -225,3 +260,13 @@ def _parse(line: str, where: str, checkers: Checkers) -> dict[str, Any]:
     if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
         raise UserError(f"{where}: 'max_new_tokens' must be a whole number from 1")
     return item
+
+
+def _usual(item: Mapping[str, Any]) -> str:
+    """The checker of an item that names none: IFEval's lines have no answer but their rules."""
+    return "ifeval" if "instruction_id_list" in item and "answer" not in item else "exact"
+
+
+def _stated(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an IFEval rule without those that are null, which Parquet gives to every one."""
+    return {key: value for key, value in arguments.items() if value is not None}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.prompts.harness import load_task
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
@@ -46,32 +44,7 @@ class LmEvalTask:
             UserError: lm-eval is not installed; no such task (names close ones); a group; a task
                 whose first metric is better when lower; its data cannot be had.
         """
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise UserError(
-                f"task '{spec}' is no .jsonl file, and lm-eval, which has other tasks, is not "
-                "installed: pip install 'mergekit-wp[eval]'"
-            ) from error
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        path = Path(spec)
-        is_file = path.suffix in (".yaml", ".yml")
-        if is_file and not path.is_file():
-            raise UserError(f"task file {spec} not found")
-        manager = TaskManager(include_path=str(path.resolve().parent) if is_file else None)
-        name = _name_in(path) if is_file else spec
-        if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, 3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise UserError(f"lm-eval has no task '{name}'{hint}")
-        try:
-            found = manager.load(name)
-        except Exception as error:  # datasets and the Hub raise whatever they like
-            reason = " ".join(str(error).split())
-            raise UserError(f"lm-eval task '{name}' cannot be loaded: {reason}") from error
-        task = found["tasks"].get(name)
-        if task is None or found["groups"]:
-            raise UserError(f"'{name}' is a group of lm-eval tasks; name its tasks one by one")
+        name, task = load_task(spec)
         metric = _metric(task, name)
         config = json.dumps(task.dump_config(), sort_keys=True, default=str)
         digest = hashlib.sha256(config.encode()).hexdigest()
@@ -155,25 +128,6 @@ class LmEvalTask:
             ItemScore(str(s["doc_id"]), float(s[self.metric]), str(s["filtered_resps"])[:_OUTPUT])
             for s in rows
         ]
-
-
-def _name_in(path: Path) -> str:
-    import yaml
-
-    # `!function` tags of the harness are not ours to run
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_multi_constructor("!", lambda _loader, _suffix, _node: None)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"task file {path} cannot be read: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("task"), str):
-        raise UserError(f"task file {path} has no 'task' name")
-    return str(data["task"])
 
 
 def _metric(task: Any, name: str) -> str:
