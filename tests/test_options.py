@@ -196,8 +196,8 @@ def test_a_command_says_the_flag() -> None:
     with pytest.raises(UserError) as refused:
         FitRequest.of(**given(FitRequest, options))
     error = refused.value
-    assert str(error) == "prompts: 'a' names no expert; write EXPERT=FILE.jsonl"
+    assert str(error) == "prompts: 'a' names no expert; write EXPERT=SOURCE"
     error.use_flags({field.name: field.flag for field in declared(FitRequest).values()})
-    assert str(error) == "--prompts: 'a' names no expert; write EXPERT=FILE.jsonl"
+    assert str(error) == "--prompts: 'a' names no expert; write EXPERT=SOURCE"
     with pytest.raises(UserError, match="recipe is missing; give it"):
         FitRequest.of(**given(FitRequest, options | {"recipe": None}))

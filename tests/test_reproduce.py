@@ -143,7 +143,7 @@ def test_what_is_missing_here_is_said(world: Path, tmp_path: Path) -> None:
     scorefile.write(scorefile.ScoreFile(manifest, file.tensors), made)
     shown = CliRunner().invoke(cli, ["reproduce", str(made)])
     assert shown.exception is None
-    assert f"no prompt file with sha256 {manifest.prompts_sha256} is here" in shown.stderr
+    assert f"no prompts with sha256 {manifest.prompts_sha256} are here" in shown.stderr
     assert "me/base was read at commit abc123" in shown.stderr
     assert "made with torch 1.0; here it is" in shown.stderr
     assert len(shown.stdout.splitlines()) == 1

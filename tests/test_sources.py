@@ -29,6 +29,7 @@ from mergekit_wp.prompts.harness import load_task
 from mergekit_wp.prompts.location import Location
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
+from mergekit_wp.tasks.lm_eval import LmEvalTask
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")
@@ -445,7 +446,8 @@ def test_tasks_of_compare_are_sources_or_of_lm_eval(
     assert hub.asked == [("me/d", None, "test", None)]
     with pytest.raises(UserError, match=r"line 2: 'split' is None"):
         load_tasks(request.model_copy(update={"untuned": False}))
-    with pytest.raises(UserError, match="lm-eval"):
-        load_tasks(request.model_copy(update={"tasks": ("no_such_task_of_lm_eval",)}))
+    monkeypatch.setattr(LmEvalTask, "load", lambda spec, _batch_size: spec)
+    named = ("gsm8k", "lm-eval:gsm8k", "none.yaml")
+    assert load_tasks(request.model_copy(update={"tasks": named})) == ("gsm8k", *named[::2])
     with pytest.raises(UserError, match=r"none\.tsv cannot be read"):
         load_tasks(request.model_copy(update={"tasks": ("none.tsv",)}))

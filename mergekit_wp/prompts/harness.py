@@ -31,7 +31,9 @@ def load_task(spec: str) -> tuple[str, Any]:
     is_file = path.suffix in (".yaml", ".yml")
     if is_file and not path.is_file():
         raise UserError(f"task file {spec} not found")
-    manager = TaskManager(include_path=str(path.resolve().parent) if is_file else None)
+    # a file's own folder is all that is looked at: to list the harness's own tasks takes seconds
+    folder = str(path.resolve().parent) if is_file else None
+    manager = TaskManager(include_path=folder, include_defaults=not is_file)
     name = _name_in(path) if is_file else spec
     if name not in manager.all_tasks:
         close = difflib.get_close_matches(name, manager.all_tasks, 3)
