@@ -83,8 +83,9 @@ def score(
     Args:
         base: a folder or a Hub id (``owner/name@revision``).
         expert: the same, of the same architecture; ``MODEL+ADAPTER`` is one with a LoRA adapter.
-        prompts: what elicits the behaviour: a prompt file, or texts, chats (lists of messages),
-            objects with ``prompt`` and optional ``contrast`` and ``response``; a dataset of these.
+        prompts: what elicits the behaviour: a source (docs/prompts.md), such as a file or
+            ``hf:owner/dataset``; or texts, chats (lists of messages), objects with ``prompt`` and
+            optional ``contrast`` and ``response``; a dataset of these.
         criterion: names, or functions of ``(logits, batch)`` that return ``[prompts]``; base and
             expert set their 0 and 1.
         out: score file to write; a killed run goes on from what is kept beside it.
@@ -154,8 +155,8 @@ def fit(
         base: a folder or a Hub id.
         experts: folders or Hub ids by names of your choice.
         prompts: of each expert, by its name; see `score`. The expert's answers are the target.
-        guards: prompts on which the merge is to stay like the base: a list of files, or of lists of
-            prompts.
+        guards: prompts on which the merge is to stay like the base: a list of sources, or of lists
+            of prompts.
         recipe: a mergekit recipe that names base and experts, in their place.
         out: folder for a score file of every expert, and a recipe that merges by them.
         progress: show a bar; or where to report instead.
@@ -248,7 +249,7 @@ def compare(
 
     Args:
         what: the merge in question, see `merge`; then recipes of the same models, if any.
-        tasks: JSONL files of items, ``NAME=FILE.jsonl``, or tasks of lm-eval.
+        tasks: sources of items (docs/prompts.md), ``NAME=SOURCE``, or tasks of lm-eval.
         progress: show a bar; or where to report instead.
         options: fields of `CompareRequest`: ``methods``, ``untuned``, ``out``, ...
 

@@ -43,9 +43,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scoring(out: str, *estimands: str) -> list[str]:
     return [
-        "score", "base", NAMES[0], "--prompts", "open prompts.jsonl", "--out", out,
+        "score", "base", NAMES[0], "--prompts", "open prompts.jsonl?sample=3&seed=2", "--out", out,
         "--estimand", ",".join(estimands), "--verify", "2", "--max-new-tokens", "3",
-        "--max-prompts", "3", "--seed", "7", "--behavior", "two words", "--share-steps", "2",
+        "--max-prompts", "2", "--seed", "7", "--behavior", "two words", "--share-steps", "2",
     ]  # fmt: skip
 
 

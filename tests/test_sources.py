@@ -274,6 +274,22 @@ def test_folders_with_splits(tmp_path: Path) -> None:
         read_prompts(tmp_path, None)
 
 
+def test_a_compressed_file_is_unpacked_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(tmp_path / "p.txt.gz", gzip.compress(b"a\n" * 512))
+    monkeypatch.setattr("mergekit_wp.prompts.records._MOST", 1024)
+    assert len(read_prompts(path, None).prompts) == 512
+    monkeypatch.setattr("mergekit_wp.prompts.records._MOST", 1023)
+    with pytest.raises(UserError, match=r"p\.txt\.gz unpacks to more than 0 MiB"):
+        read_prompts(path, None)
+
+
+def test_a_name_without_ending_is_told_what_it_may_mean() -> None:
+    with pytest.raises(UserError, match=r"Hub is hf:OWNER/NAME, a task of lm-eval lm-eval:NAME"):
+        read_prompts(Path("openai/gsm8k"), None)
+
+
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "no field known": ("p.csv", b"a,b\n1,2\n", r"fields a, b, .*p\.csv\?prompt=FIELD&response=FI"),
     "two shapes": (
@@ -331,6 +347,9 @@ def test_shapes_in_memory() -> None:
     for rows, want in ((QA, QA_READ), (ALPACA, ALPACA_READ), (SHAREGPT, [CHAT_READ])):
         assert said(prompt_source(rows)) == want
         assert said(prompt_source(datasets.Dataset.from_list(rows))) == want
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    chats = datasets.Dataset.from_list([{"prompt": [*CHAT, call]}])
+    assert said(prompt_source(chats)) == [([*CHAT, call], None)]
     with pytest.raises(UserError, match=r"^prompt 2: it is one without 'answer'"):
         prompt_source([QA[0], {"question": "a"}])
     with pytest.raises(UserError, match=r"given by name \(train\); .*one split of a dataset"):

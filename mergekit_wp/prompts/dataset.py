@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def pinned_text(written: str) -> str:
 
 def without_nulls(value: Any) -> Any:
     """A row of Arrow without what is null within lists: there every object has every key."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return value
     return {
         key: [_dropped(part) for part in each] if isinstance(each, list) else each

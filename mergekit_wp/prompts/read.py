@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import complaint
-from mergekit_wp.prompts.dataset import pinned_text
+from mergekit_wp.prompts.dataset import pinned_text, without_nulls
 from mergekit_wp.prompts.location import Location
 from mergekit_wp.prompts.prompt import Prompt, PromptSet, PromptSource, canonical
 from mergekit_wp.prompts.records import Records, read_records
@@ -80,7 +80,7 @@ def prompt_source(given: Any) -> PromptSource:
             f"prompts are given by name ({', '.join(map(str, given))}); expected those of one: a "
             "list, or one split of a dataset"
         )
-    rows = list(given)
+    rows = [without_nulls(row) for row in given]
     shape = SHAPES[0]
     if mappings := [row for row in rows if isinstance(row, Mapping)]:
         shape = recognised(mappings, Location(place="the prompts"), "the list of prompts")

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import parse_json
-from mergekit_wp.prompts.location import Location
+from mergekit_wp.prompts.location import ENDINGS, HARNESS, HUB, Location
 
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 #: how files begin that are not read
@@ -23,6 +23,8 @@ _REFUSED = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
 }
+#: bytes that a compressed file may have unpacked
+_MOST = 2**30
 _TABLES = {".csv": ("CSV", ","), ".tsv": ("TSV", "\t")}
 #: what is read, for errors
 FORMATS = "JSONL, a JSON array, CSV, TSV or plain text (.txt) in UTF-8, gzipped or not, or Parquet"
@@ -76,7 +78,7 @@ def _file(path: Path, where: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     try:
         content = path.read_bytes()
         if content.startswith(_GZIP):
-            content, name = gzip.decompress(content), name.removesuffix(".gz")
+            content, name = _unpacked(content, where), name.removesuffix(".gz")
         for start, what in _REFUSED.items():
             if content.startswith(start):
                 raise UserError(f"{where} is {what}; expected {FORMATS}: write it anew")
@@ -84,7 +86,7 @@ def _file(path: Path, where: str) -> tuple[str, Iterator[tuple[str, Any]]]:
             return "Parquet", _parquet(content, where)
         text = content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
+        raise UserError(f"{where} cannot be read: {error}{_meant(path, error)}") from error
     suffix = Path(name).suffix
     if suffix in _TABLES:
         form, delimiter = _TABLES[suffix]
@@ -95,6 +97,21 @@ def _file(path: Path, where: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     if text.lstrip().startswith("["):
         return "a JSON array", _array(text, where)
     return "JSONL", _jsonl(text, where)
+
+
+def _unpacked(content: bytes, where: str) -> bytes:
+    with gzip.open(io.BytesIO(content)) as file:
+        unpacked = file.read(_MOST + 1)
+    if len(unpacked) > _MOST:
+        raise UserError(f"{where} unpacks to more than {_MOST >> 20} MiB; give a part of it")
+    return unpacked
+
+
+def _meant(path: Path, error: Exception) -> str:
+    """What a name without an ending may have meant, where it is no file."""
+    if not isinstance(error, FileNotFoundError) or path.name.lower().endswith(ENDINGS):
+        return ""
+    return f"; a dataset on the Hub is {HUB}OWNER/NAME, a task of lm-eval {HARNESS}NAME"
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
@@ -110,8 +127,9 @@ def _jsonl(text: str, where: str) -> Iterator[tuple[str, Any]]:
             yield place, parse_json(line)
         except ValueError as error:
             raise UserError(
-                f"{where}, {place}: not JSON ({error}); expected one JSON object a line (plain "
-                "text, a prompt a line, is read from a file that ends in .txt)"
+                f"{where}, {place}: not JSON ({error}); expected one JSON object a line, or one "
+                "array of objects (plain text, a prompt a line, is read from a file that ends in "
+                ".txt)"
             ) from error
 
 
