@@ -310,7 +310,7 @@ def test_scores_of_another_company_are_refused(world: Path, tmp_path: Path) -> N
     [
         (["BASE", "EXPERT", "--prompts", "p"], "Missing|BASE does not go with --company"),
         (["--kinds", "head", "--prompts", "east=e"], "--kinds does not go with --company"),
-        (["--prompts", "east.jsonl"], "write EXPERT=FILE.jsonl"),
+        (["--prompts", "east.jsonl"], "write EXPERT=SOURCE"),
         (["--prompts", "north=e.jsonl"], "'north' is no expert of the recipe"),
         (["--prompts", "east=EAST", "--prompts", "east=WEST"], "'east' has prompts already"),
         (["--prompts", "east=EAST"], "has no prompts; add --prompts west=FILE.jsonl"),

@@ -135,7 +135,7 @@ GOOD = {"prompt": "a", "answer": "b", "split": "test"}
     ("lines", "message"),
     [
         (["{"], "line 1: not JSON"),
-        (["[]"], "line 1: expected an object"),
+        (["3"], "line 1: expected an object"),
         ([GOOD | {"prompt": 3}], "'prompt' must be a text or chat messages"),
         ([GOOD | {"prompt": ""}], "'prompt' is empty"),
         ([GOOD, {"prompt": "a", "answer": "b"}], "line 2: 'split' is None; write \"valid\""),
