@@ -23,7 +23,7 @@ from mergekit_wp.scoring.request import ScoreRequest
 ONE_OR_MORE = "the same, one of them here and several there"
 #: options that are not the same in every command that has them, and why
 EXCEPTIONS = {
-    "--prompts": f"{ONE_OR_MORE}: a file for one expert, EXPERT=FILE for each of several",
+    "--prompts": f"{ONE_OR_MORE}: a source for one expert, EXPERT=SOURCE for each of several",
     "--estimand": f"{ONE_OR_MORE}: `score` makes scores, the others read some",
     "--criterion": f"{ONE_OR_MORE}: `score` makes scores, the others read some",
     "--task": f"{ONE_OR_MORE}: `compare` takes lm-eval's tasks too",

@@ -180,7 +180,7 @@ def _called(experts: Mapping[str, str], key: str) -> list[str]:
 def _at_expert(
     experts: Mapping[str, str], key: str, prompts: PromptSource
 ) -> tuple[str, PromptSource]:
-    """EXPERT=FILE parted at the last ``=`` that an expert stands before: names may have some."""
+    """EXPERT=SOURCE parted at the last ``=`` that an expert stands before: names may have some."""
     if isinstance(prompts, Path):
         parts = f"{key}={prompts}".split("=")
         for end in range(len(parts) - 1, 0, -1):
