@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -49,10 +50,12 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     with Unwritten() as journal:
         references = [measure(member, journal, size) for member in coarse]
         objectives = [objective_of(m, own) for m, own in zip(coarse, references, strict=True)]
+        guards = []
         for guard in request.guards:
             prompts = read_prompts(guard, request.max_prompts)
-            objectives.append(guard_of(coarse[0].run.asking(prompts), coarse, journal, size))
-        fitting = Fitting(request, coarse, objectives, layout, journal, progress)
+            asked = coarse[0].run.asking(prompts)
+            guards.append(guard_of(asked, journal, size, math.log(request.limit)))
+        fitting = Fitting(request, coarse, objectives, guards, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
-    fitting.move_to(state.best)
+    fitting.move_to(state.kept)
     return fitting.resident.model, state

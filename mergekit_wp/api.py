@@ -156,7 +156,7 @@ def fit(
         experts: folders or Hub ids by names of your choice.
         prompts: of each expert, by its name; see `score`. The expert's answers are the target.
         guards: prompts on which the merge is to stay like the base: a list of sources, or of lists
-            of prompts.
+            of prompts. Without any, plain text of the package's own; ``unguarded=True`` for none.
         recipe: a mergekit recipe that names base and experts, in their place.
         out: folder for a score file of every expert, and a recipe that merges by them.
         progress: show a bar; or where to report instead.

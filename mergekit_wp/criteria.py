@@ -83,6 +83,17 @@ def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> tor
     return -per_prompt_mean(_one_by_one(divergence, logits), batch)
 
 
+def reproduced(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> torch.Tensor:
+    """Whether each response is reproduced whole: logits ``[P, vocabulary]`` to ``[n]``, 1 or 0.
+
+    It is where at every position the likeliest token is the expert's likeliest: greedy decoding
+    then gives the expert's answer, if the response is one.
+    """
+    assert targets.expert_logprobs is not None
+    wrong = logits.argmax(-1) != targets.expert_logprobs.argmax(-1)
+    return (per_prompt_mean(wrong.double(), batch) == 0).double()
+
+
 def logprob_values(logits: torch.Tensor, batch: PromptBatch, _targets: Targets) -> torch.Tensor:
     """Mean log-probability of the response: ``[..., P, vocabulary]`` to ``[..., n]``."""
 

@@ -144,14 +144,26 @@ class ScoresTogether(Mapping[str, Scores]):
         return len(self._scores)
 
     def __repr__(self) -> str:
-        said = ", ".join(f"{name}: {value:.2f}" for name, value in self.recoveries.items())
-        return f"ScoresTogether(recovered {said})"
+        what, values = "recovered", self.recoveries
+        if self.answers:
+            what, values = "answers reproduced", self.answers
+        said = ", ".join(f"{name}: {value:.2f}" for name, value in values.items())
+        return f"ScoresTogether({what} {said})"
 
     @property
     def recoveries(self) -> dict[str, float]:
         """How far each behaviour comes back in the merge, from 0 at the base to 1 at the expert."""
         company = next(iter(self.values())).manifest.company or ()
         return {name: m.recovery for name, m in zip(self, company, strict=True)}
+
+    @property
+    def answers(self) -> dict[str, float]:
+        """Share of each expert's own answers that the merge gives whole, where a fit counted."""
+        return {
+            name: scores.manifest.fit.reached[scores.manifest.behavior].answers
+            for name, scores in self.items()
+            if scores.manifest.fit is not None
+        }
 
     def save(self, folder: PathLike) -> Path:
         """Write ``NAME.safetensors`` of every expert, and the recipe that merges by them.

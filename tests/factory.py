@@ -17,6 +17,7 @@ from mergekit_wp.files.manifest import (
     ModelId,
     Moment,
     Scale,
+    Seen,
 )
 from mergekit_wp.files.scorefile import ScoreFile
 
@@ -115,17 +116,19 @@ def make_fit(*references: str) -> tuple[Fit, tuple[CompanyMember, ...]]:
         )
         for e, reference in enumerate(references)
     )
-    seen = {member.behavior: 0.5 for member in company} | {"plain": 1.0}
+    half = {member.behavior: Seen(kl=0.3, answers=0.5) for member in company}
+    seen = half | {"plain": Seen(kl=0.01, answers=1.0)}
     fit = Fit(
         granularity="component",
-        guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2),),
-        guard_weight=0.25,
+        guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2, price=0.25),),
+        limit=1.05,
         start="0.5",
         rate=0.05,
         penalty=0.01,
         upper=1.5,
         prompts_a_step=2,
         best_step=1,
-        history=tuple(Moment(step=step, fitted=seen, held_out=None) for step in range(2)),
+        held_out=dict.fromkeys(seen, 0),
+        history=tuple(Moment(step=step, fitted=seen, judged=seen) for step in range(2)),
     )
     return fit, company

@@ -26,7 +26,13 @@ from tests.test_company import NAMES
 from tests.test_scoring import Quiet
 
 
-def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: Any) -> Gates:
+def fitted(
+    world: Path,
+    out: Path,
+    names: tuple[str, ...] = NAMES,
+    said: Quiet | None = None,
+    **options: Any,
+) -> Gates:
     settings: dict[str, Any] = {
         "recipe": world / "recipe.yml",
         "prompts": tuple((name, world / f"{name}.jsonl") for name in names),
@@ -36,9 +42,10 @@ def fitted(world: Path, out: Path, names: tuple[str, ...] = NAMES, **options: An
         "prompts_a_step": 2,
         "steps": 6,
         "granularity": "component",
+        "unguarded": not options.get("guards"),
         **options,
     }
-    fit(FitRequest(**settings), Quiet())
+    fit(FitRequest(**settings), said or Quiet())
     return Gates.read(out, [name for name, _ in settings["prompts"]])
 
 

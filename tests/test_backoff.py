@@ -112,8 +112,8 @@ def fitted(world: Path, out: Path, said: Quiet) -> Numbers:
     numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
     how = found[0].manifest.fit
     assert how is not None
-    moments = [*(m.fitted for m in how.history), *(m.held_out for m in how.history)]
-    seen = [value for moment in moments if moment for value in moment.values()]
+    moments = [*(m.fitted for m in how.history), *(m.judged for m in how.history)]
+    seen = [(v.kl, v.answers) for moment in moments if moment for v in moment.values()]
     return numbers | {"seen": torch.tensor(seen)}
 
 
@@ -166,7 +166,7 @@ class Command:
 
 COMMANDS = {
     "company": Command(company, ("base and east", "guided path")),
-    "fit": Command(fitted, ("base and east", "base and experts on guard", "fitting gates")),
+    "fit": Command(fitted, ("base and east", "base on guard", "fitting gates")),
     "trace": Command(traced, ("screening", "measuring supplies", "measuring c")),
     "verify": Command(verified, ("sets",)),
     "anchor": Command(anchored, ("layers",)),

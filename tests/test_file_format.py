@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = [{"model": str(root / name), "parameters": {"weight": 1}} for name in NAMES]
     recipe_file = root / "recipe.yml"
     recipe_file.write_text(yaml.safe_dump(recipe | {"models": models}))
-    few, all_fitted = ("--max-new-tokens", 2), ("--held-out", 0)
+    few, all_fitted = ("--max-new-tokens", 2), ("--unguarded",)
     run("score", "--company", recipe_file, *prompts, "--out", root / "scores", *few)
     run(
         "fit",
@@ -122,8 +122,14 @@ def test_a_fit_is_the_same_in_all_files(world: Path) -> None:
     assert one["fit"] == two["fit"]
     fit = one["fit"]
     assert [moment["step"] for moment in fit["history"]] == list(range(5))
-    reached = fit["history"][fit["best_step"]]["fitted"]
-    assert {m["behavior"]: m["recovery"] for m in one["company"]} == reached
+    first, best = (fit["history"][step]["judged"] for step in (0, fit["best_step"]))
+    for member in one["company"]:
+        assert 0 <= best[member["behavior"]]["answers"] <= 1
+        assert best[member["behavior"]]["kl"] <= first[member["behavior"]]["kl"]
+    scales = {m["behavior"]: m["scale"]["kl"]["base"] for m in (one, two)}
+    for member in one["company"]:
+        left = best[member["behavior"]]["kl"] / -scales[member["behavior"]]
+        assert member["recovery"] == pytest.approx(1 - left, rel=1e-6)
     assert "fit" not in read(world / "scores" / f"{NAMES[0]}.safetensors")[0]
 
 
@@ -166,7 +172,7 @@ def keys_of(model: type[BaseModel]) -> set[str]:
 
 
 def test_the_specification_names_every_key() -> None:
-    assert {"weights_sha256", "history", "guard_weight", "recovery"} <= keys_of(Manifest)
+    assert {"weights_sha256", "history", "limit", "answers", "recovery"} <= keys_of(Manifest)
     page = PAGE.read_text()
     for key in sorted(keys_of(Manifest)):
         assert f"`{key}`" in page, key

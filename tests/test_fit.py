@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from mergekit_wp.cli import cli
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.texts import encode_texts
+from mergekit_wp.tasks.behaviors import plain_text
 from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
 from tests.circuit import CONSTANT, build
-from tests.fitting import divergence, fitted, layout_of, load, merge, merged
+from tests.fitting import fitted, layout_of, load, merge, merged
 from tests.gating import Gates
-from tests.models import LETTERS, save
+from tests.models import EOS, LETTERS, save
 from tests.test_company import NAMES, make_world, write_recipe, write_task
+from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
 
@@ -63,23 +67,24 @@ def test_planted_poison_is_found(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     write_recipe(tmp_path, ("west", "east"))
     out = tmp_path / "gates"
-    file = fitted(tmp_path, out, ("west", "east"), steps=60, held_out=0)
+    file = fitted(tmp_path, out, ("west", "east"), steps=200)
     west, theirs = (file.gates(e)["neuron"] for e in (0, 1))
-    assert [float(west[layer, j]) for layer, j, _, _ in poison] == pytest.approx([0, 0], abs=0.05)
-    assert float(west[own[0], own[1]]) > 0.8 and float(theirs[east[0], east[1]]) > 0.8
-    last, first = file.fit.history[-1].fitted, file.fit.history[0].fitted
-    assert last is not None and first is not None
-    assert min(last.values()) > 0.95 > first["east"]
+    assert max(float(west[layer, j]) for layer, j, _, _ in poison) < 0.2
+    assert min(float(west[own[0], own[1]]), float(theirs[east[0], east[1]])) > 0.7
+    first = file.fit.history[0].judged
+    assert first is not None and first["east"].kl > 20 * file.fit.reached["east"].kl
+    assert all(seen.answers == 1 for seen in file.fit.reached.values())
 
 
 def test_merging_by_the_file(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "gates"
     file = fitted(world, out)
     fit = file.fit
+    assert fit.best_step in (0, 6)
     assert len(fit.history) == 7 and fit.start == "0.5"
-    assert [m.held_out is not None for m in fit.history] == [True, *[False] * 4, True, True]
-    first, last = fit.history[0].held_out, fit.history[-1].held_out
-    assert first is not None and last is not None and sum(last.values()) > sum(first.values())
+    assert [m.judged is not None for m in fit.history] == [True, *[False] * 5, True]
+    assert [m.fitted is not None for m in fit.history] == [*[True] * 6, False]
+    assert fit.held_out == dict.fromkeys(NAMES, 0) and fit.limit is None
     _, layout = layout_of(world)
     flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])
     want = dict(merged(world, layout, flat).named_parameters())
@@ -111,11 +116,11 @@ def test_inspect_and_plot(world: Path, tmp_path: Path) -> None:
 
     shown = " ".join(run("inspect", str(out), "--top", "3").split())
     for step in (0, file.fit.best_step):
-        values = file.fit.history[step].held_out
+        values = file.fit.history[step].judged
         assert values is not None
-        said = ", ".join(f"{name} {values[name]:.2f}" for name in NAMES)
-        assert f"after {step} steps, recovered on held-out prompts: {said}" in shown
-    assert f"recovered by 'path': {said}" in shown and "gates fitted by gradient" in shown
+        said = ", ".join(f"{name} {values[name].answers:.2f}" for name in NAMES)
+        assert f"after {step} steps, reproduced on the prompts it was fitted on: {said}" in shown
+    assert "fitted together; recovered by 'path':" in shown and "gates fitted by gradient" in shown
     whole = json.loads(run("inspect", str(out), "--json"))
     assert whole["manifest"]["fit"] == file.fit.model_dump(mode="json")
     sliced = [x for x in whole["components"] if x["kind"] in SLICED_KINDS]
@@ -127,7 +132,7 @@ def test_inspect_and_plot(world: Path, tmp_path: Path) -> None:
     run("plot", str(out), "--out", str(tmp_path / "g.html"))
     assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "g.html").read_text()
-    assert "How the fit went" in page and "Recovery by step" in page
+    assert "How the fit went" in page and "Answers reproduced by step" in page
     assert "fusion: path" in page
 
 
@@ -151,30 +156,75 @@ def test_all_ones_is_task_arithmetic(world: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, plain[name], rtol=1e-9, atol=1e-9)
 
 
-def test_a_guard_keeps_what_the_base_does(world: Path, tmp_path: Path) -> None:
+def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path) -> None:
     write_task(tmp_path / "plain.jsonl", "zz")
     lines = (tmp_path / "plain.jsonl").read_text().splitlines()
     kept = [json.dumps({"prompt": json.loads(line)["prompt"][::-1] + "q"}) for line in lines]
     (tmp_path / "plain.jsonl").write_text("\n".join(kept) + "\n")
-    options = {"steps": 20, "held_out": 0, "rate": 0.1, "max_new_tokens": 3}
+    options: dict[str, Any] = {"steps": 40, "rate": 0.1, "max_new_tokens": 3}
     free = fitted(world, tmp_path / "free", **options)
     options |= {"guards": (tmp_path / "plain.jsonl",)}
-    guarded = fitted(world, tmp_path / "kept", guard_weight=0.5, **options)
-    harder = fitted(world, tmp_path / "harder", guard_weight=4.0, **options)
-    assert [g.behavior for g in guarded.fit.guards] == ["plain"]
-    assert harder.fit.guard_weight == 4.0
-    base = load(world / "base")
+    wide = fitted(world, tmp_path / "wide", limit=100.0, **options)
+    for key, tensor in free.tensors.items():  # a limit that is never met costs nothing
+        assert torch.equal(wide.tensors[key], tensor)
+    assert wide.fit.guards[0].price == 0 and wide.fit.held("plain")
+    base: Any = load(world / "base")
     _, layout = layout_of(world)
-    (tmp_path / "answers.jsonl").write_text(
-        "".join(json.dumps(json.loads(line) | {"response": "ab"}) + "\n" for line in kept)
-    )
 
     def away(file: Gates) -> float:
+        """From the base, on its own answers."""
         flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])
-        return divergence(merged(world, layout, flat), base, tmp_path / "answers.jsonl")
+        model, found = merged(world, layout, flat), []
+        for line in kept:
+            ids = [LETTERS.index(c) for c in json.loads(line)["prompt"]]
+            with torch.no_grad():
+                whole = base.generate(
+                    torch.tensor([ids]), do_sample=False, max_new_tokens=3, eos_token_id=EOS
+                )
+                want, have = (m(whole).logits[0].log_softmax(-1) for m in (base, model))
+            at = slice(len(ids) - 1, -1)
+            found.append((want[at].exp() * (want - have)[at]).sum(-1).mean())
+        return float(torch.stack(found).mean())
 
-    assert away(guarded) < 0.7 * away(free)
-    assert away(harder) < 0.7 * away(guarded)
+    loose = away(free)
+    assert wide.fit.reached["plain"].kl == pytest.approx(loose, rel=1e-4)
+    limit = math.exp(loose / 4)
+    held = fitted(world, tmp_path / "held", limit=limit, **options)
+    assert held.fit.held("plain") and held.fit.reached["plain"].kl <= 1.1 * loose / 4
+    assert away(held) == pytest.approx(held.fit.reached["plain"].kl, rel=1e-4)
+    assert held.fit.guards[0].price > 0
+    said = Quiet()
+    options |= {"steps": 1, "rate": 1e-3, "limit": 1 + 1e-6}
+    beyond = fitted(world, tmp_path / "beyond", said=said, **options)
+    assert not beyond.fit.held("plain")
+    (warning,) = [note for note in said.notes if "out of reach" in note]
+    assert "warning: plain is at" in warning and warning.endswith(f"a larger {option('limit')}")
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "beyond" / "east.safetensors")])
+    assert "out of reach" in " ".join(shown.output.split())
+
+
+def test_a_behaviour_that_falls_short_is_a_warning(world: Path, tmp_path: Path) -> None:
+    said = Quiet()
+    file = fitted(world, tmp_path / "short", said=said, steps=1, start="0", rate=1e-3)
+    short = {name for name, seen in file.fit.reached.items() if seen.answers < 0.9}
+    warned = [note for note in said.notes if note.startswith("warning")]
+    assert short and len(warned) == len(short)
+    assert warned[0].startswith("warning: of east only 0.00 of the expert's answers are reproduced")
+    assert warned[0].endswith(f"the fit was not done: give more {option('steps')}")
+
+
+def test_nobody_goes_unguarded(world: Path, tmp_path: Path) -> None:
+    """Without a guard's file the package's own text is one, read as it stands."""
+    file = fitted(world, tmp_path / "gates", unguarded=False, steps=2)
+    (guard,) = file.fit.guards
+    text = plain_text()
+    assert (guard.behavior, guard.n_prompts) == (text.name, len(text.prompts))
+    assert guard.prompts_sha256 == text.sha256 and text.name in file.fit.reached
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    encoded = encode_texts(tokenizer, text, Quiet())
+    whole = tokenizer(str(text.prompts[0].prompt)).input_ids
+    assert encoded.prompts[0] + encoded.responses[0] == whole[: len(encoded.prompts[0]) + 44]
 
 
 def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +252,11 @@ def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_starting_points(world: Path, tmp_path: Path) -> None:
-    first = fitted(world, tmp_path / "first", steps=2, held_out=0)
+    first = fitted(world, tmp_path / "first", steps=2)
     more = fitted(
         world,
         tmp_path / "more",
         steps=1,
-        held_out=0,
         rate=1e-9,
         start="scores",
         recipe=tmp_path / "first" / "recipe.yml",
@@ -238,7 +287,7 @@ def test_starting_points(world: Path, tmp_path: Path) -> None:
         "dtype": "float64",
     }
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    options = {"steps": 1, "held_out": 0, "rate": 1e-9, "recipe": tmp_path / "recipe.yml"}
+    options: dict[str, Any] = {"steps": 1, "rate": 1e-9, "recipe": tmp_path / "recipe.yml"}
     fitted(world, tmp_path / "scores", start="scores", **options)
     by_gates = merge(tmp_path / "scores" / "recipe.yml", tmp_path / "by-gates")
     by_scores = merge(tmp_path / "recipe.yml", tmp_path / "by-scores")

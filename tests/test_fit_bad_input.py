@@ -34,8 +34,10 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         ({"start": "none.safetensors"}, "start=none.safetensors: give a number, or 'scores'"),
         ({"start": "scores"}, "is of 'ties' and has no scores to start from"),
         ({"prompts": ()}, "has no prompts; add prompts=east=FILE.jsonl"),
-        ({"max_prompts": 2}, "has prompts for one step only"),
-        ({"guard_weight": 2.0}, "guard_weight=2 weighs guards, and none is given"),
+        (
+            {"guards": (Path("plain.jsonl"),), "unguarded": True},
+            "unguarded and guards exclude each other",
+        ),
     ],
 )
 def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -112,12 +114,14 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
             scorefile.write(ScoreFile(own.manifest, own.tensors | change), out / "bad.safetensors")
     said = own.manifest.model_dump()
     history = said["fit"]["history"]
-    other = [moment | {"fitted": {"stranger": 1.0}} for moment in history]
+    other = [m | {"fitted": {"stranger": {"kl": 1, "answers": 1}}} for m in history]
     for fit, message in (
         ({"history": history[1:], "best_step": 0}, "steps do not count up from 0"),
         ({"best_step": len(history)}, "history has no step"),
         ({"history": other}, "step 0 is of other behaviours"),
         ({"upper": 0.0}, "greater than 0"),
+        ({"limit": 1.05}, "'guards' and a 'limit' belong together"),
+        ({"best_step": 0, "history": [history[0] | {"judged": None}]}, "nothing was judged"),
     ):
         with pytest.raises(ValueError, match=message):
             Manifest.model_validate(said | {"fit": said["fit"] | fit})

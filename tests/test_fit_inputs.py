@@ -74,7 +74,7 @@ def world(tmp_path: Path, models: dict[str, PreTrainedModel]) -> Path:
 
 
 def quick(world: Path, out: Path, **options: Any) -> Gates:
-    return fitted(world, out, **({"steps": 2, "held_out": 0, "dtype": "float32"} | options))
+    return fitted(world, out, **({"steps": 2, "dtype": "float32"} | options))
 
 
 def assert_same_gates(one: Gates, two: Gates) -> None:

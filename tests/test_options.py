@@ -129,7 +129,7 @@ REQUESTS = [
         prompts=["a=a.jsonl", ("b", "b.jsonl")],
         out="out",
         guards=["one,two.jsonl", Path("three.jsonl")],
-        guard_weight=1e-7,
+        limit=1.0000001,
         start="scores",
         held_out=0,
     ),

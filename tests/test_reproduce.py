@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "fit": (
         [["fit", "recipe.yml", "--out", "fitted", "--steps", "2", "--held-out", "0",
-          "--rate", "0.1", "--guard", "open prompts.jsonl", "--guard-weight", "0.25",
+          "--rate", "0.1", "--guard", "open prompts.jsonl", "--limit", "1.25",
           "--prompts-a-step", "2", "--start", "0.25",
           *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))]],
         f"fitted/{NAMES[0]}.safetensors", 1,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mergekit_wp
+from mergekit_wp.tasks.behaviors import plain_text
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mergekit_wp"
@@ -78,6 +79,8 @@ def test_plain_mergekit_knows_the_method(wheel: Path, tmp_path: Path) -> None:
     assert Path(file).is_relative_to(tmp_path)
     assert re.match("Usage: .*CONFIG_FILE", help_text[0])
     assert mergekit_wp.__version__ in run(tmp_path / "bin/mergekit-wp", "--version")
+    text = "from mergekit_wp.tasks.behaviors import plain_text; print(plain_text().sha256)"
+    assert run(python, "-c", text).strip() == plain_text().sha256
 
 
 def test_an_editable_install_has_the_hook(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def fit(out: Path, steps: int) -> list[str]:
     return [
         *(program, "fit", local(recipe_of(SKILLS)), "--out", str(out / f"fitted-{steps}")),
         *(part for pair in pairs for part in ("--prompts", pair)),
-        *("--steps", str(steps), "--held-out", "0", "--prompts-a-step", str(A_STEP)),
+        *("--steps", str(steps), "--held-out", "0", "--unguarded", "--prompts-a-step", str(A_STEP)),
     ]
 
 

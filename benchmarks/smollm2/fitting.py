@@ -47,7 +47,7 @@ from benchmarks.smollm2.tasks import (
     unique,
 )
 from benchmarks.zoo.bench import Silent
-from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
@@ -57,7 +57,9 @@ GUARDS = (FOLDER / "requests.jsonl", FOLDER / "text.jsonl")
 LEAK = FOLDER / "unasked.jsonl"
 #: prompts of each behaviour and guard (code has 122), and how the gates climb
 N, START, STEPS, A_STEP = 64, 0.7, 20, 8
-#: the combination that is also fitted with lighter guards and none, and with one gate a tensor
+#: of the guards, and a wider one
+LIMIT, WIDER = 1.02, 1.1
+#: the combination that is also fitted with a wider limit and none, and with one gate a tensor
 HARD = ("instruction", "math")
 
 
@@ -104,13 +106,13 @@ def recipe_of(experts: tuple[str, ...]) -> Path:
     return path
 
 
-def fitted(experts: tuple[str, ...], guard: float) -> Path:
-    """The recipe that merges by fitted gates; guards weigh so much, 0 is none."""
-    out = FOLDER / f"{'-'.join(experts)}-{guard:g}"
+def fitted(experts: tuple[str, ...], limit: float | None) -> Path:
+    """The recipe that merges by fitted gates; what guards allow, None is no guard."""
+    out = FOLDER / f"{'-'.join(experts)}-{limit or 'unguarded'}"
     if not (out / "recipe.yml").exists():
         pairs = [f"{e}={local(taught(e))}" for e in experts]
         guarding = [part for g in GUARDS for part in ("--guard", local(g))]
-        guarding = [*guarding, "--guard-weight", f"{guard:g}"] if guard else []
+        guarding = [*guarding, "--limit", f"{limit:g}"] if limit else ["--unguarded"]
         began = time.monotonic()
         command(
             *("mergekit-wp", "fit", local(recipe_of(experts)), "--out", local(out)),
@@ -124,13 +126,14 @@ def fitted(experts: tuple[str, ...], guard: float) -> Path:
     return out / "recipe.yml"
 
 
-def by_tensor(experts: tuple[str, ...], guard: float) -> Any:
+def by_tensor(experts: tuple[str, ...], limit: float | None) -> Any:
     """The model of gates fitted alike, one a tensor."""
     request = FitRequest(
         recipe=recipe_of(experts),
         prompts=tuple((e, taught(e)) for e in experts),
-        guards=GUARDS if guard else (),
-        guard_weight=guard or GUARD_WEIGHT,
+        guards=GUARDS if limit else (),
+        unguarded=limit is None,
+        limit=limit or LIMIT,
         out=FOLDER / "by-tensor",
         steps=STEPS,
         prompts_a_step=A_STEP,
@@ -227,14 +230,14 @@ def main(only: str | None) -> None:
             continue
         skills = (*combination, "unasked")
         makers: dict[str, Callable[[], dict[str, Any]]] = {
-            "fit": lambda c=combination, s=skills: merged(fitted(c, GUARD_WEIGHT), s)
+            "fit": lambda c=combination, s=skills: merged(fitted(c, LIMIT), s)
         }
         if combination == HARD and closer:
-            for g, word in ((GUARD_WEIGHT / 2, "guards half as heavy"), (0.0, "no guards")):
+            for g, word in ((WIDER, f"limit {WIDER:g}"), (None, "no guards")):
                 makers[f"fit, {word}"] = lambda c=combination, s=skills, g=g: merged(
                     fitted(c, g), s
                 )
-            for g, word in ((GUARD_WEIGHT, ""), (0.0, ", no guards")):
+            for g, word in ((LIMIT, ""), (None, ", no guards")):
                 makers[f"fit, one gate a tensor{word}"] = lambda c=combination, s=skills, g=g: (
                     measure(by_tensor(c, g), s)
                 )

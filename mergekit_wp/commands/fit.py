@@ -18,15 +18,16 @@ def fit(**options: Any) -> None:
 
     A gate multiplies a part of the expert's difference from the base: 0 keeps the base, 1 takes the
     expert.
-    The objective is the mean over behaviours of how far the merge has come from the base (0) to the
-    expert (1) in its answers' distribution. The merged model, its residual streams, and one layer's
-    gradients and differences are in memory; the rest is streamed. For three experts, 8 prompts of
-    256 tokens each in a step, in bfloat16, a 1B model needs about 11 GiB and 0.06 PFLOP a step, 8B
-    29 GiB and 0.4, 70B 170 GiB and 3.5 (computed: docs/fit.md).
+    The objective is how far the merge has come from the base (0) to each expert (1) in its answers'
+    distribution, the worst behaviour counting most, while guards stay within a limit of the base.
+    It ends when no more of the experts' answers are reproduced. The merged model, its residual
+    streams, and one layer's gradients and differences are in memory; the rest is streamed. For
+    three experts, 8 prompts of 256 tokens each in a step, in bfloat16, a 1B model needs about 11
+    GiB and 0.06 PFLOP a step, 8B 29 GiB and 0.4, 70B 170 GiB and 3.5 (computed: docs/fit.md).
 
     \b
       mergekit-wp fit recipe.yml --prompts inst=inst.jsonl --prompts math=math.jsonl \\
-          --guard plain.jsonl --out fitted
+          --out fitted
       mergekit-wp merge fitted/recipe.yml merged/
     """
     from mergekit_wp import api

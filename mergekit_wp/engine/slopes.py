@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from mergekit_wp.components import GateLayout
-from mergekit_wp.criteria import Targets
+from mergekit_wp.criteria import Targets, kl_values, reproduced
 from mergekit_wp.engine.decoder import Decoder, first
 from mergekit_wp.engine.integrated_gradients import TaskVector
-from mergekit_wp.engine.replay import Receiver, Recording, record
+from mergekit_wp.engine.replay import Recording, record
 from mergekit_wp.prompts import PromptBatch
 
 #: derivatives ``[gates of the tensor]`` by tensor name, float64 on the CPU
@@ -46,7 +46,8 @@ def slopes(
 ) -> tuple[list[torch.Tensor], list[Slopes]]:
     """Values of every term at the decoder's present weights, and the slope of their sum.
 
-    The model runs forward twice and back once; between layers only what enters each is kept.
+    The model runs forward twice and back once, for terms without weight forward once; between
+    layers only what enters each is kept.
 
     Args:
         decoder: the merge as it stands.
@@ -55,31 +56,36 @@ def slopes(
         vectors: the experts' task vectors.
 
     Returns:
-        Values of ``kl`` by term, each ``[n]``, and for each task vector the slope by every gate; a
-        tensor no value depends on is absent.
+        By term, values of ``kl`` and whether the response is reproduced whole, ``[2, n]``; and for
+        each task vector the slope by every gate; a tensor no value depends on is absent.
     """
     backward = _Backward(decoder, layouts, vectors)
     with torch.no_grad():
         recordings = [record(decoder, term.batch) for term in terms]
     values = []
     last = len(decoder.layers) - 1
-    flowing: list[torch.Tensor] = []
+    #: what counts, with the gradient of what left its last layer
+    flowing: list[tuple[Term, Recording, torch.Tensor]] = []
     with backward.through(decoder.norm, decoder.head) as stage:
         for term, recording in zip(terms, recordings, strict=True):
             hidden = recording.residual(last).detach().requires_grad_()
-            receiver = Receiver(decoder, recording, ("kl",), term.targets)
-            found = receiver.replay(hidden.unsqueeze(0), last)["kl"]
-            flowing.append(stage.back(found, hidden, torch.full_like(found, term.weight)))
-            values.append(found[0].detach())
+            batch, targets = term.batch, term.targets
+            logits = decoder.logits(hidden[batch.rows, batch.cols])
+            found = kl_values(logits, batch, targets)
+            if term.weight:
+                weight = torch.full_like(found, term.weight)
+                flowing.append((term, recording, stage.back(found, hidden, weight)))
+            same = reproduced(logits.detach(), batch, targets)
+            values.append(torch.stack([found.detach().double(), same]))
     for index in range(last, -1, -1):
         with backward.through(decoder.layers[index]) as stage:
             flowing = [
-                stage.back(*_again(decoder, recording, index), gradient)
-                for recording, gradient in zip(recordings, flowing, strict=True)
+                (term, recording, stage.back(*_again(decoder, recording, index), gradient))
+                for term, recording, gradient in flowing
             ]
     if backward.moves(*decoder.entrances):
         with backward.through(*decoder.entrances) as stage:
-            for term, gradient in zip(terms, flowing, strict=True):
+            for term, _, gradient in flowing:
                 stage.back(decoder.entering(term.batch), None, gradient)
     return values, backward.found
 

@@ -1,32 +1,31 @@
-"""The steps of a fit: uphill by Adam, looked at on held-out prompts, kept after each."""
+"""The steps of a fit: by Adam, judged on held-out prompts, kept after each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import mul
 
 import torch
 
 from mergekit_wp.criteria import split
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector
-from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
-from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing
-from mergekit_wp.joint.gates import Climb, Layout, penalty_slope, weights
+from mergekit_wp.joint.gates import Climb, Layout, penalty_slope
+from mergekit_wp.joint.judging import LOOK, Judge, Judgement
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.merged_model import mix
-from mergekit_wp.joint.objective import Objective
+from mergekit_wp.joint.objective import Objective, closeness
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.joint.weighing import averaged, followed, pull, running, worst_first
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 
-#: held-out prompts are looked at every so many steps; the fit ends after so many looks in vain
-LOOK, PATIENCE, LEAST_GAIN = 5, 6, 1e-3
+#: with fewer prompts than the first number none are held out; the second is the most that are
+FEW, MOST = 64, 128
 
 
 @dataclass(frozen=True)
@@ -35,53 +34,69 @@ class FitState:
 
     Attributes:
         climb: the present gates.
-        seen: recoveries ``[steps so far, 2, objectives]`` of the gates before each step, on the
-            prompts fitted on and on held-out ones; NaN where not looked at.
-        best: the gates with the best held-out recovery.
-        best_step: steps after which they were reached.
-        best_value: their objective on held-out prompts.
-        vain: looks since then.
+        average: running mean of them over steps, which is what is judged and kept.
+        seen: of the gates before each step, ``[steps so far, 2, 2, objectives]``: on the prompts of
+            the step and on the judged ones, divergence from the teacher and share of its answers
+            reproduced; NaN where not looked at.
+        left: running mean over steps of each objective's divergence in its own span; NaN before
+            the first.
+        prices: of the guards' limits.
+        kept: the gates to keep.
+        judge: why those.
     """
 
     climb: Climb
+    average: torch.Tensor
     seen: torch.Tensor
-    best: torch.Tensor
-    best_step: int
-    best_value: float
-    vain: int
+    left: torch.Tensor
+    prices: torch.Tensor
+    kept: torch.Tensor
+    judge: Judge
 
     @classmethod
-    def fresh(cls, start: torch.Tensor, objectives: int) -> FitState:
+    def fresh(cls, start: torch.Tensor, behaviors: int, guards: int) -> FitState:
         """Before anything was looked at."""
-        empty = torch.empty((0, 2, objectives), dtype=torch.float64)
-        return cls(Climb.at(start), empty, start.double(), 0, float("-inf"), 0)
+        whole = behaviors + guards
+        return cls(
+            Climb.at(start),
+            start.double(),
+            torch.empty((0, 2, 2, whole), dtype=torch.float64),
+            torch.full((whole,), torch.nan, dtype=torch.float64),
+            torch.zeros(guards, dtype=torch.float64),
+            start.double(),
+            Judge(),
+        )
 
     @classmethod
     def from_block(cls, block: Mapping[str, torch.Tensor]) -> FitState:
         """As `to_block` left it."""
-        steps, best_step, best_value, vain = block["numbers"].tolist()
-        climb = Climb(block["gates"], block["first"], block["second"], int(steps))
-        return cls(climb, block["seen"], block["best"], int(best_step), best_value, int(vain))
+        climb = Climb(block["gates"], block["first"], block["second"], int(block["steps"]))
+        judge = Judge.from_row(block["judge"])
+        names = ("average", "seen", "left", "prices", "kept")
+        return cls(climb, *(block[name] for name in names), judge)
 
     def to_block(self) -> dict[str, torch.Tensor]:
         """As tensors, for the journal."""
         climb = self.climb
-        numbers = [climb.steps, self.best_step, self.best_value, self.vain]
         return {
             "gates": climb.gates,
             "first": climb.first,
             "second": climb.second,
+            "steps": torch.tensor(climb.steps),
+            "average": self.average,
             "seen": self.seen,
-            "best": self.best,
-            "numbers": torch.tensor(numbers, dtype=torch.float64),
+            "left": self.left,
+            "prices": self.prices,
+            "kept": self.kept,
+            "judge": self.judge.to_row(),
         }
 
-    def look(self, value: float) -> FitState:
-        """Compare the present gates' objective on held-out prompts with the best so far."""
-        if value > self.best_value + LEAST_GAIN:
-            here = self.climb
-            return replace(self, best=here.gates, best_step=here.steps, best_value=value, vain=0)
-        return replace(self, vain=self.vain + 1)
+    def look(self, found: Judgement, epoch: int) -> FitState:
+        """Compare the present gates with the best so far."""
+        step = self.climb.steps
+        judge = self.judge.look(step, found, epoch)
+        kept = self.average if judge.step == step else self.kept
+        return replace(self, kept=kept, judge=judge)
 
 
 class Fitting:
@@ -91,45 +106,49 @@ class Fitting:
         self,
         request: FitRequest,
         members: Sequence[Member],
-        objectives: Sequence[Objective],
+        behaviors: Sequence[Objective],
+        guards: Sequence[Objective],
         layout: Layout,
         journal: Journal,
         progress: Progress,
     ) -> None:
-        self.request, self.members, self.objectives = request, members, objectives
+        self.request, self.members = request, members
+        self.objectives, self.n_behaviors = [*behaviors, *guards], len(behaviors)
         self.layout, self.journal, self.progress = layout, journal, progress
         self.resident = members[0].run.load()
         wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
         self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
         self.fitted = layout.fitted
         self.at_once = AtOnce(request.prompts_a_step, progress.note)
-        guards = len(request.guards)
-        self.weights = weights(len(objectives) - guards, guards, request.guard_weight)
-        sides = [self._split(objective) for objective in objectives]
+        self.spans = torch.tensor([o.span for o in self.objectives], dtype=torch.float64)
+        sides = [self._split(objective) for objective in self.objectives]
         self.train = [train for train, _ in sides]
-        self.held_out = [held_out for _, held_out in sides]
+        self.judged = [judged for _, judged in sides]
+        self.epoch = max(len(train) for train in self.train)
 
     def _split(self, objective: Objective) -> tuple[list[int], list[int]]:
-        """Batches to fit on, and batches only to look at."""
-        n = len(objective.batches)
-        if self.request.held_out == 0:
-            return list(range(n)), []
-        if n < 2:
-            raise UserError(
-                f"'{objective.name}' has prompts for one step only, so none can be held out; give "
-                f"more prompts, a smaller {option('prompts_a_step')}, or {option('held_out', 0)} "
-                "to fit without"
-            )
+        """Batches to fit on, and batches to judge by: of few prompts the same."""
+        n, prompts = len(objective.batches), objective.n_prompts
         generator = torch.Generator().manual_seed(self.request.seed)
         order = torch.randperm(n, generator=generator).tolist()
-        aside = min(n - 1, max(1, round(self.request.held_out * n)))
-        return sorted(order[aside:]), sorted(order[:aside])
+        part = self.request.held_out if prompts >= FEW else 0.0
+        few = part * prompts if part else prompts
+        aside = max(1, round(min(few, MOST) / prompts * n))
+        return sorted(order[aside:] if part else order), sorted(order[:aside])
+
+    def held_out(self) -> list[int]:
+        """Prompts of each objective that are only judged by."""
+        every = zip(self.objectives, self.train, self.judged, strict=True)
+        return [
+            sum(objective.batches[b].size for b in set(judged) - set(train))
+            for objective, train, judged in every
+        ]
 
     def run(self, start: torch.Tensor) -> FitState:
-        """Take the steps; stops early where held-out prompts gain nothing more."""
-        request, looking = self.request, self.request.held_out > 0
+        """Take the steps, until there is nothing more to gain."""
+        request, n = self.request, self.n_behaviors
         block = self.journal.load("state")
-        state = FitState.fresh(start * self.fitted, len(self.objectives))
+        state = FitState.fresh(start * self.fitted, n, len(self.objectives) - n)
         self.progress.stage("fitting gates", request.steps, "step")
         if block is not None:
             state = FitState.from_block(block)
@@ -137,49 +156,70 @@ class Fitting:
         while True:
             with finishing():
                 step = state.climb.steps
-                held_out = [float("nan")] * len(self.objectives)
-                self.move_to(state.climb.gates)
-                if looking and (step % LOOK == 0 or step == request.steps):
-                    held_out = self._look()
-                    state = state.look(sum(map(mul, self.weights, held_out)))
-                    told = zip(self.objectives, held_out, strict=True)
-                    self.progress.note(
-                        f"after {step} steps, held-out prompts recover "
-                        + ", ".join(f"{objective.name} {value:.2f}" for objective, value in told)
-                    )
-                done = step == request.steps or state.vain >= PATIENCE
-                slope, fitted = self._slope(step)
-                row = torch.tensor([[fitted, held_out]], dtype=torch.float64)
-                state = replace(state, seen=torch.cat([state.seen, row]))
+                seen = torch.full((2, 2, len(self.objectives)), torch.nan, dtype=torch.float64)
+                if step % LOOK == 0 or step == request.steps:
+                    self.move_to(state.average)
+                    seen[1] = self._look()
+                    left = seen[1, 0] / self.spans
+                    found = Judgement.of(left[:n], seen[1, 1, :n], left[n:])
+                    state = state.look(found, self.epoch)
+                    self.progress.note(f"after {step} steps, {self._said(seen[1])}")
+                done = step == request.steps or state.judge.done
+                if not done:
+                    self.move_to(state.climb.gates)
+                    slope, seen[0] = self._slope(step, self._weights(state))
+                state = replace(state, seen=torch.cat([state.seen, seen.unsqueeze(0)]))
                 if done:
                     break
+                used = running(state.left, seen[0, 0] / self.spans)
                 slope = (slope - request.penalty * penalty_slope(state.climb.gates)) * self.fitted
-                rate = request.rate * (1 - step / request.steps)
-                climb = state.climb.step(slope, rate, request.upper)
-                state = replace(state, climb=climb)
+                climb = state.climb.step(slope, state.judge.rate(request.rate), request.upper)
+                prices = followed(state.prices, used[n:])
+                average = averaged(state.average, climb.gates, climb.steps)
+                state = replace(state, climb=climb, average=average, left=used, prices=prices)
                 self.journal.save("state", state.to_block())
                 self.progress.advance(1)
-        if not looking:
-            state = replace(state, best=state.climb.gates, best_step=state.climb.steps)
-        elif state.vain >= PATIENCE:
-            self.progress.note(
-                f"nothing more to gain: the gates of step {state.best_step} are kept"
-            )
+        why = "nothing more to gain" if state.judge.done else f"{request.steps} steps are taken"
+        self.progress.note(f"{why}: the gates of step {state.judge.step} are kept")
         return state
 
-    def _slope(self, step: int) -> tuple[torch.Tensor, list[float]]:
-        """Derivative of the objective by every gate, and the recoveries, on one batch each."""
-        terms, chosen = [], []
+    def _said(self, seen: torch.Tensor) -> str:
+        """What is reproduced, and how close to its limit every guard is."""
+        n = self.n_behaviors
+        names = [objective.name for objective in self.objectives]
+        answers = [f"{name} {value:.2f}" for name, value in zip(names, seen[1, :n], strict=False)]
+        ratios = [
+            f"; {name} at {float(kl.exp()):.3f} times the base's perplexity"
+            for name, kl in zip(names[n:], seen[0, n:], strict=True)
+        ]
+        return f"answers reproduced: {', '.join(answers)}{''.join(ratios)}"
+
+    def _weights(self, state: FitState) -> torch.Tensor:
+        """What each objective's divergence in its own span weighs, ``[objectives]``."""
+        n = self.n_behaviors
+        left = state.left.nan_to_num(nan=1.0)
+        return torch.cat([worst_first(left[:n]), pull(state.prices, left[n:])])
+
+    def _slope(self, step: int, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Derivative of the objective by every gate, on one batch of each.
+
+        Args:
+            step: which.
+            weights: of the objectives.
+
+        Returns:
+            Also divergence and share of answers reproduced by objective, ``[2, objectives]``.
+        """
+        terms = []
         decoder = Decoder(self.resident.model)
-        every = zip(self.objectives, self.train, self.weights, strict=True)
-        for number, (objective, train, share) in enumerate(every):
+        every = zip(self.objectives, self.train, weights.tolist(), strict=True)
+        for number, (objective, train, weight) in enumerate(every):
             epoch, place = divmod(step, len(train))
             seed = (self.request.seed * 1_009 + number) * 1_000_003 + epoch
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-            chosen.append(b := train[int(order[place])])
-            batch = objective.batches[b]
-            weight = share / (batch.size * objective.span)
-            terms.append(Term(batch, objective.targets[b], weight))
+            batch = objective.batches[b := train[int(order[place])]]
+            of_one = weight / (batch.size * objective.span)
+            terms.append(Term(batch, objective.targets[b], of_one))
 
         def in_parts(size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
             """Slopes are sums over prompts: so many of every term go through at once."""
@@ -193,32 +233,25 @@ class Fitting:
                 total += self.layout.collect(found)
                 for i, value in zip(here, own, strict=True):
                     values[i].append(value)
-            return [torch.cat(own) for own in values], total
+            return [torch.cat(own, 1) for own in values], total
 
         values, slope = self.at_once.run(in_parts)
-        recoveries = [
-            objective.recovery({b: value})
-            for objective, b, value in zip(self.objectives, chosen, values, strict=True)
-        ]
-        return slope, recoveries
-
-    def _look(self) -> list[float]:
-        """Recovery of every behaviour on its held-out prompts."""
-        pairs = zip(self.objectives, self.held_out, strict=True)
-        return [self._recovery(objective, held_out) for objective, held_out in pairs]
+        return slope, torch.stack([_mean(value) for value in values], 1)
 
     @torch.no_grad()
-    def _recovery(self, objective: Objective, chosen: Sequence[int]) -> float:
-        """Of some batches, at the present weights."""
+    def _look(self) -> torch.Tensor:
+        """Divergence and share of answers reproduced on judged prompts, ``[2, objectives]``."""
         decoder = Decoder(self.resident.model)
-
-        def values(b: int, size: int) -> torch.Tensor:
-            parts = split(objective.batches[b], objective.targets[b], size)
-            # one run is held at a time
-            own = [Receiver(decoder, record(decoder, x), ("kl",), y).own["kl"] for x, y in parts]
-            return torch.cat(own)
-
-        return objective.recovery({b: self.at_once.run(partial(values, b)) for b in chosen})
+        found = []
+        for objective, judged in zip(self.objectives, self.judged, strict=True):
+            values = [
+                self.at_once.run(
+                    partial(closeness, decoder, objective.batches[b], objective.targets[b])
+                )
+                for b in judged
+            ]
+            found.append(_mean(torch.cat(values, 1)))
+        return torch.stack(found, 1)
 
     def move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with the present gates."""
@@ -229,3 +262,9 @@ class Fitting:
             self.layout.layouts,
             lambda e, name: self.layout.of_tensor(gates[e], name),
         )
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Divergence, minus ``kl``, and share reproduced, ``[2]``: of prompts' values ``[2, n]``."""
+    mean = values.double().cpu().mean(1)
+    return torch.stack([-mean[0], mean[1]])

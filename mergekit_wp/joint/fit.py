@@ -1,7 +1,8 @@
 """Fit the gates of several experts jointly.
 
-Every expert is the teacher of its own behaviour: the objective is the mean over behaviours of the
-normalised ``kl`` recovery of the merge, on prompts without labels. A guard's teacher is the base.
+Every expert is the teacher of its own behaviour: the objective is how far the merge has come from
+the base's divergence from it to none, on prompts without labels, the worst behaviour counting most.
+A guard's teacher is the base, and it has a limit instead of a weight.
 Joint gates by gradient go back to AdaMerging (arXiv 2310.02575), which fits one coefficient per
 layer or task to the entropy of the answers.
 """
@@ -9,25 +10,27 @@ layer or task to the entropy of the answers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.files.manifest import Fidelity, Fit, Guard, Moment
+from mergekit_wp.files.manifest import ENOUGH, Fidelity, Fit, Guard, Moment, Seen
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
-from mergekit_wp.joint.request import GUARD_WEIGHT, FitRequest, NamedExperts
+from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.run import check_norms, journal_of
+from mergekit_wp.tasks.behaviors import plain_text
 
 
 def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
@@ -42,11 +45,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     Raises:
         UserError: any mistake in the inputs, before anything is fitted.
     """
-    if request.guard_weight != GUARD_WEIGHT and not request.guards:
-        raise UserError(
-            f"{option('guard_weight', f'{request.guard_weight:g}')} weighs guards, and none is "
-            f"given; add {option('guards', 'FILE.jsonl')}"
-        )
+    if request.unguarded and request.guards:
+        raise UserError(f"{option('unguarded')} and {option('guards')} exclude each other")
     if request.batch_size is not None:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
@@ -55,10 +55,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
-    guards = [
-        read_prompts(guard, request.max_prompts, f"guard {number}")
-        for number, guard in enumerate(request.guards, 1)
-    ]
+    guards = _guards(request)
     _check_names([*(member.prompts for member in members), *guards])
     partition = members[0].pair.partition
     changed = tuple(member.pair.changed for member in members)
@@ -74,18 +71,22 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         request, runs, beside, progress, restart=request.restart, **contents
     ) as journal:
         references = [measure(member, journal, size) for member in members]
-        objectives = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
-        objectives += [guard_of(guard, members, journal, size) for guard in guarded]
-        state = Fitting(request, members, objectives, layout, journal, progress).run(start)
-        how = _how(request, guards, state, [objective.name for objective in objectives])
+        behaviors = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
+        limit = math.log(request.limit)
+        guarding = [guard_of(guard, journal, size, limit) for guard in guarded]
+        fitting = Fitting(request, members, behaviors, guarding, layout, journal, progress)
+        state = fitting.run(start)
+        how = _how(request, guards, state, fitting)
+        for line in warnings(how):
+            progress.note(line)
         found = company_files(
             members,
             references,
-            [{"path": scores} for scores in layout.path_scores(state.best)],
-            [how.reached[str(member.request.behavior)] for member in members],
-            Fidelity(method="fitted", steps=state.best_step),
+            [{"path": scores} for scores in layout.path_scores(state.kept)],
+            [1 - how.reached[own.name].kl / own.span for own in behaviors],
+            Fidelity(method="fitted", steps=how.best_step),
             completeness={},
-            finer=None if request.granularity == "component" else layout.unflat(state.best),
+            finer=None if request.granularity == "component" else layout.unflat(state.kept),
             fit=how,
             command=command_of(request),
             created=journal.created,
@@ -136,37 +137,79 @@ def _check_names(every: Sequence[PromptSet]) -> None:
             )
 
 
+def _guards(request: FitRequest) -> list[PromptSet]:
+    """What guards are asked; plain text of our own where none is given."""
+    if request.unguarded:
+        return []
+    if not request.guards:
+        return [plain_text()]
+    return [
+        read_prompts(guard, request.max_prompts, f"guard {number}")
+        for number, guard in enumerate(request.guards, 1)
+    ]
+
+
 def _how(
-    request: FitRequest,
-    guards: Sequence[PromptSet],
-    state: FitState,
-    names: Sequence[str],
+    request: FitRequest, guards: Sequence[PromptSet], state: FitState, fitting: Fitting
 ) -> Fit:
     """What the manifests say of the fit."""
+    names = [objective.name for objective in fitting.objectives]
     return Fit(
         guards=tuple(
-            Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts))
-            for p in guards
+            Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts), price=price)
+            for p, price in zip(guards, state.prices.tolist(), strict=True)
         ),
         granularity=request.granularity,
-        guard_weight=request.guard_weight,
+        limit=request.limit if guards else None,
         start=request.start,
         rate=request.rate,
         penalty=request.penalty,
         upper=request.upper,
         prompts_a_step=request.prompts_a_step,
-        best_step=state.best_step,
+        held_out=dict(zip(names, fitting.held_out(), strict=True)),
+        best_step=state.judge.step,
         history=_moments(state.seen, names),
     )
 
 
 def _moments(seen: torch.Tensor, names: Sequence[str]) -> tuple[Moment, ...]:
-    def part(values: torch.Tensor) -> dict[str, float] | None:
+    def part(values: torch.Tensor) -> dict[str, Seen] | None:
         if values.isnan().any():
             return None
-        return dict(zip(names, values.tolist(), strict=True))
+        found = zip(names, *values.tolist(), strict=True)
+        return {name: Seen(kl=kl, answers=answers) for name, kl, answers in found}
 
     return tuple(
-        Moment(step=step, fitted=part(fitted), held_out=part(held_out))
-        for step, (fitted, held_out) in enumerate(seen)
+        Moment(step=step, fitted=part(fitted), judged=part(judged))
+        for step, (fitted, judged) in enumerate(seen)
+    )
+
+
+def warnings(how: Fit) -> Iterator[str]:
+    """What a user is told who would not otherwise see that a fit fell short."""
+    guards = {guard.behavior: guard for guard in how.guards}
+    for name, seen in how.reached.items():
+        if name in guards:
+            if not how.held(name):
+                yield (
+                    f"warning: {name} is at {seen.ratio:.3f} times the base's perplexity, beyond "
+                    f"{option('limit', how.limit)}, which was out of reach; give more "
+                    f"{option('steps')}, or a larger {option('limit')}"
+                )
+        elif seen.answers < ENOUGH:
+            yield (
+                f"warning: of {name} only {seen.answers:.2f} of the expert's answers are "
+                f"reproduced; {_way_out(how)}"
+            )
+
+
+def _way_out(how: Fit) -> str:
+    if how.best_step == len(how.history) - 1:
+        return f"the fit was not done: give more {option('steps')}"
+    ways = ["give more prompts"]
+    if how.guards and any(guard.price > 0 for guard in how.guards):
+        ways.append(f"a larger {option('limit')} for what is guarded")
+    return (
+        f"{', or '.join(ways)}; where neither helps, these experts cannot share one model by gates "
+        "of components"
     )

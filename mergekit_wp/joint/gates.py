@@ -221,18 +221,6 @@ def _averaged(
     return found, torch.ones_like(found)
 
 
-def weights(behaviors: int, guards: int, guard_weight: float) -> list[float]:
-    """Weight in the objective of every behaviour and then of every guard; they sum to 1.
-
-    Behaviours share 1 evenly and guards share ``guard_weight``, before both are divided by their
-    sum: how much is guarded does not depend on how many files it is spread over.
-    """
-    if not guards:
-        return [1 / behaviors] * behaviors
-    whole = 1 + guard_weight
-    return [1 / behaviors / whole] * behaviors + [guard_weight / guards / whole] * guards
-
-
 def penalty(gates: torch.Tensor) -> torch.Tensor:
     """Mean of g + g|1 - g|: 0 at 0, 1 at 1 with no slope from below, steep above 1.
 

@@ -13,9 +13,6 @@ from mergekit_wp.prompts import PromptSource
 from mergekit_wp.runs.request import PROMPTS_OF_EACH, Restart, RunRequest
 from mergekit_wp.terms import GateGranularity
 
-#: weight of all guards of a fit together
-GUARD_WEIGHT = 0.5
-
 
 class NamedExperts(BaseModel):
     """A base and its experts, each by a name of the caller's choice, where no recipe names them."""
@@ -80,12 +77,14 @@ class FitRequest(MembersRequest):
     ] = Field(
         default=(),
         description="Prompts on which the merge is to stay like the base; may be given several "
-        "times.",
+        "times. Without any, a few lines of plain text that the package brings are the guard.",
     )
-    guard_weight: float = Field(
-        default=GUARD_WEIGHT,
-        gt=0,
-        description="Weight of all guards together, beside 1 for all experts together.",
+    unguarded: bool = Field(default=False, description="Fit without any guard.")
+    limit: float = Field(
+        default=1.02,
+        gt=1,
+        description="What guards allow: how many times the base's perplexity the merge may have "
+        "there, on what the base itself would write.",
     )
     granularity: GateGranularity = Field(
         default="channel",
@@ -105,22 +104,23 @@ class FitRequest(MembersRequest):
         description="Gates to start from: one number, or those by which RECIPE merges. To go on "
         f"from an earlier fit, give its recipe and {option('start', 'scores')}.",
     )
-    steps: int = Field(default=60, ge=1, description="Most steps of the fit.")
+    steps: int = Field(
+        default=600, ge=1, description="Most steps; a fit ends when there is nothing more to gain."
+    )
     rate: float = Field(
-        default=0.1,
+        default=0.05,
         gt=0,
-        description="How far a gate moves in the first step, about; it falls evenly to 0 at the "
-        "last.",
+        description="How far a gate moves in the first step, about; it falls to a third, twice, "
+        "where nothing is gained any more.",
     )
     prompts_a_step: int = Field(
-        default=8, ge=1, description="Prompts of every behaviour in one step."
+        default=16, ge=1, description="Prompts of every behaviour in one step."
     )
     held_out: float = Field(
         default=0.25,
         ge=0,
         lt=1,
-        description="Part of the prompts that is only looked at, every five steps: the gates that "
-        "do best there are kept, and six looks in vain end the fit. 0 fits on all, and keeps the "
-        "last.",
+        description="Part of the prompts that is only judged by, where a behaviour has at least 64 "
+        "of them, and 128 at most. With fewer, the fit is judged by what it is fitted on.",
     )
     restart: Restart = False

@@ -75,6 +75,8 @@ class PromptSet:
         name: what their behaviour is called where nobody says otherwise.
         said: what was recognised, taken and skipped, in one line; "" of prompts in memory.
         plain: nothing of it needs to be said: a prompt file of our own, taken whole.
+        raw: whether they are text that goes through no chat template, and are read from their
+            first tokens on instead of answered.
     """
 
     prompts: tuple[Prompt, ...]
@@ -83,6 +85,7 @@ class PromptSet:
     name: str
     said: str = ""
     plain: bool = True
+    raw: bool = False
 
     @property
     def responses(self) -> Literal["given", "expert", "mixed"]:

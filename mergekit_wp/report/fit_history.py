@@ -1,4 +1,4 @@
-"""How a fit went: what it was taught, and how the objective rose."""
+"""How a fit went: what it was taught, and how the answers rose."""
 
 from __future__ import annotations
 
@@ -20,47 +20,51 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
     if fit is None:
         return []
     found = [
-        ("guard", f"{clean(guard.behavior)}, {count(guard.n_prompts, 'prompt')}")
-        for guard in fit.guards
-    ]
-    if fit.guards:
-        weight = f"all experts together 1, all guards together {fit.guard_weight:g}"
-        found.append(("weight", weight))
-    found.append(
         (
             "fit",
             f"gates by {fit.granularity.replace('_', ' and ')}, from {clean(fit.start)}, "
             f"{fit.prompts_a_step} prompts of each a step, rate "
             f"{fit.rate:g}, penalty {fit.penalty:g}, up to {fit.upper:g}",
         )
-    )
-    best = fit.history[fit.best_step]
-    for moment in dict.fromkeys((0, fit.best_step)):
-        seen = fit.history[moment]
-        values = seen.fitted if best.held_out is None else seen.held_out
-        which = "fitted" if best.held_out is None else "held-out"
-        said = ", ".join(f"{clean(name)} {value:.2f}" for name, value in (values or {}).items())
-        found.append(("objective", f"after {moment} steps, recovered on {which} prompts: {said}"))
+    ]
+    guards = {guard.behavior for guard in fit.guards}
+    which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
+    for step in dict.fromkeys((0, fit.best_step)):
+        seen = fit.history[step].judged or {}
+        said = ", ".join(
+            f"{clean(name)} {one.answers:.2f}" for name, one in seen.items() if name not in guards
+        )
+        found.append(("answers", f"after {step} steps, reproduced on {which}: {said}"))
+    for guard in fit.guards:
+        one = fit.reached[guard.behavior]
+        verdict = "held" if fit.held(guard.behavior) else "out of reach"
+        cost = f"price {guard.price:.2g}" if guard.price else "it cost nothing"
+        found.append(
+            (
+                "guard",
+                f"{clean(guard.behavior)}, {count(guard.n_prompts, 'prompt')}: {one.ratio:.3f} "
+                f"times the base's perplexity, limit {fit.limit:g}, {verdict}; {cost}; answers "
+                f"reproduced {one.answers:.2f}",
+            )
+        )
     return found
 
 
 def draw(manifest: Manifest, axes: Axes) -> None:
-    """Recovery of every behaviour by step: held-out with marks, fitted as a thin line."""
+    """Answers reproduced of every behaviour by step: judged with marks, fitted as a thin line."""
     fit = manifest.fit
     assert fit is not None
-    looked = any(moment.held_out for moment in fit.history)
     for i, name in enumerate(fit.reached):
-        colour, label = _CYCLE[i % len(_CYCLE)], clean(name)
-        fitted = [(m.step, m.fitted[name]) for m in fit.history if m.fitted]
-        held_out = [(m.step, m.held_out[name]) for m in fit.history if m.held_out]
+        colour = _CYCLE[i % len(_CYCLE)]
+        fitted = [(m.step, m.fitted[name].answers) for m in fit.history if m.fitted]
+        judged = [(m.step, m.judged[name].answers) for m in fit.history if m.judged]
         if fitted:
             x, y = zip(*fitted, strict=True)
-            axes.plot(x, y, color=colour, lw=0.7, label=None if looked else label)
-        if held_out:
-            x, y = zip(*held_out, strict=True)
-            axes.plot(x, y, color=colour, lw=1.5, marker="o", ms=3, label=label)
+            axes.plot(x, y, color=colour, lw=0.4, alpha=0.5)
+        x, y = zip(*judged, strict=True)
+        axes.plot(x, y, color=colour, lw=1.5, marker="o", ms=3, label=clean(name))
     axes.axvline(fit.best_step, color="#888888", lw=0.6, ls=":")
     axes.set_xlabel("step")
-    axes.set_ylabel("recovery")
+    axes.set_ylabel("answers reproduced")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -236,11 +236,11 @@ def _circuit(trace: TraceFile | None) -> Iterator[PageSection]:
 
 
 def _fit(score_file: ScoreFile) -> Iterator[PageSection]:
-    """How the objective rose."""
+    """How many of the experts' answers the merge gave, step by step."""
     said = [f"{label}: {text}" for label, text in fit_history.facts(score_file.manifest)]
     if said:
         draw = partial(fit_history.draw, score_file.manifest)
-        figure = drawing("Recovery by step", "; ".join(said), draw, "fit", _CURVES)
+        figure = drawing("Answers reproduced by step", "; ".join(said), draw, "fit", _CURVES)
         yield PageSection("fit", "How the fit went", said, [figure])
 
 

@@ -103,7 +103,8 @@ def _company(manifest: Manifest) -> list[tuple[str, str]]:
     members = ", ".join(
         f"{clean(member.behavior)} {member.recovery:.2f}" for member in manifest.company
     )
-    return [("company", f"scored together; recovered by 'path': {members}")]
+    how = "scored together" if manifest.fit is None else "fitted together"
+    return [("company", f"{how}; recovered by 'path': {members}")]
 
 
 def _model(model: ModelId) -> str:

@@ -174,11 +174,16 @@ def logprobs(decoder: Decoder, batch: PromptBatch, at_once: int | None = None) -
 
 
 def _logprobs(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
+    return torch.log_softmax(wide(response_logits(decoder, batch)), -1)
+
+
+def response_logits(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
+    """Logits ``[P, vocabulary]`` at the positions that predict the response."""
     recording = record(decoder, batch)
     if recording.logits is not None:
-        return torch.log_softmax(wide(recording.logits), -1)
+        return recording.logits
     final = recording.residual(len(recording.calls) - 1)[batch.rows, batch.cols]
-    return torch.log_softmax(wide(decoder.logits(final)), -1)
+    return decoder.logits(final)
 
 
 def values_of(

@@ -18,6 +18,9 @@ from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptSet, Sample
 from mergekit_wp.runs.progress import Progress
 
+#: of plain text, tokens that are read, and those among them that nothing has to predict
+PLAIN_TOKENS, PLAIN_PROMPT = 48, 4
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -55,6 +58,8 @@ def encode_texts(tokenizer: Any, prompts: PromptSet, progress: Progress) -> Enco
     Raises:
         UserError: a prompt or response without tokens.
     """
+    if prompts.raw:
+        return _plain(tokenizer, prompts)
     encoded, within = Encoded([], {}, {}), []
     for i, prompt in enumerate(prompts.prompts):
         if prompt.response is None:
@@ -80,6 +85,20 @@ def encode_texts(tokenizer: Any, prompts: PromptSet, progress: Progress) -> Enco
             "token that the prompt only begins belongs to the response"
         )
     return encoded
+
+
+def _plain(tokenizer: Any, prompts: PromptSet) -> Encoded:
+    """Text that goes through no chat template: its first tokens, and the next ones as response.
+
+    Raises:
+        UserError: none of it has more tokens than the prompt takes.
+    """
+    whole = [list(tokenizer(str(p.prompt)).input_ids)[:PLAIN_TOKENS] for p in prompts.prompts]
+    usable = [ids for ids in whole if len(ids) > PLAIN_PROMPT]
+    if not usable:
+        raise UserError(f"{prompts.source}: the tokenizer makes no tokens of it")
+    responses = {i: ids[PLAIN_PROMPT:] for i, ids in enumerate(usable)}
+    return Encoded([ids[:PLAIN_PROMPT] for ids in usable], responses, {})
 
 
 def check_lengths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.prompts import Prompt, PromptSet
 
 #: of the requests, one in three is kept for items; prompts and items share none
 _EVERY = 3
@@ -91,6 +93,17 @@ def export(name: str, prompts: Path | None, items: Path | None) -> list[Path]:
 def jsonl(lines: Iterator[dict[str, Any]]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def plain_text() -> PromptSet:
+    """Prose, talk, requests, code and other languages, of our own writing: what a base can do.
+
+    One paragraph each; read as it stands, through no chat template.
+    """
+    text = (resources.files(__name__) / "plain.txt").read_text("utf-8")
+    pieces = tuple(Prompt(prompt=piece.strip()) for piece in text.split("\n\n"))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return PromptSet(pieces, sha256, "the built-in plain text", "plain-text", raw=True)
 
 
 def _requests(for_items: bool) -> list[str]:
