@@ -148,8 +148,8 @@ def test_the_end_of_a_fit() -> None:
     assert step == (FALLS + 1) * PATIENCE[0] and judge.step == 0
     assert sorted(set(rates)) == pytest.approx([0.3 / 9, 0.1, 0.3])
     # patience grows with an epoch
-    assert Judge().look(0, good, 35).look(30, good, 35).falls == 0
-    assert Judge().look(0, good, 35).look(40, good, 35).falls == 1
+    assert Judge().look(0, good, 35).look(20, good, 35).falls == 0
+    assert Judge().look(0, good, 35).look(30, good, 35).falls == 1
     assert torch.equal(Judge.from_row(judge.to_row()).to_row(), judge.to_row())
     limits = torch.tensor([1.05, 3.0], dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)

@@ -207,9 +207,8 @@ def _way_out(how: Fit) -> str:
     if how.best_step == len(how.history) - 1:
         return f"the fit was not done: give more {option('steps')}"
     ways = ["give more prompts"]
-    if how.guards and any(guard.price > 0 for guard in how.guards):
+    if how.granularity != "channel":
+        ways.append(f"finer gates, {option('granularity', 'channel')}")
+    if any(guard.price > 0 for guard in how.guards):
         ways.append(f"a larger {option('limit')} for what is guarded")
-    return (
-        f"{', or '.join(ways)}; where neither helps, these experts cannot share one model by gates "
-        "of components"
-    )
+    return f"{', or '.join(ways)}; where nothing helps, these experts cannot share one model"
