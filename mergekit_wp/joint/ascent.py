@@ -72,8 +72,15 @@ class FitState:
         """As `to_block` left it."""
         climb = Climb(block["gates"], block["first"], block["second"], int(block["steps"]))
         judge = Judge.from_row(block["judge"])
-        names = ("average", "seen", "left", "prices", "kept")
-        return cls(climb, *(block[name] for name in names), judge)
+        return cls(
+            climb=climb,
+            average=block["average"],
+            seen=block["seen"],
+            left=block["left"],
+            prices=block["prices"],
+            kept=block["kept"],
+            judge=judge,
+        )
 
     def to_block(self) -> dict[str, torch.Tensor]:
         """As tensors, for the journal."""

@@ -101,13 +101,13 @@ class Judge:
             found: what the present gates are worth.
             epoch: steps in which every prompt is fitted on once.
         """
-        kept = {"kept": found, "step": step} if found.beats(self.kept) else {}
+        here = replace(self, kept=found, step=step) if found.beats(self.kept) else self
         if found.gains_on(self.best):
-            return replace(self, **kept, best=found.and_best(self.best), gained=step)
+            return replace(here, best=found.and_best(self.best), gained=step)
         least, most = PATIENCE
         if step - self.gained < min(max(epoch, least), most):
-            return replace(self, **kept)
-        return replace(self, **kept, gained=step, falls=self.falls + 1)
+            return here
+        return replace(here, gained=step, falls=self.falls + 1)
 
     @property
     def done(self) -> bool:
