@@ -7,17 +7,14 @@ import torch
 from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.components import layout_of
+from mergekit_wp.files.fit_section import Fit, Guard, Moment, Seen
 from mergekit_wp.files.manifest import (
     Anchor,
     CompanyMember,
     Fidelity,
-    Fit,
-    Guard,
     Manifest,
     ModelId,
-    Moment,
     Scale,
-    Seen,
 )
 from mergekit_wp.files.scorefile import ScoreFile
 

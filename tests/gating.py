@@ -14,7 +14,8 @@ from benchmarks.components import fine_components, slices
 from mergekit_wp.architectures import Dims
 from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.manifest import Fit, Manifest
+from mergekit_wp.files.fit_section import Fit
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.terms import Kind
 from tests.factory import make_fit, make_score_file

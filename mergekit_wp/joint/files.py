@@ -11,7 +11,8 @@ import yaml
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
-from mergekit_wp.files.manifest import CompanyMember, Fidelity, Fit, Manifest
+from mergekit_wp.files.fit_section import Fit
+from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.request import NamedExperts

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.files.manifest import ENOUGH, Fidelity, Fit, Guard, Moment, Seen
+from mergekit_wp.files.fit_section import ENOUGH, Fit, Guard, Moment, Seen
+from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company

@@ -1,0 +1,99 @@
+"""What a score file says of the fit that made it: the section ``fit`` of its manifest."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mergekit_wp.files.untrusted import StrictModel
+from mergekit_wp.terms import GateGranularity
+
+#: share of its expert's answers below which a behaviour is not worth its place in a merge
+ENOUGH = 0.9
+
+
+class Guard(StrictModel):
+    """A behaviour of the base that a fit was to keep; its teacher is the base.
+
+    ``price``: by how much the objective would rise, a small part more of its limit allowed, times
+    that part; 0 where the limit cost nothing.
+    """
+
+    behavior: str
+    prompts_sha256: str
+    n_prompts: PositiveInt
+    price: float
+
+
+class Seen(StrictModel):
+    """One behaviour at some gates, on some prompts.
+
+    ``kl`` is the divergence from the teacher, in nats a token; ``answers`` the share of the
+    teacher's answers that the merge reproduces whole.
+    """
+
+    kl: float
+    answers: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times the teacher's perplexity the merge has on what the teacher writes."""
+        return math.exp(self.kl)
+
+
+class Moment(StrictModel):
+    """A fit at one step, by behaviour, guards among them.
+
+    ``fitted`` is over the prompts of that step, ``judged`` over those that the fit is judged by,
+    None where they were not looked at.
+    """
+
+    step: NonNegativeInt
+    fitted: dict[str, Seen] | None
+    judged: dict[str, Seen] | None
+
+
+class Fit(StrictModel):
+    """How `mergekit-wp fit` made the ``path`` scores: the same in the files of all experts.
+
+    ``granularity`` is what each gate covers; ``limit`` the ratio of perplexities that every guard
+    allows, None without guards; ``upper`` the largest gate it allowed; ``held_out`` the number of
+    each behaviour's prompts that were only judged by, 0 where it is judged by those it was fitted
+    on; ``best_step`` the number of steps after which the gates were what they are.
+    """
+
+    granularity: GateGranularity
+    guards: tuple[Guard, ...]
+    limit: float | None
+    start: str
+    rate: float
+    penalty: float
+    upper: PositiveFloat
+    prompts_a_step: PositiveInt
+    held_out: dict[str, NonNegativeInt]
+    best_step: NonNegativeInt
+    history: tuple[Moment, ...]
+
+    @model_validator(mode="after")
+    def _counts_up(self) -> Self:
+        if [moment.step for moment in self.history] != list(range(len(self.history))):
+            raise ValueError("history: its steps do not count up from 0")
+        if self.best_step >= len(self.history):
+            raise ValueError(f"history has no step {self.best_step}, whose scores these are")
+        if not self.reached:
+            raise ValueError(f"history: nothing was judged at step {self.best_step}")
+        if (self.limit is None) == bool(self.guards):
+            raise ValueError("'guards' and a 'limit' belong together")
+        return self
+
+    @property
+    def reached(self) -> dict[str, Seen]:
+        """What the scores do, by behaviour, guards among them."""
+        return self.history[self.best_step].judged or {}
+
+    def held(self, guard: str) -> bool:
+        """Whether a guard's limit was kept, a tenth of what it allows aside."""
+        assert self.limit is not None
+        return self.reached[guard].kl <= 1.1 * math.log(self.limit)
