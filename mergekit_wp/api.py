@@ -242,6 +242,7 @@ def fuse(
 def compare(
     *what: Mergeable,
     tasks: Sequence[PathLike],
+    prompts: Mapping[str, Any] | Sequence[Any] = (),
     progress: bool | Progress = True,
     **options: Any,
 ) -> ComparisonResult:
@@ -250,6 +251,7 @@ def compare(
     Args:
         what: the merge in question, see `merge`; then recipes of the same models, if any.
         tasks: sources of items (docs/prompts.md), ``NAME=SOURCE``, or tasks of lm-eval.
+        prompts: of each expert, by its name, for methods that learn from them.
         progress: show a bar; or where to report instead.
         options: fields of `CompareRequest`: ``methods``, ``untuned``, ``out``, ...
 
@@ -261,7 +263,10 @@ def compare(
     """
     with _shown(progress) as shown, recipes_for(what) as recipes:
         named = tuple(os.fspath(task) for task in tasks)
-        return _compare(CompareRequest.of(recipes=recipes, tasks=named, **options), shown)
+        request = CompareRequest.of(
+            recipes=recipes, tasks=named, prompts=_by_name(prompts), **options
+        )
+        return _compare(request, shown)
 
 
 def verify(

@@ -13,7 +13,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_wp.comparison import methods, run
+from mergekit_wp.comparison import making, methods
 from mergekit_wp.comparison.merging import EvaluationModel, merge_in_memory, merged_on_disk
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
@@ -34,7 +34,9 @@ def configure(family: Family, name: str, setting: methods.Setting):
     return methods.configuration(PEERS[name], setting, str(family.base.path), experts, "float32")
 
 
-@pytest.mark.parametrize("name", [n for n, m in PEERS.items() if not m.aim])
+@pytest.mark.parametrize(
+    "name", [n for n, m in PEERS.items() if n == m.merge_method and m.peer is None]
+)
 def test_in_memory_equals_mergekits_own_files(family: Family, name: str, tmp_path: Path) -> None:
     config = configure(family, name, PEERS[name].untuned)
     options = MergeOptions(quiet=True, random_seed=3)
@@ -50,7 +52,7 @@ def test_in_memory_equals_mergekits_own_files(family: Family, name: str, tmp_pat
 
 def test_every_setting_of_every_grid_merges_and_matters(family: Family) -> None:
     for method in PEERS.values():
-        if method.aim:
+        if method.aim or method.peer is not None or method.searched:
             continue
         merges = [
             merge_in_memory(configure(family, method.name, setting), MergeOptions(quiet=True))
@@ -115,21 +117,19 @@ def test_a_merge_that_cannot_be_loaded_leaves_no_folder(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run, "load_folder", full)
-    runner: Any = SimpleNamespace(
-        plan=SimpleNamespace(eval_dtype=torch.float32, device="cpu"),
-        results=SimpleNamespace(folder=tmp_path / "results"),
-        _options=lambda seed: MergeOptions(quiet=True),
-    )
-    runner.results.folder.mkdir()
+    monkeypatch.setattr(making, "load_folder", full)
+    made: Any = object.__new__(making.Making)
+    made.plan = SimpleNamespace(eval_dtype=torch.float32, device="cpu")
+    made.folder, made.in_memory = tmp_path / "results", False
+    made.folder.mkdir()
     config = configure(family, "ram", {})
     with (
         pytest.raises(torch.OutOfMemoryError) as kept,  # and with it every frame it went through
-        run._on_disk(runner, config, 0),
+        made.by_recipe(config, 0),
     ):
         raise AssertionError
     assert kept.value.__traceback__ is not None
-    assert not list(runner.results.folder.iterdir())
+    assert not list(made.folder.iterdir())
 
 
 def test_our_settings_go_on_top_of_the_recipe(family: Family) -> None:
@@ -155,6 +155,11 @@ def test_our_settings_go_on_top_of_the_recipe(family: Family) -> None:
         ("ties: [1]", "ties: expected {PARAMETER: [VALUES]}"),
         ("ties: {densty: [1]}", "ties has no parameter 'densty'; it has int8_mask"),
         ("ties: {density: 1}", "ties: density: expected a list of values"),
+        ("iso_c: {lambda: [a]}", "iso_c: lambda: 'a': expected a number"),
+        ("iso_c: {lambda: [true]}", "iso_c: lambda: True: expected a number"),
+        ("fisher: {normalize: [1]}", "fisher: normalize: 1: expected true or false"),
+        ("wudi: {stps: [1]}", "wudi has no parameter 'stps'; it has steps, rate"),
+        ("task_arithmetic_per_expert: {weight: [x]}", "weight: 'x': expected a number"),
         ("ties: {density: []}", "ties: density: expected a list of values"),
     ],
 )

@@ -177,6 +177,7 @@ def test_in_memory_and_on_disk_score_alike(family: Family, tmp_path: Path) -> No
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
         ".lock",
         "comparison.json",
+        "costs.jsonl",
         "results.jsonl",
     ]
 
@@ -301,7 +302,7 @@ def test_an_interrupted_merge_is_no_failed_one(
             patch.setattr(interrupts._State, "raised", signal.SIGINT)
             raise ValueError("no shape")  # torch makes such errors of whatever is raised in it
 
-        patch.setattr("mergekit_wp.comparison.run.merge_in_memory", struck)
+        patch.setattr("mergekit_wp.comparison.making.merge_in_memory", struck)
         run(plan, tmp_path)
     assert stop.value.kept == tmp_path
     kept = (tmp_path / "results.jsonl").read_text().splitlines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,28 @@ class EvaluationModel:
                 )
             parameter.copy_(tensors[name])
         return self.model
+
+    @torch.no_grad()
+    def fill(self, write: Callable[[str, torch.Tensor], object]) -> None:
+        """Have every weight overwritten, by its name."""
+        for name, parameter in self.model.named_parameters():
+            write(name, parameter)
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """Weights of linear layers, as far as they are two-dimensional; the head is none of them.
+
+        A convolution of GPT-2, which is a linear layer too, has its weight the other way round.
+        """
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        left_out = {id(end.weight) for end in ends if end is not None}
+        embedded = (m for m in self.model.modules() if isinstance(m, torch.nn.Embedding))
+        left_out |= {id(module.weight) for module in embedded}
+        return frozenset(
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.dim() == 2 and id(parameter) not in left_out
+        )
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> Any:
         """The model with the weights of a checkpoint."""

@@ -1,8 +1,8 @@
 """Merge methods to compare: what a user would write untuned, and a written grid to tune over.
 
 Grids are small on purpose and the same for every method's kind of knob: how much of the task
-vectors (weight or lambda, 0.3 to 1.3), and how many of their entries (density). Every peer gets at
-least as many settings as weight patching.
+vectors (weight or lambda, 0.3 to 1.3), and how many of their entries (density). docs/peers.md lists
+them with the sources of the formulas.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 
+from mergekit_wp.comparison.peers.peer import Peer
+from mergekit_wp.comparison.peers.table import PEERS
 from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError
 from mergekit_wp.merging.interface import settings_of
 
 OURS = "weight_patching"
+TASK_ARITHMETIC = "task_arithmetic"
+#: task arithmetic with a weight for every expert
+PER_EXPERT = "task_arithmetic_per_expert"
 #: linear's share of the base, beside 1 for every expert; mergekit has no such parameter
 BASE_WEIGHT = "base_weight"
 #: AIM's own parameter (`mergekit_wp.merging.aim`)
@@ -38,17 +43,32 @@ class Method:
         untuned: parameters of a user who does not tune.
         grid: parameters to choose from on validation items.
         draws: whether the merge depends on random numbers.
+        peer: how it merges where mergekit does not.
+        searched: the experts' weights are searched one by one, from the best common weight of
+            `TASK_ARITHMETIC`, over the values of the grid.
     """
 
     name: str
     untuned: Setting
     grid: tuple[Setting, ...]
     draws: bool = False
+    peer: Peer | None = None
+    searched: bool = False
 
     @property
     def merge_method(self) -> str:
         """Mergekit's name."""
-        return self.name.removesuffix("+aim")
+        return TASK_ARITHMETIC if self.searched else self.name.removesuffix("+aim")
+
+    @property
+    def on_top_of(self) -> str | None:
+        """The method whose best setting this one goes on from, None for a grid of its own."""
+        return self.merge_method if self.aim or self.searched else None
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether it is made with the experts' prompts."""
+        return self.peer is not None and self.peer.needs_prompts
 
     @property
     def aim(self) -> bool:
@@ -63,7 +83,7 @@ def product(**values: Sequence[Any]) -> tuple[Setting, ...]:
     )
 
 
-#: in the order of the table; those with AIM need calibration prompts
+#: in the order of the table, those that take seconds; those with AIM need calibration prompts
 DEFAULT_METHODS = (
     OURS,
     "task_arithmetic",
@@ -75,6 +95,14 @@ DEFAULT_METHODS = (
     "sce",
     "ram",
     "linear",
+    PER_EXPERT,
+    "model_stock",
+    "karcher",
+    "ramplus_tl",
+    "tsv_merge",
+    "iso_c",
+    "consensus_ta",
+    "localize_and_stitch_dataless",
     "task_arithmetic+aim",
     "ties+aim",
 )
@@ -127,6 +155,28 @@ def peers(n_experts: int) -> dict[str, Method]:
         Method("sce", {"select_topk": 1.0}, product(select_topk=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0))),
         Method("ram", {}, ({},)),
         Method("linear", {BASE_WEIGHT: 0.0}, product(**{BASE_WEIGHT: (0.0, 0.5, 1.0, 2.0)})),
+        Method(
+            PER_EXPERT,
+            {"weight": share},
+            product(weight=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3)),
+            searched=True,
+        ),
+        Method("model_stock", {"filter_wise": False}, product(filter_wise=(False, True))),
+        Method("karcher", {}, ({},)),
+        Method(
+            "ramplus_tl",
+            {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
+            product(r=(0.1,), alpha=(0.2,), epsilon=(1e-5, 1e-4, 1e-3)),
+        ),
+    ]
+    table += [
+        Method(
+            name,
+            entry.untuned,
+            tuple(entry.untuned | chosen for chosen in product(**entry.grid)),
+            peer=entry.peer,
+        )
+        for name, entry in PEERS.items()
     ]
     methods = {method.name: method for method in table}
     for name in ("task_arithmetic", "ties"):
@@ -150,6 +200,11 @@ def ours(recipe: MergeConfiguration) -> Method:
 def with_aim(method: Method, best: Setting) -> Method:
     """AIM's grid on top of the setting that won without it."""
     return replace(method, grid=tuple(best | {OMEGA: omega} for omega in OMEGAS))
+
+
+def weights_of(n_experts: int) -> list[str]:
+    """Parameters of `PER_EXPERT`: a weight for each expert, in the recipe's order."""
+    return [f"weight {number}" for number in range(1, n_experts + 1)]
 
 
 def configuration(
@@ -182,7 +237,10 @@ def configuration(
     shared = {k: v for k, v in setting.items() if k in scopes and k not in per_model}
     if method.merge_method == "linear":
         per_model["weight"] = 1.0
-    models: list[dict[str, Any]] = [{"model": m, "parameters": dict(per_model)} for m in experts]
+    models: list[dict[str, Any]] = [
+        {"model": m, "parameters": per_model | ({"weight": setting[k]} if k in setting else {})}
+        for m, k in zip(experts, weights_of(len(experts)), strict=True)
+    ]
     if method.merge_method == "linear":
         models.append({"model": base, "parameters": {"weight": setting.get(BASE_WEIGHT, 0.0)}})
     # mergekit takes config and tokenizer from the base, and where none is named from any model
@@ -242,11 +300,29 @@ def read_grid(path: Path, methods: Mapping[str, Method]) -> dict[str, tuple[Sett
                 )
             if not isinstance(listed, list) or not listed:
                 raise UserError(f"grid {path}: {name}: {key}: expected a list of values")
+            _check_values(f"grid {path}: {name}: {key}", methods[name], key, listed)
         grids[name] = tuple(methods[name].untuned | chosen for chosen in product(**values))
     return grids
 
 
+def _check_values(where: str, method: Method, key: str, listed: Sequence[Any]) -> None:
+    """Refuse values of another kind than a peer's own; mergekit checks those of its methods.
+
+    Raises:
+        UserError: names the value.
+    """
+    if method.peer is None and not method.searched:
+        return
+    truth = isinstance(method.untuned[key], bool)
+    for value in listed:
+        if isinstance(value, bool) != truth or not isinstance(value, int | float):
+            kind = "true or false" if truth else "a number"
+            raise UserError(f"{where}: {value!r}: expected {kind}")
+
+
 def _parameters(method: Method) -> list[str]:
+    if method.peer is not None or method.searched:
+        return list(method.untuned)
     spec = merge_methods.get(method.merge_method).spec
     names = [p.name for p in spec.parameters if p.name != "scores"]
     return [*names, BASE_WEIGHT] if method.merge_method == "linear" else names

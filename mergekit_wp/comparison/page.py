@@ -32,6 +32,9 @@ def html_page(resampled: Resampled, title: str) -> str:
         interval=interval,
         signed=table.signed,
         setting=table.setting_words,
+        cost=table.cost_words,
+        keeps=any(row.kept for row in resampled.comparison.rows),
+        loss=lambda row: table.loss_words(row, resampled.comparison),
     )
 
 

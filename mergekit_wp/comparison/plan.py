@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_wp.comparison.methods import Method
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.prompts import Prompt
+from mergekit_wp.prompts import Prompt, PromptSource
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import Split
 
@@ -25,6 +25,7 @@ class Plan:
         extra: further fixed recipes by name.
         methods: what to merge by.
         tasks: what to measure on.
+        keep: what a merge should not forget; nothing is chosen by it.
         dtype: of the peers' merges.
         device: that merges and evaluates.
         eval_dtype: of weights and activations while evaluating.
@@ -32,6 +33,8 @@ class Plan:
         relative: whether a task counts relative to its best expert.
         seeds: draws of methods that draw.
         calibration: prompts for AIM.
+        prompts: each expert's, by its name, for methods that learn from them.
+        max_new_tokens: of the answers that experts give to these prompts.
     """
 
     base: str
@@ -44,19 +47,23 @@ class Plan:
     dtype: str
     device: str
     eval_dtype: torch.dtype
+    keep: tuple[Task, ...] = ()
     tuned: bool = True
     relative: bool = False
     seeds: int = 1
     calibration: tuple[Prompt, ...] = ()
+    prompts: tuple[tuple[str, PromptSource], ...] = ()
+    max_new_tokens: int = 64
     in_memory: bool | None = None
 
     def check(self) -> None:
         """Refuse what would fail after hours.
 
         Raises:
-            UserError: a task without items that are needed; AIM without calibration prompts.
+            UserError: a task without items that are needed; AIM without calibration prompts, or a
+                method that learns without prompts.
         """
-        names = [task.name for task in self.tasks]
+        names = [task.name for task in (*self.tasks, *self.keep)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two tasks are called '{twice[0]}'; name them: NAME=FILE.jsonl")
         wanted: tuple[Split, ...] = ("valid", "test") if self.tuned else ("test",)
@@ -69,5 +76,16 @@ class Plan:
                         "test": "they are what is reported",
                     }[split]
                     raise UserError(f"task '{task.name}' has no '{split}' items: {why}")
+        if without := [task.name for task in self.keep if not task.count("test")]:
+            raise UserError(
+                f"{option('keep', without[0])} has no 'test' items: nothing is chosen by what is "
+                "kept, so mark its items as such"
+            )
         if any(method.aim for method in self.methods) and not self.calibration:
             raise UserError(f"AIM needs {option('calibration', 'PROMPTS.jsonl')}")
+        learning = [method.name for method in self.methods if method.needs_prompts]
+        if learning and not self.prompts:
+            raise UserError(
+                f"method '{learning[0]}' learns from the experts' prompts; give those of each: "
+                f"{option('prompts', f'{self.names[0]}=FILE.jsonl')}"
+            )

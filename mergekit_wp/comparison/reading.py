@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mergekit_wp.comparison.results import Job
-from mergekit_wp.comparison.rows import UNTUNED, Comparison, ResultLine, Row, Setting
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, Cost, ResultLine, Row, Setting
 from mergekit_wp.errors import UserError
 
 
@@ -38,6 +38,9 @@ def read_comparison(folder: Path) -> Comparison:
                 scores={} if row["failed"] else _scores(row["name"], row["setting"], tasks, found),
                 valid=row["valid"],
                 failed=row["failed"],
+                cost=row["cost"] and Cost.model_validate(row["cost"]),
+                tried=row["tried"],
+                kept=row["kept"],
             )
             for row in summary["rows"]
         ]

@@ -24,11 +24,12 @@ from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.options import Argument, Option, Request
-from mergekit_wp.prompts import Prompt, read_prompts
+from mergekit_wp.prompts import Prompt, PromptSource, read_prompts
 from mergekit_wp.prompts.location import ENDINGS, HARNESS, Location
 from mergekit_wp.prompts.request import SOURCE
 from mergekit_wp.runs.request import (
     CALIBRATION,
+    PROMPTS_OF_EACH,
     BatchSize,
     CheckersFile,
     Device,
@@ -37,6 +38,7 @@ from mergekit_wp.runs.request import (
 )
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
+from mergekit_wp.tasks.plain_text import PlainText
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import DTypeName
 from mergekit_wp.version import __version__
@@ -57,6 +59,12 @@ class CompareRequest(Request):
         "of items: 'prompt', 'answer', 'split' (valid or test), 'checker' (exact, contains, "
         "number, regex, ifeval; SOURCE?checker=NAME for all). Anything else is an lm-eval task, by "
         "name or YAML file (pip install 'mergekit-wp[eval]').",
+    )
+    keep: Annotated[tuple[str, ...], Option(metavar="SPEC", repeated=True)] = Field(
+        default=(),
+        description="What a merge should not forget, once each: plain text FILE.txt (perplexity), "
+        f"or a task as in {option('tasks')} (test items only). The table says what each merge lost "
+        "most.",
     )
     out: Annotated[Path | None, Option(path="any")] = Field(
         default=None, description="Folder for results."
@@ -87,6 +95,9 @@ class CompareRequest(Request):
         description="Merges by methods that draw (DARE, DELLA), each with another seed.",
     )
     calibration: Annotated[Path | None, SOURCE] = Field(default=None, description=CALIBRATION)
+    prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=SOURCE")] = (
+        Field(default=(), description=PROMPTS_OF_EACH)
+    )
     checkers: CheckersFile = None
     max_new_tokens: MaxNewTokens = 64
     batch_size: BatchSize = None
@@ -148,11 +159,14 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         recipe=first,
         extra=fixed,
         methods=methods,
-        tasks=load_tasks(request),
+        tasks=load_tasks(request, request.tasks),
+        keep=load_tasks(request, request.keep, kept=True),
         tuned=not request.untuned,
         relative=request.relative,
         seeds=request.repeats,
         calibration=calibration,
+        prompts=request.prompts,
+        max_new_tokens=request.max_new_tokens,
         dtype=dtype,
         device=request.device,
         eval_dtype=_dtype(eval_dtype),
@@ -167,23 +181,33 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     return plan, notes
 
 
-def load_tasks(request: CompareRequest) -> tuple[Task, ...]:
+def load_tasks(
+    request: CompareRequest, specs: Sequence[str], kept: bool = False
+) -> tuple[Task, ...]:
     """Items of sources by their names, everything else from lm-eval.
+
+    Args:
+        request: says how items are asked.
+        specs: of the tasks.
+        kept: nothing is chosen by them: .txt files are plain text, and items need no split.
 
     Raises:
         UserError: no such task, or a file that cannot be used.
     """
     checkers = Checkers.load(request.checkers)
     found: list[Task] = []
-    for spec in request.tasks:
+    for spec in specs:
         name, place = _task_name(spec)
+        if kept and Path(place).suffix == ".txt":
+            found.append(PlainText.read(Path(place), name))
+            continue
         if not _of_harness(place):
             found.append(
                 JsonlTask.read(
                     Path(place),
                     checkers,
                     name=name,
-                    untuned=request.untuned,
+                    untuned=request.untuned or kept,
                     max_new_tokens=request.max_new_tokens,
                     batch_size=request.batch_size,
                 )
@@ -233,8 +257,12 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "experts": {name: weights(e) for name, e in zip(plan.names, plan.experts, strict=True)},
         "recipe": recipe(plan.recipe) if plan.recipe else None,
         "other recipes": {name: recipe(config) for name, config in plan.extra.items()},
-        "tasks": {task.name: task.fingerprint for task in plan.tasks},
+        "tasks": {task.name: task.fingerprint for task in (*plan.tasks, *plan.keep)},
         "calibration": hashlib.sha256(repr(plan.calibration).encode()).hexdigest()[:32],
+        "prompts of experts": {
+            name: f"{read_prompts(source, None, name).sha256[:32]} {plan.max_new_tokens}"
+            for name, source in plan.prompts
+        },
         "dtype": plan.dtype,
         "evaluation dtype": str(plan.eval_dtype),
         "mergekit-wp": __version__,

@@ -1,7 +1,8 @@
 """``results.jsonl``: one line per model and item, appended as each job ends.
 
 A job is one model (a method with its setting and seed, the base, an expert, a recipe) on one split
-of one task. A second run skips finished jobs; what a killed run half wrote is dropped.
+of one task. A second run skips finished jobs; what a killed run half wrote is dropped. Beside it
+``costs.jsonl`` has a line for every merge.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from mergekit_wp.comparison.rows import ResultLine, Setting
+from mergekit_wp.comparison.rows import Cost, CostLine, ResultLine, Setting
 from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
@@ -26,7 +27,7 @@ from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
 #: inputs by name that a later run may add to: results of one do not depend on another
-GROWING = ("tasks", "other recipes")
+GROWING = ("tasks", "other recipes", "prompts of experts")
 
 #: the entry of the date that a chat template read, where one did
 DATE = "template date"
@@ -71,8 +72,11 @@ class Results:
     def __init__(self, folder: Path, inputs: dict[str, Any], restart: bool = False) -> None:
         self.folder, self.inputs, self.restart = folder, dict(inputs), restart
         self.path = folder / "results.jsonl"
+        self.costs_path = folder / "costs.jsonl"
         self.done: dict[Job, list[ResultLine]] = {}
         self.failed: dict[Job, str] = {}
+        #: of merges, by job without task and split
+        self.costs: dict[Job, Cost] = {}
         #: what chat templates read for today, of the run that began
         self.clock = Clock(today(), self._write_inputs)
 
@@ -112,6 +116,7 @@ class Results:
         stated = self.folder / "comparison.json"
         if self.restart:
             self.path.unlink(missing_ok=True)
+            self.costs_path.unlink(missing_ok=True)
             stated.unlink(missing_ok=True)
         if stated.exists():
             try:
@@ -156,16 +161,27 @@ class Results:
             try:
                 result = ResultLine.model_validate_json(line)
             except ValidationError as error:
-                raise UserError(
-                    f"{self.path}, line {number} is damaged; add {option('restart', True)} to "
-                    "begin anew"
-                ) from error
+                raise _damaged(self.path, number) from error
             if result.failed is not None:
                 failures += 1
                 continue
             self.done.setdefault(_job_of(result), []).append(result)
         if torn or failures:
             self._rewrite()
+        self._read_costs()
+
+    def _read_costs(self) -> None:
+        if not self.costs_path.exists():
+            return
+        *lines, torn = self.costs_path.read_bytes().split(b"\n")
+        if torn:
+            os.truncate(self.costs_path, self.costs_path.stat().st_size - len(torn))
+        for number, line in enumerate(lines, start=1):
+            try:
+                found = CostLine.model_validate_json(line)
+            except ValidationError as error:
+                raise _damaged(self.costs_path, number) from error
+            self.costs[_merge_of(found.model, found.setting, found.seed)] = found.cost
 
     def _rewrite(self) -> None:
         with written_whole(self.path) as temporary:
@@ -186,27 +202,41 @@ class Results:
     def add(self, job: Job, found: Sequence[ItemScore]) -> None:
         """Append a finished job."""
         lines = [job.line(item=x.item, score=x.score, output=x.output) for x in found]
-        self._append(lines)
+        self._append(self.path, lines)
         self.done[job] = lines
         self.failed.pop(job, None)
 
+    def add_cost(self, model: str, setting: Setting, seed: int, cost: Cost) -> None:
+        """Append what a merge took."""
+        line = CostLine(model=model, setting=setting, seed=seed, cost=cost)
+        self._append(self.costs_path, [line])
+        self.costs[_merge_of(model, setting, seed)] = cost
+
+    def cost(self, model: str, setting: Setting, seed: int) -> Cost | None:
+        """What a merge took, None where nobody knows."""
+        return self.costs.get(_merge_of(model, setting, seed))
+
     def add_failure(self, job: Job, reason: str) -> None:
         """Append why a job has no scores."""
-        self._append([job.line(failed=reason)])
+        self._append(self.path, [job.line(failed=reason)])
         self.failed[job] = reason
 
-    def _append(self, lines: Sequence[ResultLine]) -> None:
+    def _append(self, path: Path, lines: Sequence[BaseModel]) -> None:
         text = "".join(line.model_dump_json(exclude_none=True) + "\n" for line in lines)
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = path.stat().st_size if path.exists() else 0
         try:
-            with naming_disk(self.path), open(self.path, "a", encoding="utf-8") as handle:
+            with naming_disk(path), open(path, "a", encoding="utf-8") as handle:
                 handle.write(text)
                 handle.flush()
                 os.fsync(handle.fileno())
         except BaseException:
-            if self.path.exists():
-                os.truncate(self.path, size)  # nothing half-written stays
+            if path.exists():
+                os.truncate(path, size)  # nothing half-written stays
             raise
+
+
+def _damaged(path: Path, line: int) -> UserError:
+    return UserError(f"{path}, line {line} is damaged; add {option('restart', True)} to begin anew")
 
 
 def _stated(text: str) -> dict[str, Any]:
@@ -230,11 +260,16 @@ def _changed(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for key in sorted({*earlier, *now}):
         old, new = earlier.get(key), now.get(key)
-        if key in GROWING and old and new:
+        if key in GROWING:
+            old, new = old or {}, new or {}
             found += [f"{key}: {name}" for name in old if name in new and old[name] != new[name]]
         elif old != new:
             found.append(key)
     return found
+
+
+def _merge_of(model: str, setting: Setting, seed: int) -> Job:
+    return Job.of(model, setting, seed, "", "test")
 
 
 def _job_of(line: ResultLine) -> Job:

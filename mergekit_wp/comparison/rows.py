@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -20,6 +21,35 @@ UNTUNED = " (untuned)"
 def recipe_name(row: str) -> str:
     """The file name, without its ending, under which a row's recipe is kept."""
     return row.replace(UNTUNED, "-untuned").replace(" ", "-")
+
+
+class Cost(BaseModel):
+    """What one merge took, its evaluation left out.
+
+    Attributes:
+        prompts: of all experts together that it was made with; 0 for a merge without data.
+        gradient_steps: steps of an optimiser that followed gradients through a whole model.
+        forward_passes: sequences that went through a whole model, with gradients or without; the
+            experts' own answers, which every method with data needs alike, are not among them.
+            None where none did, or where the merge goes by scores from elsewhere.
+        seconds: of the clock on the wall; None where the merge goes by scores from elsewhere.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prompts: int = 0
+    gradient_steps: int = 0
+    forward_passes: int | None = None
+    seconds: float | None = None
+
+
+class CostLine(BaseModel):
+    """One line of ``costs.jsonl``: what one merge took; of two lines of one merge the later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str
+    setting: Setting = {}
+    seed: int = 0
+    cost: Cost
 
 
 class ResultLine(BaseModel):
@@ -63,6 +93,9 @@ class Row:
         scores: by task, ``[seeds][items]``; the items of a task are the same for every row.
         valid: mean over tasks on the validation items, None for untuned rows.
         failed: why there are no scores.
+        cost: of the merge, the dearest of its seeds; None where nothing is merged.
+        tried: settings that were evaluated on the validation items.
+        kept: mean score on each task that a merge should not forget; of texts nats a token, < 0.
     """
 
     name: str
@@ -71,6 +104,24 @@ class Row:
     scores: dict[str, list[list[float]]] = field(default_factory=dict)
     valid: float | None = None
     failed: str | None = None
+    cost: Cost | None = field(default=None, compare=False)  # another run takes other seconds
+    tried: int = 0
+    kept: dict[str, float] = field(default_factory=dict)
+
+    def losses(self, base: Row) -> dict[str, float]:
+        """What part of the base's score is lost, by task; below 0 where something is gained.
+
+        Of texts 1 - (perplexity of the base / perplexity here). A task at which the base gets
+        nothing right has nothing to lose.
+        """
+        found = {}
+        for task, own in self.kept.items():
+            before = base.kept.get(task, 0.0)
+            if before < 0:
+                found[task] = 1 - math.exp(own - before)
+            elif before > 0:
+                found[task] = 1 - own / before
+        return found
 
 
 @dataclass(frozen=True)

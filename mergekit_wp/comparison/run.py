@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
 
-import torch
 from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 
 from mergekit_wp.comparison import select
 from mergekit_wp.comparison.failures import MAY_FAIL, why_failed
-from mergekit_wp.comparison.merging import (
-    IN_MEMORY,
-    EvaluationModel,
-    keeps_shapes,
-    merge_in_memory,
-    merged_on_disk,
+from mergekit_wp.comparison.making import Making, Ready
+from mergekit_wp.comparison.methods import (
+    OMEGAS,
+    OURS,
+    TASK_ARITHMETIC,
+    Method,
+    peers,
+    weights_of,
+    with_aim,
 )
-from mergekit_wp.comparison.methods import OMEGA, OURS, Method, configuration, peers, with_aim
 from mergekit_wp.comparison.plan import Plan
-from mergekit_wp.comparison.results import Job, Results
+from mergekit_wp.comparison.results import MERGE, Job, Results
 from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing
-from mergekit_wp.merging.aim import activation_importance, apply_aim
-from mergekit_wp.merging.interface import write_beside
 from mergekit_wp.models.checkpoint import Checkpoint
-from mergekit_wp.models.generation import TextInterface, read_tokenizer
-from mergekit_wp.models.load import load_folder
-from mergekit_wp.models.memory import UNBOUNDED, AtOnce, is_out_of_memory
+from mergekit_wp.models.memory import UNBOUNDED, AtOnce
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.terms import RowRole, Split
-
-#: a model in memory and how it is asked, while the context lasts
-Ready: TypeAlias = AbstractContextManager[tuple[Any, TextInterface]]
 
 
 @dataclass
@@ -56,29 +46,26 @@ class Runner:
     plan: Plan
     results: Results
     progress: Progress
-    _tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
 
     def run(self) -> Comparison:
         """Everything, in the order of the table."""
+        with tempfile.TemporaryDirectory(prefix=MERGE, dir=self.results.folder) as scratch:
+            return self._run(Path(scratch))
+
+    def _run(self, scratch: Path) -> Comparison:
         plan = self.plan
         # what fitted one model fits the next, but another task may have longer prompts
-        self.at_once = {task.name: AtOnce(UNBOUNDED, self.progress.note) for task in plan.tasks}
-        self.base = Checkpoint(plan.base)
-        self.evaluation = EvaluationModel(self.base, plan.eval_dtype, plan.device)
-        self.tokenizer = find_tokenizer(
-            map(Checkpoint, (plan.base, *plan.experts)), self.progress.note
-        )
-        for task in plan.tasks:
-            if note := task.too_long(self.evaluation.model, self.tokenizer):
+        every = (*plan.tasks, *plan.keep)
+        self.at_once = {task.name: AtOnce(UNBOUNDED, self.progress.note) for task in every}
+        date = self.results.clock.date
+        self.making = Making(plan, self.results.folder, scratch, date, self.progress)
+        for task in every:
+            if note := task.too_long(self.making.evaluation.model, self.making.tokenizer):
                 self.progress.note(note)
-        self.in_memory = plan.in_memory
-        if self.in_memory is None:
-            parameters = sum(p.numel() for p in self.evaluation.model.parameters())
-            self.in_memory = 4 * parameters <= IN_MEMORY
         splits: tuple[Split, ...] = ("valid", "test") if plan.tuned else ("test",)
         self.progress.stage("comparing", self._count_jobs(len(splits)), "job")
-        rows = [self._checkpoint_row("base", "base", self.base, splits)]
+        rows = [self._checkpoint_row("base", "base", self.making.base, splits)]
         for name, reference in zip(plan.names, plan.experts, strict=True):
             expert = Checkpoint(reference)
             rows.append(self._checkpoint_row(f"expert {name}", "expert", expert, splits))
@@ -92,8 +79,7 @@ class Runner:
         for method in plan.methods:
             rows += self._method_rows(method, won)
         for name, config in plan.extra.items():
-            role: RowRole = "ours" if config.merge_method == OURS else "peer"
-            rows.append(self._test_row(name, role, name, {}, (0,), partial(_fixed, config)))
+            rows.append(self._recipe_row(name, config))
         ours_named = [row.name for row in rows if row.role == "ours"]
         measured = [row.name for row in rows if row.failed is None]
         if not measured:
@@ -114,8 +100,9 @@ class Runner:
         for method in plan.methods:
             draws = plan.seeds if method.draws else 1
             models += draws * (2 if plan.tuned and method.name == OURS else 1)
-            models += (len(method.grid) or 3) if plan.tuned else 0
-        return models * len(plan.tasks)
+            models += self._settings(method) if plan.tuned else 0
+        tested = len(plan.experts) + 1 + len(plan.extra) + len(plan.methods)
+        return models * len(plan.tasks) + tested * len(plan.keep)
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
@@ -126,48 +113,76 @@ class Runner:
                 self.progress.note(
                     f"'{checkpoint.name}' has no tokenizer; that of the merges is used"
                 )
-            tokenizer = self.tokenizer
-        asked = TextInterface.of(checkpoint.path, tokenizer)
-
-        def load() -> Ready:
-            return nullcontext((self.evaluation.load_checkpoint(checkpoint), asked))
-
+            tokenizer = self.making.tokenizer
+        load = partial(self.making.checkpoint, checkpoint, tokenizer)
         for split in splits:
             self._measure(name, {}, 0, split, load)
         return self._row(name, role, name, {}, (0,), None)
 
+    def _settings(self, method: Method) -> int:
+        """About how many settings of a method are tried."""
+        if method.searched:
+            return 1 + len(self.plan.experts) * (len(method.grid) - 1)
+        return len(method.grid) or len(OMEGAS)
+
     def _method_rows(self, method: Method, won: dict[str, Setting]) -> list[Row]:
-        plan = self.plan
+        plan, make = self.plan, partial(self.making.by_method, method)
         role: RowRole = "ours" if method.name == OURS else "peer"
-
-        def make(setting: Setting) -> MergeConfiguration:
-            return configuration(method, setting, plan.base, plan.experts, plan.dtype, plan.recipe)
-
         seeds = tuple(range(plan.seeds)) if method.draws else (0,)
         rows = []
         if role == "ours" or not plan.tuned:
             name = method.name + UNTUNED
             rows = [self._test_row(name, role, method.name, method.untuned, seeds, make)]
-        if not plan.tuned:
-            return rows
-        if method.aim:
-            under = method.name.removesuffix("+aim")
+            if (recipe := self.making.recipe(method, method.untuned)) is not None:
+                self.chosen[name] = recipe
+            if not plan.tuned:
+                return rows
+        if under := method.on_top_of:
             if under not in won:
                 self._method_rows(peers(len(plan.experts))[under], won)
-                won.setdefault(under, method.untuned)
-            method = with_aim(method, won[under])
-        found = []
-        for setting in method.grid:
-            self._measure(method.name, setting, 0, "valid", partial(self._merge, setting, 0, make))
+                won.setdefault(under, peers(len(plan.experts))[under].untuned)
+            if method.aim:
+                method = with_aim(method, won[under])
+                make = partial(self.making.by_method, method)
+        found: dict[str, tuple[Setting, float]] = {}
+
+        def value(setting: Setting) -> float | None:
+            """The objective on validation items, None where it failed."""
+            if (known := found.get(repr(setting))) is not None:
+                return known[1]
+            self._measure(method.name, setting, 0, "valid", partial(make, setting, 0))
             scores = self._scores(method.name, setting, 0, "valid")
-            if scores is not None:
-                found.append((setting, select.objective(scores, self.ceiling.get("valid"))))
+            if scores is None:
+                return None
+            reached = select.objective(scores, self.ceiling.get("valid"))
+            found[repr(setting)] = setting, reached
+            return reached
+
+        if method.searched:
+            keys = weights_of(len(plan.experts))
+            start = dict.fromkeys(keys, won[TASK_ARITHMETIC]["weight"])
+            select.coordinate_search(start, [float(s["weight"]) for s in method.grid], value)
+        else:
+            for setting in method.grid:
+                value(setting)
         if not found:
             return [Row(method.name, role, failed="no setting of its grid was evaluated"), *rows]
-        setting, valid = select.best(found)
+        setting, valid = select.best([*found.values()])
         won[method.name] = setting
         tuned = self._test_row(method.name, role, method.name, setting, seeds, make, valid)
-        return [tuned, *rows]
+        if (recipe := self.making.recipe(method, setting)) is not None:
+            self.chosen[method.name] = recipe
+        return [replace(tuned, tried=len(found)), *rows]
+
+    def _recipe_row(self, name: str, recipe: MergeConfiguration) -> Row:
+        """A further recipe, as it is written."""
+        role: RowRole = "ours" if recipe.merge_method == OURS else "peer"
+        self.chosen[name] = recipe
+
+        def make(_setting: Setting, seed: int) -> Ready:
+            return self.making.by_recipe(recipe, seed)
+
+        return self._test_row(name, role, name, {}, (0,), make)
 
     def _test_row(
         self,
@@ -176,12 +191,11 @@ class Runner:
         model: str,
         setting: Setting,
         seeds: Sequence[int],
-        make: Callable[[Setting], MergeConfiguration],
+        make: Callable[[Setting, int], Ready],
         valid: float | None = None,
     ) -> Row:
         for seed in seeds:
-            self._measure(model, setting, seed, "test", partial(self._merge, setting, seed, make))
-        self.chosen[name] = make(setting)
+            self._measure(model, setting, seed, "test", partial(make, setting, seed))
         return self._row(name, role, model, setting, seeds, valid)
 
     def _row(
@@ -203,7 +217,21 @@ class Runner:
         if reasons:
             return Row(name, role, setting, valid=valid, failed=reasons[0])
         scores = {t: [s[t] for s in by_seed if s is not None] for t in self._task_names}
-        return Row(name, role, setting, scores, valid)
+        known = [self.results.cost(model, setting, seed) for seed in seeds]
+        costs = [cost for cost in known if cost is not None]
+        dearest = max(costs, key=lambda cost: cost.seconds or 0, default=None)
+        kept = self._kept(model, setting, seeds)
+        return Row(name, role, setting, scores, valid, cost=dearest, kept=kept)
+
+    def _kept(self, model: str, setting: Setting, seeds: Sequence[int]) -> dict[str, float]:
+        """Means over seeds and items of what should not be forgotten, as far as it was measured."""
+        found = {}
+        for task in self.plan.keep:
+            jobs = [Job.of(model, setting, seed, task.name, "test") for seed in seeds]
+            scores = [s for job in jobs for s in self.results.scores(job) or ()]
+            if scores:
+                found[task.name] = select.mean(scores)
+        return found
 
     def _scores(
         self, model: str, setting: Setting, seed: int, split: Split
@@ -227,20 +255,25 @@ class Runner:
     ) -> None:
         """Evaluate one model on the tasks that are not done yet; record how merges fail."""
         todo = []
-        for task in self.plan.tasks:
+        tasks = (*self.plan.tasks, *(self.plan.keep if split == "test" else ()))
+        for task in tasks:
             job = Job.of(model, setting, seed, task.name, split)
             self.results.drop_incomplete(job, task.count(split))
             if self.results.scores(job) is None and job not in self.results.failed:
                 todo.append((task, job))
-        self.progress.advance(len(self.plan.tasks) - len(todo), resumed=True)
+        self.progress.advance(len(tasks) - len(todo), resumed=True)
         if not todo:
             return
         try:
-            with load() as (ready, asked):
+            with load() as made:
+                if made.cost is not None:
+                    self.results.add_cost(model, setting, seed, made.cost)
                 for task, job in todo:
                     try:
                         with finishing():
-                            found = task.evaluate(ready, asked, split, self.at_once[task.name])
+                            found = task.evaluate(
+                                made.model, made.asked, split, self.at_once[task.name]
+                            )
                             self.results.add(job, found)
                     except MAY_FAIL as error:
                         self._record_failure(error, [job])
@@ -258,63 +291,3 @@ class Runner:
             if job not in self.results.done and job not in self.results.failed:
                 self.results.add_failure(job, reason)
                 self.progress.advance(1)
-
-    def _options(self, seed: int) -> MergeOptions:
-        return MergeOptions(quiet=True, random_seed=seed, device=self.plan.device)
-
-    @contextmanager
-    def _merge(
-        self, setting: Setting, seed: int, make: Callable[[Setting], MergeConfiguration]
-    ) -> Iterator[tuple[Any, TextInterface]]:
-        config = make(setting)
-        if OMEGA not in setting and not (self.in_memory and keeps_shapes(config)):
-            with _on_disk(self, config, seed) as found:
-                yield found
-            return
-        tensors = merge_in_memory(config, self._options(seed))
-        with TemporaryDirectory() as beside:
-            write_beside(config, self._options(seed), Path(beside))
-            asked = self.interface_of(Path(beside))
-        yield self.evaluation.load(self._with_aim(setting, tensors)), asked
-
-    def interface_of(self, folder: Path) -> TextInterface:
-        """How the merge in a folder is asked; where mergekit copied no tokenizer as the base is."""
-        return TextInterface.of(folder, read_tokenizer([folder], "the merge") or self.tokenizer)
-
-    def _with_aim(
-        self, setting: Setting, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        if OMEGA not in setting:
-            return tensors
-        if "base" not in self._tensors:
-            model = self.evaluation.load_checkpoint(self.base)
-            texts = self.plan.calibration
-            self._tensors["importance"] = AtOnce(16, self.progress.note).run(
-                lambda size: activation_importance(model, self.tokenizer, texts, size), len(texts)
-            )
-            self._tensors["base"] = {
-                n: self.base.tensor(n, torch.float32) for n in self.evaluation.names
-            }
-        return apply_aim(
-            self._tensors["base"], tensors, self._tensors["importance"], float(setting[OMEGA])
-        )
-
-
-@contextmanager
-def _on_disk(
-    runner: Runner, config: MergeConfiguration, seed: int
-) -> Iterator[tuple[Any, TextInterface]]:
-    """A merge in a folder of its own while it is evaluated."""
-    plan = runner.plan
-    with merged_on_disk(config, runner._options(seed), runner.results.folder) as folder:
-        try:
-            model = load_folder(folder, plan.eval_dtype, plan.device)
-        except (ValueError, RuntimeError) as error:  # by transformers
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"the merge cannot be loaded: {error}") from error
-        yield model, runner.interface_of(folder)
-
-
-def _fixed(config: MergeConfiguration, _setting: Setting) -> MergeConfiguration:
-    return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError, option
@@ -42,3 +42,30 @@ def objective(scores: ByTask, ceiling: Mapping[str, float] | None) -> float:
 def best(found: Sequence[tuple[Setting, float]]) -> tuple[Setting, float]:
     """The setting with the highest objective, the first of equals."""
     return max(found, key=lambda pair: pair[1])
+
+
+def coordinate_search(
+    start: Setting,
+    values: Sequence[float],
+    objective_of: Callable[[Setting], float | None],
+    rounds: int = 2,
+) -> None:
+    """Change one parameter after the other to the value that does best, the others held.
+
+    Args:
+        start: parameters to begin from.
+        values: of each.
+        objective_of: measures a setting and keeps what it found; None where it failed.
+        rounds: through all parameters; it ends where one changes nothing.
+    """
+    here, reached = start, objective_of(start)
+    for _ in range(rounds):
+        before = here
+        for key in start:
+            for value in values:
+                there = here | {key: value}
+                found = objective_of(there)
+                if found is not None and (reached is None or found > reached):
+                    here, reached = there, found
+        if here == before:
+            return

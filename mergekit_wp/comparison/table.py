@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_wp.comparison.resampling import Difference, Resampled
-from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.comparison.rows import Comparison, Cost, Row
 from mergekit_wp.report.words import columns, interval, markdown
 from mergekit_wp.statistics import Estimate
 
@@ -57,6 +57,33 @@ def setting_words(row: Row) -> str:
     )
 
 
+def loss_words(row: Row, comparison: Comparison) -> str:
+    """What was lost most, as a part of what the base has: ``0.12 of wiki``."""
+    base = next((r for r in comparison.rows if r.role == "base"), None)
+    losses = {} if base is None or row is base else row.losses(base)
+    if not losses:
+        return ""
+    task = max(losses, key=lambda name: losses[name])
+    return f"{losses[task]:.2f} of {task}"
+
+
+def cost_words(row: Row) -> str:
+    """What the merge took: ``12 settings; 64 prompts, 60 gradient steps, 41 s``; seconds of one."""
+    tried = f"{row.tried} settings" if row.tried > 1 else ""
+    cost = row.cost
+    if cost is None:
+        return tried
+    counts = (
+        (cost.prompts, "prompts"),
+        (cost.gradient_steps, "gradient steps"),
+        (cost.forward_passes, "passes"),
+    )
+    parts = [f"{count} {noun}" for count, noun in counts if count]
+    if cost.seconds is not None:
+        parts.append(f"{cost.seconds:.2g} s" if cost.seconds < 10 else f"{cost.seconds:.0f} s")
+    return "; ".join(part for part in (tried, ", ".join(parts)) if part)
+
+
 def what(comparison: Comparison, resampled: Resampled) -> str:
     """What the numbers are, in one sentence."""
     row = next(iter(resampled.rows.values()))
@@ -69,6 +96,7 @@ def terminal_table(resampled: Resampled) -> str:
     """Columns of at most 100 characters for three tasks of short names."""
     comparison = resampled.comparison
     rows, failed = [], []
+    keeps = any(row.kept for row in comparison.rows)
     for line in lines(resampled):
         if line.mean is None:
             failed.append(f"{line.row.name} failed: {line.row.failed}")
@@ -79,8 +107,10 @@ def terminal_table(resampled: Resampled) -> str:
             d = line.difference
             against, counts = signed(d.estimate), f"{d.won}/{d.lost}"
             counts += "" if d.verdict == "unclear" else f" {d.verdict}"
-        rows.append([line.row.name, *means, interval(line.mean), against, counts])
+        lost = [loss_words(line.row, comparison)] if keeps else []
+        rows.append([line.row.name, *means, interval(line.mean), against, counts, *lost])
     head = ["method", *comparison.tasks, "mean", "difference", "won/lost"]
+    head += ["worst loss"] if keeps else []
     said = f"{what(comparison, resampled)}; differences from {comparison.reference}"
     return "\n".join([said, "", columns(head, rows), *failed])
 
@@ -89,6 +119,8 @@ def markdown_table(resampled: Resampled) -> str:
     """A table for a model card."""
     comparison = resampled.comparison
     head = ["method", *comparison.tasks, "mean", f"against {comparison.reference}", "won / lost"]
+    keeps = any(row.kept for row in comparison.rows)
+    head += [*(["worst loss"] if keeps else []), "cost"]
     rows = []
     for line in lines(resampled):
         cells = [line.row.name]
@@ -99,6 +131,8 @@ def markdown_table(resampled: Resampled) -> str:
             cells.append(interval(line.mean))
             d = line.difference
             cells += ["", ""] if d is None else [_verdict(d), f"{d.won} / {d.lost}"]
+            cells += [loss_words(line.row, comparison)] if keeps else []
+            cells.append(cost_words(line.row))
         rows.append(cells)
     return f"{markdown(head, rows, 1)}\n{what(comparison, resampled)}.\n"
 
@@ -120,6 +154,9 @@ def summary(resampled: Resampled) -> dict[str, Any]:
                 "role": line.row.role,
                 "setting": line.row.setting,
                 "valid": line.row.valid,
+                "tried": line.row.tried,
+                "kept": line.row.kept,
+                "cost": line.row.cost and line.row.cost.model_dump(),
                 "failed": line.row.failed,
                 "tasks": {task: numbers(found) for task, found in line.tasks.items()},
                 "mean": line.mean and numbers(line.mean),
@@ -143,6 +180,8 @@ def records(resampled: Resampled) -> list[dict[str, Any]]:
         record = {key: row[key] for key in ("name", "role", "setting", "valid", "failed")}
         for task in resampled.comparison.tasks:
             record[task] = row["tasks"][task]["value"] if task in row["tasks"] else None
+        cost = row["cost"] or dict.fromkeys(Cost.model_fields)
+        record |= {"tried": row["tried"], **cost, **row["kept"]}
         for key in ("mean", "difference"):
             estimate = row[key] or {"value": None, "low": None, "high": None}
             record |= {key: estimate["value"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, Self
 
 from tqdm.auto import tqdm
@@ -74,6 +74,23 @@ class BarProgress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NotesOnly:
+    """Progress of work inside a stage of other work: its notes are told, its own stages are not.
+
+    Args:
+        told: of notes.
+    """
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self.note = told
+
+    def stage(self, name: str, total: float, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, amount: float, *, resumed: bool = False) -> None:
+        """Nothing."""
 
 
 class NoProgress:

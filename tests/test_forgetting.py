@@ -1,0 +1,119 @@
+"""What a merge forgets: plain text and tasks that nothing is chosen by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mergekit_wp.comparison.resampling import Resampled
+from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.comparison.table import markdown_table, records, terminal_table
+from mergekit_wp.errors import UserError
+from mergekit_wp.models.generation import TextInterface
+from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.tasks import plain_text
+from mergekit_wp.tasks.plain_text import PlainText
+from tests.merging import Family, llama_config
+from tests.models import save_tokenizer
+from tests.test_compare_run import Distance, make_plan, planted, run
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    made = Family.make(tmp_path_factory.mktemp("kept"), llama_config(vocab_size=40))
+    save_tokenizer(made.base.path)
+    return made
+
+
+def text_file(
+    folder: Path, text: str = "one day a fox ran over the hill and far away\n" * 2
+) -> Path:
+    path = folder / "plain.txt"
+    path.write_text(text)
+    return path
+
+
+def test_a_text_scores_what_transformers_says(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows one at a time with labels; the memory of one window is enough."""
+    monkeypatch.setattr(plain_text, "WINDOW", 20)
+    asked = TextInterface.read(family.base.path, "base")
+    assert asked is not None
+    model = AutoModelForCausalLM.from_pretrained(family.base.path, dtype=torch.float32)
+    task = PlainText.read(text_file(tmp_path))
+    ids = asked.tokenizer(task.text).input_ids
+    total = count = 0.0
+    for start in range(0, len(ids), 20):
+        window = torch.tensor([ids[start : start + 20]])
+        if (n := window.shape[1] - 1) > 0:
+            total -= n * float(model(window, labels=window).loss.detach())
+            count += n
+    assert len(ids) > 60
+    (found,) = task.evaluate(model, asked, "test")
+    assert found.score == pytest.approx(total / count, rel=1e-5)
+    (alone,) = task.evaluate(model, asked, "test", AtOnce(1, lambda _: None))
+    assert alone.score == pytest.approx(found.score, rel=1e-5)
+    assert (task.count("test"), task.count("valid")) == (1, 0)
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="plain.txt is empty; expected running text"):
+        PlainText.read(text_file(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    for name in ("x.txt", "none.txt"):
+        with pytest.raises(UserError, match=f"text file .*{name} cannot be read: "):
+            PlainText.read(tmp_path / name)
+
+
+def test_the_worst_loss_is_of_what_the_base_has() -> None:
+    base = Row("base", "base", kept={"wiki": -2.0, "sums": 0.5, "nothing": 0.0})
+    row = Row("ties", "peer", kept={"wiki": -2.0 - math.log(2), "sums": 0.4, "nothing": 0.0})
+    assert row.losses(base) == {"wiki": pytest.approx(0.5), "sums": pytest.approx(0.2)}
+    better = Row("sce", "peer", kept={"wiki": -1.0})
+    assert better.losses(base)["wiki"] < 0
+
+
+def test_what_is_kept_is_measured_on_test_rows_and_chooses_nothing(
+    family: Family, tmp_path: Path
+) -> None:
+    task, other = (Distance(n, planted(family, w)) for n, w in (("near", 0.8), ("other", 0.0)))
+    plan = make_plan(family, task, ("task_arithmetic", "ties"))
+    text = PlainText.read(text_file(tmp_path))
+    plan = replace(plan, keep=(other, text))
+    plan.check()
+    found = run(plan, tmp_path / "out")
+    rows = {row.name: row for row in found.rows}
+    assert rows["task_arithmetic"].setting == {"weight": 0.8}
+    assert set(other.asked) == {"test"} and len(other.asked) == 3 + 2  # no setting that lost
+    assert set(rows["ties"].kept) == {"other", "plain"} and set(rows["ties"].scores) == {"near"}
+    assert rows["base"].kept["other"] == pytest.approx(1, abs=1e-5)
+    away = rows["task_arithmetic"].kept["other"]
+    assert rows["task_arithmetic"].losses(rows["base"])["other"] == pytest.approx(1 - away)
+    resampled = Resampled(found)
+    assert "| worst loss | cost |" in markdown_table(resampled)
+    assert " of other" in terminal_table(resampled) or " of plain" in terminal_table(resampled)
+    assert {"other", "plain"} <= set(records(resampled)[0])
+    assert run(plan, tmp_path / "out") == found
+    nothing = replace(other, counts={"valid": 3, "test": 0})
+    with pytest.raises(UserError, match="keep=other has no 'test' items"):
+        replace(plan, keep=(nothing,)).check()
+    with pytest.raises(UserError, match="two tasks are called 'near'"):
+        replace(plan, keep=(task,)).check()
+
+
+def test_without_what_to_keep_there_is_no_column() -> None:
+    rows = (Row("base", "base", scores={"a": [[1.0, 0.0]]}),)
+    resampled = Resampled(Comparison(rows, ("a",), False, "base"))
+    assert "worst loss" not in markdown_table(resampled) + terminal_table(resampled)
