@@ -59,6 +59,8 @@ def arrays(row: Row, setting: str, method: str, truth: str) -> tuple[np.ndarray,
 
 
 def _cell(values: Sequence[float], rows: Sequence[Row]) -> str:
+    if not rows:
+        return "–"
     value, low, high = interval(np.array(values), [row["program"] for row in rows])
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -95,7 +97,7 @@ def completeness(rows: Sequence[Row]) -> Iterator[str]:
         for wanted in (True, False):
             some = [row for row, is_whole in zip(rows, whole, strict=True) if is_whole == wanted]
             values = [average_precision(*arrays(row, "decoys", method, "active")) for row in some]
-            cells.append(f"{_cell(values, some)} ({len(some)} pairs)" if some else "–")
+            cells.append(f"{_cell(values, some)} ({len(some)} pairs)")
         table.append((method, *cells))
     yield from markdown(("", f"within {WHOLE} of 1", "not"), table)
 
