@@ -4,6 +4,8 @@ Every criterion is a value per prompt, v_i(theta), averaged over prompts before 
 
     r(theta) = (mean v(theta) - mean v(base)) / (mean v(expert) - mean v(base))
 
+unless each prompt is to be divided by its own difference (`per_prompt`).
+
 - ``kl``: v = -KL(p_expert || p_theta), mean over the positions that predict the response
 - ``logprob``: v = mean log-probability of the response tokens
 - ``anchor``: v = <u, h>, h the residual stream after the anchor layer at the last prompt token
@@ -300,6 +302,37 @@ def recovery(change: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor
     residual = change - ratio.unsqueeze(-1) * distance
     variance = residual.square().sum(-1) / (n * (n - 1)) if n > 1 else ratio * torch.nan
     return ratio, variance.sqrt() / distance.mean().abs()
+
+
+#: a prompt whose base and expert differ by less than this part of the mean difference says nothing
+#: about how far a patch goes from one to the other
+SMALL_GAP = 0.05
+
+
+def has_gap(distance: torch.Tensor) -> torch.Tensor:
+    """Which prompts can be divided by their own distance ``[prompts]``; at least one can.
+
+    Their distance, of either sign, is at least `SMALL_GAP` of the mean size of all.
+    """
+    size = distance.abs()
+    return size >= SMALL_GAP * size.mean()
+
+
+def per_prompt(change: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes in units of each prompt's own distance, of the prompts that have one.
+
+    `recovery` then takes the mean of quotients instead of the quotient of means: the score of
+    "Weight Patching" (arXiv 2604.13694), but for the prompts that are left out.
+
+    Args:
+        change: ``[..., prompts]``.
+        distance: ``[prompts]``.
+
+    Returns:
+        Changes ``[..., prompts left]``, and the distance 1 of each.
+    """
+    kept = has_gap(distance)
+    return change[..., kept] / distance[kept], torch.ones_like(distance[kept])
 
 
 def part_of(

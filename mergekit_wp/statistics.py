@@ -6,12 +6,14 @@ agrees with another one better than with itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.integrate import trapezoid
 
 Array = npt.NDArray[np.float64]
 
@@ -113,6 +115,40 @@ def _correlation(sums: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Array = (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
     return found
+
+
+#: parts of all components that circuits of MIB (Mueller et al., arXiv 2504.13151) have
+MIB_PARTS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def mib_sizes(total: int) -> list[int]:
+    """How many of `total` components the parts are, one at least; the last is all."""
+    return [math.ceil(part * total) for part in MIB_PARTS]
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Two areas of MIB (arXiv 2504.13151) for the faithfulness of circuits of growing size.
+
+    Attributes:
+        cpr: integrated circuit performance ratio: under the faithfulness; higher is better, and
+            values above 1 make up for others below.
+        cmd: integrated circuit-model distance: between the faithfulness and 1; 0 is best.
+    """
+
+    cpr: float
+    cmd: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Faithfulness:
+        """By trapezoids over the part of all components, from 0.1% to all of them.
+
+        Args:
+            values: faithfulness at each of `MIB_PARTS`: 0 is the corrupted model, 1 the whole one.
+        """
+        height = np.array(values, dtype=np.float64)
+        areas = (trapezoid(height, MIB_PARTS), trapezoid(np.abs(1 - height), MIB_PARTS))
+        return cls(*map(float, areas))
 
 
 LEVEL = 0.95

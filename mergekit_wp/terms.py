@@ -32,6 +32,8 @@ CriterionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_
 ScoringMethod = Literal[
     "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
 ]
+#: how changes become scores: means over prompts before the division, or each prompt's own quotient
+Normalisation = Literal["mean", "prompt"]
 SweepName = Literal["share", "first-order", "exact", "verify", "noise"]
 DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mergekit_wp.mechanism.sets import extreme, matched
 from mergekit_wp.mechanism.verify import estimate, verify
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.pair import open_pair
+from mergekit_wp.report import verification
 from mergekit_wp.report.verification import area
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.scoring.request import ScoreRequest
@@ -268,6 +270,31 @@ def test_area_over_the_logarithm_of_the_size() -> None:
     assert area([at(10, 0.3)]) == 0.3
     assert area([at(100, 1.0), at(1, 0.0), at(10, 0.5)]) == pytest.approx(0.5)
     assert area([at(1, 0.0), at(10, 1.0), at(100, 1.0)]) == pytest.approx(0.75)
+
+
+def test_mib_areas_by_its_own_loop(world: Path, file: Path) -> None:
+    found = verify(request_for(world, file, top=("mib",), draws=2), None, Quiet())
+    total = found.n_components
+    assert total is not None
+    parts = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    for direction in ("restoration", "knockout"):
+        curve = verification.curve(found, direction, "kl", "top")
+        values = {p.size: p.value for p in curve} | {total: 1.0}
+        f = [values[math.ceil(part * total)] for part in parts]
+        under = distance = 0.0
+        for i in range(9):
+            width = parts[i + 1] - parts[i]
+            under += width * (f[i] + f[i + 1]) / 2
+            distance += width * (abs(1 - f[i]) + abs(1 - f[i + 1])) / 2
+        areas = verification.faithfulness(found, curve)
+        assert areas is not None
+        assert (areas.cpr, areas.cmd) == pytest.approx((under, distance))
+        assert areas.cmd > 0
+    assert verification.table(found).count("\nCPR") == len(verification.measures(found)) * 2
+    assert verification.faithfulness(found, curve[:-1]) is None
+    old = found.model_copy(update={"n_components": None})
+    assert "CPR" not in verification.table(old)
+    assert "n_components" not in old.model_dump()
 
 
 def test_a_killed_run_goes_on(world: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

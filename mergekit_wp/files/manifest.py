@@ -125,16 +125,18 @@ class SetPoint(StrictModel):
 class Verification(Omitting):
     """What the leading components do together, beside the last ones and random ones.
 
+    ``n_components``: how many there are in all, None in files of before they were counted.
     ``template_date``: the day that the chat template wrote, None where it read none.
     """
 
-    omitted: ClassVar = ("template_date",)
+    omitted: ClassVar = ("n_components", "template_date")
 
     estimand: Estimand
     criterion: CriterionName
     prompts_sha256: str
     n_prompts: PositiveInt
     n_items: int
+    n_components: PositiveInt | None = None
     draws: PositiveInt
     points: tuple[SetPoint, ...]
     seed: int
@@ -195,10 +197,11 @@ class Manifest(Omitting):
     ``path`` scores, None where it did not. ``template_date`` is the day that the chat template
     wrote into the prompts, None where it read none. ``tensor_shapes``, in the order of
     ``tensor_names``, say how many gates each has where these are finer than components; None
-    elsewhere.
+    elsewhere. ``left_out`` says by criterion which prompts, from 0, had too small a distance to be
+    divided by it; None where scores are quotients of means.
     """
 
-    omitted: ClassVar = ("fit", "template_date", "tensor_shapes")
+    omitted: ClassVar = ("fit", "template_date", "tensor_shapes", "left_out")
 
     format_version: int = FORMAT_VERSION
     base: ModelId
@@ -219,6 +222,7 @@ class Manifest(Omitting):
     kinds: tuple[Kind, ...]
     anchor: Anchor | None
     scale: dict[CriterionName, Scale]
+    left_out: dict[CriterionName, tuple[NonNegativeInt, ...]] | None = None
     fidelity: dict[str, Fidelity]
     noise_floor: dict[CriterionName, float]
     completeness: dict[str, float]

@@ -56,7 +56,9 @@ class VerifyRequest(RescoreRequest):
     writes: ClassVar[str] = "file"
 
     top: Annotated[tuple[str, ...], Option(metavar="K[,K...]")] = Field(
-        description="Sizes of the sets: counts of components, or parts such as 1%,5%,20%."
+        description="Sizes of the sets: counts of components, or parts such as 1%,5%,20%. mib "
+        "stands for 0.1,0.2,0.5,1,2,5,10,20,50%; with these, CPR and CMD of the MIB benchmark are "
+        "printed, too."
     )
     task: Annotated[Path | None, SOURCE] = Field(
         default=None,

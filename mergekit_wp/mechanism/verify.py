@@ -32,11 +32,13 @@ from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import anchor_of, logprobs, values_of
 from mergekit_wp.runs.run import Run, check_pair, check_scores, journal_of, scored_model
-from mergekit_wp.statistics import Array, percentiles
+from mergekit_wp.statistics import Array, mib_sizes, percentiles
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.terms import CRITERIA, CriterionName, Direction, SetName
 
 RESAMPLES = 2000
+#: what stands for the sizes of MIB's circuits
+MIB = "mib"
 #: what behaviour is called among the measures
 BEHAVIOR: Literal["behavior"] = "behavior"
 
@@ -74,7 +76,8 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     fine = file.fine_scores(estimand, criterion)
     if not fine:
         raise UserError(f"score file {request.file} has only whole layers; no sets to verify")
-    sizes = _sizes(request.top, sum(part.numel() for part in fine.values()))
+    total = sum(part.numel() for part in fine.values())
+    sizes = _sizes(request.top, total)
     if task is not None and not task.count("test"):
         raise UserError(f"task '{task.name}' has no 'test' items")
     prompts = read_prompts(request.prompts, request.max_prompts)
@@ -108,6 +111,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
             prompts_sha256=prompts.sha256,
             n_prompts=len(samples),
             n_items=task.count("test") if task else 0,
+            n_components=total,
             draws=request.draws,
             points=tuple(_points(sizes, request, ends, found)),
             seed=request.seed,
@@ -296,12 +300,17 @@ def estimate(
 def _sizes(top: Sequence[str], total: int) -> list[int]:
     sizes = []
     for text in top:
+        if text == MIB:
+            sizes += mib_sizes(total)[:-1]  # the last is the whole, which is the other checkpoint
+            continue
         try:
             percent = text.endswith("%")
             number = float(text.removesuffix("%"))
             size = math.ceil(number / 100 * total) if percent else int(text)
         except (ValueError, OverflowError):
-            raise UserError(f"{option('top')}: '{text}' is no size; write a count or 5%") from None
+            raise UserError(
+                f"{option('top')}: '{text}' is no size; write a count, 5% or {MIB}"
+            ) from None
         if not 0 < size <= total:
             raise UserError(f"{option('top', text)}: the file scores {total} components")
         sizes.append(size)

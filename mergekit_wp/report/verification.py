@@ -10,6 +10,7 @@ from scipy.integrate import trapezoid
 
 from mergekit_wp.files.manifest import SetPoint, Verification
 from mergekit_wp.report.words import columns, count, interval
+from mergekit_wp.statistics import Faithfulness, mib_sizes
 from mergekit_wp.terms import Direction, SetName
 
 if TYPE_CHECKING:
@@ -43,6 +44,20 @@ def area(points: Sequence[SetPoint]) -> float:
     return float(trapezoid(y, x)) / float(x[-1] - x[0])
 
 
+def faithfulness(found: Verification, points: Sequence[SetPoint]) -> Faithfulness | None:
+    """MIB's two areas of a curve; None where sizes of MIB are not among its own.
+
+    All components together are the other checkpoint, hence 1 without being measured.
+    """
+    if found.n_components is None:
+        return None
+    sizes = mib_sizes(found.n_components)
+    values = {point.size: point.value for point in points} | {found.n_components: 1.0}
+    if not values.keys() >= set(sizes):
+        return None
+    return Faithfulness.of([values[size] for size in sizes])
+
+
 def heading(found: Verification) -> str:
     """What the numbers are, in one sentence."""
     items = f", {count(found.n_items, 'item')}" if found.n_items else ""
@@ -53,7 +68,10 @@ def heading(found: Verification) -> str:
 
 
 def table(found: Verification) -> str:
-    """The curves with their intervals, and the area under each over the logarithm of the size."""
+    """The curves with their intervals, and the area under each over the logarithm of the size.
+
+    Where MIB's sizes are among them, its own two areas too.
+    """
     output = [heading(found)]
     for measure in measures(found):
         for direction in DIRECTIONS:
@@ -63,6 +81,10 @@ def table(found: Verification) -> str:
                 for points in zip(*curves, strict=True)
             ]
             rows.append(("area", *(f"{area(points):.2f}" for points in curves)))
+            areas = [faithfulness(found, points) for points in curves]
+            if all(areas):
+                rows.append(("CPR", *(f"{of.cpr:.2f}" for of in areas if of)))
+                rows.append(("CMD", *(f"{of.cmd:.2f}" for of in areas if of)))
             output += ["", f"{direction}, {measure}", columns(("size", *SETS), rows)]
     return "\n".join(output)
 

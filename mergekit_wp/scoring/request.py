@@ -8,12 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mergekit_wp.criteria import CriterionFunction, criterion_words
+from mergekit_wp.criteria import SMALL_GAP, CriterionFunction, criterion_words
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.options import INTERNAL, Option
 from mergekit_wp.prompts.request import Prompts
 from mergekit_wp.runs.request import PairRequest, Restart
-from mergekit_wp.terms import CRITERIA, KINDS, BuiltInCriterion, Kind, LoneEstimand
+from mergekit_wp.terms import (
+    CRITERIA,
+    KINDS,
+    BuiltInCriterion,
+    Kind,
+    LoneEstimand,
+    Normalisation,
+)
 
 #: a kind is swapped exactly when that costs at most this many forward passes over the prompts
 EXACT_BUDGET = 256.0
@@ -53,6 +60,12 @@ class ScoreRequest(PairRequest):
     ] = Field(
         default=None,
         description=" ".join(f"{name}: {criterion_words(name)}." for name in CRITERIA),
+    )
+    normalise: Normalisation = Field(
+        default="mean",
+        description="mean: what a patch changes, over what base and expert differ by, both meant "
+        "over prompts first. prompt: the mean of every prompt's own quotient, without prompts on "
+        f"which they differ by less than {SMALL_GAP:.0%} of what they do on the mean.",
     )
     kinds: tuple[Kind, ...] = Field(default=KINDS, description="Kinds of component to score.")
     anchor_layer: Annotated[int | None, Option(auto=True)] = Field(

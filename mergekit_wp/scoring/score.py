@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.criteria import Criteria, CriterionFunction, named, source_sha256
+from mergekit_wp.criteria import (
+    SMALL_GAP,
+    Criteria,
+    CriterionFunction,
+    named,
+    source_sha256,
+)
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
 from mergekit_wp.files.scorefile import ScoreFile, read, write
@@ -83,6 +89,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         spread = cluster(recordings, at_once, progress) if request.ray else nullcontext()
         with spread as workers:
             sweeps = Sweeps(request, recordings, at_once, journal, progress, workers)
+            _tell_of_left_out(sweeps)
             sweeps.all()
         manifest = _manifest(request, run, references, sweeps, journal.created)
         result = ScoreFile(manifest, score_tensors(sweeps))
@@ -119,6 +126,7 @@ def _manifest(
         **common_fields(request, run, references),
         criteria=sweeps.criteria,
         estimands=request.estimand,
+        left_out=sweeps.left_out,
         anchor=references.anchor,
         fidelity=sweeps.fidelity,
         noise_floor=sweeps.noise,
@@ -171,8 +179,8 @@ def _halves(sweeps: Sweeps) -> Iterator[Agreement]:
     for (estimand, c, kind), changes in sweeps.changes.items():
         if kind not in sweeps.request.kinds:
             continue
-        distance = sweeps.recordings.references.values[c].distance.double().cpu().numpy()
-        found = between_halves(changes.flatten(1).numpy(), distance, sweeps.request.seed)
+        units, distance = sweeps.in_units(c, changes.flatten(1).T)
+        found = between_halves(units.T.numpy(), distance.cpu().numpy(), sweeps.request.seed)
         if found is not None:
             yield Agreement(
                 against="halves",
@@ -350,6 +358,19 @@ def _within_the_map(request: ScoreRequest, pair: Pair, progress: Progress) -> Sc
 def _identity(name: CriterionName, function: CriterionFunction | None) -> str:
     """A criterion as a journal knows it: a caller's function by its source too."""
     return name if function is None else f"{name} {source_sha256(function)}"
+
+
+def _tell_of_left_out(sweeps: Sweeps) -> None:
+    """Say which prompts base and expert are too much alike on to be divided by."""
+    for name, members in (sweeps.left_out or {}).items():
+        if members:
+            numbers = ", ".join(str(member + 1) for member in members[:8])
+            numbers += " and others" if len(members) > 8 else ""
+            sweeps.progress.note(
+                f"'{name}' by prompt leaves {len(members)} of {sweeps.recordings.n_prompts} "
+                f"prompts out, {numbers}: base and expert differ there by less than "
+                f"{SMALL_GAP:.0%} of what they do on the mean"
+            )
 
 
 def warn_of_wrong_sign(references: References, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from mergekit_wp.criteria import fisher_at_expert, recovery
+from mergekit_wp.criteria import fisher_at_expert, has_gap, per_prompt, recovery
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.journal import Journal
@@ -148,11 +148,10 @@ class Sweeps:
         for c in self.criteria:
             tensors = self.changes["share", c, "tensor"]
             self.changes["share", c, "layer"] = tensors @ of_layer
-            distance = self._distance(c)
             fine = tensors[:, whole].sum(-1)
             for kind in SLICED_KINDS:
                 fine = fine + self.changes["share", c, kind].flatten(1).sum(-1)
-            self.completeness[f"share/{c}"] = float(fine.mean() / distance.mean())
+            self.completeness[f"share/{c}"] = float(recovery(*self.in_units(c, fine))[0])
             for kind in self.request.kinds:
                 self.fidelity[f"share/{c}/{kind}"] = Fidelity(
                     method="integrated-gradients", steps=steps
@@ -162,8 +161,8 @@ class Sweeps:
         blocks = noise_blocks(self.recordings, estimand)
         for block, result in self._finished("noise floor", blocks):
             for c in self.criteria:
-                change, distance = result[c], self._distance(c)[self._members(block)]
-                floor = float((change.double().mean(-1) / distance.mean()).abs().max())
+                units = self.in_units(c, result[c].double(), self._members(block))
+                floor = float(recovery(*units)[0].abs().max())
                 self.noise[c] = max(floor, self.noise.get(c, 0.0))
 
     def _affordable(self, estimand: Estimand, kind: FineKind) -> bool:
@@ -286,4 +285,31 @@ class Sweeps:
         change = change.movedim(0, -1)
         # knockout = 1 - r(expert with c from the base): what the criterion loses
         change = -change if of_knockout(estimand) else change
-        return recovery(change, self._distance(c))
+        return recovery(*self.in_units(c, change))
+
+    def in_units(
+        self, c: CriterionName, change: torch.Tensor, members: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changes ``[..., prompts]`` and the distances that they are divided by, as asked for.
+
+        Args:
+            c: the criterion.
+            change: of all prompts, or of some.
+            members: which these are.
+        """
+        distance = self._distance(c)
+        distance = distance if members is None else distance[members]
+        return per_prompt(change, distance) if self.by_prompt else (change, distance)
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether every prompt is divided by its own distance."""
+        return self.request.normalise == "prompt"
+
+    @property
+    def left_out(self) -> dict[CriterionName, tuple[int, ...]] | None:
+        """Numbers, from 0, of the prompts without a gap to divide by; None where none is asked."""
+        if not self.by_prompt:
+            return None
+        gone = {c: (~has_gap(self._distance(c))).nonzero().flatten() for c in self.criteria}
+        return {c: tuple(members.tolist()) for c, members in gone.items()}

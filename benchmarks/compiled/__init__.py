@@ -1,0 +1,1 @@
+"""Localisation against a truth that a compiler wrote: RASP programs compiled into weights."""
