@@ -121,7 +121,7 @@ def make_fit(*references: str) -> tuple[Fit, tuple[CompanyMember, ...]]:
         limit=1.05,
         start="0.5",
         rate=0.05,
-        penalty=0.01,
+        shrinkage=16.0,
         upper=1.5,
         prompts_a_step=2,
         best_step=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import types
 import typing
 from pathlib import Path
@@ -85,8 +86,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_score_file_is_read_and_adds_up(world: Path) -> None:
     manifest, tensors = read(world / "alone.safetensors")
     assert manifest["anchor"] is not None and "gain/anchor/neuron" in tensors
-    content = (world / "contrasts.jsonl").read_bytes()
-    assert manifest["prompts_sha256"] == hashlib.sha256(content).hexdigest()
+    rows = [json.loads(line) for line in (world / "contrasts.jsonl").read_text().splitlines()]
+    content = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    assert manifest["prompts_sha256"] == hashlib.sha256(content.encode()).hexdigest()
     for criterion in manifest["criteria"]:
         parts = fine(manifest, scores(tensors, f"share/{criterion}"))
         total = sum(part.sum() for part in parts.values())

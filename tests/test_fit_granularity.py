@@ -262,7 +262,7 @@ def test_half_of_a_neuron_helps_and_half_harms(
     every = list(batches(sequences(task), 9, "cpu"))
     targets = [Targets(logprobs(Decoder(want), batch)) for batch in every]
     apart = divergence(base, want, task)
-    options: dict[str, Any] = {"granularity": granularity, "held_out": 0, "penalty": 0}
+    options: dict[str, Any] = {"granularity": granularity, "held_out": 0, "shrinkage": 0}
     request = FitRequest(recipe=world, prompts=(), dtype="float64", prompts_a_step=9, **options)
     unread: Any = None
     run = Run(request, unread, pair, unread, unread, unread, Quiet())
@@ -316,7 +316,7 @@ def test_a_fit_goes_on_from_a_file(world: Path, tmp_path: Path) -> None:
         "start": "scores",
         "rate": 1e-12,
     }
-    options |= {"steps": 1, "held_out": 0, "penalty": 0}
+    options |= {"steps": 1, "held_out": 0, "shrinkage": 0}
     for granularity in ("channel", "row_column"):
         again = fitted(world, tmp_path / granularity, granularity=granularity, **options)
         one, two = reference(world, first), reference(world, again)

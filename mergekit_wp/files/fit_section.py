@@ -69,7 +69,7 @@ class Fit(StrictModel):
     limit: float | None
     start: str
     rate: float
-    penalty: float
+    shrinkage: float
     upper: PositiveFloat
     prompts_a_step: PositiveInt
     held_out: dict[str, NonNegativeInt]

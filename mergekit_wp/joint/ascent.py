@@ -13,7 +13,7 @@ from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.interrupts import finishing
-from mergekit_wp.joint.gates import Climb, Layout, penalty_slope
+from mergekit_wp.joint.gates import Climb, Layout, shrinking
 from mergekit_wp.joint.judging import LOOK, Judge, Judgement
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.merged_model import mix
@@ -132,6 +132,15 @@ class Fitting:
         self.train = [train for train, _ in sides]
         self.judged = [judged for _, judged in sides]
         self.epoch = max(len(train) for train in self.train)
+        fitted_on = [
+            sum(objective.batches[b].size for b in train)
+            for objective, train in zip(behaviors, self.train, strict=False)
+        ]
+        self.shrinkage = request.shrinkage * len(fitted_on) / sum(fitted_on)
+        self.n_judged = min(
+            sum(objective.batches[b].size for b in judged)
+            for objective, judged in zip(behaviors, self.judged, strict=False)
+        )
 
     def _split(self, objective: Objective) -> tuple[list[int], list[int]]:
         """Batches to fit on, and batches to judge by: of few prompts the same."""
@@ -168,7 +177,7 @@ class Fitting:
                     self.move_to(state.average)
                     seen[1] = self._look()
                     left = seen[1, 0] / self.spans
-                    found = Judgement.of(left[:n], seen[1, 1, :n], left[n:])
+                    found = Judgement.of(left[:n], seen[1, 1, :n], left[n:], self.n_judged)
                     state = state.look(found, self.epoch)
                     self.progress.note(f"after {step} steps, {self._said(seen[1])}")
                 done = step == request.steps or state.judge.done
@@ -179,7 +188,10 @@ class Fitting:
                 if done:
                     break
                 used = running(state.left, seen[0, 0] / self.spans)
-                slope = (slope - request.penalty * penalty_slope(state.climb.gates)) * self.fitted
+                used[n:] = torch.maximum(used[n:], self._last_judged(state)[n:])
+                slope = slope * self.fitted - self.shrinkage * shrinking(
+                    self.layout, state.climb.gates
+                )
                 climb = state.climb.step(slope, state.judge.rate(request.rate), request.upper)
                 prices = followed(state.prices, used[n:])
                 average = averaged(state.average, climb.gates, climb.steps)
@@ -189,6 +201,11 @@ class Fitting:
         why = "nothing more to gain" if state.judge.done else f"{request.steps} steps are taken"
         self.progress.note(f"{why}: the gates of step {state.judge.step} are kept")
         return state
+
+    def _last_judged(self, state: FitState) -> torch.Tensor:
+        """What was left of each objective's span at the last look: prompts that are fitted on keep
+        a limit before those do that are not."""
+        return state.seen[state.climb.steps // LOOK * LOOK, 1, 0] / self.spans
 
     def _said(self, seen: torch.Tensor) -> str:
         """What is reproduced, and how close to its limit every guard is."""

@@ -164,7 +164,7 @@ def _how(
         limit=request.limit if guards else None,
         start=request.start,
         rate=request.rate,
-        penalty=request.penalty,
+        shrinkage=request.shrinkage,
         upper=request.upper,
         prompts_a_step=request.prompts_a_step,
         held_out=dict(zip(names, fitting.held_out(), strict=True)),

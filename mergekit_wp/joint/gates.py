@@ -106,6 +106,33 @@ class Layout:
                 self.put(gates, name, True)
         return flat
 
+    @cached_property
+    def _groups(self) -> torch.Tensor:
+        """Number of the group of each gate: a tensor's own gates, or a layer's components of one
+        kind (of all layers for those that are whole tensors)."""
+        numbers = torch.zeros(self._each, dtype=torch.int64)
+        if self.granularity != "component":
+            for number, name in enumerate(self.layouts):
+                self.put(numbers, name, number)
+        else:
+            n_layers = self.partition.dims.n_layers
+            for number, (kind, own) in enumerate(self.by_kind(numbers).items()):
+                rows = torch.arange(n_layers).view(-1, 1) if kind != "tensor" else 0
+                own.copy_(number * n_layers + torch.zeros_like(own) + rows)
+        count = int(numbers.max()) + 1
+        return torch.cat([numbers + e * count for e in range(len(self.changed))])
+
+    def deviation(self, flat: torch.Tensor) -> torch.Tensor:
+        """How far every fitted gate is from the mean of its group; 0 for the others.
+
+        A group are the gates of one expert in one tensor, or of one kind of component in a layer.
+        """
+        fitted, groups = self.fitted.double(), self._groups
+        count = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
+        total = count.clone().index_add_(0, groups, flat * fitted)
+        means = total / count.index_add_(0, groups, fitted).clamp_min(1)
+        return (flat - means[groups]) * fitted
+
     @property
     def share(self) -> float:
         """What part of a weight's gate each of those has that are added up for it."""
@@ -221,18 +248,12 @@ def _averaged(
     return found, torch.ones_like(found)
 
 
-def penalty(gates: torch.Tensor) -> torch.Tensor:
-    """Mean of g + g|1 - g|: 0 at 0, 1 at 1 with no slope from below, steep above 1.
+def shrinking(layout: Layout, flat: torch.Tensor) -> torch.Tensor:
+    """Slope of the mean over fitted gates of half their squared deviation, see `deviation`.
 
-    It pulls towards few gates and round ones.
+    Gates that few prompts have a say in follow the others of their tensor.
     """
-    return (gates + gates * (1 - gates).abs()).mean()
-
-
-def penalty_slope(gates: torch.Tensor) -> torch.Tensor:
-    """Derivative of `penalty` by each gate."""
-    slope = torch.where(gates <= 1, 2 - 2 * gates, 2 * gates)
-    return slope / gates.numel()
+    return layout.deviation(flat) / layout.fitted.sum()
 
 
 @dataclass(frozen=True)

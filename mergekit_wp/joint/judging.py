@@ -34,33 +34,44 @@ class Judgement:
         over: how far the guard that is furthest beyond its limit is beyond it; 0 where all hold.
         answers: mean of the worst and the mean behaviour's share of answers reproduced.
         left: mean logarithm of what is left of the behaviours' divergences.
+        blur: differences of answers up to this say nothing: half a standard error, for two looks
+            are at the same prompts.
     """
 
     over: float
     answers: float
     left: float
+    blur: float = 0.0
 
     @classmethod
-    def of(cls, left: torch.Tensor, answers: torch.Tensor, used: torch.Tensor) -> Judgement:
+    def of(
+        cls, left: torch.Tensor, answers: torch.Tensor, used: torch.Tensor, prompts: int
+    ) -> Judgement:
         """Of what was seen.
 
         Args:
             left: of each behaviour's divergence, ``[behaviours]``.
             answers: share that each reproduces, ``[behaviours]``.
             used: of the guards' limits, ``[guards]``.
+            prompts: of one behaviour that are judged by.
         """
         over = max(0.0, float(excess(used).max()) - _SLACK) if len(used) else 0.0
         both = (float(answers.min()) + float(answers.mean())) / 2
-        return cls(over, both, float(left.clamp_min(_SMALLEST).log().mean()))
+        blur = 0.5 * (both * (1 - both) / prompts) ** 0.5
+        return cls(over, both, float(left.clamp_min(_SMALLEST).log().mean()), blur)
 
     def beats(self, other: Judgement) -> bool:
         """Whether these gates are the ones to keep."""
-        return (-self.over, self.answers, -self.left) > (-other.over, other.answers, -other.left)
+        if self.over != other.over:
+            return self.over < other.over
+        if abs(self.answers - other.answers) > self.blur:
+            return self.answers > other.answers
+        return self.left < other.left
 
     def gains_on(self, best: Judgement) -> bool:
         """Whether anything is better than the best of everything so far."""
         return (
-            self.answers > best.answers
+            self.answers > best.answers + self.blur
             or self.left < best.left - LEAST_GAIN
             or self.over < best.over - LEAST_GAIN
         )

@@ -81,7 +81,7 @@ class FitRequest(MembersRequest):
     )
     unguarded: bool = Field(default=False, description="Fit without any guard.")
     limit: float = Field(
-        default=1.02,
+        default=1.01,
         gt=1,
         description="What guards allow: how many times the base's perplexity the merge may have "
         "there, on what the base itself would write.",
@@ -92,11 +92,11 @@ class FitRequest(MembersRequest):
         "channel (a row or a column of a slice, an entry of a norm), or a row and a column of a "
         "matrix, whose gates are added.",
     )
-    penalty: float = Field(
-        default=0.01,
+    shrinkage: float = Field(
+        default=16.0,
         ge=0,
-        description="Pull towards few gates and round ones: times the mean of g + g|1 - g|, beside "
-        "an objective of about 1.",
+        description="Pull of every gate towards the mean of its tensor, as strong as so many "
+        "prompts a behaviour: with few prompts gates move together, with many each by itself.",
     )
     upper: float = Field(default=1.5, gt=0, description="Largest gate; the smallest is 0.")
     start: Annotated[str, Option(metavar="NUMBER|scores")] = Field(
@@ -117,7 +117,7 @@ class FitRequest(MembersRequest):
         default=16, ge=1, description="Prompts of every behaviour in one step."
     )
     held_out: float = Field(
-        default=0.25,
+        default=0.125,
         ge=0,
         lt=1,
         description="Part of the prompts that is only judged by, where a behaviour has at least 64 "

@@ -16,7 +16,9 @@ import torch
 #: worst first: weight (left + FLOOR) ** POWER
 FLOOR, POWER = 0.02, 0.5
 #: of the augmented Lagrangian: pull per excess, and how fast prices follow it
-STIFFNESS, PACE = 1.0, 0.05
+STIFFNESS, PACE = 0.03, 0.0015
+#: the least price: what is within its limit still counts a little, which costs no skill
+LEAST_PRICE = 0.005
 #: of running means over steps: part that each step keeps of what was
 KEPT = 0.8
 #: of the gates' running mean
@@ -47,13 +49,13 @@ def pull(price: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
 
     It is the derivative, by what is used, of the augmented Lagrangian's part for a limit.
     """
-    force = (price + STIFFNESS * excess(used)).clamp_min(0.0)
+    force = (price + STIFFNESS * excess(used)).clamp_min(LEAST_PRICE)
     return force / used.clamp_min(1.0)
 
 
 def followed(price: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Prices after one more step, ``[guards]``."""
-    return (price + PACE * excess(used).clamp_max(1.0)).clamp_min(0.0)
+    return (price + PACE * excess(used).clamp_max(1.0)).clamp_min(LEAST_PRICE)
 
 
 def running(mean: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

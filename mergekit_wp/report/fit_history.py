@@ -24,7 +24,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
             "fit",
             f"gates by {fit.granularity.replace('_', ' and ')}, from {clean(fit.start)}, "
             f"{fit.prompts_a_step} prompts of each a step, rate "
-            f"{fit.rate:g}, penalty {fit.penalty:g}, up to {fit.upper:g}",
+            f"{fit.rate:g}, shrinkage {fit.shrinkage:g}, up to {fit.upper:g}",
         )
     ]
     guards = {guard.behavior for guard in fit.guards}
