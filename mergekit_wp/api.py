@@ -8,8 +8,7 @@ disk unless a path is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,12 @@ from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.request import CompareRequest
-from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
+from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.company import score_company
-from mergekit_wp.joint.files import kept_settings
+from mergekit_wp.joint.files import RECIPE, kept_settings
 from mergekit_wp.joint.fit import fit as _fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
+from mergekit_wp.joint.request import CompanyRequest, FitRequest, by_name, experts_of
 from mergekit_wp.mechanism.anchors import LayerAnchor
 from mergekit_wp.mechanism.anchors import find_anchors as _find_anchors
 from mergekit_wp.mechanism.circuit import trace as _trace
@@ -37,10 +36,8 @@ from mergekit_wp.merging.merge import merge as _merge
 from mergekit_wp.merging.states import fuse_states
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.prompts import prompt_source
-from mergekit_wp.prompts.dataset import pinned_text
-from mergekit_wp.prompts.location import HUB
 from mergekit_wp.results import Mergeable, PathLike, Scores, ScoresTogether, recipe_for, recipes_for
-from mergekit_wp.runs.progress import BarProgress, NoProgress, Progress
+from mergekit_wp.runs.progress import Progress, shown_by
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score as _score
 
@@ -59,6 +56,7 @@ __all__ = [
     "fuse",
     "load_scores",
     "merge",
+    "merge_experts",
     "register_architecture",
     "score",
     "score_together",
@@ -103,7 +101,7 @@ def score(
         out=out,
         **options,
     )
-    with _shown(progress) as shown:
+    with shown_by(progress) as shown:
         return Scores(_score(request, shown))
 
 
@@ -112,7 +110,7 @@ def score_together(
     experts: Mapping[str, PathLike] | None = None,
     *,
     prompts: Mapping[str, Any] | Sequence[Any],
-    recipe: PathLike | None = None,
+    recipe: PathLike | tuple[str, ...] | None = None,
     out: PathLike | None = None,
     progress: bool | Progress = True,
     **options: Any,
@@ -132,9 +130,9 @@ def score_together(
         UserError: any mistake in the inputs.
     """
     request = CompanyRequest.of(
-        recipe=_experts(base, experts, recipe), prompts=_by_name(prompts), out=out, **options
+        recipe=experts_of(base, experts, recipe), prompts=by_name(prompts), out=out, **options
     )
-    with _shown(progress) as shown:
+    with shown_by(progress) as shown:
         return ScoresTogether(score_company(request, shown), kept_settings(request.recipe))
 
 
@@ -144,7 +142,7 @@ def fit(
     *,
     prompts: Mapping[str, Any] | Sequence[Any],
     guards: Sequence[Any] = (),
-    recipe: PathLike | None = None,
+    recipe: PathLike | tuple[str, ...] | None = None,
     out: PathLike | None = None,
     progress: bool | Progress = True,
     **options: Any,
@@ -167,13 +165,13 @@ def fit(
     """
     ensure_registered()
     request = FitRequest.of(
-        recipe=_experts(base, experts, recipe),
-        prompts=_by_name(prompts),
+        recipe=experts_of(base, experts, recipe),
+        prompts=by_name(prompts),
         guards=tuple(prompt_source(guard) for guard in guards),
         out=out,
         **options,
     )
-    with _shown(progress) as shown:
+    with shown_by(progress) as shown:
         return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
 
 
@@ -191,6 +189,7 @@ def merge(
     out: PathLike,
     options: MergeOptions | None = None,
     *,
+    overwrite: bool = False,
     progress: bool | Progress = True,
 ) -> None:
     """Merge experts into a folder, with a model card; it appears only when it is complete.
@@ -200,6 +199,7 @@ def merge(
             method, as a file or as what it holds.
         out: the folder.
         options: mergekit's.
+        overwrite: replace a model that is there already.
         progress: say where the merge has another tokenizer than an expert; or where to say it.
 
     Raises:
@@ -208,8 +208,59 @@ def merge(
     from mergekit.options import MergeOptions
 
     ensure_registered()
-    with _shown(progress) as shown, recipe_for(what) as recipe:
-        _merge(recipe, out, options or MergeOptions(), write_card, shown.note)
+    with shown_by(progress) as shown, recipe_for(what) as recipe:
+        _merge(recipe, out, options or MergeOptions(), write_card, shown.note, overwrite=overwrite)
+
+
+def merge_experts(
+    base: PathLike | None = None,
+    experts: Mapping[str, PathLike] | None = None,
+    *,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    out: PathLike,
+    guards: Sequence[Any] = (),
+    recipe: PathLike | tuple[str, ...] | None = None,
+    options: MergeOptions | None = None,
+    overwrite: bool = False,
+    progress: bool | Progress = True,
+    **fit_options: Any,
+) -> ScoresTogether:
+    """Fit experts together and merge them: the whole job, from models and prompts to a model.
+
+    Every step can be taken again by itself: the folder ``merge`` in the output holds the score
+    files and the recipe that merges by them.
+
+    Args:
+        base: a folder or a Hub id.
+        experts: folders or Hub ids by names of your choice.
+        prompts: of each expert, by its name; see `score`.
+        out: folder for the merged model.
+        guards: see `fit`.
+        recipe: a mergekit recipe that names base and experts, in their place.
+        options: mergekit's.
+        overwrite: replace a model, and a fit, that are there already.
+        progress: show a bar; or where to report instead.
+        fit_options: fields of `FitRequest`: ``steps``, ``rate``, ...
+
+    Raises:
+        UserError: any mistake in the inputs.
+    """
+    refuse_existing(Path(out), overwrite)
+    steps = Path(out, "merge")
+    with shown_by(progress) as shown:
+        found = fit(
+            base,
+            experts,
+            prompts=prompts,
+            guards=guards,
+            recipe=recipe,
+            out=steps,
+            overwrite=overwrite,
+            progress=shown,
+            **fit_options,
+        )
+        merge(steps / RECIPE, out, options, overwrite=overwrite, progress=shown)
+    return found
 
 
 def fuse(
@@ -261,10 +312,10 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    with _shown(progress) as shown, recipes_for(what) as recipes:
+    with shown_by(progress) as shown, recipes_for(what) as recipes:
         named = tuple(os.fspath(task) for task in tasks)
         request = CompareRequest.of(
-            recipes=recipes, tasks=named, prompts=_by_name(prompts), **options
+            recipes=recipes, tasks=named, prompts=by_name(prompts), **options
         )
         return _compare(request, shown)
 
@@ -292,7 +343,7 @@ def verify(
         UserError: any mistake in the inputs.
     """
     request = VerifyRequest.of(file=file, prompts=prompt_source(prompts), top=top, **options)
-    with _shown(progress) as shown:
+    with shown_by(progress) as shown:
         return _verify(request, items, shown)
 
 
@@ -317,7 +368,7 @@ def trace(
         UserError: any mistake in the inputs.
     """
     request = TraceRequest.of(file=file, prompts=prompt_source(prompts), out=out, **options)
-    with _shown(progress) as shown:
+    with shown_by(progress) as shown:
         return _trace(request, shown)
 
 
@@ -344,43 +395,5 @@ def find_anchors(
     request = AnchorRequest.of(
         base=os.fspath(base), expert=os.fspath(expert), prompts=prompt_source(prompts), **options
     )
-    with _shown(progress) as shown:
+    with shown_by(progress) as shown:
         return _find_anchors(request, shown)
-
-
-@contextmanager
-def _shown(progress: bool | Progress) -> Iterator[Progress]:
-    if not isinstance(progress, bool):
-        yield progress
-    elif progress:
-        with BarProgress() as shown:
-            yield shown
-    else:
-        yield NoProgress()
-
-
-def _experts(
-    base: PathLike | None, experts: Mapping[str, PathLike] | None, recipe: PathLike | None
-) -> Path | NamedExperts:
-    if recipe is not None and base is None and experts is None:
-        return Path(recipe)
-    if recipe is not None or base is None or not experts:
-        raise UserError(
-            "expected a base and its experts by name, as in base, {'inst': expert}; or a recipe "
-            "that names them, as recipe=FILE"
-        )
-    named = tuple((name, os.fspath(expert)) for name, expert in experts.items())
-    return NamedExperts(base=os.fspath(base), experts=named)
-
-
-def _by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
-    pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
-    return tuple(  # EXPERT=SOURCE as one text is what a command passes on
-        _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))
-        for pair in pairs
-    )
-
-
-def _pinned_pair(pair: str) -> str:
-    expert, on_hub, rest = pair.partition(f"={HUB}")
-    return f"{expert}={pinned_text(HUB + rest)}" if on_hub else pair

@@ -28,9 +28,10 @@ _COMMANDS = {
     ),
     "trace": ("mergekit_wp.commands.trace:trace", "Find who supplies the leading components."),
     "fit": ("mergekit_wp.commands.fit:fit", "Fit the gates of all components, by gradient."),
-    "merge": ("mergekit_wp.commands.merge:merge", "Run a merge recipe, checked up front."),
+    "merge": ("mergekit_wp.commands.merge:merge", "Merge experts, or as a recipe says."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
     "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
+    "push": ("mergekit_wp.commands.push:push", "Upload a merge to the Hub."),
     "reproduce": ("mergekit_wp.commands.reproduce:reproduce", "Print the command behind a file."),
     "aim": ("mergekit_wp.commands.aim:aim", "Apply Activation-Informed Merging to a merge."),
 }
@@ -73,15 +74,16 @@ def cli() -> None:
     behaviour comes back, and merge several experts by those scores.
 
     \b
-      mergekit-wp score BASE EXPERT --prompts prompts.jsonl --out expert.safetensors
-      mergekit-wp inspect expert.safetensors
-      mergekit-wp merge recipe.yml merged/
+      mergekit-wp merge BASE A B --prompts A=a.jsonl --prompts B=b.jsonl --out merged/
+      mergekit-wp compare merged/merge/recipe.yml --task a-items.jsonl --task b-items.jsonl \\
+          --out comparison/
+      mergekit-wp push merged/ owner/name
 
-    Several experts are best scored together, and the outcome compared with other methods:
+    Where in an expert does a behaviour come from?
 
     \b
-      mergekit-wp score --company recipe.yml --prompts A=a.jsonl --prompts B=b.jsonl --out scores/
-      mergekit-wp compare scores/recipe.yml --task a-items.jsonl --task b-items.jsonl --out cmp/
+      mergekit-wp score BASE EXPERT --prompts prompts.jsonl --out expert.safetensors
+      mergekit-wp inspect expert.safetensors
 
     A score file goes into a mergekit recipe under `merge_method: weight_patching`; the stock
     `mergekit-yaml` runs it too.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -38,6 +38,8 @@ class Option:
         path: what may lie at a path that exists.
         exists: whether something has to.
         stored: whether it belongs into the command that a file keeps: the numbers depend on it.
+        aliases: other spellings of its values.
+        also: another name of it, by which other commands know the same.
     """
 
     flag: str | None = None
@@ -49,6 +51,8 @@ class Option:
     path: Literal["file", "folder", "any"] = "file"
     exists: bool = False
     stored: bool = True
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    also: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,16 @@ class Request(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         found = declared(cls).get(str(info.field_name))
         return value if found is None else found.plain(value)
+
+
+class Places(BaseModel):
+    """A field's value that is written as several arguments by position, not as an option."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def arguments(self) -> tuple[str, ...]:
+        """What is written; nothing where no command can ask for it."""
+        raise NotImplementedError
 
 
 class PrintRequest(Request):
@@ -164,6 +178,8 @@ class Declared:
             return self.option.metavar
         if self.element is not None:
             return "A,B,..."
+        if self.option.aliases:
+            return "|".join(self.choices)
         return "N|auto" if self.option.auto else None
 
     def bound(self, name: Literal["ge", "gt", "le", "lt"]) -> Any:
@@ -178,6 +194,8 @@ class Declared:
         """
         if self.option.auto:
             return self._number(value)
+        if self.option.aliases and isinstance(value, str):
+            return self.option.aliases.get(value, value)
         if self.element is None or value is None:
             return value
         if get_origin(self.element) is tuple:

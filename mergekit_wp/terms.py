@@ -36,6 +36,13 @@ ScoringMethod = Literal[
 Normalisation = Literal["mean", "prompt"]
 SweepName = Literal["share", "first-order", "exact", "verify", "noise"]
 DTypeName = Literal["float32", "float64", "bfloat16", "float16"]
+#: short spellings of dtypes
+DTYPE_ALIASES: dict[str, DTypeName] = {
+    "fp32": "float32",
+    "fp64": "float64",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 # how scores are merged
 Fusion = Literal["share", "winner", "gate", "topk", "path"]

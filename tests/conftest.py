@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,15 @@ _warning = logging.Logger.warning
 
 def pytest_configure(config: pytest.Config) -> None:
     """Processes that tests start hold to the filters of pyproject.toml as well."""
+    import mergekit_wp
+
+    here, found = Path(__file__).parents[1], Path(mergekit_wp.__file__).parents[1]
+    if here.resolve() != found.resolve():
+        raise pytest.UsageError(
+            f"these tests are of {here}, but mergekit_wp is imported from {found} (its start-up "
+            f"hook imports it before pytest looks here); install this checkout: "
+            f"{shlex.join(['pip', 'install', '-e', str(here)])}, or set PYTHONPATH={here}"
+        )
     os.environ["PYTHONWARNINGS"] = ",".join(config.getini("filterwarnings"))
 
 

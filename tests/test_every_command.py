@@ -42,7 +42,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_no_command_is_left_out() -> None:
-    assert {line.split()[0] for line in COMMANDS.strip().splitlines()} == set(_COMMANDS)
+    run_here = {line.split()[0] for line in COMMANDS.strip().splitlines()}
+    assert run_here == set(_COMMANDS) - {"push"}  # which is nothing but the network
 
 
 @pytest.mark.slow

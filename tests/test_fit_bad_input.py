@@ -68,10 +68,10 @@ def test_scores_of_others_are_no_start(world: Path, tmp_path: Path) -> None:
     recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
     one, two = recipe["models"]
     one["parameters"], two["parameters"] = two["parameters"], one["parameters"]
-    (tmp_path / "swapped.yml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "gates" / "swapped.yml").write_text(yaml.safe_dump(recipe))
     message = "east differs from .*west.safetensors was made for .*: these are other models; give"
     with pytest.raises(UserError, match=message):
-        fitted(world, tmp_path / "no", recipe=tmp_path / "swapped.yml", start="scores")
+        fitted(world, tmp_path / "no", recipe=tmp_path / "gates" / "swapped.yml", start="scores")
     assert not (tmp_path / "no").exists()
 
 
@@ -82,8 +82,8 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     one, two = recipe["models"]
 
     def refused(change: dict[str, Any]) -> str:
-        (tmp_path / "bad.yml").write_text(yaml.safe_dump(recipe | change))
-        done = CliRunner().invoke(cli, ["merge", str(tmp_path / "bad.yml"), str(tmp_path / "m")])
+        (out / "bad.yml").write_text(yaml.safe_dump(recipe | change))
+        done = CliRunner().invoke(cli, ["merge", str(out / "bad.yml"), str(tmp_path / "m")])
         assert isinstance(done.exception, UserError) and not (tmp_path / "m").exists()
         return str(done.exception)
 

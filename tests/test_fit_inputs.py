@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.errors import UserError
+from mergekit_wp.merging.model_references import data_of
+from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.models.checkpoint import Checkpoint
 from tests import test_lora
 from tests.fitting import fitted
@@ -130,7 +132,7 @@ def test_gates_are_those_of_plain_files(
     edit_recipe(world, change)
     file = quick(world, tmp_path / "gates")
     assert_same_gates(file, plain)
-    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
+    recipe = data_of(read_recipe(tmp_path / "gates" / "recipe.yml").config, exclude_none=True)
     found, want = merged(recipe, tmp_path / "out"), reference(world, file)
     if "lm_head.weight" in found:
         want["lm_head.weight"] = want["model.embed_tokens.weight"]
@@ -154,7 +156,7 @@ def test_mixed_dtypes(
     mixed = stored(tmp_path / "mixed", rounded, **dict.fromkeys(coarse, BF16))
     file = quick(mixed, tmp_path / "gates")
     assert_same_gates(file, quick(fine, tmp_path / "plain"))
-    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
+    recipe = data_of(read_recipe(tmp_path / "gates" / "recipe.yml").config, exclude_none=True)
     assert recipe["dtype"] == ("bfloat16" if "base" in coarse else "float32")
     assert_close(merged(recipe, tmp_path / "out"), reference(fine, file), 2**-7)
     exact = merged(recipe | {"dtype": "float32"}, tmp_path / "exact")
@@ -202,7 +204,7 @@ def test_adapters_of_one_base(world: Path, tmp_path: Path, merged: Merged, start
     assert [own.manifest.expert.reference for own in file.files] == list(references.values())
     for key, tensor in file.tensors.items():
         torch.testing.assert_close(tensor, plain.tensors[key], rtol=1e-3, atol=1e-4, msg=key)
-    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
+    recipe = data_of(read_recipe(tmp_path / "gates" / "recipe.yml").config, exclude_none=True)
     found = merged(recipe, tmp_path / "out", tmp_path / "cache")
     assert_close(found, reference(world, file), 1e-5)
     recipe["models"][0]["model"] = f"{world / 'base'}+{tmp_path / 'elsewhere' / 'to-east'}"
@@ -236,7 +238,7 @@ def test_experts_with_more_tokens(
     assert len(kept["model.embed_tokens.weight"]) == len(rows)
     edit_recipe(world, lambda _, r: r["models"][0].update(model=str(cut / "east")))
     file = quick(world, tmp_path / "gates")
-    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text())
+    recipe = data_of(read_recipe(tmp_path / "gates" / "recipe.yml").config, exclude_none=True)
     one = by_stock(recipe, tmp_path / "one")
     experts = [weights(cut / "east", file), weights(world / "west", file)]
     assert_close(one, gated_merge(weights(world / "base", file), experts, file))
@@ -259,7 +261,9 @@ def test_modules_of_a_larger_model(tmp_path: Path, merged: Merged) -> None:
     whole = load_file(world / "base" / "model.safetensors")
     want = {name: text.get(name.removeprefix("language_model."), whole[name]) for name in whole}
     assert len(text) < len(want)
-    recipe = yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text()) | {"dtype": "float32"}
+    recipe = data_of(read_recipe(tmp_path / "gates" / "recipe.yml").config, exclude_none=True) | {
+        "dtype": "float32"
+    }
     models = {"models": recipe.pop("models")}
     names = ("text_decoder", "multi_modal_projector", "vision_tower")
     for i, which in enumerate((models, {"modules": dict.fromkeys(names, models)})):

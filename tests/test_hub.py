@@ -32,6 +32,8 @@ from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.merging import preflight
 from mergekit_wp.merging import recipe as recipes
+from mergekit_wp.merging.model_references import data_of
+from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.models import hub
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.pair import open_pair
@@ -281,9 +283,10 @@ def test_revisions_are_fitted(cache: Cache, tmp_path: Path) -> None:
         ("owner/base@v1", FIRST), ("owner/east@v2", FIRST), ("owner/west", SECOND)
     ]  # fmt: skip
     found = by_ours(
-        yaml.safe_load((tmp_path / "gates" / "recipe.yml").read_text()), tmp_path / "out"
+        data_of(read_recipe(tmp_path / "gates" / "recipe.yml").config, exclude_none=True),
+        tmp_path / "out",
     )
-    same = yaml.safe_load((tmp_path / "plain" / "recipe.yml").read_text())
+    same = data_of(read_recipe(tmp_path / "plain" / "recipe.yml").config, exclude_none=True)
     assert all(torch.equal(found[k], t) for k, t in by_ours(same, tmp_path / "same").items())
     recipe["models"][0]["model"] = "owner/east@v9"
     (world / "recipe.yml").write_text(yaml.safe_dump(recipe))

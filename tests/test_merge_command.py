@@ -145,7 +145,7 @@ def test_merging_into_a_folder_again_replaces_its_weights_and_keeps_other_files(
     assert invoke(recipe, out, "--out-shard-size", "4k").exception is None
     assert (out / "model.safetensors.index.json").exists()
     (out / "notes.txt").write_text("mine")
-    done(recipe, out)
+    done(recipe, out, "--overwrite")
     assert [name for name in os.listdir(out) if name.startswith("model")] == ["model.safetensors"]
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -270,10 +270,10 @@ def test_the_base_takes_no_parameters(family: Family, tmp_path: Path) -> None:
     assert "names no expert beside the base model" in message
 
 
-def test_a_lora_needs_a_place(family: Family, tmp_path: Path) -> None:
+def test_a_lora_that_is_not_there(family: Family, tmp_path: Path) -> None:
     recipe = change(family, model={"model": f"{family.base.path}+{tmp_path}/lora"})
     message = refused(write(recipe, tmp_path / "recipe.yml"), tmp_path / "out")
-    assert "has a LoRA: give --lora-merge-cache FOLDER" in message
+    assert message == f"adapter folder '{tmp_path}/lora' not found"
 
 
 def test_another_architecture_before_weights_are_opened(

@@ -29,6 +29,7 @@ EXCEPTIONS = {
     "--task": f"{ONE_OR_MORE}: `compare` takes lm-eval's tasks too",
     "--top": f"{ONE_OR_MORE}: `verify` swaps sets of several sizes",
     "--out": "each says what it writes",
+    "--dtype": "a merge is evaluated in the recipe's, unless another is wanted",
     "--base": "a score file names it, a merge does not",
 }
 
@@ -82,10 +83,8 @@ def test_fixed_spellings() -> None:
     }.items():
         for flag in flags.split():
             assert command in found[f"--{flag}"], f"{command} --{flag}"
-    assert [p.name for p in commands()["merge"].params if isinstance(p, click.Argument)] == [
-        "recipe",
-        "out",
-    ]
+    arguments = [p for p in commands()["merge"].params if isinstance(p, click.Argument)]
+    assert [(p.name, p.nargs) for p in arguments] == [("what", -1)]  # RECIPE OUT
 
 
 def test_every_option_says_what_it_does() -> None:
@@ -146,7 +145,7 @@ def test_a_stored_command_asks_for_the_same(request_: Request) -> None:
     context = commands()[name].make_context(name, [*arguments, *place])
     options = context.params
     if type(request_) is ScoreRequest:
-        options["prompts"] = options["prompts"][0]
+        options |= {name: options[name][0] for name in ("prompts", "expert")}
     assert type(request_).of(**given(type(request_), options)) == request_
 
 

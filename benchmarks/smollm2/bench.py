@@ -91,7 +91,7 @@ def compare(experts: Sequence[str], company: Path, alone: Path, methods: str | N
         *("mergekit-wp", "compare", local(company), local(alone), *tasks),
         *("--out", local(BUILD / "compare" / "-".join(experts)), "--relative"),
         *("--grid", f"{HERE}/grid.yml", "--checkers", f"{HERE}/checkers.py"),
-        *("--calibration", local(BUILD / "calibration.jsonl"), "--eval-dtype", "bfloat16"),
+        *("--calibration", local(BUILD / "calibration.jsonl"), "--dtype", "bfloat16"),
         *(("--methods", methods) if methods else ()),
     )
 

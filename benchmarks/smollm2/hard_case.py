@@ -83,7 +83,7 @@ def main() -> None:
     command(
         *("mergekit-wp", "compare", *map(local, recipes()), *tasks, "--untuned", "--relative"),
         *("--methods", "weight_patching,task_arithmetic,ties", "--out", local(FOLDER / "compare")),
-        *("--eval-dtype", "bfloat16"),
+        *("--dtype", "bfloat16"),
     )
     print(agreement())
 

@@ -51,6 +51,8 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.files import RECIPE
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.merging.model_references import data_of
+from mergekit_wp.merging.recipe import read as read_recipe
 
 ALL = COMBINATIONS[-1]
 #: unlabelled prompts a skill
@@ -131,7 +133,7 @@ class Seed:
         request = self.request(experts, n, **options)
         read = list(fit(request, Silent()).values())
         assert request.out is not None
-        recipe = yaml.safe_load((request.out / RECIPE).read_text())
+        recipe = data_of(read_recipe(request.out / RECIPE).config, exclude_none=True)
         found = merged(MergeConfiguration.model_validate(recipe), self.seed)
         how = read[0].manifest.fit
         assert how is not None

@@ -18,6 +18,7 @@ from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import recipe_name
 from mergekit_wp.comparison.table import markdown_table
 from mergekit_wp.errors import UserError, option
+from mergekit_wp.merging.model_references import data_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _same_recipe(
 
 def _canonical(config: MergeConfiguration, digest: Callable[[str], str]) -> Any:
     """A recipe as far as it decides the merge; score files by their content."""
-    data = config.model_dump(mode="json", exclude_none=True)
+    data = data_of(config, exclude_none=True)
 
     def hashed(value: Any, inside: bool) -> Any:
         if isinstance(value, dict):

@@ -25,3 +25,15 @@ class CardRequest(Request):
     row: Annotated[str | None, Option(metavar="NAME", default="the row with the same recipe")] = (
         Field(default=None, description=f"Which row of {option('results')} this merge is.")
     )
+
+
+class PushRequest(Request):
+    """Everything `mergekit-wp push` is asked for."""
+
+    merged: Annotated[Path, Argument(path="folder", exists=True)] = Field(
+        description="Folder of a merge, with its model card."
+    )
+    repository: Annotated[str, Argument()] = Field(description="Where to, as owner/name.")
+    public: bool = Field(
+        default=False, description="Make a new repository public. Without it, it is private."
+    )

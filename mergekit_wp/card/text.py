@@ -114,7 +114,7 @@ def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName
     for member in manifest.company or ():
         if member.reference == manifest.expert.reference:
             said.append(f"recovery {member.recovery:.2f} by path")
-    if manifest.fit is not None:
+    if manifest.fit is not None and manifest.behavior in manifest.fit.reached:
         reproduced = manifest.fit.reached[manifest.behavior].answers
         said.append(f"{reproduced:.2f} of the expert's answers reproduced whole")
     return said

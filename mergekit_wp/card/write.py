@@ -30,7 +30,7 @@ from mergekit_wp.card.sources import Source, common_licence, sources
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.merging.interface import differing, taken
-from mergekit_wp.merging.plan import plan
+from mergekit_wp.merging.plan import plan_only
 from mergekit_wp.merging.recipe import Recipe, experts_in_order, read
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.model_names import distinct_names
@@ -155,7 +155,7 @@ def complete_card(folder: Path, results: Path | None, row: str | None) -> bool:
     ensure_registered()
     recipe = read(folder / CONFIG)
     # also of ".", so that the card has a name
-    write_card(folder.resolve(), recipe, plan(recipe, MergeOptions()), results, row)
+    write_card(folder.resolve(), recipe, plan_only(recipe), results, row)
     return any(source.on_hub for source in sources(recipe.config))
 
 

@@ -25,9 +25,12 @@ class _Written(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return self.field.plain(value)
+            found = self.field.plain(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if self.field.option.aliases and found not in self.field.choices:
+            self.fail(f"'{value}' is not one of {', '.join(self.field.choices)}", param, ctx)
+        return found
 
 
 def options_of(
@@ -35,6 +38,7 @@ def options_of(
     exclude: Collection[str] = (),
     optional: Collection[str] = (),
     required: Collection[str] = (),
+    several: Collection[str] = (),
 ) -> Callable[[Command], Command]:
     """A decorator that gives a command the options and arguments of some requests.
 
@@ -44,6 +48,7 @@ def options_of(
         exclude: names of parameters to leave out.
         optional: names of parameters that the command itself asks for where they are needed.
         required: names of parameters that only Python can do without.
+        several: names of arguments that may be given more than once.
     """
     found: dict[str, Declared] = {}
     for request in requests:
@@ -60,7 +65,7 @@ def options_of(
     def decorate(command: Command) -> Command:
         for field in sorted(found.values(), key=_rank)[::-1]:
             needed = field.name in required or (field.required and field.name not in optional)
-            command = _parameter(field, needed, spelt)(command)
+            command = _parameter(field, needed, spelt, field.name in several)(command)
         return command
 
     return decorate
@@ -76,7 +81,11 @@ def flags(command: click.Command) -> dict[str, str]:
 
 def _typed(parameter: click.Parameter) -> str:
     if isinstance(parameter, click.Option):
-        return max(parameter.opts, key=len)
+        return (
+            parameter.opts[0]
+            if parameter.opts[0].startswith("--")
+            else max(parameter.opts, key=len)
+        )
     return str(parameter.name).upper()
 
 
@@ -101,10 +110,10 @@ def _rank(field: Declared) -> int:
 
 
 def _parameter(
-    field: Declared, required: bool, spelt: Mapping[str, str]
+    field: Declared, required: bool, spelt: Mapping[str, str], several: bool
 ) -> Callable[[Command], Command]:
     if field.positional:
-        many = field.element is not None
+        many = several or field.element is not None
         nargs: dict[str, Any] = {"nargs": -1} if many else {}
         return click.argument(field.name, required=required, type=_type(field), **nargs)
     help_text = spelled(str(field.info.description), spelt)
@@ -124,7 +133,9 @@ def _parameter(
             attributes |= {"default": default, "show_default": True}
         elif field.option.default is not None:
             help_text += f"  [default: {spelled(field.option.default, spelt)}]"
-    return click.option(field.flag, field.name, required=required, help=help_text, **attributes)
+    names = [field.flag, *([f"--{field.option.also}"] if field.option.also else [])]
+    names += ["-o"] if field.flag == "--out" else []
+    return click.option(*names, field.name, required=required, help=help_text, **attributes)
 
 
 def _type(field: Declared) -> Any:
@@ -136,7 +147,7 @@ def _type(field: Declared) -> Any:
         return click.Path(path_type=Path, exists=exists, file_okay=file, dir_okay=folder)
     if field.repeated:
         return str
-    if field.option.auto or field.element is not None:
+    if field.option.auto or field.option.aliases or field.element is not None:
         return _Written(field)
     if field.choices:
         return click.Choice(field.choices)

@@ -12,7 +12,7 @@ from mergekit_wp.joint.request import FitRequest
 
 
 @click.command(short_help="Fit the gates of all experts jointly, by gradient.")
-@options_of(FitRequest, exclude=("batch_size",), required=("out",))
+@options_of(FitRequest, exclude=("batch_size",), required=("out",), several=("recipe",))
 def fit(**options: Any) -> None:
     """Fit the gates of every expert of a RECIPE, all together.
 

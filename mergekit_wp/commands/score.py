@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -21,13 +22,18 @@ _REASONS = {
     "share_steps": "it goes along the path; give --path-steps",
 }
 _ALONE = (
-    "it takes base and experts from the recipe and scores every kind of component by kl along the "
-    "guided path"
+    "experts scored together are scored in every kind of component, by kl, along the guided path"
 )
 
 
 @click.command(short_help="Measure what each component of an expert does.")
-@options_of(ScoreRequest, CompanyRequest, optional=("base", "expert", "recipe"), required=("out",))
+@options_of(
+    ScoreRequest,
+    CompanyRequest,
+    optional=("base", "expert", "recipe"),
+    required=("out",),
+    several=("expert",),
+)
 @click.pass_context
 def score(context: click.Context, /, **options: Any) -> None:
     """Measure how much of EXPERT's behaviour each component of its weights carries.
@@ -50,13 +56,14 @@ def score(context: click.Context, /, **options: Any) -> None:
     its `path` score. One file per expert is written, and a recipe that merges by them:
 
     \b
-      mergekit-wp score --company recipe.yml --prompts inst=inst.jsonl \\
+      mergekit-wp score base/ inst/ math/ --prompts inst=inst.jsonl \\
           --prompts math=math.jsonl --out scores/
       mergekit-wp merge scores/recipe.yml merged/
     """
-    _check_together(context, together=options["recipe"] is not None)
+    together = options["recipe"] is not None or len(options["expert"]) > 1
+    _check_together(context, together)
     with progress() as bar:
-        said = (_alone if options["recipe"] is None else _together)(options, bar)
+        said = (_together if together else _alone)(options, bar)
     click.echo(said)
 
 
@@ -69,11 +76,13 @@ def _check_together(context: click.Context, together: bool) -> None:
         name = str(parameter.name)
         what = parameter.opts[0] if isinstance(parameter, click.Option) else name.upper()
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in taken:
+        listed = name in ("base", "expert") and context.params["recipe"] is None
+        if given and name not in taken and not listed:
             if not together:
-                raise UserError(f"{what} goes with --company RECIPE")
-            raise UserError(f"{what} does not go with --company: {_REASONS.get(name, _ALONE)}")
-        if not together and name in ("base", "expert") and not given:
+                raise UserError(f"{what} goes with several experts, or with --company RECIPE")
+            whole = "several experts" if context.params["recipe"] is None else "--company"
+            raise UserError(f"{what} does not go with {whole}: {_REASONS.get(name, _ALONE)}")
+        if not together and name in ("base", "expert") and not context.params[name]:
             raise click.UsageError(f"Missing argument '{what}'.", context)
 
 
@@ -82,10 +91,11 @@ def _alone(options: dict[str, Any], bar: BarProgress) -> str:
     from mergekit_wp.errors import UserError
 
     if len(options["prompts"]) > 1:
-        raise UserError("--prompts is given more than once; that is for --company RECIPE")
-    fields = given(ScoreRequest, options | {"prompts": options["prompts"][0]})
-    api.score(**fields, progress=bar)
-    return f"{options['out']} written; look at it with: mergekit-wp inspect {options['out']}"
+        raise UserError("--prompts is given more than once; that is for several experts")
+    one = {"prompts": options["prompts"][0], "expert": options["expert"][0]}
+    api.score(**given(ScoreRequest, options | one), progress=bar)
+    look = shlex.join(["mergekit-wp", "inspect", str(options["out"])])
+    return f"{options['out']} written; look at it with: {look}"
 
 
 def _together(options: dict[str, Any], bar: BarProgress) -> str:
@@ -93,6 +103,10 @@ def _together(options: dict[str, Any], bar: BarProgress) -> str:
     from mergekit_wp.errors import UserError
 
     if options["out"].is_file():
-        raise UserError(f"--out {options['out']} is a file; --company writes into a folder")
+        raise UserError(
+            f"--out {options['out']} is a file; experts scored together go into a folder"
+        )
+    if options["recipe"] is None:
+        options = options | {"recipe": (options["base"], *options["expert"])}
     found = api.score_together(**given(CompanyRequest, options), progress=bar)
     return merge_by(options["out"], found)

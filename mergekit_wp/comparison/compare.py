@@ -11,17 +11,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.results import Results
+from mergekit_wp.comparison.results import MERGE, Results
 from mergekit_wp.comparison.rows import Comparison, recipe_name
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.merging.model_references import yaml_of
+from mergekit_wp.merging.open_models import merge_adapters, place_for_adapters
 from mergekit_wp.models.encoding import one_clock
 from mergekit_wp.report.table import frame
 from mergekit_wp.runs.progress import Progress
@@ -75,7 +79,7 @@ class ComparisonResult:
             "report.html": self.report(),
         }
         for name, config in self.recipes.items():
-            texts[f"recipes/{recipe_name(name)}.yml"] = config.to_yaml()
+            texts[f"recipes/{recipe_name(name)}.yml"] = yaml_of(config)
         for path, text in texts.items():
             with written_whole(out / path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -96,8 +100,14 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
         _folder(request) as folder,
         Results(folder, fingerprint(plan), request.restart) as results,
     ):
-        runner = Runner(plan, results, progress)
-        with one_clock(results.clock):
+        models = [ModelReference.parse(expert) for expert in plan.experts]
+        adapters = folder / f"{MERGE}adapters"
+        with (
+            place_for_adapters(models, MergeOptions(quiet=True), adapters) as options,
+            one_clock(results.clock),
+        ):
+            merge_adapters(models, options)
+            runner = Runner(plan, results, progress, options)
             comparison = runner.run()
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
     found = ComparisonResult(comparison, title, runner.chosen)

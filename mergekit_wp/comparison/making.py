@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,6 +73,7 @@ class Making:
         scratch: folder for what peers have learned, until the comparison ends.
         date: on which the comparison began.
         progress: told of what takes long.
+        options: of mergekit, for all merges.
     """
 
     plan: Plan
@@ -80,6 +81,7 @@ class Making:
     scratch: Path
     date: str
     progress: Progress
+    options: MergeOptions = field(default_factory=lambda: MergeOptions(quiet=True))
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -175,7 +177,7 @@ class Making:
         yield Made(self.evaluation.model, self._interface_by(recipe, 0), cost)
 
     def _options(self, seed: int) -> MergeOptions:
-        return MergeOptions(quiet=True, random_seed=seed, device=self.plan.device)
+        return self.options.model_copy(update={"random_seed": seed, "device": self.plan.device})
 
     def _interface_by(self, recipe: MergeConfiguration, seed: int) -> TextInterface:
         """How mergekit's merge of a recipe is asked."""

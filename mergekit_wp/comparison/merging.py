@@ -23,6 +23,7 @@ from mergekit_wp.architectures import Dims
 from mergekit_wp.comparison.results import MERGE
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import naming_disk
+from mergekit_wp.merging.model_references import yaml_of
 from mergekit_wp.merging.open_models import with_snapshots
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import parameter_names, skeleton
@@ -162,7 +163,9 @@ def merged_on_disk(
     try:
         with naming_disk(folder):
             bare = options.model_copy(update={"write_model_card": False})
-            run_merge(config.model_copy(deep=True), str(folder), bare)
+            run_merge(
+                config.model_copy(deep=True), str(folder), bare, config_source=yaml_of(config)
+            )
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

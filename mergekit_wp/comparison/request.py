@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note, settings_of
+from mergekit_wp.merging.model_references import data_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
@@ -40,7 +42,7 @@ from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.plain_text import PlainText
 from mergekit_wp.tasks.task import Task
-from mergekit_wp.terms import DTypeName
+from mergekit_wp.terms import DTYPE_ALIASES, DTypeName
 from mergekit_wp.version import __version__
 
 
@@ -102,9 +104,9 @@ class CompareRequest(Request):
     max_new_tokens: MaxNewTokens = 64
     batch_size: BatchSize = None
     device: Device = Field(default="auto", validate_default=True)
-    eval_dtype: Annotated[DTypeName | None, Option(default="the recipe's; float32 on a CPU")] = (
-        Field(default=None, description="Of weights and activations while a merge is evaluated.")
-    )
+    dtype: Annotated[
+        DTypeName | None, Option(default="the recipe's; float32 on a CPU", aliases=DTYPE_ALIASES)
+    ] = Field(default=None, description="Of weights and activations while a merge is evaluated.")
     merge_in: Literal["auto", "memory", "disk"] = Field(
         default="auto",
         description="Where merges go; auto: in memory up to 2 GB of float32 weights, else into a "
@@ -151,7 +153,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         grids = read_grid(request.grid, {method.name: method for method in methods})
         methods = tuple(_with_grid(method, grids) for method in methods)
     dtype = first.dtype or "float32"
-    eval_dtype = request.eval_dtype or ("float32" if request.device == "cpu" else dtype)
+    eval_dtype = request.dtype or ("float32" if request.device == "cpu" else dtype)
     plan = Plan(
         base=experts.base,
         experts=experts.models,
@@ -238,13 +240,12 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
     def weights(reference: str) -> str:
         checkpoint = Checkpoint(reference)
-        checkpoint.require_whole("compare")
         asked = checkpoint.interface()
         how = "" if asked is None else f" {asked.digest()[:16]}"
         return f"{checkpoint.config_hash[:16]} {checkpoint.weights_sha256()[:32]}{how}"
 
     def recipe(config: MergeConfiguration) -> str:
-        digest = hashlib.sha256(config.model_dump_json(exclude={"models"}).encode())
+        digest = hashlib.sha256(json.dumps(data_of(config, exclude={"models"})).encode())
         for model in config.models or []:
             if scores := (model.parameters or {}).get("scores"):
                 digest.update(Path(local_path(str(scores))).read_bytes())
@@ -287,5 +288,5 @@ def _dtype(name: str) -> torch.dtype:
     try:
         found: torch.dtype = dtype_from_name(name)
     except RuntimeError as error:
-        raise UserError(f"{option('eval_dtype', name)}: {error}") from error
+        raise UserError(f"{option('dtype', name)}: {error}") from error
     return found

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 
 from mergekit_wp.comparison import select
 from mergekit_wp.comparison.failures import MAY_FAIL, why_failed
@@ -41,11 +42,13 @@ class Runner:
         plan: what is compared.
         results: finished jobs.
         progress: told of every job, and of every step back where memory runs out.
+        options: of mergekit, for all merges.
     """
 
     plan: Plan
     results: Results
     progress: Progress
+    options: MergeOptions = field(default_factory=lambda: MergeOptions(quiet=True))
     chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
 
     def run(self) -> Comparison:
@@ -59,7 +62,7 @@ class Runner:
         every = (*plan.tasks, *plan.keep)
         self.at_once = {task.name: AtOnce(UNBOUNDED, self.progress.note) for task in every}
         date = self.results.clock.date
-        self.making = Making(plan, self.results.folder, scratch, date, self.progress)
+        self.making = Making(plan, self.results.folder, scratch, date, self.progress, self.options)
         for task in every:
             if note := task.too_long(self.making.evaluation.model, self.making.tokenizer):
                 self.progress.note(note)

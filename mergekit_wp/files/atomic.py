@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
-from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.interrupts import finishing
 
 # weight files of an earlier merge into the same folder, which a loader might take for the new ones
@@ -52,6 +52,33 @@ def naming_disk(target: Path) -> Iterator[None]:
         if (trouble := disk_trouble(error)) is None:
             raise
         raise DiskError(f"{target} cannot be written: {trouble}") from error
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds the weights of a model."""
+    return os.path.isdir(folder) and any(_ENTRY.match(path.name) for path in folder.iterdir())
+
+
+def refuse_existing(target: Path | None, overwrite: bool) -> None:
+    """Refuse to replace a finished file, or the weights of a model in a folder.
+
+    Args:
+        target: what is to be written; None for nothing.
+        overwrite: whether it may be replaced.
+
+    Raises:
+        UserError: it may not.
+    """
+    if target is None or overwrite:
+        return
+    found = "exists" if os.path.isfile(target) else ""
+    if is_model(target):
+        found = "holds a model"
+    if found:
+        raise UserError(
+            f"{target} {found} already; add {option('overwrite', True)} to replace it, or choose "
+            "another name"
+        )
 
 
 def synced(path: Path) -> None:

@@ -28,6 +28,7 @@ from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Portion, Recordings, Result, in_portions
 from mergekit_wp.runs.references import References, values_of
 from mergekit_wp.runs.run import journal_of
+from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_recoveries
 
 
 def score_company(request: CompanyRequest, progress: Progress) -> dict[str, ScoreFile]:
@@ -42,7 +43,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
-    check_folder(request.out, request.recipe)
+    check_folder(request)
     beside = None if request.out is None else request.out / "company"
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
@@ -59,6 +60,10 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
         progress.note(f"behaviours recovered at the end of the path: {reached}")
         total = sum(float(values.sum()) for here in positions for values in here.share.values())
         recovered = sum(recoveries)
+        names = [str(member.request.behavior) for member in members]
+        warn_of_recoveries(dict(zip(names, recoveries, strict=True)), progress)
+        completeness = {"share/kl": total / recovered} if recovered else {}
+        warn_of_completeness(completeness, "path_steps", progress)
         found = company_files(
             members,
             references,
@@ -71,7 +76,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
             ],
             recoveries,
             Fidelity(method="guided-path", steps=request.path_steps),
-            completeness={"share/kl": total / recovered} if recovered else {},
+            completeness=completeness,
             command=command_of(request),
             created=journal.created,
         )

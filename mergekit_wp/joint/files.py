@@ -10,15 +10,16 @@ import torch
 import yaml
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.files.atomic import refuse_existing, written_whole
 from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
-from mergekit_wp.joint.request import NamedExperts
+from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
 from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.merging.merge import recipe_of
 from mergekit_wp.merging.recipe import Experts
+from mergekit_wp.models.model_names import absolute
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.score import common_fields
 from mergekit_wp.terms import Estimand, Kind
@@ -29,24 +30,25 @@ RECIPE = "recipe.yml"
 ScoresByKind = Mapping[Kind, torch.Tensor]
 
 
-def check_folder(folder: Path | None, read: Path | NamedExperts) -> None:
-    """Refuse a folder where the recipe that is written would replace the one that is read.
+def check_folder(request: CompanyRequest | FitRequest) -> None:
+    """Refuse a folder where the recipe that is written would replace another one.
 
     Args:
-        folder: of the score files, if any are written.
-        read: the recipe that names the experts, if one does.
+        request: says where the score files go, and which recipe names the experts.
 
     Raises:
-        UserError: names both.
+        UserError: names the folder.
     """
-    if folder is None or isinstance(read, NamedExperts):
+    folder, read = request.out, request.recipe
+    if folder is None:
         return
     path = folder / RECIPE
-    if path.resolve() == read.resolve():
+    if not isinstance(read, NamedExperts) and path.resolve() == read.resolve():
         raise UserError(
             f"{option('out', folder)}: the recipe that merges by the new scores is written to "
             f"{path}, where the recipe is that is read; give another folder"
         )
+    refuse_existing(path, request.overwrite)
 
 
 def company_files(
@@ -131,5 +133,10 @@ def write_company(
     for name, file in files.items():
         write(file, folder / f"{name}.safetensors")
     recipe = recipe_of([str(folder / f"{name}.safetensors") for name in files], settings)
+    # mergekit looks for models from wherever it runs; score files move with their recipe
+    recipe["base_model"] = absolute(recipe["base_model"])
+    for name, model in zip(files, recipe["models"], strict=True):
+        model["model"] = absolute(model["model"])
+        model["parameters"]["scores"] = f"{name}.safetensors"
     with written_whole(folder / RECIPE) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -52,7 +52,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
         )
-    check_folder(request.out, request.recipe)
+    check_folder(request)
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)

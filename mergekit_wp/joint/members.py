@@ -18,6 +18,7 @@ from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References, measure_references
 from mergekit_wp.runs.run import Run
+from mergekit_wp.runs.warnings import warn_of_references
 from mergekit_wp.scoring.request import ScoreRequest
 
 
@@ -102,6 +103,7 @@ def measure(member: Member, journal: Journal, size: int | None = None) -> Refere
         lambda at_once: measure_references(resident, samples, ("kl",), size, at_once)
     )
     progress.advance(1)
+    warn_of_references(references, progress, member.name)
     return references
 
 

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator
 
-from mergekit_wp.errors import option
-from mergekit_wp.options import Argument, Option
-from mergekit_wp.prompts import PromptSource
-from mergekit_wp.runs.request import PROMPTS_OF_EACH, Restart, RunRequest
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.models.model_names import last_name
+from mergekit_wp.options import Argument, Option, Places
+from mergekit_wp.prompts import PromptSource, prompt_source
+from mergekit_wp.prompts.dataset import pinned_text
+from mergekit_wp.prompts.location import HUB
+from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Restart, RunRequest
 from mergekit_wp.terms import GateGranularity
 
 
-class NamedExperts(BaseModel):
+class NamedExperts(Places):
     """A base and its experts, each by a name of the caller's choice, where no recipe names them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     base: str
     experts: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def listed(cls, base: str, experts: Sequence[str]) -> NamedExperts:
+        """Experts by the last names of their folders or repositories.
+
+        Raises:
+            ValueError: two of one name.
+        """
+        names = [last_name(expert) for expert in experts]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two experts are called '{name}', so their score files would be too; give one "
+                    "as a folder of another name"
+                )
+        return cls(base=base, experts=tuple(zip(names, experts, strict=True)))
+
+    def arguments(self) -> tuple[str, ...]:
+        """BASE and every EXPERT, where a command would call them so."""
+        if any(name != last_name(expert) for name, expert in self.experts):
+            return ()
+        return (self.base, *(expert for _, expert in self.experts))
 
 
 class MembersRequest(RunRequest):
@@ -29,11 +55,19 @@ class MembersRequest(RunRequest):
     """
 
     recipe: Annotated[Path | NamedExperts, Argument()] = Field(
-        description="Names the base and its experts."
+        description="Names the base and its experts; or these themselves, BASE EXPERT EXPERT ..."
     )
     prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=SOURCE")] = (
         Field(description=PROMPTS_OF_EACH)
     )
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """Arguments of a command: a recipe, or a base and its experts."""
+        if not isinstance(given, tuple):
+            return given
+        return Path(given[0]) if len(given) == 1 else NamedExperts.listed(given[0], given[1:])
 
 
 class CompanyRequest(MembersRequest):
@@ -45,7 +79,7 @@ class CompanyRequest(MembersRequest):
     command: ClassVar[str] = "score"
 
     recipe: Annotated[Path | NamedExperts, Option(flag="company", metavar="RECIPE")] = Field(
-        description="Instead of BASE and EXPERT: score all experts of a recipe together, for "
+        description="Instead of BASE and EXPERTs: score all experts of a recipe together, for "
         "merging them with `fusion: path`."
     )
     out: Annotated[Path | None, Option(path="any")] = Field(
@@ -56,6 +90,7 @@ class CompanyRequest(MembersRequest):
         default=10, ge=1, description=f"With {option('recipe')}, steps of the guided path."
     )
     restart: Restart = False
+    overwrite: Overwrite = False
 
 
 class FitRequest(MembersRequest):
@@ -124,3 +159,39 @@ class FitRequest(MembersRequest):
         "of them, and 128 at most. With fewer, the fit is judged by what it is fitted on.",
     )
     restart: Restart = False
+    overwrite: Overwrite = False
+
+
+def experts_of(
+    base: str | os.PathLike[str] | None,
+    experts: Mapping[str, str | os.PathLike[str]] | None,
+    recipe: str | os.PathLike[str] | tuple[str, ...] | None,
+) -> Path | NamedExperts | tuple[str, ...]:
+    """A base and its experts as a caller from Python names them, or a command's arguments.
+
+    Raises:
+        UserError: neither these nor a recipe, or both.
+    """
+    if recipe is not None and base is None and experts is None:
+        return recipe if isinstance(recipe, tuple) else Path(recipe)
+    if recipe is not None or base is None or not experts:
+        raise UserError(
+            "expected a base and its experts by name, as in base, {'inst': expert}; or a recipe "
+            "that names them, as recipe=FILE"
+        )
+    named = tuple((name, os.fspath(expert)) for name, expert in experts.items())
+    return NamedExperts(base=os.fspath(base), experts=named)
+
+
+def by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+    """Prompts of each expert, as pairs."""
+    pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
+    return tuple(  # EXPERT=SOURCE as one text is what a command passes on
+        _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))
+        for pair in pairs
+    )
+
+
+def _pinned_pair(pair: str) -> str:
+    expert, on_hub, rest = pair.partition(f"={HUB}")
+    return f"{expert}={pinned_text(HUB + rest)}" if on_hub else pair

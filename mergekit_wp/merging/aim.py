@@ -24,7 +24,7 @@ from torch import nn
 from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.engine.decoder import hooked
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.atomic import staged_folder
+from mergekit_wp.files.atomic import refuse_existing, staged_folder
 from mergekit_wp.merging.merge import check_target
 from mergekit_wp.merging.request import AimRequest
 from mergekit_wp.models.checkpoint import Checkpoint
@@ -70,6 +70,7 @@ def aim(request: AimRequest, progress: Progress) -> None:
         checkpoint.require_whole("aim")
     target = request.out.absolute()
     check_target(target, (start.path, end.path))
+    refuse_existing(target, request.overwrite)
     if start.architecture != end.architecture:
         raise UserError(
             f"'{end.name}' is {end.architecture}, but its base '{start.name}' {start.architecture}"

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.merging.model_references import data_of
 from mergekit_wp.merging.open_models import MISTAKES, snapshot, with_snapshots
 from mergekit_wp.models.generation import TextInterface
 
@@ -25,10 +26,7 @@ _NAME = 40
 
 def settings_of(config: MergeConfiguration) -> dict[str, Any]:
     """The `SETTINGS` that a recipe states, as YAML has them."""
-    found: dict[str, Any] = config.model_dump(
-        mode="json", include=set(SETTINGS), exclude_defaults=True
-    )
-    return found
+    return data_of(config, include=set(SETTINGS), exclude_defaults=True)
 
 
 def write_beside(config: MergeConfiguration, options: MergeOptions, folder: Path) -> None:

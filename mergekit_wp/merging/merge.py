@@ -16,11 +16,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.atomic import disk_trouble, staged_folder
+from mergekit_wp.files.atomic import disk_trouble, refuse_existing, staged_folder
 from mergekit_wp.merging import preflight
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note
-from mergekit_wp.merging.open_models import with_snapshots
+from mergekit_wp.merging.open_models import place_for_adapters, with_snapshots
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.placement import check_device
@@ -35,6 +35,8 @@ def merge(
     options: MergeOptions,
     complete: Completion,
     note: Callable[[str], None],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Merge into a folder, which appears only when it is complete.
 
@@ -46,6 +48,7 @@ def merge(
         options: mergekit's.
         complete: writes the model card, unless the options want none.
         note: told where the merge is not asked as an expert is.
+        overwrite: replace a model that is there already.
 
     Raises:
         UserError: any mistake in the recipe, its score files and its models that shows before
@@ -60,12 +63,18 @@ def merge(
     target = Path(os.path.abspath(out))
     checked = recipes.read(recipe)
     check_target(target, (model.model.path for model in checked.config.referenced_models()))
-    tasks = preflight.check(checked, options)
-    if options.copy_tokenizer and (line := difference_note(checked.config, options)):
-        note(line)
-    # the card is written here: mergekit's asks the network about folders with one slash
-    bare = options.model_copy(update={"write_model_card": False})
-    with staged_folder(target) as folder, _nothing_missing():
+    refuse_existing(target, overwrite)
+    models = checked.config.referenced_models()
+    with (
+        staged_folder(target) as folder,
+        place_for_adapters(models, options, folder.with_name("adapters")) as options,
+        _nothing_missing(),
+    ):
+        tasks = preflight.check(checked, options)
+        if options.copy_tokenizer and (line := difference_note(checked.config, options)):
+            note(line)
+        # the card is written here: mergekit's asks the network about folders with one slash
+        bare = options.model_copy(update={"write_model_card": False})
         config = with_snapshots(checked.config, bare)
         run_merge(config, str(folder), options=bare, config_source=checked.source)
         if options.write_model_card:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.errors import UserError
+from mergekit_wp.merging.model_references import replaced
 from mergekit_wp.merging.recipe import Recipe
 from mergekit_wp.models import hub
 from mergekit_wp.models.load import MISTAKEN_CONFIG
@@ -47,11 +49,6 @@ def open_models(recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = F
         UserError: a model cannot be read, is pickled, or does not fit its score file.
     """
     base, models = recipe.config.base_model, recipe.config.referenced_models()
-    for model in models:
-        if model.lora and not options.lora_merge_cache and not only_to_plan:
-            raise UserError(
-                f"model {model} has a LoRA: give {option('lora_merge_cache', 'FOLDER')} to merge it"
-            )
     LoaderCache().setup(options)
     for model in models:
         _refuse_stand_ins(model)
@@ -108,22 +105,47 @@ def with_snapshots(config: MergeConfiguration, options: MergeOptions) -> MergeCo
         UserError: a model cannot be fetched.
     """
     places = {model: snapshot(model, options) for model in config.referenced_models()}
-    found: MergeConfiguration = _replaced(config, places)
-    return found
+    return replaced(config, lambda model: places.get(model, model))
 
 
-def _replaced(value: Any, places: Mapping[ModelReference, ModelReference]) -> Any:
-    if isinstance(value, ModelReference):
-        return places.get(value, value)
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        parts = {name: _replaced(getattr(value, name), places) for name in fields}
-        return value.model_copy(update=parts, deep=True)
-    if isinstance(value, list):
-        return [_replaced(part, places) for part in value]
-    if isinstance(value, dict):
-        return {key: _replaced(part, places) for key, part in value.items()}
-    return value
+@contextmanager
+def place_for_adapters(
+    models: Iterable[ModelReference], options: MergeOptions, folder: Path
+) -> Iterator[MergeOptions]:
+    """Options by which mergekit merges adapters into their models, in a folder while they last.
+
+    Args:
+        models: those of a merge.
+        options: of mergekit; the same are given back where no model has an adapter, or they name a
+            place. Else adapters are merged in float32, where no change drowns in rounding.
+        folder: to be made; removed afterwards.
+    """
+    adapted = [model for model in models if model.lora is not None]
+    if not adapted or options.lora_merge_cache:
+        yield options
+        return
+    _forget(adapted)
+    try:
+        dtype = options.lora_merge_dtype or "float32"
+        yield options.model_copy(
+            update={"lora_merge_cache": str(folder), "lora_merge_dtype": dtype}
+        )
+    finally:
+        _forget(adapted)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def merge_adapters(models: Iterable[ModelReference], options: MergeOptions) -> None:
+    """Let mergekit merge adapters into its cache, before anything else is done.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    LoaderCache().setup(options)
+    for model in models:
+        if model.lora is not None:
+            require_safetensors(model.lora.path, model.lora.revision)
+            _merge_adapter(model, options)
 
 
 def _refuse_stand_ins(model: ModelReference) -> None:
@@ -135,8 +157,12 @@ def _refuse_stand_ins(model: ModelReference) -> None:
 
 def forget_adapters(recipe: Recipe) -> None:
     """Close models with adapters, for which others stood in."""
-    for model in recipe.config.referenced_models():
-        if model.lora:
+    _forget(recipe.config.referenced_models())
+
+
+def _forget(models: Iterable[ModelReference]) -> None:
+    for model in models:
+        if model.lora is not None:
             LoaderCache.loaders.pop(model, None)
 
 

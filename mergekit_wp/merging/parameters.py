@@ -5,11 +5,13 @@ Filters and gradients are mergekit's: it validates every number they can produce
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
+import click
 from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
@@ -94,10 +96,22 @@ _CRITERION = _parameter(
 def _score_file(value: str) -> str:
     if not value:
         return value
-    path = local_path(value)
+    path = local_path(_beside_the_recipe(value))
     load(path)
     RECORDED.values.setdefault("scores", {})[path] = None
     return path
+
+
+def _beside_the_recipe(path: str) -> str:
+    """A score file that lies beside the recipe which a command of mergekit runs.
+
+    mergekit hands on what a recipe says, not where it is; only its command's arguments tell. It
+    plans, and validates, in the thread that runs the command.
+    """
+    context = click.get_current_context(silent=True)
+    recipe = None if context is None else context.params.get("config_file")
+    beside = os.path.join(os.path.dirname(os.path.abspath(str(recipe))), os.path.expanduser(path))
+    return beside if recipe is not None and os.path.isfile(beside) else path
 
 
 _SCORES = _parameter("scores", Annotated[str, AfterValidator(_score_file)], "a score file's path")

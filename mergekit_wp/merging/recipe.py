@@ -30,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import complaint, parse_yaml
 from mergekit_wp.merging.expert_scores import ExpertScores, load
+from mergekit_wp.merging.model_references import placed, yaml_of
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import refuse_twice
@@ -81,7 +82,7 @@ class Experts:
             UserError: unreadable, or not a recipe of a base and whole experts.
         """
         path, _, data = _load(given)
-        return cls.of(_parsed(path, data), path)
+        return cls.of(placed(_parsed(path, data), path.absolute().parent), path)
 
     @classmethod
     def of(cls, config: MergeConfiguration, path: str | os.PathLike[str]) -> Experts:
@@ -124,6 +125,9 @@ def read(given: RecipeLike) -> Recipe:
     """
     path, source, data = _load(given)
     config = _parsed(path, data, known_only=True)
+    found = placed(config, path.absolute().parent)
+    if found != config:  # what is kept of the recipe has to be right from elsewhere
+        config, source = found, yaml_of(found)
     if config.merge_method != SPEC.name:
         return Recipe(path, source, config)
     _refuse_unknown_keys(data, MergeConfiguration, f"recipe {path}")

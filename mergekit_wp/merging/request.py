@@ -7,16 +7,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mergekit_wp.options import Argument, Request
+from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts.request import SOURCE
-from mergekit_wp.runs.request import CALIBRATION, REFERENCE, BatchSize, Device
+from mergekit_wp.runs.request import CALIBRATION, REFERENCE, BatchSize, Device, Overwrite
 
 
 class MergeRequest(Request):
     """What `mergekit-wp merge` is asked for beside mergekit's own options."""
 
-    recipe: Annotated[str, Argument(path="any")] = Field(description="A mergekit recipe.")
-    out: Annotated[str, Argument(path="any")] = Field(description="Folder for the merged model.")
+    what: Annotated[tuple[str, ...], Argument(repeated=True)] = Field(
+        description="A mergekit recipe and the folder for the model; or a base and its experts."
+    )
+    out: Annotated[Path | None, Option(path="any", default="the last argument")] = Field(
+        default=None, description="Folder for the merged model."
+    )
+    overwrite: Overwrite = False
 
 
 class AimRequest(Request):
@@ -35,3 +40,4 @@ class AimRequest(Request):
     )
     batch_size: BatchSize = None
     device: Device = Field(default="auto", validate_default=True)
+    overwrite: Overwrite = False

@@ -37,6 +37,7 @@ from mergekit_wp.models.refusals import (
     refuse_quantised,
     refuse_quantised_weights,
     refuse_stand_ins,
+    with_named_base,
 )
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows, Span, on_device
 
@@ -62,14 +63,14 @@ class Checkpoint:
 
     Args:
         reference: a folder, or a Hub id as mergekit writes it (``owner/name@revision``); behind a
-            ``+`` a LoRA adapter of it.
+            ``+`` a LoRA adapter of it. An adapter's folder alone is taken with the model it names.
 
     Raises:
         UserError: it cannot be found, has no safetensors weights, or an adapter that does not fit.
     """
 
     def __init__(self, reference: str) -> None:
-        self.name = reference
+        self.name = reference = with_named_base(reference)
         whole = os.path.isdir(reference)
         model, plus, lora = (reference, "", "") if whole else reference.partition("+")
         try:

@@ -97,6 +97,39 @@ def named_base(adapter_config: Path) -> str | None:
     return stated if isinstance(stated, str) and stated else None
 
 
+def with_named_base(reference: str) -> str:
+    """A folder that holds only an adapter, behind the model that the adapter was trained on.
+
+    Args:
+        reference: of a model; any but such a folder is given back.
+
+    Returns:
+        ``BASE+ADAPTER``, with a Hub id as peft wrote it, or a folder that is there from here or
+        from the adapter's.
+
+    Raises:
+        UserError: the adapter does not say what it was trained on, or that folder is gone.
+    """
+    config = Path(reference, "adapter_config.json")
+    if not config.is_file() or Path(reference, "config.json").exists():
+        return reference
+    named = named_base(config)
+    if named is None:
+        raise UserError(
+            f"adapter '{reference}' does not say in {config.name} what it was trained on; write "
+            f"'BASE+{reference}', with that model for BASE"
+        )
+    places = [Path(named).expanduser(), Path(reference, named)]
+    if found := next((place for place in places if place.is_dir()), None):
+        return f"{found}+{reference}"
+    if named.startswith(("/", ".", "~")) or named.count("/") != 1:
+        raise UserError(
+            f"adapter '{reference}' was trained on '{named}', which is not there; write "
+            f"'BASE+{reference}', with the folder of that model for BASE"
+        )
+    return f"{named}+{reference}"
+
+
 def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
     """Refuse a checkpoint whose weights are not all in safetensors files of its own folder.
 

@@ -31,7 +31,7 @@ class InspectRequest(PrintRequest):
     criterion: Annotated[CriterionName | None, Option(metavar="NAME")] = Field(
         default=None, description="Only this criterion."
     )
-    kind: Kind | None = Field(
+    kind: Annotated[Kind | None, Option(also="kinds")] = Field(
         default=None,
         description="Only components of this kind. Without it heads, K/V groups, neurons and the "
         "remaining tensors are ranked together, so that no weight is listed twice.",

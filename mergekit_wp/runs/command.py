@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mergekit_wp.options import Declared, Request, declared
+from mergekit_wp.options import Declared, Places, Request, declared
 from mergekit_wp.version import __version__
 
 
@@ -27,8 +27,14 @@ def command_of(request: Request) -> tuple[str, ...]:
     ]
     if not all(_in_words(value) for _, value in kept):
         return ()
-    places = [str(value) for field, value in kept if field.positional]
-    options = [x for field, value in kept if not field.positional for x in _option(field, value)]
+    places, options = list[str](), list[str]()
+    for field, value in kept:
+        if isinstance(value, Places):
+            places += value.arguments()
+        elif field.positional:
+            places.append(str(value))
+        else:
+            options += _option(field, value)
     return (request.command, *places, *options)
 
 
@@ -42,6 +48,8 @@ def _value(request: Request, name: str) -> Any:
 def _in_words(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_in_words(part) for part in value)
+    if isinstance(value, Places):
+        return bool(value.arguments())
     return value is None or isinstance(value, str | int | float | Path)
 
 

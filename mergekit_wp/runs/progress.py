@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol, Self
 
 from tqdm.auto import tqdm
@@ -117,3 +118,15 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+
+@contextmanager
+def shown_by(progress: bool | Progress) -> Iterator[Progress]:
+    """A bar, nothing, or what the caller brings."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress:
+        with BarProgress() as shown:
+            yield shown
+    else:
+        yield NoProgress()

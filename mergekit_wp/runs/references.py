@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mergekit_wp.criteria import (
+    OUTPUT,
     AnchorDirection,
     Criteria,
     CriterionFunction,
@@ -48,12 +49,15 @@ class References:
         targets: one per batch.
         values: ``[prompts]`` at base and expert, per criterion.
         anchor: how the anchor was chosen, when there is one.
+        likelihood: of the responses, ``[prompts]`` mean log-probabilities at base and expert, where
+            a criterion reads logits.
     """
 
     batches: list[PromptBatch]
     targets: list[Targets]
     values: dict[CriterionName, Reference]
     anchor: Anchor | None
+    likelihood: Reference | None = None
 
 
 @torch.no_grad()
@@ -118,6 +122,8 @@ def measure_references(
     prompt_only = list(batches(alone, at_once, device, side))
     finds_anchor = "anchor" in criteria and anchor is None
     given: Criteria = tuple(c for c in criteria if c != "anchor" or not finds_anchor)
+    if not OUTPUT.keys().isdisjoint(given) and "logprob" not in given:
+        given = (*given, "logprob")  # which says whether the expert is the better one
 
     resident.move_to(1.0)
     reads = needs_expert(criteria)
@@ -148,7 +154,10 @@ def measure_references(
     values = {name: Reference(at_base[name], at_expert[name]) for name in criteria}
     for name, reference in values.items():
         reference.check_separates(name)
-    return References(every, targets, values, info)
+    likelihood = (
+        Reference(at_base["logprob"], at_expert["logprob"]) if "logprob" in at_base else None
+    )
+    return References(every, targets, values, info, likelihood)
 
 
 def anchor_of(file: ScoreFile, resident: ResidentModel) -> AnchorDirection | None:

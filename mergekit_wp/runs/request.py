@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts.request import PROMPTS, MaxPrompts
-from mergekit_wp.terms import DTypeName
+from mergekit_wp.terms import DTYPE_ALIASES, DTypeName
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,6 +51,11 @@ Restart = Annotated[
     Option(stored=False),
     Field(description="Throw away what an earlier run left, begin anew."),
 ]
+Overwrite = Annotated[
+    bool,
+    Option(stored=False),
+    Field(description="Replace a finished score file or merged model that is there already."),
+]
 CheckersFile = Annotated[
     Path | None,
     Field(description="Python file with checkers of your own: f(item, output) -> bool or score."),
@@ -68,7 +73,7 @@ class RunRequest(Request):
 
     max_prompts: MaxPrompts = None
     batch_size: BatchSize = None
-    dtype: DTypeName = Field(
+    dtype: Annotated[DTypeName, Option(aliases=DTYPE_ALIASES)] = Field(
         default="float32",
         description="Of weights and activations; criteria are always computed in float32 or finer.",
     )

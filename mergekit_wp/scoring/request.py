@@ -12,7 +12,7 @@ from mergekit_wp.criteria import SMALL_GAP, CriterionFunction, criterion_words
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.options import INTERNAL, Option
 from mergekit_wp.prompts.request import Prompts
-from mergekit_wp.runs.request import PairRequest, Restart
+from mergekit_wp.runs.request import Overwrite, PairRequest, Restart
 from mergekit_wp.terms import (
     CRITERIA,
     KINDS,
@@ -67,7 +67,9 @@ class ScoreRequest(PairRequest):
         "over prompts first. prompt: the mean of every prompt's own quotient, without prompts on "
         f"which they differ by less than {SMALL_GAP:.0%} of what they do on the mean.",
     )
-    kinds: tuple[Kind, ...] = Field(default=KINDS, description="Kinds of component to score.")
+    kinds: Annotated[tuple[Kind, ...], Option(also="kind")] = Field(
+        default=KINDS, description="Kinds of component to score."
+    )
     anchor_layer: Annotated[int | None, Option(auto=True)] = Field(
         default=None,
         ge=0,
@@ -107,6 +109,7 @@ class ScoreRequest(PairRequest):
         "or a new one. pip install 'mergekit-wp[ray]'",
     )
     restart: Restart = False
+    overwrite: Overwrite = False
     exact_budget: Annotated[float, INTERNAL] = EXACT_BUDGET
 
     @model_validator(mode="before")

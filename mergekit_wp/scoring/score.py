@@ -17,6 +17,7 @@ from mergekit_wp.criteria import (
     source_sha256,
 )
 from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
 from mergekit_wp.files.scorefile import ScoreFile, read, write
 from mergekit_wp.models.checkpoint import Checkpoint
@@ -44,6 +45,7 @@ from mergekit_wp.runs.references import (
 )
 from mergekit_wp.runs.run import Run, journal_of
 from mergekit_wp.runs.texts import Footprint
+from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_references
 from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.sweeps import Sweeps
@@ -64,6 +66,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     prompts = read_prompts(request.prompts, request.max_prompts)
     criteria, functions = named(choose_criteria(request.criterion, prompts.prompts))
     _check_request(request, criteria, prompts.prompts, progress)
+    refuse_existing(request.out, request.overwrite)
     date = begun(request.out, request.restart)
     run = Run.open(request, request.base, request.expert, prompts, progress, date)
     request = _within_the_map(request, run.pair, progress)
@@ -83,7 +86,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
             request, run, criteria, functions, resident, samples, journal
         )
         progress.advance(1)
-        warn_of_wrong_sign(references, progress)
+        warn_of_references(references, progress)
         recordings = Recordings(resident, references, criteria)
         at_once = AtOnce(size, progress.note, recordings.forget)
         spread = cluster(recordings, at_once, progress) if request.ray else nullcontext()
@@ -91,6 +94,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
             sweeps = Sweeps(request, recordings, at_once, journal, progress, workers)
             _tell_of_left_out(sweeps)
             sweeps.all()
+        warn_of_completeness(sweeps.completeness, "share_steps", progress)
         manifest = _manifest(request, run, references, sweeps, journal.created)
         result = ScoreFile(manifest, score_tensors(sweeps))
         if request.out is not None:
@@ -370,15 +374,4 @@ def _tell_of_left_out(sweeps: Sweeps) -> None:
                 f"'{name}' by prompt leaves {len(members)} of {sweeps.recordings.n_prompts} "
                 f"prompts out, {numbers}: base and expert differ there by less than "
                 f"{SMALL_GAP:.0%} of what they do on the mean"
-            )
-
-
-def warn_of_wrong_sign(references: References, progress: Progress) -> None:
-    """Say when a criterion is lower for the expert than for the base."""
-    for name, reference in references.values.items():
-        if float(reference.distance.mean()) < 0:
-            progress.note(
-                f"warning: criterion '{name}' is lower for the expert than for the base "
-                f"({float(reference.expert.mean()):.3g} against {float(reference.base.mean()):.3g})"
-                "; its scores say what lowers it"
             )

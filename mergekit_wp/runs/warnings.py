@@ -1,0 +1,82 @@
+"""Results that look like success and are none: what a run says of them, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mergekit_wp.errors import option
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.references import References
+
+#: nats a token below which two answers are taken for the same: what rounding to 8 bits changes
+SAME_ANSWER = 0.01
+#: part of the prompts that may be answered like the base, and part of a behaviour that must come
+#: back, before somebody is told
+HALF = 0.5
+#: how far a sum of shares may be from 1
+CLOSE = 0.1
+
+
+def warn_of_references(references: References, progress: Progress, expert: str = "") -> None:
+    """Say where the expert does not show the behaviour better than the base.
+
+    ``kl`` has no direction, for it is measured from whichever model is called the expert. What can
+    be known: a criterion that is lower for the expert; a given response that is less likely;
+    prompts that both answer alike.
+
+    Args:
+        references: base and expert on the prompts.
+        progress: told.
+        expert: its name, where there are several.
+    """
+    of = f" of {expert}" if expert else ""
+    for name, reference in references.values.items():
+        if float(reference.distance.mean()) < 0:
+            progress.note(
+                f"warning: criterion '{name}'{of} is lower for the expert than for the base "
+                f"({float(reference.expert.mean()):.3g} against {float(reference.base.mean()):.3g})"
+                "; its scores say what lowers it. If that was not meant, base and expert may be "
+                "swapped, or the prompts those of another expert"
+            )
+    likely = references.likelihood
+    if likely is not None and "logprob" not in references.values and likely.distance.mean() < 0:
+        progress.note(
+            f"warning: the responses{of} are less likely at the expert than at the base "
+            f"({float(likely.expert.mean()):.3g} against {float(likely.base.mean()):.3g} nats a "
+            "token): base and expert may be swapped, or the prompts those of another expert"
+        )
+    if "kl" in references.values:
+        distance = references.values["kl"].distance
+        alike = int((distance < SAME_ANSWER).sum())
+        if alike >= HALF * distance.numel():
+            progress.note(
+                f"warning: {alike} of {distance.numel()} prompts{of} are answered by the expert as "
+                f"by the base (less than {SAME_ANSWER:g} nats a token apart), so they say nothing "
+                "about it; give prompts on which the expert behaves differently"
+            )
+
+
+def warn_of_completeness(completeness: Mapping[str, float], steps: str, progress: Progress) -> None:
+    """Say where shares do not sum to 1: too few steps for a path as curved as this.
+
+    Args:
+        completeness: sums, by scores.
+        steps: the field with the number of steps.
+        progress: told.
+    """
+    for scores, total in completeness.items():
+        if abs(total - 1) > CLOSE:
+            progress.note(
+                f"warning: {scores} sums to {total:.2f}, where exact scores sum to 1; give more "
+                f"{option(steps)}"
+            )
+
+
+def warn_of_recoveries(recoveries: Mapping[str, float], progress: Progress) -> None:
+    """Say which behaviours do not come back where experts were scored together."""
+    if poor := [f"{name} {value:.2f}" for name, value in recoveries.items() if value < HALF]:
+        progress.note(
+            f"warning: a merge by these scores loses most of a behaviour: of the expert's way only "
+            f"{', '.join(poor)} comes back. Fit the experts instead (`mergekit-wp fit`), or give "
+            f"more prompts or {option('path_steps')}; merge fewer experts where neither helps"
+        )
