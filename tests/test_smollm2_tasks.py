@@ -9,12 +9,11 @@ from itertools import islice
 
 import pytest
 
+from benchmarks.items import Item, Split, split_of, task_line, unique
 from benchmarks.smollm2 import checkers
 from benchmarks.smollm2.ifeval import identity
 from benchmarks.smollm2.skills import code, instruction, math
 from benchmarks.smollm2.skills.code import FAMILIES, Family, assertions, solve
-from benchmarks.smollm2.skills.item import Item, Split, split_of
-from benchmarks.smollm2.tasks import task_line, unique
 from mergekit_wp.tasks import ifeval
 from mergekit_wp.tasks.checkers import BUILT_IN, NEEDS
 

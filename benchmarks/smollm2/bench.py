@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 import yaml
 
-from benchmarks.smollm2.paths import BASE, BUILD, IFEVAL, PROMPTS, REPO, command
+from benchmarks.files import IFEVAL, REPO, command
+from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS
 from benchmarks.smollm2.tasks import SKILLS
 
 COMBINATIONS = (

@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.files import REPO, read_jsonl
 from benchmarks.smollm2.bench import local
 from benchmarks.smollm2.experts import batch_of
 from benchmarks.smollm2.fitting import STEPS, recipe_of
-from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, REPO, read_jsonl
+from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS
 from benchmarks.smollm2.tasks import SKILLS
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder

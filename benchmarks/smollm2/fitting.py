@@ -22,22 +22,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.files import IFEVAL, REPO, command, device, read_jsonl, write_jsonl
 from benchmarks.fitting import fit_by_tensor
+from benchmarks.items import split_of
+from benchmarks.perplexity import perplexity, ratio, surprise
 from benchmarks.smollm2.bench import COMBINATIONS, HERE, local, prepare
 from benchmarks.smollm2.ifeval import identity, request_of
-from benchmarks.smollm2.paths import (
-    BASE,
-    BUILD,
-    IFEVAL,
-    REPO,
-    command,
-    device,
-    read_jsonl,
-    write_jsonl,
-)
-from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
+from benchmarks.smollm2.paths import BASE, BUILD
+from benchmarks.smollm2.perplexity import plain_texts
 from benchmarks.smollm2.skills import code, instruction, math
-from benchmarks.smollm2.skills.item import split_of
 from benchmarks.smollm2.tasks import (
     COUNTS,
     MAX_NEW_TOKENS,

@@ -18,9 +18,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.files import IFEVAL, REPO, command, device, read_jsonl
+from benchmarks.perplexity import perplexity, ratio, surprise
 from benchmarks.smollm2.bench import COMBINATIONS, HERE, local
-from benchmarks.smollm2.paths import BASE, BUILD, IFEVAL, REPO, command, device, read_jsonl
-from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
+from benchmarks.smollm2.paths import BASE, BUILD
+from benchmarks.smollm2.perplexity import plain_texts
 from benchmarks.smollm2.tasks import SKILLS
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from scipy.stats import spearmanr
 
+from benchmarks.files import command
 from benchmarks.smollm2.bench import MAX_PROMPTS, local, prepare, score
-from benchmarks.smollm2.paths import BASE, BUILD, command
+from benchmarks.smollm2.paths import BASE, BUILD
 from benchmarks.smollm2.straight import write_straight
 from mergekit_wp.files import scorefile
 
