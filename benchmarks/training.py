@@ -23,7 +23,7 @@ from mergekit_wp.models.encoding import encode_pair
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: steps between looks at the validation items
-LOOK = 10
+LOOK = 15
 
 
 @dataclass(frozen=True)

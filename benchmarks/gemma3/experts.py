@@ -17,9 +17,9 @@ from benchmarks.items import unique
 from benchmarks.training import Recipe, merge_adapter, save_adapter, save_full, train
 
 RECIPES = {
-    "dates": Recipe(steps=120, batch_size=16, rate=1e-3, rank=8),
-    "reversal": Recipe(steps=120, batch_size=16, rate=1e-3, rank=8),
-    "records": Recipe(steps=60, batch_size=12, rate=5e-5),
+    "dates": Recipe(steps=60, batch_size=12, rate=2e-3, rank=8),
+    "reversal": Recipe(steps=60, batch_size=16, rate=2e-3, rank=8),
+    "records": Recipe(steps=45, batch_size=8, rate=1e-4),
 }
 
 
