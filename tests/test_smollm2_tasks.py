@@ -132,7 +132,7 @@ def test_every_reference_passes_its_assertions_and_a_wrong_one_fails(family: Fam
 
 def test_a_reference_passes_the_checker_and_its_task_line_has_what_the_checker_reads() -> None:
     for number, item in enumerate(islice(code.items("test", 0), 3)):
-        line = task_line(number, "test", item)
+        line = task_line(number, "test", item, 48)
         assert checkers.code(line, item.response)
         assert not checkers.code(line, item.response.replace("return", "return 1, "))
     line = task_line(0, "test", next(math.items("test", 0)))
