@@ -135,9 +135,9 @@ def test_a_reference_passes_the_checker_and_its_task_line_has_what_the_checker_r
         line = task_line(number, "test", item, 48)
         assert checkers.code(line, item.response)
         assert not checkers.code(line, item.response.replace("return", "return 1, "))
-    line = task_line(0, "test", next(math.items("test", 0)))
+    line = task_line(0, "test", next(math.items("test", 0)), 48)
     assert set(NEEDS[line["checker"]]) <= set(line)
-    line = task_line(0, "test", next(instruction_items("test")))
+    line = task_line(0, "test", next(instruction_items("test")), 48)
     assert set(NEEDS[line["checker"]]) <= set(line)
 
 
