@@ -154,7 +154,7 @@ class FitTable:
         every = self.family.skills
         self.kept("base", lambda: self.measure(self.family.base, every))
         for skill in every:
-            self.kept(skill, partial(self.measure, self.family.expert(skill), every))
+            self.kept(skill, partial(self.measure, self.family.expert(skill), (skill,)))
 
     def cpu(self, experts: Sequence[str]) -> float | None:
         """CPU seconds of a fit, over all its runs."""
