@@ -89,14 +89,24 @@ def compare(
     )
 
 
+def fitted(family: Family, name: str) -> list[Path]:
+    """The recipe of a combination's fit under the name of its row, where it was fitted."""
+    made = family.folder / "fitting" / name / "recipe.yml"
+    if not made.exists():
+        return []
+    path = family.folder / "recipes" / name / "fitted.yml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(made.read_text())
+    return [path]
+
+
 def run(family: Family, methods: str | None, only: str | None) -> None:
     """Make what is missing and compare; also by fitted gates, where they were fitted."""
     make_missing(family)
     for experts in family.combinations:
         name = "-".join(experts)
         if only in (None, name):
-            fitted = family.folder / "fitting" / name / "recipe.yml"
-            recipes = [*score(family, experts), *([fitted] if fitted.exists() else [])]
+            recipes = [*score(family, experts), *fitted(family, name)]
             compare(family, experts, recipes, methods)
 
 
