@@ -14,6 +14,7 @@ import yaml
 
 from benchmarks.family import Family
 from benchmarks.files import command, local
+from benchmarks.fit_table import FitTable
 
 #: of each behaviour, for scores
 MAX_PROMPTS = 12
@@ -73,6 +74,11 @@ def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
     return out / "recipe.yml", by_alone
 
 
+def learnt_from(family: Family, experts: Sequence[str]) -> list[str]:
+    """The prompts of peers that learn: those of the fit."""
+    return [f"{e}={local(FitTable(family).unlabelled(e))}" for e in experts]
+
+
 def compare(
     family: Family, experts: Sequence[str], recipes: Sequence[Path], methods: str | None
 ) -> None:
@@ -85,6 +91,7 @@ def compare(
         *("--out", local(family.folder / "compare" / "-".join(experts)), "--relative"),
         *("--grid", "benchmarks/grid.yml", "--checkers", f"{family.here}/checkers.py"),
         *("--calibration", local(calibration), "--eval-dtype", "bfloat16"),
+        *(part for pair in learnt_from(family, experts) for part in ("--prompts", pair)),
         *(("--methods", methods) if methods else ()),
     )
 
