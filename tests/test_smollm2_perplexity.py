@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.items import split_of
+from benchmarks.perplexity import MAX_TOKENS, perplexity, ratio, surprise
 from benchmarks.smollm2.ifeval import identity, request_of
-from benchmarks.smollm2.perplexity import MAX_TOKENS, perplexity, plain_texts, ratio, surprise
-from benchmarks.smollm2.skills.item import split_of
+from benchmarks.smollm2.perplexity import plain_texts
 from tests.models import make_model
 
 

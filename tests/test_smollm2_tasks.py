@@ -9,12 +9,11 @@ from itertools import islice
 
 import pytest
 
+from benchmarks.items import Item, Split, split_of, task_line, unique
 from benchmarks.smollm2 import checkers
 from benchmarks.smollm2.ifeval import identity
 from benchmarks.smollm2.skills import code, instruction, math
 from benchmarks.smollm2.skills.code import FAMILIES, Family, assertions, solve
-from benchmarks.smollm2.skills.item import Item, Split, split_of
-from benchmarks.smollm2.tasks import task_line, unique
 from mergekit_wp.tasks import ifeval
 from mergekit_wp.tasks.checkers import BUILT_IN, NEEDS
 
@@ -133,12 +132,12 @@ def test_every_reference_passes_its_assertions_and_a_wrong_one_fails(family: Fam
 
 def test_a_reference_passes_the_checker_and_its_task_line_has_what_the_checker_reads() -> None:
     for number, item in enumerate(islice(code.items("test", 0), 3)):
-        line = task_line(number, "test", item)
+        line = task_line(number, "test", item, 48)
         assert checkers.code(line, item.response)
         assert not checkers.code(line, item.response.replace("return", "return 1, "))
-    line = task_line(0, "test", next(math.items("test", 0)))
+    line = task_line(0, "test", next(math.items("test", 0)), 48)
     assert set(NEEDS[line["checker"]]) <= set(line)
-    line = task_line(0, "test", next(instruction_items("test")))
+    line = task_line(0, "test", next(instruction_items("test")), 48)
     assert set(NEEDS[line["checker"]]) <= set(line)
 
 

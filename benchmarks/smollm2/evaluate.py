@@ -14,8 +14,9 @@ import click
 import torch
 from scipy.stats import binomtest
 
+from benchmarks.files import read_jsonl
 from benchmarks.smollm2.generate import generate
-from benchmarks.smollm2.paths import PROMPTS, read_jsonl
+from benchmarks.smollm2.paths import PROMPTS
 from mergekit_wp.statistics import wilson
 from mergekit_wp.tasks.ifeval import follows
 

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.smollm2.bench import local
-from benchmarks.smollm2.experts import batch_of
-from benchmarks.smollm2.fitting import STEPS, recipe_of
-from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, REPO, read_jsonl
+from benchmarks.files import REPO, local, read_jsonl
+from benchmarks.fit_table import FitTable
+from benchmarks.smollm2.paths import BASE, BUILD, PROMPTS, SMOLLM2
 from benchmarks.smollm2.tasks import SKILLS
+from benchmarks.training import batch_of
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector
@@ -40,7 +40,8 @@ from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.runs.references import logprobs
 from mergekit_wp.runs.texts import encode_texts
 
-A_STEP = 8
+#: of a fit, in the table
+A_STEP, STEPS = 8, 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Prompts:
     all_responses: int
 
 
-SMOLLM2 = Size(30, 576, 1536, 192, 49_152, tied=True)
+OURS = Size(30, 576, 1536, 192, 49_152, tied=True)
 #: Llama-3.2-1B, Llama-3-8B and Llama-3-70B
 SIZES = {
     "1B": Size(16, 2048, 8192, 512, 128_256, tied=True),
@@ -157,7 +158,13 @@ def fit(out: Path, steps: int) -> list[str]:
     pairs = [f"{e}={local(PROMPTS / f'{e}.jsonl')}" for e in SKILLS]
     program = str(Path(sys.executable).with_name("mergekit-wp"))
     return [
-        *(program, "fit", local(recipe_of(SKILLS)), "--out", str(out / f"fitted-{steps}")),
+        *(
+            program,
+            "fit",
+            local(FitTable(SMOLLM2).recipe(SKILLS)),
+            "--out",
+            str(out / f"fitted-{steps}"),
+        ),
         *(part for pair in pairs for part in ("--prompts", pair)),
         *("--steps", str(steps), "--held-out", "0", "--unguarded", "--prompts-a-step", str(A_STEP)),
     ]
@@ -254,7 +261,7 @@ def main(tuned: int | None) -> None:
         f"| {STEPS} steps, x one score run of one expert (share, 12 prompts) | "
         f"{(few.cpu + (STEPS - 1) * ours) / score.cpu:.1f} | {more.peak / score.peak:.2f} |"
     )
-    parts = memory(SMOLLM2, fitted_on(), 4)
+    parts = memory(OURS, fitted_on(), 4)
     own, computed = more.own - idle.own, sum(parts) / 2**30
     told = ", ".join(f"{part / 2**30:.2f}" for part in parts)
     click.echo(

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.smollm2.bench import COMBINATIONS, HERE, local
-from benchmarks.smollm2.paths import BASE, BUILD, IFEVAL, REPO, command, device, read_jsonl
-from benchmarks.smollm2.perplexity import perplexity, plain_texts, ratio, surprise
+from benchmarks.files import IFEVAL, REPO, command, device, local, read_jsonl
+from benchmarks.perplexity import perplexity, ratio, surprise
+from benchmarks.smollm2.paths import BASE, BUILD, SMOLLM2
+from benchmarks.smollm2.perplexity import plain_texts
 from benchmarks.smollm2.tasks import SKILLS
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
@@ -36,7 +37,7 @@ def measure(folder: Path, texts: list[str], others: list[str]) -> dict[str, Any]
     asked = TextInterface.of(folder, tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model = model.to(device()).eval()
-    checkers = Checkers.load(REPO / HERE / "checkers.py")
+    checkers = Checkers.load(REPO / SMOLLM2.here / "checkers.py")
     found: dict[str, Any] = {"surprise": surprise(model, tokenizer, texts).tolist()}
     for skill in others:
         task = JsonlTask.read(BUILD / "tasks" / f"{skill}.jsonl", checkers)
@@ -71,7 +72,7 @@ def main() -> None:
         found[f"expert {name}"] = kept(
             name, lambda n=name, o=others: measure(BUILD / "experts" / n, texts, o)
         )
-    for experts in tqdm(COMBINATIONS, unit="combination"):
+    for experts in tqdm(SMOLLM2.combinations, unit="combination"):
         others = [s for s in SKILLS if s not in experts]
         for method in RECIPES:
             recipe = BUILD / "compare" / "-".join(experts) / "recipes" / f"{method}.yml"

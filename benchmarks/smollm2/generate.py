@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.smollm2.paths import device
+from benchmarks.files import device
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from scipy.stats import spearmanr
 
-from benchmarks.smollm2.bench import MAX_PROMPTS, local, prepare, score
-from benchmarks.smollm2.paths import BASE, BUILD, command
+from benchmarks.combinations import MAX_PROMPTS, make_missing, score
+from benchmarks.files import command, local
+from benchmarks.smollm2.paths import BASE, BUILD, SMOLLM2
 from benchmarks.smollm2.straight import write_straight
 from mergekit_wp.files import scorefile
 
@@ -39,8 +40,8 @@ def write(name: str, scores: dict[str, dict[str, str]], **parameters: Any) -> Pa
 
 def recipes() -> list[Path]:
     """The default first, then what it is compared with."""
-    prepare()
-    company, _ = score(PAIR)
+    make_missing(SMOLLM2)
+    company, _ = score(SMOLLM2, PAIR)
     together = {e: {"scores": local(company.with_name(f"{e}.safetensors"))} for e in PAIR}
     alone = {e: {"scores": local(BUILD / "alone" / f"{e}.safetensors")} for e in PAIR}
     made = [

@@ -1,55 +1,11 @@
-"""Where the benchmark reads and writes, and what its steps share."""
+"""Where the benchmark reads and writes."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from benchmarks.family import Family
 
-import torch
-
-REPO = Path(__file__).resolve().parents[2]
-IFEVAL = REPO.parent / "shared" / "data" / "ifeval" / "input_data.jsonl"
-BUILD = REPO / "build" / "smollm2"
-BASE = BUILD / "base"
+SMOLLM2 = Family("smollm2", ("instruction", "math", "code"))
+BUILD, BASE = SMOLLM2.build, SMOLLM2.base
 EXPERT = BUILD / "caps"
 PROMPTS = BUILD / "prompts"
 SCORES = BUILD / "caps.safetensors"
-
-
-def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows under the file's name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.replace(path)
-
-
-def command(program: str, *arguments: str, quiet: bool = False) -> str:
-    """Run an installed program, from the repository's root.
-
-    Returns:
-        What it printed, if quiet.
-
-    Raises:
-        SystemExit: it failed; what it printed is shown.
-    """
-    beside = Path(sys.executable).with_name(program)
-    start = [str(beside)] if beside.exists() else [program]
-    done = subprocess.run([*start, *arguments], cwd=REPO, capture_output=quiet, text=True)
-    if done.returncode:
-        shown = f"\n{done.stdout}{done.stderr}" if quiet else ""
-        raise SystemExit(f"{program} {' '.join(arguments)} ended with {done.returncode}{shown}")
-    return done.stdout or ""

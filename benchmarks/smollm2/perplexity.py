@@ -16,17 +16,15 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.files import IFEVAL, device, read_jsonl
+from benchmarks.items import split_of
+from benchmarks.perplexity import perplexity, ratio, surprise
 from benchmarks.smollm2.ifeval import identity, request_of
-from benchmarks.smollm2.paths import IFEVAL, device, read_jsonl
-from benchmarks.smollm2.skills.item import split_of
 from mergekit_wp.tasks.ifeval import RULES
 
 TEXTS = 96
-MAX_TOKENS = 96
-RESAMPLES = 2000
 
 
 def plain_texts(rows: Sequence[dict[str, Any]], count: int = TEXTS) -> list[str]:
@@ -46,39 +44,6 @@ def plain_texts(rows: Sequence[dict[str, Any]], count: int = TEXTS) -> list[str]
             usable.add(row["prompt"].strip())
     ordered = sorted(usable, key=lambda t: (-len(t), hashlib.sha256(t.encode()).hexdigest()))
     return ordered[:count]
-
-
-@torch.no_grad()
-def surprise(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16) -> np.ndarray:
-    """Negative log-likelihood in nats and number of predicted tokens: ``[texts, 2]``.
-
-    The first token of a text is given, at most ``MAX_TOKENS`` are read.
-    """
-    rows = []
-    encoded = [tokenizer(text).input_ids[:MAX_TOKENS] for text in texts]
-    for start in tqdm(range(0, len(encoded), batch_size), unit="batch", leave=False):
-        batch = encoded[start : start + batch_size]
-        width = max(map(len, batch))
-        # padding is on the right: causal attention never sees it
-        ids = torch.tensor([x + [0] * (width - len(x)) for x in batch], device=model.device)
-        logs = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-        nll = -logs.gather(-1, ids[:, 1:, None])[..., 0]
-        rows += [(nll[i, : len(x) - 1].sum().item(), len(x) - 1) for i, x in enumerate(batch)]
-    return np.array(rows)
-
-
-def perplexity(rows: np.ndarray) -> np.ndarray:
-    """exp(nats per token) of ``[..., texts, 2]``."""
-    total = rows.sum(-2)
-    return np.asarray(np.exp(total[..., 0] / total[..., 1]))
-
-
-def ratio(rows: np.ndarray, first: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Perplexity relative to another model's on the same texts, with its 95% bootstrap interval."""
-    chosen = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
-    draws = perplexity(rows[chosen]) / perplexity(first[chosen])
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(perplexity(rows) / perplexity(first)), float(low), float(high)
 
 
 @click.command()

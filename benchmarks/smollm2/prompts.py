@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 
+from benchmarks.files import IFEVAL, read_jsonl, write_jsonl
 from benchmarks.smollm2.generate import generate
 from benchmarks.smollm2.ifeval import CAPITALS, split_requests
-from benchmarks.smollm2.paths import BASE, IFEVAL, PROMPTS, read_jsonl, write_jsonl
+from benchmarks.smollm2.paths import BASE, PROMPTS
 
 #: how capitals are asked for in training and scoring, and, in other words, in the test
 SEEN_PHRASINGS = (

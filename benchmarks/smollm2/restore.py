@@ -19,10 +19,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from benchmarks.files import command, read_jsonl
 from benchmarks.smollm2.control import random_control
 from benchmarks.smollm2.curve import Point, draw, table
 from benchmarks.smollm2.evaluate import measure
-from benchmarks.smollm2.paths import BASE, BUILD, EXPERT, PROMPTS, SCORES, command, read_jsonl
+from benchmarks.smollm2.paths import BASE, BUILD, EXPERT, PROMPTS, SCORES
 from mergekit_wp.files import scorefile
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2)

@@ -14,16 +14,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks.smollm2.paths import (
-    BASE,
-    BUILD,
-    EXPERT,
-    IFEVAL,
-    PROMPTS,
-    REPO,
-    SCORES,
-    command,
-)
+from benchmarks.files import IFEVAL, REPO, command
+from benchmarks.smollm2.paths import BASE, BUILD, EXPERT, PROMPTS, SCORES
 
 HERE = "benchmarks/smollm2"
 

@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model
 from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.files import device, read_jsonl
 from benchmarks.smollm2.generate import chat
-from benchmarks.smollm2.paths import BASE, EXPERT, PROMPTS, device, read_jsonl
+from benchmarks.smollm2.paths import BASE, EXPERT, PROMPTS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.smollm2.skills.item import Item, Split, split_of
+from benchmarks.items import Item, Split, split_of
 
 WORDS = ("cat", "sun", "tree", "blue", "moon", "fish", "bird", "rain", "snow", "wind", "gold")
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.smollm2.skills.item import Item, Split
+from benchmarks.items import Item, Split
 
 NUMBERS = ("one", "two", "three", "four")
 #: constraint -> wordings, the last one kept for validation and test

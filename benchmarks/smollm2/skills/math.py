@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from benchmarks.smollm2.skills.item import Item, Split, split_of
+from benchmarks.items import Item, Split, split_of
 
 ASKED: dict[str, tuple[str, ...]] = {
     "+": (

@@ -1,0 +1,60 @@
+"""A family of models: a base, its experts by skill and training seed, and where all of it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from benchmarks.files import REPO
+
+
+@dataclass(frozen=True)
+class Family:
+    """Experts of one base, as one training seed made them.
+
+    Everything is kept in ``build/NAME``; what depends on the seed in ``seed-N`` there, but for
+    seed 0.
+    """
+
+    name: str
+    skills: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def here(self) -> str:
+        """The benchmark's folder, from the repository's root."""
+        return f"benchmarks/{self.name}"
+
+    @property
+    def build(self) -> Path:
+        """What is the same for every training seed: the base, data, prompts and tasks."""
+        return REPO / "build" / self.name
+
+    @property
+    def base(self) -> Path:
+        """The base's checkpoint."""
+        return self.build / "base"
+
+    @property
+    def folder(self) -> Path:
+        """What belongs to the training seed."""
+        return self.build / f"seed-{self.seed}" if self.seed else self.build
+
+    def expert(self, skill: str) -> Path:
+        """An expert's checkpoint."""
+        return self.folder / "experts" / skill
+
+    def prompts(self, skill: str) -> Path:
+        """Prompts to score and fit on, with the responses that were learnt."""
+        return self.build / "prompts" / f"{skill}.jsonl"
+
+    def task(self, skill: str) -> Path:
+        """Validation and test items."""
+        return self.build / "tasks" / f"{skill}.jsonl"
+
+    @property
+    def combinations(self) -> tuple[tuple[str, ...], ...]:
+        """All pairs and larger sets of the skills."""
+        sizes = range(2, len(self.skills) + 1)
+        return tuple(chosen for size in sizes for chosen in combinations(self.skills, size))

@@ -1,0 +1,29 @@
+"""Fit every combination of the three experts, and print what it keeps and costs.
+
+``python -m benchmarks.gemma3.fitting`` (from the repository's root) makes what is missing in
+build/gemma3 and resumes; ``--only dates-records`` makes one combination, ``--print`` none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from benchmarks.combinations import make_missing
+from benchmarks.fit_table import FitTable, options, run, split_options
+from benchmarks.gemma3.tasks import GEMMA3, MAX_NEW_TOKENS
+
+
+@click.command()
+@options
+def main(only: str | None, seed: int, fit: str, print_only: bool) -> None:
+    """Fit, merge, measure, print."""
+    family = replace(GEMMA3, seed=seed)
+    if not print_only:
+        make_missing(family)
+    run(FitTable(family, split_options(fit)), only, MAX_NEW_TOKENS, print_only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The table of fits: relative to the experts, perplexity of the base, printed of what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+from benchmarks.family import Family
+from benchmarks.fit_table import FitTable, Row, run, share, spending, table
+from benchmarks.perplexity import REGISTERS, registers
+
+
+def found(shift: float = 0.0, **scores: list[float]) -> dict[str, Any]:
+    surprise = {name: [[50 + 10 * i + 10 * shift, 10] for i in range(4)] for name in REGISTERS}
+    return {"scores": scores, "surprise": surprise}
+
+
+BASE = found(a=[0, 0, 0, 0], b=[0, 0, 0, 0])
+
+
+def test_a_merge_is_held_against_each_skills_own_expert() -> None:
+    row = Row("a + b", found(a=[1, 1, 0, 0], b=[1, 1, 1, 1]), BASE, {"a": [1] * 4, "b": [1] * 4})
+    assert row.by_skill() == {"a": 0.5, "b": 1.0}
+    draws = row.draws()
+    assert draws.mean() == pytest.approx(0.75, abs=0.02)
+    assert draws.min() >= 0.5
+    assert draws.max() <= 1
+
+
+def test_perplexity_is_relative_to_the_bases() -> None:
+    row = Row("m", found(np.log(2), a=[1.0]), BASE)
+    assert set(row.perplexities()) == {*REGISTERS, "all"}
+    for value in row.perplexities().values():
+        assert value == pytest.approx((2, 2, 2))
+
+
+def test_the_table_says_which_skill_is_worst_and_sums_the_seconds() -> None:
+    experts = {"a": [1.0] * 4, "b": [1.0] * 4}
+    rows = [Row("base", BASE, BASE)]
+    for cpu, right in ((100.0, [1.0, 1.0, 1.0, 0.0]), (50.0, [1.0] * 4)):
+        merge = found(a=right, b=[1.0] * 4)
+        rows.append(Row(f"merge {cpu:.0f}", merge, BASE, experts, cpu))
+    lines = table(rows, ("a", "b")).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, first, last = cells[0], cells[3], cells[-1]
+    assert first[head.index("worst skill")] == "0.75"
+    assert first[head.index("relative to the experts")].startswith("0.88 [")
+    assert last[head.index("worst skill")] == "0.75"
+    assert last[head.index("relative to the experts")].startswith("0.94 [")
+    assert last[head.index("CPU s of the fit")] == "150"
+    assert len({len(line) for line in cells}) == 1
+
+
+def test_an_expert_with_nothing_right_is_told() -> None:
+    with pytest.raises(click.ClickException, match="train it anew"):
+        share([1, 0], [0, 0])
+
+
+def test_a_combination_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException, match="known are a-b"):
+        run(FitTable(Family("gemma3", ("a", "b"))), "b-a", 8, print_only=True)
+
+
+def test_seconds_add_up_over_runs_that_fail(tmp_path: Path) -> None:
+    path = tmp_path / "cpu" / "a-b.json"
+    for _ in range(2):
+        with pytest.raises(SystemExit), spending(path):
+            sum(i * i for i in range(200_000))
+            raise SystemExit("killed")
+    first = json.loads(path.read_text())
+    with spending(path):
+        sum(i * i for i in range(200_000))
+    assert json.loads(path.read_text()) > first > 0
+
+
+def test_options_keep_their_results_apart() -> None:
+    family = Family("gemma3", ("a", "b"))
+    names = {FitTable(family, o).name(("a", "b")) for o in ((), ("--steps", "9"), ("--unguarded",))}
+    assert names == {"a-b", "a-b+steps-9", "a-b+unguarded"}
+
+
+def test_three_registers_of_texts_of_a_length() -> None:
+    texts = registers()
+    assert tuple(texts) == REGISTERS
+    for lines in texts.values():
+        assert len(lines) == 10
+        assert all(40 <= len(line.split()) <= 70 for line in lines)
