@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -85,7 +86,8 @@ def _alone(options: dict[str, Any], bar: BarProgress) -> str:
         raise UserError("--prompts is given more than once; that is for --company RECIPE")
     fields = given(ScoreRequest, options | {"prompts": options["prompts"][0]})
     api.score(**fields, progress=bar)
-    return f"{options['out']} written; look at it with: mergekit-wp inspect {options['out']}"
+    look = shlex.join(["mergekit-wp", "inspect", str(options["out"])])
+    return f"{options['out']} written; look at it with: {look}"
 
 
 def _together(options: dict[str, Any], bar: BarProgress) -> str:

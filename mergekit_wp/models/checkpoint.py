@@ -83,9 +83,10 @@ class Checkpoint:
         self.adapter = None
         if self.ref.lora is not None:
             self.adapter = Adapter.open(self.ref.lora.path, self.ref.lora.revision)
-            for name in self.adapter.shapes:
+            for name in (*self.adapter.shapes, *self.adapter.saved):
                 header = self.stored.header(name)
                 self.adapter.check_fits(name, None if header is None else header[0])
+            self.adapter.check_tying(tied=bool(self.text_config.tie_word_embeddings))
 
     def require_whole(self, purpose: str) -> None:
         """Refuse a model with an adapter.
