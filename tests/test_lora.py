@@ -87,6 +87,23 @@ def test_every_tensor_is_the_one_peft_merges(base: Path, tmp_path: Path, options
     assert differ == 6  # two layers
 
 
+def test_embeddings_in_an_adapter_are_those_peft_loads(tmp_path: Path) -> None:
+    """peft writes them where an embedding is trained or resized, with no word in the config."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = save(make_model("llama"), tmp_path / "base", torch.float32)
+    adapter, _ = make_adapter(base, tmp_path)
+    head = torch.randn(Checkpoint(str(base)).header("lm_head.weight")[0])
+    change_weights(lambda w: w.update({"base_model.model.lm_head.weight": head}))(adapter)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+    found = Checkpoint(f"{base}+{adapter}")
+    assert torch.equal(merged["lm_head.weight"], head)
+    for name, want in merged.items():
+        torch.testing.assert_close(found.tensor(name, torch.float32), want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("modules", [["lm_head", "embed_tokens"], ["norm", "o_proj"]], ids=str)
 def test_modules_saved_whole_are_those_peft_merges(tmp_path: Path, modules: list[str]) -> None:
     base = save(make_model("llama"), tmp_path / "base", torch.float32)
@@ -195,14 +212,12 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callabl
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-K = f"{Q}.lora_A.weight"
 
 
 def saved_whole(module: str, *shape: int) -> Callable[[Path], None]:
     """The adapter with one more module, saved whole."""
 
     def apply(adapter: Path) -> None:
-        change_config(modules_to_save=[module])(adapter)
         more = {f"base_model.model.{module}.weight": torch.zeros(*shape)}
         change_weights(lambda w: w.update(more))(adapter)
 
@@ -213,11 +228,6 @@ def saved_whole(module: str, *shape: int) -> Callable[[Path], None]:
     ("change", "message"),
     [
         (change_config(use_dora=True), "use_dora = true, which is not known to be plain LoRA"),
-        (change_config(modules_to_save="lm_head"), "modules_to_save = \"lm_head\"; expected a list"),
-        (
-            change_weights(lambda w: w.update({"base_model.model.lm_head.weight": w[K]})),
-            "holds base_model.model.lm_head.weight .* of no module in modules_to_save",
-        ),
         (saved_whole("lm_head", 40, 16), "changes lm_head.weight, of which its model has no"),
         (saved_whole("model.norm", 3), r"its model.norm.weight is \[3\], that of its model \["),
         (saved_whole("model.embed_tokens", 40, 16), "whole, but the output head .* is tied to it"),

@@ -154,6 +154,16 @@ class Checkpoint:
             name: span for path in self.weight_files for name, span in Span.of_file(path).items()
         }
 
+    def named_otherwise(self, name: str) -> str:
+        """What errors say of a parameter that is stored behind other words, as wrappers do."""
+        for stored in self.headers:
+            if stored.endswith(f".{name}"):
+                return (
+                    f", but one called {stored}; save it again without the wrapper (of "
+                    "torch.compile, FSDP, ...) that gave it this name"
+                )
+        return ""
+
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and stored dtype of one parameter.
 
@@ -162,7 +172,7 @@ class Checkpoint:
         """
         found = self.stored.header(name)
         if found is None:
-            raise UserError(f"'{self.name}' has no tensor {name}")
+            raise UserError(f"'{self.name}' has no tensor {name}{self.named_otherwise(name)}")
         return found
 
     @property

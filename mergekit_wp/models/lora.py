@@ -28,7 +28,7 @@ from mergekit_wp.models.refusals import refuse_stand_ins, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
-_SAVED = re.compile(r"^base_model\.model\.((.+)\.[^.]+)$")
+_WHOLE = re.compile(r"^base_model\.model\.((?!.*lora_).+\.(weight|bias))$")
 # settings with which W + scale · B A is still all that the adapter does, whatever their value:
 # what it was trained on and how, what its tensors say themselves, and what is honoured below
 _HARMLESS = frozenset(
@@ -81,7 +81,7 @@ class Adapter:
         commit: on the Hub, None for a folder.
         config: of peft.
         shapes: of A and of B by the name of the parameter they change.
-        saved: shapes of the parameters that it holds whole, of ``modules_to_save``.
+        saved: shapes of the parameters that it holds whole: ``modules_to_save``, and embeddings.
     """
 
     folder: Path
@@ -110,8 +110,7 @@ class Adapter:
                 )
         _check_numbers(config, name)
         commit = None if Path(path).is_dir() else hub.commit_of(folder)
-        modules = tuple(config.get("modules_to_save") or ())
-        return cls(folder, name, commit, config, *_shapes(folder / WEIGHTS, name, modules))
+        return cls(folder, name, commit, config, *_shapes(folder / WEIGHTS, name))
 
     def check_fits(self, name: str, shape: tuple[int, ...] | None) -> None:
         """Refuse a parameter that the model does not have, or has in another shape.
@@ -237,13 +236,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _check_numbers(config: dict[str, Any], name: str) -> None:
-    """Refuse an alpha that is no number, a pattern of them that is no pattern, no list of names."""
-    modules = config.get("modules_to_save") or []
-    if not isinstance(modules, list) or not all(isinstance(m, str) and m for m in modules):
-        raise UserError(
-            f"{name}: {CONFIG} has modules_to_save = {json.dumps(modules):.200}; expected a list "
-            "of names"
-        )
+    """Refuse an alpha that is no number, or a pattern of them that is no pattern."""
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{name}: {CONFIG}: alpha_pattern is no JSON object of numbers")
@@ -269,24 +262,23 @@ def _among(value: Any, values: tuple[Any, ...]) -> bool:
 
 
 def _shapes(
-    file: Path, name: str, modules: tuple[str, ...]
+    file: Path, name: str
 ) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], dict[str, tuple[int, ...]]]:
-    """Of the low-rank changes, and of what ``modules_to_save`` holds whole, as `Adapter` has it."""
+    """Of the low-rank changes, and of what is held whole, as `Adapter` has it."""
     _require_weights(file, name)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     saved: dict[str, tuple[int, ...]] = {}
     try:
         for key, (shape, _) in stored_tensors(file).items():
-            match, whole = _KEY.match(key), _SAVED.match(key)
+            match, whole = _KEY.match(key), _WHOLE.match(key)
             if match is not None and len(shape) == 2 and not match[1].endswith(".lora_embedding"):
                 found.setdefault(f"{match[1]}.weight", {})[match[2]] = shape
-            elif whole is not None and whole[2].endswith(modules):  # as peft matches them
+            elif whole is not None:  # whichever it is, peft loads it into the parameter of its name
                 saved[whole[1]] = shape
             else:
                 raise UserError(
                     f"{name} holds {key} {list(shape)}, which is no plain LoRA matrix of a linear "
-                    "layer and of no module in modules_to_save; merge it into its model and give "
-                    "the folder of the result"
+                    "layer; merge it into its model and give the folder of the result"
                 )
     except SafetensorError as error:
         raise UserError(f"{name}: {WEIGHTS} is damaged: {error}") from error

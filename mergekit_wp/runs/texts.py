@@ -39,7 +39,10 @@ class Encoded:
         every = [*self.prompts, *self.responses.values(), *self.contrasts.values()]
         largest = max(token for ids in every for token in ids)
         if largest >= size:
-            raise UserError(f"the tokenizer gives token {largest}; the models have {size} tokens")
+            raise UserError(
+                f"the tokenizer gives token {largest}; the models have {size} tokens: tokens were "
+                "added to it that the embedding has no rows for, or it is of another model"
+            )
 
     def sha256(self) -> str:
         """Hash of all token ids."""
