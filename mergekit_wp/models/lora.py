@@ -162,7 +162,7 @@ class Adapter:
         """Rows of a parameter with the adapter's change, at least in fp32; others as they are."""
         if name in self.saved:
             with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-                whole = file.get_tensor(f"base_model.model.{name}")[rows]
+                whole: torch.Tensor = file.get_tensor(f"base_model.model.{name}")[rows]
             return whole.to(torch.promote_types(weight.dtype, torch.float32))
         if name not in self.shapes:
             return weight

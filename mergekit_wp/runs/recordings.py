@@ -189,7 +189,7 @@ def in_portions(
     at_once: AtOnce,
     batch: int,
     work: Callable[[Portion], Result],
-    prompts: int,
+    prompts: int | None,
 ) -> Result:
     """What is computed on a batch, with fewer patches or prompts at once where memory runs out.
 
@@ -198,7 +198,8 @@ def in_portions(
         at_once: how many sequences fitted last.
         batch: its number.
         work: computes a portion, from its start.
-        prompts: the dimension of its results that counts prompts.
+        prompts: the dimension of its results that counts prompts; None where they are sums over
+            these.
 
     Raises:
         OutOfMemory: there is not even memory for one sequence.
@@ -217,6 +218,8 @@ def in_portions(
         finally:
             recordings.forget()
         together = {name: [one[name] for one in found] for name in found[0]}
+        if prompts is None:
+            return {name: torch.stack(parts).sum(0) for name, parts in together.items()}
         return {name: torch.cat(parts, prompts) for name, parts in together.items()}
 
     return at_once.run(with_so_many)
