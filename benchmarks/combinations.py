@@ -90,7 +90,7 @@ def compare(
         *("mergekit-wp", "compare", *map(local, recipes), *tasks),
         *("--out", local(family.folder / "compare" / "-".join(experts)), "--relative"),
         *("--grid", "benchmarks/grid.yml", "--checkers", f"{family.here}/checkers.py"),
-        *("--calibration", local(calibration), "--eval-dtype", "bfloat16"),
+        *("--calibration", local(calibration), "--dtype", "bfloat16"),
         *(part for pair in learnt_from(family, experts) for part in ("--prompts", pair)),
         *(("--methods", methods) if methods else ()),
     )

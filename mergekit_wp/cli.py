@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.interrupts import Interrupted, listening
 from mergekit_wp.version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # subcommand -> (module attribute that holds it, line in --help); loaded only when called, so
 # that --help does not wait for torch
@@ -96,9 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after Ctrl-C and
     SIGTERM, 1 anything else.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console may lack the characters of a name
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _shown(sys.stdout, sys.__stdout__), _shown(sys.stderr, sys.__stderr__)
     try:
         with listening():
             status = cli.main(args=arguments, prog_name="mergekit-wp", standalone_mode=False)
@@ -122,6 +124,35 @@ def main(arguments: list[str] | None = None) -> None:
         if not isinstance(error, OSError | SafetensorError):
             raise
         _fail(f"{type(error).__name__}: {error}", 1)  # a lost network drive
+
+
+class _Pipe(io.FileIO):
+    """Where output goes; once its reader has gone (``| head``), nowhere: the command goes on."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """As many bytes as were written or dropped."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _shown(stream: TextIO, own: TextIO | None) -> TextIO:
+    """A stream that neither a missing character nor a missing reader ends.
+
+    Args:
+        stream: where output goes.
+        own: the one that the process began with.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    if stream.errors == "strict":  # a console may lack the characters of a name
+        stream.reconfigure(errors="replace")
+    if stream is not own or stream.isatty():
+        return stream
+    into = io.BufferedWriter(_Pipe(stream.fileno(), "wb", closefd=False))
+    lines = stream.line_buffering
+    return io.TextIOWrapper(into, stream.encoding, stream.errors, line_buffering=lines)
 
 
 def _way_on(error: DiskError | Interrupted, start: str) -> str:

@@ -38,7 +38,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.plan import plan
-from mergekit_wp.models.model_names import distinct_names
+from mergekit_wp.models.model_names import distinct_names, file_names, is_called
 from mergekit_wp.terms import RowRole
 from tests.merging import Family, llama_config
 
@@ -309,6 +309,31 @@ def test_a_tensor_that_an_expert_did_not_change_is_no_contribution(tmp_path: Pat
     assert before.total == norms + 1, "the embedding is the one other whole tensor"
     assert before.taking[0] <= 1
     assert isinstance(before, Tally)
+
+
+@pytest.mark.parametrize(
+    ("references", "names"),
+    [
+        (["me/math", "you/code"], ("math", "code")),
+        (["me/math", "you/math", "me/code"], ("me--math", "you--math", "code")),
+        (["b+me/lora@v1", "b+me/lora@refs/pr/1"], ("lora@v1", "lora@refs-pr-1")),
+        (["me/math@v1", "me/math@v2"], ("math@v1", "math@v2")),
+        (["b+me/lora", "c+me/lora"], ("me--lora", "me--lora")),  # nothing tells them apart
+    ],
+)
+def test_files_of_models_of_one_name(references: list[str], names: tuple[str, ...]) -> None:
+    assert file_names(references) == names
+
+
+def test_files_of_folders_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run in ("math", "code"):
+        (tmp_path / run / "checkpoint-500").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "math")
+    runs = ["checkpoint-500", "../code/checkpoint-500/"]
+    assert file_names(runs) == ("math--checkpoint-500", "code--checkpoint-500")
+    assert [is_called(run, "math/checkpoint-500") for run in runs] == [True, False]
+    assert all(is_called(run, "checkpoint-500") for run in runs)
+    assert not any(is_called(run, "500") for run in runs)
 
 
 def test_distinct_names() -> None:

@@ -96,6 +96,23 @@ def test_such_a_cut_is_said_once() -> None:
     assert not progress.notes
 
 
+def test_a_prompt_does_not_end_with_an_end_token_that_the_tokenizer_adds() -> None:
+    """As lm-eval has it; one that stands in the text stays."""
+    tokenizer = sentencepiece()
+    plain = encode_prompt(tokenizer, "21+1=")
+    tokens = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=list(zip(["<s>", "</s>"], tokens, strict=True))
+    )
+    assert tokenizer("21+1=").input_ids[-1] == tokens[1]
+    assert encode_prompt(tokenizer, "21+1=") == plain
+    parts = encode_pair(tokenizer, "21+1=", "22")
+    assert (parts.prompt, parts.as_alone) == (plain, True)
+    assert parts.response.count(tokens[1]) == 1
+    written = encode_prompt(tokenizer, "21+1=</s>")
+    assert written == [*plain, tokens[1]]
+
+
 def test_a_prompt_and_response_of_one_token_are_refused() -> None:
     bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]))
     tokenizer = Pieces(tokenizer_object=bpe, eos_token="</s>")

@@ -217,6 +217,26 @@ def test_two_sets_of_weights_in_one_folder_are_refused(sharded: Family, tmp_path
         by_ours(sharded.recipe(), tmp_path / "out")
 
 
+def test_a_model_with_an_adapter_beside_it_is_refused(sharded: Family, tmp_path: Path) -> None:
+    """transformers takes the adapter and the model that it names, and not these weights."""
+    folder = sharded.experts[0].path
+    (folder / "adapter_config.json").write_text("{}")
+    message = "is a whole model with an adapter beside it.* or write BASE\\+ADAPTER"
+    with pytest.raises(UserError, match=message):
+        Checkpoint(str(folder))
+    with pytest.raises(UserError, match=message):
+        by_ours(sharded.recipe(), tmp_path / "out")
+
+
+def test_weights_of_a_compiled_model_are_refused_with_the_reason(family: Family) -> None:
+    expert = family.experts[0]
+    state = {f"_orig_mod.{name}": tensor for name, tensor in expert.state.items()}
+    save_file(state, expert.path / "model.safetensors", metadata={"format": "pt"})
+    message = r"no tensor (model.+weight), but one called _orig_mod\.\1; .*of torch.compile"
+    with pytest.raises(UserError, match=message):
+        open_pair(str(family.base.path), str(expert.path), lambda *_: None)
+
+
 def test_a_folder_without_safetensors_says_so(family: Family) -> None:
     folder = family.base.path
     (folder / "model.safetensors").rename(folder / "model.gguf")

@@ -51,7 +51,7 @@ def make_adapter(base: Path, folder: Path, **options: Any) -> tuple[Path, Path]:
     adapted = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.normal_(0, 0.2)
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(folder / "merged")
@@ -85,6 +85,61 @@ def test_every_tensor_is_the_one_peft_merges(base: Path, tmp_path: Path, options
         torch.testing.assert_close(ours.tensor(name, torch.float32), want, rtol=1e-6, atol=1e-6)
         differ += not torch.equal(want, start.tensor(name, torch.float32))
     assert differ == 6  # two layers
+
+
+def test_embeddings_in_an_adapter_are_those_peft_loads(tmp_path: Path) -> None:
+    """peft writes them where an embedding is trained or resized, with no word in the config."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = save(make_model("llama"), tmp_path / "base", torch.float32)
+    adapter, _ = make_adapter(base, tmp_path)
+    head = torch.randn(Checkpoint(str(base)).header("lm_head.weight")[0])
+    change_weights(lambda w: w.update({"base_model.model.lm_head.weight": head}))(adapter)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+    found = Checkpoint(f"{base}+{adapter}")
+    assert torch.equal(merged["lm_head.weight"], head)
+    for name, want in merged.items():
+        torch.testing.assert_close(found.tensor(name, torch.float32), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("modules", [["lm_head", "embed_tokens"], ["norm", "o_proj"]], ids=str)
+def test_modules_saved_whole_are_those_peft_merges(tmp_path: Path, modules: list[str]) -> None:
+    base = save(make_model("llama"), tmp_path / "base", torch.float32)
+    adapter, merged = make_adapter(base, tmp_path, modules_to_save=modules)
+    ours, theirs = Checkpoint(f"{base}+{adapter}"), Checkpoint(str(merged))
+    start, names = Checkpoint(str(base)), [n for n in theirs.headers if modules[1] in n]
+    for name in theirs.headers:
+        want = theirs.tensor(name, torch.float32)
+        torch.testing.assert_close(ours.tensor(name, torch.float32), want, rtol=1e-6, atol=1e-6)
+    assert names and all(
+        not torch.equal(ours.tensor(n, torch.float32), start.tensor(n, torch.float32))
+        for n in names
+    )
+
+
+def test_what_mergekit_extracts_is_read_as_it_merges_it(tmp_path: Path) -> None:
+    """It saves norms and embeddings whole, and gives every weight a rank and an alpha."""
+    from mergekit.scripts.extract_lora import main as extract
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = make_model("llama")
+    base = save(model, tmp_path / "base", torch.float32)
+    expert = save(perturbed(model, 0.05), tmp_path / "expert", torch.float32)
+    extracted = [f"--base-model={base}", f"--model={expert}", f"--out-path={tmp_path / 'lora'}"]
+    done = CliRunner().invoke(extract, [*extracted, "--max-rank=64"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, tmp_path / "lora").merge_and_unload()
+    ours, theirs = Checkpoint(f"{base}+{tmp_path / 'lora'}"), Checkpoint(str(expert))
+    for name, want in merged.state_dict().items():
+        found = ours.tensor(name, torch.float32)
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+        if not name.endswith(".bias"):  # of which it extracts none; of the rest all, at this rank
+            torch.testing.assert_close(found, theirs.tensor(name, torch.float32), atol=1e-5, rtol=0)
 
 
 def test_transposed_weights(tmp_path: Path) -> None:
@@ -159,11 +214,24 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callabl
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
+def saved_whole(module: str, *shape: int) -> Callable[[Path], None]:
+    """The adapter with one more module, saved whole."""
+
+    def apply(adapter: Path) -> None:
+        more = {f"base_model.model.{module}.weight": torch.zeros(*shape)}
+        change_weights(lambda w: w.update(more))(adapter)
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (change_config(use_dora=True), "use_dora = true, which is not known to be plain LoRA"),
-        (change_config(modules_to_save=["lm_head"]), r"modules_to_save = \[\"lm_head\"\]"),
+        (saved_whole("lm_head", 40, 16), "changes lm_head.weight, of which its model has no"),
+        (saved_whole("model.norm", 3), r"its model.norm.weight is \[3\], that of its model \["),
+        (saved_whole("model.embed_tokens", 40, 16), "whole, but the output head .* is tied to it"),
+        (saved_whole("model.layers.0.self_attn.q_proj", 16, 16), "and holds it whole as well"),
         (change_config(bias="all"), "bias = \"all\""),
         (change_config(alpha_pattern={"q_proj": "4"}), r"has alpha_pattern\['q_proj'\] = \"4\""),
         (change_config(alpha_pattern={"q(": 4}), r"'q\(' in alpha_pattern is no pattern of names"),
@@ -388,23 +456,25 @@ def test_a_base_with_an_adapter(base: Path, tmp_path: Path, merged: Callable[...
 
 
 def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None:
-    """Experts are called by their adapters, whatever revision or folder the base has."""
+    """Experts are called by their adapters; of one name, by the folders of these as well."""
     references = []
     for seed, name in enumerate(("east", "west")):
         (tmp_path / name).mkdir()
         adapter, _ = make_adapter(base, tmp_path / name)
         change_weights(lambda w, seed=seed: [t.mul_(1 + seed) for t in w.values()])(adapter)
-        references.append(f"{base}+{adapter.rename(tmp_path / f'to-{name}')}")
+        references.append(f"{base}+{adapter}")
     recipe = recipe_of(base, references[0], tmp_path / "unused")
     recipe["models"] = [{"model": reference} for reference in references]
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    prompts = [(f"to-{n}", write_prompts(tmp_path / f"{n}.jsonl", 2)) for n in ("east", "west")]
+    prompts = [
+        (f"{n}/adapter", write_prompts(tmp_path / f"{n}.jsonl", 2)) for n in ("east", "west")
+    ]
     request = CompanyRequest(
         recipe=tmp_path / "recipe.yml", prompts=tuple(prompts), out=tmp_path / "scores",
         dtype="float64", max_new_tokens=2, path_steps=2,
     )  # fmt: skip
     files = score_company(request, Quiet())
-    assert list(files) == ["to-east", "to-west"]
+    assert list(files) == ["east--adapter", "west--adapter"]
     made = yaml.safe_load((tmp_path / "scores" / "recipe.yml").read_text())
     for model in made["models"]:
         model["parameters"]["scores"] = str(

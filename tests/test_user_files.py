@@ -272,3 +272,14 @@ def test_score_and_merge_without_what_only_unix_has(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONIOENCODING": "cp1252"},
     )
     assert shown.returncode == 0 and b"??" in shown.stdout, shown.stderr
+
+
+def test_a_reader_that_has_gone_ends_no_command() -> None:
+    """As `| head -1` leaves: what was asked for is done, and the status is that of the command."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for arguments, status in ((["behaviors", "capitals"], 0), (["--no-such"], 2)):
+        command = [sys.executable, "-m", "mergekit_wp.cli", *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == status and "Broken" not in done.stderr, done.stderr
+    os.close(writer)

@@ -204,7 +204,8 @@ class Fitting:
 
     def _last_judged(self, state: FitState) -> torch.Tensor:
         """What was left of each objective's span at the last look: prompts that are fitted on keep
-        a limit before those do that are not."""
+        a limit before those do that are not.
+        """
         return state.seen[state.climb.steps // LOOK * LOOK, 1, 0] / self.spans
 
     def _said(self, seen: torch.Tensor) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 
 import torch
 
+from mergekit_wp.criteria import split
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
+from mergekit_wp.engine.integrated_gradients import TaskVector
+from mergekit_wp.engine.slopes import Slopes, Term, slopes
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
@@ -25,7 +28,7 @@ from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.recordings import Portion, Recordings, Result, in_portions
+from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.references import References, values_of
 from mergekit_wp.runs.run import journal_of
 from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_recoveries
@@ -105,12 +108,12 @@ class Walk:
         first = members[0].pair
         self.partition = first.partition
         self.resident = members[0].run.load()
-        dtype, device = self.resident.dtype, self.resident.device
-        self.vectors = [TaskVector.of(member.pair, dtype, device) for member in members]
-        self.recordings = [Recordings(self.resident, own, ("kl",)) for own in references]
-        self.at_once = [
-            AtOnce(max(batch.size for batch in own.batches), progress.note) for own in references
-        ]
+        wide = torch.promote_types(self.resident.dtype, torch.float32)
+        device = self.resident.device
+        self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
+        self.at_once = AtOnce(
+            max(batch.size for own in references for batch in own.batches), progress.note
+        )
 
     def to_the_end(self) -> list[PathPosition]:
         """Take all steps; returns how far each expert's components came."""
@@ -118,10 +121,10 @@ class Walk:
         n_prompts = sum(len(m.prompts.prompts) for m in self.members)
         self.progress.stage("guided path", self.request.path_steps * n_prompts, "prompt")
         for step in range(self.request.path_steps):
-            slopes = self._slopes(step, positions)
+            found = self._slopes(step, positions)
             positions = [
                 here.step(slope, 1 / self.request.path_steps)
-                for here, slope in zip(positions, slopes, strict=True)
+                for here, slope in zip(positions, found, strict=True)
             ]
         return positions
 
@@ -129,62 +132,66 @@ class Walk:
         """How far each behaviour has come back where the components now are."""
         self._move_to(positions)
         decoder, found = Decoder(self.resident.model), []
-        for references, at_once in zip(self.references, self.at_once, strict=True):
+        for references in self.references:
             reference, every = references.values["kl"], references.batches
             n = reference.base.numel()
             work = partial(values_of, decoder, every, references.targets, ("kl",), n)
             with torch.no_grad():
-                values = at_once.run(work)["kl"]
+                values = self.at_once.run(work)["kl"]
             change = float(values.double().mean()) - float(reference.base.double().mean())
             found.append(change / float(reference.distance.double().mean()))
         return found
 
-    def _slopes(
-        self, step: int, positions: Sequence[PathPosition]
-    ) -> list[dict[str, torch.Tensor]]:
-        """Derivative of the sum of recoveries along every expert's components."""
-        slopes: list[dict[str, torch.Tensor]] = [{} for _ in self.members]
+    def _slopes(self, step: int, positions: Sequence[PathPosition]) -> list[Slopes]:
+        """Derivative of the sum of recoveries along every expert's components.
+
+        A batch of every behaviour goes through together, so that differences are read once for all.
+        """
+        found: list[Slopes] = [{} for _ in self.members]
         moved = False
 
-        def contributions_of(recordings: Recordings, at_once: AtOnce, b: int) -> Result:
+        def slopes_of(b: int) -> Result:
             nonlocal moved
             if not moved:
                 self._move_to(positions)
                 moved = True
-            work = partial(self._contributions, recordings)
-            return in_portions(recordings, at_once, b, work, None)
+            return self.at_once.run(partial(self._of_batches, b))
 
-        for member, references, recordings, at_once in zip(
-            self.members, self.references, self.recordings, self.at_once, strict=True
-        ):
-            distance = references.values["kl"].distance.double()
-            scale = 1 / float(distance.sum())
-            for b, batch in enumerate(references.batches):
-                key = f"path.step{step:04d}.{member.name}.batch{b:04d}"
-                run = partial(contributions_of, recordings, at_once, b)
-                result, resumed = self.journal.block(key, run)
-                for entry, total in result.items():
-                    expert, name = entry.split("/", 1)
-                    found = slopes[int(expert)]
-                    found[name] = found.get(name, 0.0) + total * scale
-                self.progress.advance(batch.size, resumed=resumed)
-        return slopes
+        for b in range(max(len(own.batches) for own in self.references)):
+            result, resumed = self.journal.block(
+                f"path.step{step:04d}.batch{b:04d}", partial(slopes_of, b)
+            )
+            for entry, slope in result.items():
+                expert, name = entry.split("/", 1)
+                own = found[int(expert)]
+                own[name] = own.get(name, 0.0) + slope
+            n_prompts = sum(own.batches[b].size for own in self._with_batch(b))
+            self.progress.advance(n_prompts, resumed=resumed)
+        return found
 
-    def _contributions(self, recordings: Recordings, portion: Portion) -> Result:
-        """Summed over prompts.
+    def _with_batch(self, b: int) -> list[References]:
+        return [own for own in self.references if b < len(own.batches)]
+
+    def _of_batches(self, b: int, size: int) -> Result:
+        """Slopes on one batch of every behaviour that has it, ``size`` prompts of each at once.
 
         Returns:
             ``[components of the tensor]`` by "expert/tensor".
         """
-        batch, targets = recordings.prompts(portion)
-        per_expert = contributions(
-            recordings.decoder, batch, self.partition, self.vectors, ("kl",), targets
-        )["kl"]
-        return {
-            f"{e}/{name}": value.sum(0).cpu().double()
-            for e, found in enumerate(per_expert)
-            for name, value in found.items()
-        }
+        parts = []
+        for own in self._with_batch(b):
+            weight = 1 / float(own.values["kl"].distance.double().sum())
+            pieces = split(own.batches[b], own.targets[b], size)
+            parts.append([Term(*piece, weight) for piece in pieces])
+        total: Result = {}
+        for turn in zip_longest(*parts):
+            terms = [term for term in turn if term is not None]
+            decoder = Decoder(self.resident.model)
+            _, every = slopes(decoder, terms, self.partition.layouts, self.vectors)
+            for e, found in enumerate(every):
+                for name, slope in found.items():
+                    total[f"{e}/{name}"] = total.get(f"{e}/{name}", 0.0) + slope
+        return total
 
     def _move_to(self, positions: Sequence[PathPosition]) -> None:
         """The merge as the method would write it with the present gates."""

@@ -109,7 +109,8 @@ class Layout:
     @cached_property
     def _groups(self) -> torch.Tensor:
         """Number of the group of each gate: a tensor's own gates, or a layer's components of one
-        kind (of all layers for those that are whole tensors)."""
+        kind (of all layers for those that are whole tensors).
+        """
         numbers = torch.zeros(self._each, dtype=torch.int64)
         if self.granularity != "component":
             for number, name in enumerate(self.layouts):

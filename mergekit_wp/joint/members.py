@@ -11,7 +11,7 @@ from mergekit_wp.joint.request import MembersRequest, NamedExperts
 from mergekit_wp.merging.interface import differences, note_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.memory import AtOnce
-from mergekit_wp.models.model_names import last_name
+from mergekit_wp.models.model_names import file_names, is_called
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptSet, PromptSource, read_prompts, source_name
 from mergekit_wp.runs.journal import Journal
@@ -164,19 +164,18 @@ def _named_experts(request: MembersRequest) -> tuple[str, dict[str, str], str]:
         return request.recipe.base, dict(request.recipe.experts), "the experts"
     read, where = Experts.read(request.recipe), f"recipe {request.recipe}"
     found: dict[str, str] = {}
-    for model in read.models:
-        name = last_name(model)
+    for name, model in zip(file_names(read.models), read.models, strict=True):
         if name in found:
             raise UserError(
-                f"{where}: two experts are called '{name}', so their score files would be too; "
-                "give one as a folder of another name"
+                f"{where}: the score files of '{found[name]}' and '{model}' would both be called "
+                f"'{name}'; give one as a folder of another name"
             )
         found[name] = model
     return read.base, found, where
 
 
 def _called(experts: Mapping[str, str], key: str) -> list[str]:
-    return [n for n, m in experts.items() if key in (n, m, m.split("@")[0])]
+    return [key] if key in experts else [n for n, m in experts.items() if is_called(m, key)]
 
 
 def _at_expert(

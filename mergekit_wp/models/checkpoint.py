@@ -84,9 +84,10 @@ class Checkpoint:
         self.adapter = None
         if self.ref.lora is not None:
             self.adapter = Adapter.open(self.ref.lora.path, self.ref.lora.revision)
-            for name in self.adapter.shapes:
+            for name in (*self.adapter.shapes, *self.adapter.saved):
                 header = self.stored.header(name)
                 self.adapter.check_fits(name, None if header is None else header[0])
+            self.adapter.check_tying(tied=bool(self.text_config.tie_word_embeddings))
 
     def require_whole(self, purpose: str) -> None:
         """Refuse a model with an adapter.
@@ -154,6 +155,16 @@ class Checkpoint:
             name: span for path in self.weight_files for name, span in Span.of_file(path).items()
         }
 
+    def named_otherwise(self, name: str) -> str:
+        """What errors say of a parameter that is stored behind other words, as wrappers do."""
+        for stored in self.headers:
+            if stored.endswith(f".{name}"):
+                return (
+                    f", but one called {stored}; save it again without the wrapper (of "
+                    "torch.compile, FSDP, ...) that gave it this name"
+                )
+        return ""
+
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and stored dtype of one parameter.
 
@@ -162,7 +173,7 @@ class Checkpoint:
         """
         found = self.stored.header(name)
         if found is None:
-            raise UserError(f"'{self.name}' has no tensor {name}")
+            raise UserError(f"'{self.name}' has no tensor {name}{self.named_otherwise(name)}")
         return found
 
     @property

@@ -133,13 +133,26 @@ def set_clock(tokenizer: Any, clock: Clock | None = None) -> None:
 def encode_prompt(tokenizer: Any, text: Text) -> list[int]:
     """Token ids of a prompt, by the chat template when the tokenizer has one.
 
+    Without an end token that the tokenizer adds to every text (``add_eos_token``, as training sets
+    it): nothing goes on behind it.
+
     Raises:
         UserError: chat messages without a chat template, or no tokens.
     """
-    ids = _ids(tokenizer, _written(tokenizer, text))
+    written = _written(tokenizer, text)
+    ids = _ids(tokenizer, written)
+    if not tokenizer.chat_template and ids[-1:] == [tokenizer.eos_token_id]:
+        own = list(tokenizer(written, add_special_tokens=False).input_ids)
+        end = int(tokenizer.eos_token_id)
+        ids = ids[: len(ids) - _trailing(ids, end) + _trailing(own, end)]
     if not ids:
         raise UserError(f"prompt {text!r:.80} has no tokens")
     return ids
+
+
+def _trailing(ids: list[int], token: int) -> int:
+    """How many times a token stands at the end."""
+    return next((i for i, other in enumerate(reversed(ids)) if other != token), len(ids))
 
 
 class Parts(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from mergekit_wp.prompts import together
 # what a model calls the keys and values it keeps, where it takes and gives them: since
 # transformers 5.24, and before
 _CACHES = ("cache", "past_key_values")
+# all that a tokenizer may be made of, and what of the config decides its class
+_READ = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.jinja", "*/*.jinja")
+_CONFIG_READ = ("model_type", "tokenizer_class", "architectures", "transformers_version")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -58,16 +63,22 @@ class TextInterface:
 
     def differences(self, other: TextInterface) -> list[str]:
         """What differs in words, nothing where both ask alike."""
-        pairs = {
-            "tokens": (_tokens(self.tokenizer), _tokens(other.tokenizer)),
+        alike = same_files(self.tokenizer, other.tokenizer)
+        pairs: dict[str, tuple[object, object]] = {
+            "tokens": (None, None) if alike else (self.tokens, other.tokens),
             "chat template": (self.tokenizer.chat_template, other.tokenizer.chat_template),
             "end tokens": (self.end_texts(), other.end_texts()),
         }
         return [what for what, (one, another) in pairs.items() if one != another]
 
+    @cached_property
+    def tokens(self) -> tuple[dict[str, int], dict[str, Any]]:
+        """The vocabulary, and all else that decides how a text becomes tokens."""
+        return _tokens(self.tokenizer)
+
     def digest(self) -> str:
         """sha256 of all that decides how a model is asked."""
-        vocabulary, own = _tokens(self.tokenizer)
+        vocabulary, own = self.tokens
         content = [sorted(vocabulary.items()), own, self.tokenizer.chat_template, self.ends]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -88,14 +99,47 @@ def read_tokenizer(places: Sequence[Path], name: str) -> Any | None:
     if not has:
         return None
     try:
-        # said outright: by default transformers asks on the terminal about a folder's own code
-        found = AutoTokenizer.from_pretrained(has[0], trust_remote_code=False)
+        # one vocabulary in memory for all that have it; each has a clock and a template of its own
+        found = copy.copy(_loaded(_Files(_digest(has[0]), has[0])))
     except Exception as error:  # tokenizers raise whatever they like
         raise UserError(
             f"the tokenizer of '{name}' cannot be loaded: {hub.reason(error)}"
         ) from error
     set_clock(found)
     return found
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a tokenizer: those of one content are one, wherever they are."""
+
+    digest: str
+    folder: Path = field(compare=False)
+
+
+def _digest(folder: Path) -> str:
+    """sha256 of all that transformers makes a tokenizer of, by the files' names."""
+    files = {file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    config = folder / "config.json"
+    if config.is_file():
+        config_of = parse_json(config.read_bytes())
+        digest.update(json.dumps([config_of.get(key) for key in _CONFIG_READ]).encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _loaded(files: _Files) -> Any:
+    # said outright: by default transformers asks on the terminal about a folder's own code
+    return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+
+
+def same_files(one: Any, other: Any) -> bool:
+    """Whether two tokenizers were read from files of one content: their tokens are the same."""
+    return one.is_fast and other.is_fast and one.backend_tokenizer is other.backend_tokenizer
 
 
 def _tokens(tokenizer: Any) -> tuple[dict[str, int], dict[str, Any]]:

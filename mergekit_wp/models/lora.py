@@ -1,5 +1,7 @@
 """LoRA adapters as peft writes them, read as low-rank changes: W + scale · B A, tensor by tensor.
 
+Modules that an adapter saves whole stand in for the model's own.
+
 Neither the merged model nor a full task vector is ever made: a weight is changed when it is asked
 for. What an adapter holds beside plain LoRA is refused by name, never left out.
 """
@@ -26,6 +28,7 @@ from mergekit_wp.models.refusals import refuse_stand_ins, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
+_WHOLE = re.compile(r"^base_model\.model\.((?!.*lora_).+\.(weight|bias))$")
 # settings with which W + scale · B A is still all that the adapter does, whatever their value:
 # what it was trained on and how, what its tensors say themselves, and what is honoured below
 _HARMLESS = frozenset(
@@ -54,6 +57,7 @@ _HARMLESS = frozenset(
         "alpha_pattern",
         "fan_in_fan_out",
         "lora_alpha",
+        "modules_to_save",
         "rank_pattern",
         "use_rslora",
     }
@@ -77,6 +81,7 @@ class Adapter:
         commit: on the Hub, None for a folder.
         config: of peft.
         shapes: of A and of B by the name of the parameter they change.
+        saved: shapes of the parameters that it holds whole: ``modules_to_save``, and embeddings.
     """
 
     folder: Path
@@ -84,6 +89,7 @@ class Adapter:
     commit: str | None
     config: dict[str, Any]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    saved: dict[str, tuple[int, ...]]
 
     @classmethod
     def open(cls, path: str, revision: str | None) -> Adapter:
@@ -104,7 +110,7 @@ class Adapter:
                 )
         _check_numbers(config, name)
         commit = None if Path(path).is_dir() else hub.commit_of(folder)
-        return cls(folder, name, commit, config, _shapes(folder / WEIGHTS, name))
+        return cls(folder, name, commit, config, *_shapes(folder / WEIGHTS, name))
 
     def check_fits(self, name: str, shape: tuple[int, ...] | None) -> None:
         """Refuse a parameter that the model does not have, or has in another shape.
@@ -116,6 +122,13 @@ class Adapter:
             raise UserError(
                 f"{self.name} changes {name}, of which its model has no weight of its own"
             )
+        if name in self.saved:
+            if self.saved[name] != shape:
+                raise UserError(
+                    f"{self.name} does not fit: its {name} is {list(self.saved[name])}, that of "
+                    f"its model {list(shape)}"
+                )
+            return
         (rank, inputs), (outputs, rank_too) = self.shapes[name]
         expected = (inputs, outputs) if self._transposed else (outputs, inputs)
         if rank != rank_too or expected != shape:
@@ -123,6 +136,21 @@ class Adapter:
                 f"{self.name} does not fit: lora_A is {[rank, inputs]} and lora_B "
                 f"{[outputs, rank_too]}, but {name} is {list(shape)}"
             )
+
+    def check_tying(self, tied: bool) -> None:
+        """Refuse an embedding held whole beside a head that is tied to it.
+
+        Which of the two peft then keeps depends on its version.
+
+        Raises:
+            UserError: names the embedding.
+        """
+        for name in self.saved if tied else ():
+            if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
+                raise UserError(
+                    f"{self.name} holds {name} whole, but the output head of its model is tied to "
+                    "it; merge it into its model and give the folder of the result"
+                )
 
     @property
     def _transposed(self) -> bool:
@@ -132,6 +160,10 @@ class Adapter:
         self, name: str, weight: torch.Tensor, rows: slice | EllipsisType = ...
     ) -> torch.Tensor:
         """Rows of a parameter with the adapter's change, at least in fp32; others as they are."""
+        if name in self.saved:
+            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+                whole: torch.Tensor = file.get_tensor(f"base_model.model.{name}")[rows]
+            return whole.to(torch.promote_types(weight.dtype, torch.float32))
         if name not in self.shapes:
             return weight
         key = f"base_model.model.{name.removesuffix('.weight')}"
@@ -229,26 +261,35 @@ def _among(value: Any, values: tuple[Any, ...]) -> bool:
     return any(type(value) is type(other) and value == other for other in values)
 
 
-def _shapes(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _shapes(
+    file: Path, name: str
+) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], dict[str, tuple[int, ...]]]:
+    """Of the low-rank changes, and of what is held whole, as `Adapter` has it."""
     _require_weights(file, name)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
+    saved: dict[str, tuple[int, ...]] = {}
     try:
         for key, (shape, _) in stored_tensors(file).items():
-            match = _KEY.match(key)
-            if match is None or len(shape) != 2 or match[1].endswith(".lora_embedding"):
+            match, whole = _KEY.match(key), _WHOLE.match(key)
+            if match is not None and len(shape) == 2 and not match[1].endswith(".lora_embedding"):
+                found.setdefault(f"{match[1]}.weight", {})[match[2]] = shape
+            elif whole is not None:  # whichever it is, peft loads it into the parameter of its name
+                saved[whole[1]] = shape
+            else:
                 raise UserError(
                     f"{name} holds {key} {list(shape)}, which is no plain LoRA matrix of a linear "
                     "layer; merge it into its model and give the folder of the result"
                 )
-            found.setdefault(f"{match[1]}.weight", {})[match[2]] = shape
     except SafetensorError as error:
         raise UserError(f"{name}: {WEIGHTS} is damaged: {error}") from error
     for parameter, sides in found.items():
         if set(sides) != {"A", "B"}:
             raise UserError(f"{name} has only lora_{next(iter(sides))} of {parameter}")
-    if not found:
+    if both := sorted(found.keys() & saved):
+        raise UserError(f"{name} changes {both[0]} and holds it whole as well; save it again")
+    if not found and not saved:
         raise UserError(f"{name} holds no weights")
-    return {parameter: (sides["A"], sides["B"]) for parameter, sides in found.items()}
+    return {parameter: (sides["A"], sides["B"]) for parameter, sides in found.items()}, saved
 
 
 def _require_weights(file: Path, name: str) -> None:

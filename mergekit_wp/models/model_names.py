@@ -19,6 +19,40 @@ def last_name(reference: str) -> str:
     return os.path.basename(reference.rstrip("/"))
 
 
+def file_names(references: Sequence[str]) -> tuple[str, ...]:
+    """What files about models are called: the last names; of models that share one, longer ends.
+
+    They are the shortest that tell the models apart, with ``--`` for ``/`` as in the Hub's cache:
+    ``me/math`` and ``you/math`` are ``me--math`` and ``you--math``. Models that nothing tells apart
+    keep one name.
+    """
+    names = [last_name(reference) for reference in references]
+    found = list(names)
+    for name in names:
+        alike = [i for i, other in enumerate(names) if other == name]
+        if len(alike) > 1:
+            ends = distinct_names([_alone(references[i]) for i in alike])
+            for i, end in zip(alike, ends, strict=True):
+                found[i] = end.strip("/").replace("/", "--")
+    return tuple(found)
+
+
+def is_called(reference: str, key: str) -> bool:
+    """Whether a key is a reference, with or without its revision, or an end of it."""
+    alone = _alone(reference).partition("@")[0]
+    return key in (reference, reference.partition("@")[0]) or f"/{alone}".endswith(f"/{key}")
+
+
+def _alone(reference: str) -> str:
+    """A folder, or a Hub id or the adapter behind a + with its revision as one part of a path."""
+    if os.path.isdir(reference):
+        return os.path.abspath(reference)
+    model, at, revision = reference.rpartition("+")[2].partition("@")
+    return f"{os.path.abspath(model) if os.path.isdir(model) else model}{at}" + revision.replace(
+        "/", "-"
+    )
+
+
 def distinct_names(references: Sequence[str]) -> tuple[str, ...]:
     """The shortest ends of references that tell the models apart; whole where nothing does."""
     parts = [reference.rstrip("/").split("/") for reference in references]

@@ -120,7 +120,8 @@ def open_pair(base_name: str, expert_name: str, on_tensor: Callable[[int, int], 
         shapes = []
         for side, checkpoint in (("base", base), ("expert", expert)):
             if (header := checkpoint.stored.header(name)) is None:
-                raise UserError(f"{side} '{checkpoint.name}' has no tensor {name}")
+                found = checkpoint.named_otherwise(name)
+                raise UserError(f"{side} '{checkpoint.name}' has no tensor {name}{found}")
             shapes.append(header[0])
         ours, theirs = shapes
         by_token = name in [f"{path}.weight" for path in vocabulary if dims.architecture.mapped]

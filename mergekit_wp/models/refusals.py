@@ -143,10 +143,18 @@ def refuse_pickles(folder: str, name: str, *, lazily: bool = False) -> None:
             tensors; read otherwise, a pickle is executed.
 
     Raises:
-        UserError: pickled or no weights, an index that names other files, or two sets of weights.
+        UserError: pickled or no weights, an index that names other files, two sets of weights, or
+            an adapter beside them.
     """
     whole = os.path.join(folder, "model.safetensors")
     index = f"{whole}.index.json"
+    beside = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if beside and (os.path.isfile(whole) or os.path.isfile(index)):
+        raise UserError(
+            f"model '{name}' is a whole model with an adapter beside it: transformers reads the "
+            "adapter and the model that it names, mergekit only the weights; move the adapter's "
+            "files out of the folder, or write BASE+ADAPTER"
+        )
     if os.path.isfile(index):
         try:
             files = set(parse_json(Path(index).read_bytes())["weight_map"].values())

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from typing import Protocol, Self
 
 from tqdm.auto import tqdm
 
 from mergekit_wp.errors import spelled
 
+#: seconds between two lines of a bar away from a terminal
+EVERY = 60.0
+
 
 class BarProgress:
     """A tqdm bar per stage, weighted by cost; its ETA is the average rate of this run's own work.
 
-    Away from a terminal (logs, pipes) a line appears once a minute instead.
+    Away from a terminal (logs, pipes) a line appears once a minute instead, over all stages.
 
     Args:
         flags: how the user calls options, see `errors.spelled`.
@@ -25,10 +30,8 @@ class BarProgress:
         self._flags = flags
         self._bar: tqdm | None = None
         self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._pace = {
-            "mininterval": 0.2 if self._live else 60,
-            "delay": 0 if self._live else 60,
-        }
+        self._pace = {} if self._live else {"mininterval": inf, "delay": inf}  # `_say` does
+        self._said = time.monotonic()
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Begin a stage of `total` units."""
@@ -43,6 +46,7 @@ class BarProgress:
             + "s [{elapsed}<{remaining}]",
             **self._pace,
         )
+        self._say()
 
     def advance(self, amount: float, *, resumed: bool = False) -> None:
         """Count units; resumed ones do not count towards the rate."""
@@ -55,6 +59,13 @@ class BarProgress:
                 self._bar.refresh()
         else:
             self._bar.update(amount)
+        self._say()
+
+    def _say(self) -> None:
+        """A line away from a terminal, where the last one is a minute old."""
+        if not self._live and time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            print(self._bar, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

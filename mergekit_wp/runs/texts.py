@@ -13,6 +13,7 @@ import torch
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.encoding import TextLength, encode_pair, encode_prompt, too_long
+from mergekit_wp.models.generation import same_files
 from mergekit_wp.models.load import skeleton
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.prompts import PromptSet, Sample
@@ -39,7 +40,10 @@ class Encoded:
         every = [*self.prompts, *self.responses.values(), *self.contrasts.values()]
         largest = max(token for ids in every for token in ids)
         if largest >= size:
-            raise UserError(f"the tokenizer gives token {largest}; the models have {size} tokens")
+            raise UserError(
+                f"the tokenizer gives token {largest}; the models have {size} tokens: tokens were "
+                "added to it that the embedding has no rows for, or it is of another model"
+            )
 
     def sha256(self) -> str:
         """Hash of all token ids."""
@@ -172,10 +176,13 @@ def refuse_other_tokens(pair: Pair, tokenizer: Any, progress: Progress) -> None:
     except UserError as error:
         progress.note(f"{error}; its tokens are taken to be the expert's")
         return
+    if ours is None or same_files(ours, tokenizer):
+        return
     theirs = tokenizer.get_vocab()
-    for token, number in [] if ours is None else sorted(ours.get_vocab().items()):
-        other = theirs.get(token, number)
-        if number != other and max(number, other) < pair.vocabulary:
+    differ = [at for at in ours.get_vocab().items() if theirs.get(*at) != at[1]]
+    for token, number in sorted(differ):
+        other = theirs[token]
+        if max(number, other) < pair.vocabulary:
             raise UserError(
                 f"token {token!r:.40} is number {number} in the base '{pair.base.name}', but "
                 f"{other} in the expert '{pair.expert.name}': their embeddings have other rows; "
