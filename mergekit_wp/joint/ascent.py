@@ -203,9 +203,8 @@ class Fitting:
         return state
 
     def _last_judged(self, state: FitState) -> torch.Tensor:
-        """What was left of each objective's span at the last look: prompts that are fitted on keep
-        a limit before those do that are not.
-        """
+        """What was left of each objective's span at the last look, on judged prompts."""
+        # those that are fitted on keep a limit before the others do
         return state.seen[state.climb.steps // LOOK * LOOK, 1, 0] / self.spans
 
     def _said(self, seen: torch.Tensor) -> str:

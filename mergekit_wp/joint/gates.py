@@ -108,9 +108,7 @@ class Layout:
 
     @cached_property
     def _groups(self) -> torch.Tensor:
-        """Number of the group of each gate: a tensor's own gates, or a layer's components of one
-        kind (of all layers for those that are whole tensors).
-        """
+        """Number of the group of each gate, see `deviation`."""
         numbers = torch.zeros(self._each, dtype=torch.int64)
         if self.granularity != "component":
             for number, name in enumerate(self.layouts):
@@ -126,7 +124,8 @@ class Layout:
     def deviation(self, flat: torch.Tensor) -> torch.Tensor:
         """How far every fitted gate is from the mean of its group; 0 for the others.
 
-        A group are the gates of one expert in one tensor, or of one kind of component in a layer.
+        A group are the gates of one expert in one tensor, or of one kind of component in a layer;
+        components that are whole tensors are one group.
         """
         fitted, groups = self.fitted.double(), self._groups
         count = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
