@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -18,6 +16,7 @@ from benchmarks.components import fine_components, slices
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.prompts import Sample
 from tests.gating import Gates
@@ -104,6 +103,6 @@ def merged(world: Path, layout: Layout, flat: torch.Tensor) -> PreTrainedModel:
 
 
 def merge(recipe: Path, out: Path) -> dict[str, torch.Tensor]:
-    config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
+    config = read_recipe(recipe).config
     run_merge(config, str(out), MergeOptions(write_model_card=False))
     return load_file(out / "model.safetensors")

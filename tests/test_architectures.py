@@ -450,7 +450,8 @@ def test_without_a_map_layers_and_tensors_are_scored(
     result = run(
         tmp_path, base, expert, estimand=estimands, anchor_layer=0, share_steps=1, **options
     )
-    note, memory = said
+    note, *warned, memory = said
+    assert all(text.startswith("warning: ") for text in warned)  # one step, small prompts
     assert memory.startswith("peak memory")
     assert "has no component map: scoring layers and tensors only" in note
     assert result.manifest.kinds == ("layer", "tensor")
@@ -473,9 +474,9 @@ def test_without_a_map_layers_and_tensors_are_scored(
                     want = naive.score(estimand, component)[criterion]
                     assert found == pytest.approx(want, abs=EXACT), component
     with pytest.raises(UserError, match="kinds=head,neuron needs a component map, which"):
-        run(tmp_path, base, expert, kinds=("head", "neuron"), **options)
+        run(tmp_path, base, expert, kinds=("head", "neuron"), overwrite=True, **options)
     with pytest.raises(UserError, match="activation_gain needs a component map"):
-        run(tmp_path, base, expert, estimand=("activation_gain",), **options)
+        run(tmp_path, base, expert, estimand=("activation_gain",), overwrite=True, **options)
 
 
 def test_configs_that_compute_otherwise_are_refused_without_a_map(tmp_path) -> None:

@@ -119,6 +119,7 @@ def test_a_merge_that_cannot_be_loaded_leaves_no_folder(
 
     monkeypatch.setattr(making, "load_folder", full)
     made: Any = object.__new__(making.Making)
+    made.options = MergeOptions(quiet=True)
     made.plan = SimpleNamespace(eval_dtype=torch.float32, device="cpu")
     made.folder, made.in_memory = tmp_path / "results", False
     made.folder.mkdir()

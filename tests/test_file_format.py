@@ -73,9 +73,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     by_path = yaml.safe_load((root / "scores" / "recipe.yml").read_text())
     shares = by_path | {"parameters": {"fusion": "share", "power": 0.5, "lambda": 0.75}}
-    (root / "shares.yml").write_text(yaml.safe_dump(shares))
+    (root / "scores" / "shares.yml").write_text(yaml.safe_dump(shares))
     run("merge", root / "scores" / "recipe.yml", root / "by-path", "--quiet")
-    run("merge", root / "shares.yml", root / "by-share", "--quiet")
+    run("merge", root / "scores" / "shares.yml", root / "by-share", "--quiet")
     run("merge", root / "fitted" / "recipe.yml", root / "by-fit", "--quiet")
     prompts = ["--prompts", write_prompts(root / "contrasts.jsonl", 4, contrast=True)]
     out = ("--out", root / "alone.safetensors", "--estimand", "share,gain", *few)

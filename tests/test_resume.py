@@ -131,7 +131,7 @@ def test_resuming_with_other_inputs_is_refused_by_name(request_of, monkeypatch) 
     save(perturbed(make_model("llama-tied"), seed=5), Path(request.expert))
     with pytest.raises(UserError, match="changed: expert weights"):
         score(request, Quiet())
-    request.prompts.write_text(request.prompts.read_text() + "\n")
+    request.prompts.write_text('{"prompt": "another"}\n' + request.prompts.read_text())
     with pytest.raises(UserError, match="changed: expert weights .*prompts"):
         score(request, Quiet())
     (request.out.with_name("out.safetensors.partial") / "inputs.json").write_text("{")

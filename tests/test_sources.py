@@ -228,13 +228,13 @@ def test_a_dataset_of_the_hub_by_config_split_and_revision(monkeypatch: pytest.M
 
 
 def test_a_dataset_is_kept_at_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergekit_wp.api import _by_name
+    from mergekit_wp.joint.request import by_name
 
     Hub(monkeypatch, ["train"])
     pinned = Path("hf:me/d?split=train&revision=c0ffee")
     assert prompt_source("hf:me/d?split=train") == pinned
     assert prompt_source(Path("hf:me/d?revision=v1")) == Path("hf:me/d?revision=commit-of-v1")
-    assert _by_name(["a=hf:me/d?split=train", "b=b.jsonl"]) == (f"a={pinned}", "b=b.jsonl")
+    assert by_name(["a=hf:me/d?split=train", "b=b.jsonl"]) == (f"a={pinned}", "b=b.jsonl")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(dataset_info=offline))
     assert prompt_source("hf:me/d?split=train") == Path("hf:me/d?split=train")
 
@@ -459,14 +459,14 @@ def test_tasks_of_compare_are_sources_or_of_lm_eval(
     path = put(tmp_path / "q.csv", table([QA[0]], ","))
     specs = [f"sums={path}?checker=number", "hf:me/d?split=test", f"{path}"]
     request = CompareRequest(recipes=({},), tasks=tuple(specs), untuned=True)
-    sums, from_hub, plain = load_tasks(request)
+    sums, from_hub, plain = load_tasks(request, specs)
     assert [task.name for task in (sums, from_hub, plain)] == ["sums", "d", "q"]
     assert isinstance(sums, JsonlTask) and sums.items[0]["checker"] == "number"
     assert hub.asked == [("me/d", None, "test", None)]
     with pytest.raises(UserError, match=r"line 2: 'split' is None"):
-        load_tasks(request.model_copy(update={"untuned": False}))
+        load_tasks(request.model_copy(update={"untuned": False}), specs)
     monkeypatch.setattr(LmEvalTask, "load", lambda spec, _batch_size: spec)
     named = ("gsm8k", "lm-eval:gsm8k", "none.yaml")
-    assert load_tasks(request.model_copy(update={"tasks": named})) == ("gsm8k", *named[::2])
+    assert load_tasks(request, named) == ("gsm8k", *named[::2])
     with pytest.raises(UserError, match=r"none\.tsv cannot be read"):
-        load_tasks(request.model_copy(update={"tasks": ("none.tsv",)}))
+        load_tasks(request, ["none.tsv"])

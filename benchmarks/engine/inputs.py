@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.components import Component
-from benchmarks.smollm2.paths import BUILD, REPO
+from benchmarks.files import REPO
+from benchmarks.smollm2.paths import BUILD
 from mergekit_wp.components import Partition
 from mergekit_wp.criteria import Criteria
 from mergekit_wp.models.resident import ResidentModel

@@ -16,9 +16,9 @@ import torch
 #: worst first: weight (left + FLOOR) ** POWER
 FLOOR, POWER = 0.02, 0.5
 #: of the augmented Lagrangian: pull per excess, and how fast prices follow it
-STIFFNESS, PACE = 0.03, 0.0015
-#: the least price: what is within its limit still counts a little, which costs no skill
-LEAST_PRICE = 0.005
+STIFFNESS, PACE = 0.1, 0.005
+#: the least force: a guard within its limit still counts a little, which costs no skill
+LEAST = 0.005
 #: of running means over steps: part that each step keeps of what was
 KEPT = 0.8
 #: of the gates' running mean
@@ -47,15 +47,16 @@ def excess(used: torch.Tensor) -> torch.Tensor:
 def pull(price: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Weight of what guards use of their limits, beside 1 for all behaviours: ``[guards]``.
 
-    It is the derivative, by what is used, of the augmented Lagrangian's part for a limit.
+    It is the derivative, by what is used, of the augmented Lagrangian's part for a limit; a little
+    remains where the limit is held.
     """
-    force = (price + STIFFNESS * excess(used)).clamp_min(LEAST_PRICE)
+    force = (price + STIFFNESS * excess(used)).clamp_min(LEAST)
     return force / used.clamp_min(1.0)
 
 
 def followed(price: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Prices after one more step, ``[guards]``."""
-    return (price + PACE * excess(used).clamp_max(1.0)).clamp_min(LEAST_PRICE)
+    return (price + PACE * excess(used).clamp_max(1.0)).clamp_min(0.0)
 
 
 def running(mean: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,9 @@ def measure_references(
     prompt_only = list(batches(alone, at_once, device, side))
     finds_anchor = "anchor" in criteria and anchor is None
     given: Criteria = tuple(c for c in criteria if c != "anchor" or not finds_anchor)
-    if not OUTPUT.keys().isdisjoint(given) and "logprob" not in given:
+    head = resident.model.get_output_embeddings().weight  # a classifier's has not all tokens
+    tokens = all(int(batch.targets.max()) < head.shape[0] for batch in every)
+    if not OUTPUT.keys().isdisjoint(given) and "logprob" not in given and tokens:
         given = (*given, "logprob")  # which says whether the expert is the better one
 
     resident.move_to(1.0)
