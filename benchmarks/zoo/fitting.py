@@ -198,10 +198,10 @@ class Seed:
         """What is to stay: copying, a skill of the base that no expert and no prompt is about."""
         return (self.unlabelled("copy", 256),)
 
-    def rows(self, more: bool) -> Rows:
+    def rows(self, combinations: Sequence[tuple[str, ...]], more: bool) -> Rows:
         """What is measured on this seed; more than the main rows if asked for."""
         found: Rows = {}
-        for c in COMBINATIONS:
+        for c in combinations:
             found[c] = {PATH: self.kept(c, PATH, lambda c=c: self.by_path(c)[1])}
             for name, n in FITS.items():
                 found[c][name] = self.kept(
@@ -243,7 +243,7 @@ def interval(values: list[float]) -> str:
     return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
 
 
-def tables(found: dict[int, Rows]) -> str:
+def tables(found: dict[int, Rows], combinations: Sequence[tuple[str, ...]]) -> str:
     """The tables in Markdown."""
 
     def value(
@@ -256,22 +256,22 @@ def tables(found: dict[int, Rows]) -> str:
         return min(
             rows[c][name][e] / rows[(e,)]["itself"][e]
             for rows in found.values()
-            for c in COMBINATIONS
+            for c in combinations
             for e in c
         )
 
-    names = ["+".join(c) if len(c) < 3 else "all three" for c in COMBINATIONS]
+    names = ["+".join(c) if len(c) < 3 else "all three" for c in combinations]
     lines = ["| method | " + " | ".join(names) + " | mean, 95% | fit minus it | worst skill |"]
     lines.append("|---|" + "---:|" * (len(names) + 3))
     means = {
         name: [
-            float(np.mean([value(rows, c, name) for c in COMBINATIONS])) for rows in found.values()
+            float(np.mean([value(rows, c, name) for c in combinations])) for rows in found.values()
         ]
         for name in (*FITS, PATH)
     }
     for name, mean in means.items():
         cells = [
-            f"{np.mean([value(r, c, name) for r in found.values()]):.2f}" for c in COMBINATIONS
+            f"{np.mean([value(r, c, name) for r in found.values()]):.2f}" for c in combinations
         ]
         gap = [a - b for a, b in zip(means[OURS], mean, strict=True)]
         lines.append(
@@ -329,19 +329,21 @@ def _reached(rows: dict[str, Measured], name: str) -> float:
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", help="Training seeds: 2,4,6.  [default: those of the benchmark]")
 @click.option("--more", default=N_MORE, help="Measure the second table's rows on so many of them.")
-def main(seeds: str | None, more: int) -> None:
+@click.option("--three", is_flag=True, help="Measure the combination of all three experts only.")
+def main(seeds: str | None, more: int, three: bool) -> None:
     """Fit, merge, measure, print."""
     torch.set_num_threads(1)
     ensure_registered()
     os.chdir(ROOT)
     chosen = [int(seed) for seed in seeds.split(",")] if seeds else competent_seeds()
+    combinations = COMBINATIONS[-1:] if three else COMBINATIONS
     for seed in tqdm(chosen, unit="seed"):
-        Seed(seed).rows(more=False)
+        Seed(seed).rows(combinations, more=False)
     found = {
-        seed: Seed(seed).rows(more=i < more)
+        seed: Seed(seed).rows(combinations, more=i < more)
         for i, seed in enumerate(tqdm(chosen, unit="seed, more rows"))
     }
-    click.echo(tables(found))
+    click.echo(tables(found, combinations))
 
 
 if __name__ == "__main__":
