@@ -200,7 +200,7 @@ class Declared:
             return value
         if get_origin(self.element) is tuple:
             return tuple(value.items()) if isinstance(value, Mapping) else _pairs(value)
-        if callable(value):
+        if callable(value) or isinstance(value, int | float):
             value = [value]
         elif isinstance(value, str | Path):
             value = [value] if self.repeated or isinstance(value, Path) else _parts(value)

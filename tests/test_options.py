@@ -129,6 +129,7 @@ REQUESTS = [
         out="out",
         guards=["one,two.jsonl", Path("three.jsonl")],
         limit=1.0000001,
+        front=(1.05, 1.2),
         start="scores",
         held_out=0,
     ),
@@ -164,6 +165,9 @@ def test_plain_values_of_python() -> None:
     for prompts in ({"a": "x"}, ["a=x"], "a=x", [("a", Path("x"))]):
         assert CompanyRequest(recipe="r", out="o", prompts=prompts).prompts == pairs
     assert FitRequest(recipe="r", out="o", prompts=(), guards="g").guards == (Path("g"),)
+    for limits in ("1.05, 1.2", [1.05, 1.2], ("1.05", 1.2)):
+        assert FitRequest(recipe="r", prompts=(), front=limits).front == (1.05, 1.2)
+    assert FitRequest(recipe="r", prompts=(), front=1.2).front == (1.2,)
 
 
 @pytest.mark.parametrize(

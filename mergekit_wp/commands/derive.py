@@ -126,7 +126,7 @@ def _parameter(
             attributes["multiple"] = True
         elif field.option.auto and default is None:
             default = "auto"
-        elif field.element is not None and default is not None:
+        elif field.element is not None and default:
             default = ",".join(default)
         attributes |= {"type": _type(field), "metavar": field.metavar}
         if default not in (None, ()):

@@ -55,13 +55,28 @@ class Moment(StrictModel):
     judged: dict[str, Seen] | None
 
 
+class FrontPoint(StrictModel):
+    """What the gates reach, where guards allow ``limit`` times the base's perplexity.
+
+    ``reached`` is by behaviour, guards among them, on the prompts that the fit is judged by.
+    """
+
+    limit: float
+    reached: dict[str, Seen]
+
+    def held(self, guard: str) -> bool:
+        """Whether a guard's limit was kept, a tenth of what it allows aside."""
+        return self.reached[guard].kl <= 1.1 * math.log(self.limit)
+
+
 class Fit(StrictModel):
     """How `mergekit-wp fit` made the ``path`` scores: the same in the files of all experts.
 
     ``granularity`` is what each gate covers; ``limit`` the ratio of perplexities that every guard
     allows, None without guards; ``upper`` the largest gate it allowed; ``held_out`` the number of
     each behaviour's prompts that were only judged by, 0 where it is judged by those it was fitted
-    on; ``best_step`` the number of steps after which the gates were what they are.
+    on; ``best_step`` the number of steps after which the gates were what they are; ``front`` what
+    was reached under further limits, by gates that are not kept.
     """
 
     granularity: GateGranularity
@@ -75,6 +90,7 @@ class Fit(StrictModel):
     held_out: dict[str, NonNegativeInt]
     best_step: NonNegativeInt
     history: tuple[Moment, ...]
+    front: tuple[FrontPoint, ...] = ()
 
     @model_validator(mode="after")
     def _counts_up(self) -> Self:
@@ -86,6 +102,11 @@ class Fit(StrictModel):
             raise ValueError(f"history: nothing was judged at step {self.best_step}")
         if (self.limit is None) == bool(self.guards):
             raise ValueError("'guards' and a 'limit' belong together")
+        if self.front and self.limit is None:
+            raise ValueError("a 'front' needs 'guards'")
+        limits = [point.limit for point in self.curve]
+        if limits != sorted(set(limits)):
+            raise ValueError("front: its limits do not rise from the fit's own")
         return self
 
     @property
@@ -93,7 +114,13 @@ class Fit(StrictModel):
         """What the scores do, by behaviour, guards among them."""
         return self.history[self.best_step].judged or {}
 
+    @property
+    def curve(self) -> tuple[FrontPoint, ...]:
+        """What is reached under every limit, the scores' own first; nothing without guards."""
+        if self.limit is None:
+            return ()
+        return (FrontPoint(limit=self.limit, reached=self.reached), *self.front)
+
     def held(self, guard: str) -> bool:
-        """Whether a guard's limit was kept, a tenth of what it allows aside."""
-        assert self.limit is not None
-        return self.reached[guard].kl <= 1.1 * math.log(self.limit)
+        """Whether a guard's limit was kept by the scores."""
+        return self.curve[0].held(guard)

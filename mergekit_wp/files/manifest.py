@@ -272,6 +272,9 @@ class Manifest(Omitting):
                 for found in (moment.fitted, moment.judged)
             ):
                 raise ValueError(f"history: step {moment.step} is of other behaviours")
+        for point in fit.front:
+            if set(point.reached) != names:
+                raise ValueError(f"front: limit {point.limit:g} is of other behaviours")
 
     def _check_gates(self) -> None:
         if (self.tensor_shapes is not None) != (self.granularity != "component"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,6 +99,17 @@ class FitState:
             "judge": self.judge.to_row(),
         }
 
+    @property
+    def reached(self) -> torch.Tensor:
+        """Of the gates kept: divergence and share reproduced, judged, ``[2, objectives]``."""
+        return self.seen[self.judge.step, 1]
+
+    def onwards(self) -> FitState:
+        """A new start from the gates kept, at the present prices."""
+        guards = len(self.prices)
+        fresh = FitState.fresh(self.kept, len(self.left) - guards, guards)
+        return replace(fresh, prices=self.prices)
+
     def look(self, found: Judgement, epoch: int) -> FitState:
         """Compare the present gates with the best so far."""
         step = self.climb.steps
@@ -162,10 +174,29 @@ class Fitting:
 
     def run(self, start: torch.Tensor) -> FitState:
         """Take the steps, until there is nothing more to gain."""
-        request, n = self.request, self.n_behaviors
-        block = self.journal.load("state")
+        n, most = self.n_behaviors, self.request.steps
         state = FitState.fresh(start * self.fitted, n, len(self.objectives) - n)
-        self.progress.stage("fitting gates", request.steps, "step")
+        state = self.climb(state, most, "state", "fitting gates")
+        why = "nothing more to gain" if state.judge.done else f"{most} steps are taken"
+        self.progress.note(f"{why}: the gates of step {state.judge.step} are kept")
+        return state
+
+    def allow(self, limit: float) -> None:
+        """From now on, guards allow so many times the base's perplexity."""
+        self.spans[self.n_behaviors :] = math.log(limit)
+
+    def climb(self, state: FitState, most: int, key: str, what: str) -> FitState:
+        """Go on from a fresh state, or from where a killed run was.
+
+        Args:
+            state: where to begin.
+            most: steps.
+            key: of the state in the journal.
+            what: is done, for the progress.
+        """
+        request, n = self.request, self.n_behaviors
+        block = self.journal.load(key)
+        self.progress.stage(what, most, "step")
         if block is not None:
             state = FitState.from_block(block)
             self.progress.advance(state.climb.steps, resumed=True)
@@ -173,14 +204,14 @@ class Fitting:
             with finishing():
                 step = state.climb.steps
                 seen = torch.full((2, 2, len(self.objectives)), torch.nan, dtype=torch.float64)
-                if step % LOOK == 0 or step == request.steps:
+                if step % LOOK == 0 or step == most:
                     self.move_to(state.average)
                     seen[1] = self._look()
                     left = seen[1, 0] / self.spans
                     found = Judgement.of(left[:n], seen[1, 1, :n], left[n:], self.n_judged)
                     state = state.look(found, self.epoch)
-                    self.progress.note(f"after {step} steps, {self._said(seen[1])}")
-                done = step == request.steps or state.judge.done
+                    self.progress.note(f"after {step} steps, {self.said(seen[1])}")
+                done = step == most or state.judge.done
                 if not done:
                     self.move_to(state.climb.gates)
                     slope, seen[0] = self._slope(step, self._weights(state))
@@ -196,10 +227,8 @@ class Fitting:
                 prices = followed(state.prices, used[n:])
                 average = averaged(state.average, climb.gates, climb.steps)
                 state = replace(state, climb=climb, average=average, left=used, prices=prices)
-                self.journal.save("state", state.to_block())
+                self.journal.save(key, state.to_block())
                 self.progress.advance(1)
-        why = "nothing more to gain" if state.judge.done else f"{request.steps} steps are taken"
-        self.progress.note(f"{why}: the gates of step {state.judge.step} are kept")
         return state
 
     def _last_judged(self, state: FitState) -> torch.Tensor:
@@ -207,7 +236,7 @@ class Fitting:
         # those that are fitted on keep a limit before the others do
         return state.seen[state.climb.steps // LOOK * LOOK, 1, 0] / self.spans
 
-    def _said(self, seen: torch.Tensor) -> str:
+    def said(self, seen: torch.Tensor) -> str:
         """What is reproduced, and how close to its limit every guard is."""
         n = self.n_behaviors
         names = [objective.name for objective in self.objectives]
@@ -236,14 +265,14 @@ class Fitting:
         """
         terms = []
         decoder = Decoder(self.resident.model)
-        every = zip(self.objectives, self.train, weights.tolist(), strict=True)
+        each = (weights / self.spans).tolist()
+        every = zip(self.objectives, self.train, each, strict=True)
         for number, (objective, train, weight) in enumerate(every):
             epoch, place = divmod(step, len(train))
             seed = (self.request.seed * 1_009 + number) * 1_000_003 + epoch
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
             batch = objective.batches[b := train[int(order[place])]]
-            of_one = weight / (batch.size * objective.span)
-            terms.append(Term(batch, objective.targets[b], of_one))
+            terms.append(Term(batch, objective.targets[b], weight / batch.size))
 
         def in_parts(size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
             """Slopes are sums over prompts: so many of every term go through at once."""

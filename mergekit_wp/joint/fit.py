@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.files.fit_section import ENOUGH, Fit, Guard, Moment, Seen
+from mergekit_wp.files.fit_section import ENOUGH, Fit, FrontPoint, Guard, Moment, Seen
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
+from mergekit_wp.joint.front import front
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
@@ -48,6 +50,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     """
     if request.unguarded and request.guards:
         raise UserError(f"{option('unguarded')} and {option('guards')} exclude each other")
+    _check_front(request)
     if request.batch_size is not None:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
@@ -77,7 +80,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         guarding = [guard_of(guard, journal, size, limit) for guard in guarded]
         fitting = Fitting(request, members, behaviors, guarding, layout, journal, progress)
         state = fitting.run(start)
-        how = _how(request, guards, state, fitting)
+        how = _how(request, guards, state, front(fitting, state), fitting)
         for line in warnings(how):
             progress.note(line)
         found = company_files(
@@ -95,6 +98,25 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         write_company(request.out, found, kept_settings(request.recipe))
         journal.discard()
     return found
+
+
+def _check_front(request: FitRequest) -> None:
+    """Refuse further limits that are none.
+
+    Raises:
+        UserError: without guards, or in another order.
+    """
+    if request.front and request.unguarded:
+        raise UserError(
+            f"{option('front')} are limits of guards; leave out {option('unguarded')} or them"
+        )
+    limits = [request.limit, *request.front]
+    if any(one >= after for one, after in pairwise(limits)):
+        given = option("front", ",".join(f"{limit:g}" for limit in request.front))
+        raise UserError(
+            f"{given}: expected limits that rise from {option('limit', f'{request.limit:g}')} on; "
+            "give each larger than the one before"
+        )
 
 
 def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> torch.Tensor:
@@ -151,7 +173,11 @@ def _guards(request: FitRequest) -> list[PromptSet]:
 
 
 def _how(
-    request: FitRequest, guards: Sequence[PromptSet], state: FitState, fitting: Fitting
+    request: FitRequest,
+    guards: Sequence[PromptSet],
+    state: FitState,
+    points: Sequence[FitState],
+    fitting: Fitting,
 ) -> Fit:
     """What the manifests say of the fit."""
     names = [objective.name for objective in fitting.objectives]
@@ -170,15 +196,21 @@ def _how(
         held_out=dict(zip(names, fitting.held_out(), strict=True)),
         best_step=state.judge.step,
         history=_moments(state.seen, names),
+        front=tuple(
+            FrontPoint(limit=limit, reached=_by_name(point.reached, names))
+            for limit, point in zip(request.front, points, strict=True)
+        ),
     )
+
+
+def _by_name(values: torch.Tensor, names: Sequence[str]) -> dict[str, Seen]:
+    found = zip(names, *values.tolist(), strict=True)
+    return {name: Seen(kl=kl, answers=answers) for name, kl, answers in found}
 
 
 def _moments(seen: torch.Tensor, names: Sequence[str]) -> tuple[Moment, ...]:
     def part(values: torch.Tensor) -> dict[str, Seen] | None:
-        if values.isnan().any():
-            return None
-        found = zip(names, *values.tolist(), strict=True)
-        return {name: Seen(kl=kl, answers=answers) for name, kl, answers in found}
+        return None if values.isnan().any() else _by_name(values, names)
 
     return tuple(
         Moment(step=step, fitted=part(fitted), judged=part(judged))

@@ -121,6 +121,12 @@ class FitRequest(MembersRequest):
         description="What guards allow: how many times the base's perplexity the merge may have "
         "there, on what the base itself would write.",
     )
+    front: tuple[Annotated[float, Field(gt=1, allow_inf_nan=False)], ...] = Field(
+        default=(),
+        description=f"Further limits, each larger than the one before and than {option('limit')}: "
+        "at the end the fit goes on under each of them, and the files say what it would buy. Their "
+        "gates stay those of the first limit.",
+    )
     granularity: GateGranularity = Field(
         default="channel",
         description="What one gate covers: a whole component, each of its slices of a matrix, one "

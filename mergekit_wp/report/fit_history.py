@@ -1,4 +1,4 @@
-"""How a fit went: what it was taught, and how the answers rose."""
+"""How a fit went: what it was taught, how the answers rose, what other limits would buy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
             f"{fit.rate:g}, shrinkage {fit.shrinkage:g}, up to {fit.upper:g}",
         )
     ]
-    guards = {guard.behavior for guard in fit.guards}
+    guards = [guard.behavior for guard in fit.guards]
     which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
     for step in dict.fromkeys((0, fit.best_step)):
         seen = fit.history[step].judged or {}
@@ -47,7 +47,40 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
                 f"reproduced {one.answers:.2f}",
             )
         )
+    for point in fit.curve if fit.front else ():
+        answers = [
+            f"{clean(n)} {one.answers:.2f}" for n, one in point.reached.items() if n not in guards
+        ]
+        kept = [
+            f"{clean(n)} {point.reached[n].ratio:.3f}{'' if point.held(n) else ', out of reach'}"
+            for n in guards
+        ]
+        found.append(
+            (
+                "front",
+                f"limit {point.limit:g}: answers reproduced: {', '.join(answers)}; times the "
+                f"base's perplexity: {', '.join(kept)}",
+            )
+        )
     return found
+
+
+def draw_front(manifest: Manifest, axes: Axes) -> None:
+    """Answers reproduced of every behaviour over what they cost the guard it harms most."""
+    fit = manifest.fit
+    assert fit is not None
+    guards = [guard.behavior for guard in fit.guards]
+    x = [max(point.reached[guard].ratio for guard in guards) for point in fit.curve]
+    for i, name in enumerate(name for name in fit.reached if name not in guards):
+        y = [point.reached[name].answers for point in fit.curve]
+        colour = _CYCLE[i % len(_CYCLE)]
+        axes.plot(x, y, color=colour, lw=1.5, marker="o", ms=3, label=clean(name))
+    for point in fit.curve:
+        axes.axvline(point.limit, color="#888888", lw=0.6, ls=":")
+    axes.set_xlabel("times the base's perplexity on the worst guard; dotted: limits")
+    axes.set_ylabel("answers reproduced")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def draw(manifest: Manifest, axes: Axes) -> None:

@@ -239,9 +239,13 @@ def _fit(score_file: ScoreFile) -> Iterator[PageSection]:
     """How many of the experts' answers the merge gave, step by step."""
     said = [f"{label}: {text}" for label, text in fit_history.facts(score_file.manifest)]
     if said:
+        fit, alt = score_file.manifest.fit, "; ".join(said)
         draw = partial(fit_history.draw, score_file.manifest)
-        figure = drawing("Answers reproduced by step", "; ".join(said), draw, "fit", _CURVES)
-        yield PageSection("fit", "How the fit went", said, [figure])
+        figures = [drawing("Answers reproduced by step", alt, draw, "fit", _CURVES)]
+        if fit is not None and fit.front:
+            draw = partial(fit_history.draw_front, score_file.manifest)
+            figures.append(drawing("Answers reproduced by limit", alt, draw, "front", _CURVES))
+        yield PageSection("fit", "How the fit went", said, figures)
 
 
 def _stability(score_file: ScoreFile) -> Iterator[PageSection]:

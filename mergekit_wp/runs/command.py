@@ -66,7 +66,7 @@ def _option(field: Declared, value: Any) -> Iterator[str]:
             yield field.flag
             yield "=".join(map(str, part)) if isinstance(part, tuple) else str(part)
     elif value:
-        yield from (field.flag, ",".join(value))
+        yield from (field.flag, ",".join(map(str, value)))
 
 
 def versions() -> dict[str, str]:

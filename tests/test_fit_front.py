@@ -1,0 +1,139 @@
+"""A fit's curve over the limit: its points against naive sums, the gates written, a killed run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import mergekit_wp.joint.fit
+from mergekit_wp.cli import cli
+from mergekit_wp.errors import UserError
+from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.joint.ascent import FitState, Fitting
+from mergekit_wp.joint.front import front
+from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.runs.journal import Journal
+from tests.fitting import divergence, fitted, layout_of, load, merged
+from tests.gating import Gates
+from tests.test_company import NAMES, make_world, write_task
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experts, and a guard with responses: what the base makes of them is kept."""
+    folder = make_world("llama-tied", tmp_path_factory.mktemp("front"))
+    write_task(folder / "plain.jsonl", "qz")
+    return folder
+
+
+def guarded(world: Path, out: Path, **options: Any) -> Gates:
+    return fitted(world, out, **{"guards": (world / "plain.jsonl",), "rate": 0.1, **options})
+
+
+def test_every_point_is_what_its_gates_do(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"start": "0", "steps": 36, "rate": 0.02}
+    free = guarded(world, tmp_path / "free", limit=1e6, **options)
+    room = free.fit.reached["plain"].kl
+    limit, further = math.exp(room / 4), (math.exp(room / 2), math.exp(room))
+    states: list[FitState] = []
+
+    def remembered(fitting: Fitting, state: FitState) -> list[FitState]:
+        states.extend([state, *front(fitting, state)])
+        return states[1:]
+
+    monkeypatch.setattr(mergekit_wp.joint.fit, "front", remembered)
+    found = guarded(world, tmp_path / "found", limit=limit, front=further, **options)
+    points = found.fit.curve
+    assert found.fit.best_step > 0
+    assert [point.limit for point in points] == [limit, *further]
+    _, layout = layout_of(world)
+    teachers = {name: load(world / name) for name in NAMES} | {"plain": load(world / "base")}
+    for point, state in zip(points, states, strict=True):
+        model = merged(world, layout, state.kept)
+        for name, teacher in teachers.items():
+            naive = divergence(model, teacher, world / f"{name}.jsonl")
+            assert point.reached[name].kl == pytest.approx(naive, rel=1e-4, abs=1e-7)
+        assert point.held("plain") and point.reached["plain"].kl <= 1.1 * math.log(point.limit)
+    left = [sum(math.log(point.reached[name].kl) for name in NAMES) for point in points]
+    assert left[2] < left[1] < left[0]  # each limit is used
+    assert points[2].reached["plain"].kl > 1.1 * math.log(further[0])
+
+
+def test_the_gates_written_are_those_of_the_limit(world: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 9, "limit": 1.02}
+    point = guarded(world, tmp_path / "point", **options)
+    curve = guarded(world, tmp_path / "curve", front=(1.05, 1.2), **options)
+    assert point.tensors.keys() == curve.tensors.keys()
+    assert all(torch.equal(curve.tensors[key], tensor) for key, tensor in point.tensors.items())
+    assert curve.fit.model_copy(update={"front": ()}) == point.fit and len(curve.fit.front) == 2
+    file = str(tmp_path / "curve" / f"{NAMES[0]}.safetensors")
+    shown = CliRunner().invoke(cli, ["inspect", file])
+    answers = ", ".join(f"{n} {curve.fit.front[1].reached[n].answers:.2f}" for n in NAMES)
+    assert f"limit 1.2: answers reproduced: {answers}" in " ".join(shown.output.split())
+    for folder, drawn in (("curve", True), ("point", False)):
+        file = str(tmp_path / folder / f"{NAMES[0]}.safetensors")
+        done = CliRunner().invoke(cli, ["plot", file, "--out", str(tmp_path / "page.html")])
+        assert done.exception is None, done.exception
+        assert ("Answers reproduced by limit" in (tmp_path / "page.html").read_text()) == drawn
+        (tmp_path / "page.html").unlink()
+
+
+def test_a_run_killed_in_the_second_point_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"steps": 9, "limit": 1.02, "front": (1.05, 1.2)}
+    guarded(world, tmp_path / "whole", **options)
+    again, keep, saved = tmp_path / "again", Journal.save, list[str]()
+
+    def killed(self: Journal, key: str, tensors: Any) -> None:
+        saved.append(key)
+        if saved.count("front-1") == 2:
+            raise KeyboardInterrupt
+        keep(self, key, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "save", killed)
+        guarded(world, again, **options)
+    assert [saved.count(key) for key in ("state", "front-0", "front-1")] == [9, 3, 2]
+    saved.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", lambda *given: (saved.append(given[1]), keep(*given)))
+        guarded(world, again, **options)
+    assert saved == ["front-1"] * 2  # of three steps, one was kept
+    for name in NAMES:
+        one, two = (folder / f"{name}.safetensors" for folder in (again, tmp_path / "whole"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_bad_input(world: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"guards": (), "unguarded": True, "front": (1.2,)}, "limits of guards; leave out unguar"),
+        ({"limit": 1.05, "front": (1.02,)}, "front=1.02: expected limits that rise from"),
+        ({"front": (1.2, 1.1)}, "front=1.2,1.1: expected limits that rise from limit=1.01 on"),
+    ):
+        with pytest.raises(UserError, match=message):
+            guarded(world, tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+    for value in ("1.05,0.9", "inf", "much"):
+        with pytest.raises(UserError, match="^front: it should be "):
+            FitRequest.of(recipe="r", prompts=(), front=value)
+    file = guarded(world, tmp_path / "gates", steps=1, front=(1.2,))
+    said = json.loads(file.manifest.model_dump_json())
+    (point,) = said["fit"]["front"]
+    for change, message in (
+        ({"front": [point | {"limit": 1.0}]}, "limits do not rise from the fit's own"),
+        ({"front": [point | {"reached": {}}]}, "front: limit 1.2 is of other behaviours"),
+        ({"limit": None, "guards": []}, "a 'front' needs 'guards'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Manifest.model_validate(said | {"fit": said["fit"] | change})
