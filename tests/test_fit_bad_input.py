@@ -55,6 +55,23 @@ def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None
     assert not (tmp_path / "gates").exists()
 
 
+def test_experts_may_share_one_prompt_file(world: Path, tmp_path: Path) -> None:
+    """Gates are those of a copy under a second name; behaviours are called after the experts."""
+    shared, copied = tmp_path / "p.jsonl", tmp_path / "copy.jsonl"
+    shared.write_text((world / f"{NAMES[0]}.jsonl").read_text())
+    copied.write_text(shared.read_text())
+    want = fitted(
+        world, tmp_path / "want", prompts=tuple(zip(NAMES, (shared, copied), strict=True))
+    )
+    got = fitted(world, tmp_path / "got", prompts=tuple((name, shared) for name in NAMES))
+    assert list(want.fit.held_out) == ["p", "copy"] and list(got.fit.held_out) == list(NAMES)
+    for name in NAMES:
+        a, b = (scorefile.read(tmp_path / w / f"{name}.safetensors") for w in ("want", "got"))
+        assert a.tensors.keys() == b.tensors.keys()
+        assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
+        assert [m.behavior for m in b.manifest.company or ()] == list(NAMES)
+
+
 def test_no_recipe_is_overwritten(world: Path, tmp_path: Path) -> None:
     before = (world / "recipe.yml").read_text()
     with pytest.raises(UserError, match="where the recipe is that is read; give another folder"):

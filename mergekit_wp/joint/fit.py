@@ -60,7 +60,12 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
     guards = _guards(request)
-    _check_names([*(member.prompts for member in members), *guards])
+    _check_names(
+        [
+            *((str(member.request.behavior), member.prompts) for member in members),
+            *((guard.name, guard) for guard in guards),
+        ]
+    )
     partition = members[0].pair.partition
     changed = tuple(member.pair.changed for member in members)
     layout = Layout(partition, changed, request.granularity)
@@ -145,19 +150,20 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     return torch.full((layout.size,), value * layout.share, dtype=torch.float64)
 
 
-def _check_names(every: Sequence[PromptSet]) -> None:
-    """Refuse behaviours that cannot be told apart: each is called after its prompts.
+def _check_names(every: Sequence[tuple[str, PromptSet]]) -> None:
+    """Refuse behaviours and guards that cannot be told apart.
 
     Raises:
         UserError: two of one name.
     """
-    names = [prompts.name for prompts in every]
-    for i, name in enumerate(names):
-        if name in names[:i]:
+    named: dict[str, str] = {}
+    for name, prompts in every:
+        if name in named:
             raise UserError(
-                f"{every[names.index(name)].source} and {every[i].source} have the same name, "
+                f"{named[name]} and {prompts.source} have the same name, "
                 f"after which both behaviours would be called '{name}'; rename one"
             )
+        named[name] = prompts.source
 
 
 def _guards(request: FitRequest) -> list[PromptSet]:

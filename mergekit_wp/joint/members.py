@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,20 +128,19 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
         if fitting[0] in given:
             raise UserError(f"{_named(key, prompts)}: '{key}' has prompts already")
         given[fitting[0]] = prompts
-    found = {}
+    found, behaviors = {}, _behavior_names(given)
     for name, model in experts.items():
         if name not in given:
             raise UserError(
                 f"{where}: expert '{model}' has no prompts; add "
                 f"{option('prompts', f'{name}=FILE.jsonl')}"
             )
-        source = given[name]
         found[name] = ScoreRequest(
             base=base,
             expert=model,
-            prompts=source,
+            prompts=given[name],
             out=None if folder is None else folder / f"{name}.safetensors",
-            behavior=source_name(source, name),
+            behavior=behaviors[name],
             criterion=("kl",),
             max_prompts=request.max_prompts,
             batch_size=request.batch_size,
@@ -152,6 +152,16 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             max_new_tokens=request.max_new_tokens,
         )
     return found
+
+
+def _behavior_names(prompts: Mapping[str, PromptSource]) -> dict[str, str]:
+    """What each expert's behaviour is called: after its prompts, or itself where others share them.
+
+    Experts of one task, such as runs of one trainer, are asked the same file.
+    """
+    names = {expert: source_name(source, expert) for expert, source in prompts.items()}
+    often = Counter(names.values())
+    return {expert: name if often[name] == 1 else expert for expert, name in names.items()}
 
 
 def _named_experts(request: MembersRequest) -> tuple[str, dict[str, str], str]:
