@@ -24,7 +24,9 @@ from mergekit_wp.comparison.merging import keeps_shapes
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.untrusted import parse_yaml
 from mergekit_wp.joint.members import _at_expert
+from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.models.encoding import encode_prompt
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.tasks.checkers import Checkers
@@ -202,6 +204,43 @@ base_model:
 - owner/base
 # about tags
 tags: [a, b]"""
+
+
+@pytest.mark.parametrize(
+    ("value", "again"),
+    [
+        ("union", "union"),
+        ("\n  source: union", "{source: union}"),
+        ("[a, {b: 1}]", "\n- a\n- b: 1"),
+        ("&one [1]", "*one"),
+    ],
+)
+def test_a_key_may_say_one_thing_twice(value: str, again: str) -> None:
+    """A setting that a written recipe kept, and that its user adds as before."""
+    text = f"tokenizer: {value}\nother: 1\ntokenizer: {again}\n"
+    assert parse_yaml(text) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\na: '1'",
+        "a: {b: 1}\na: {b: 2}",
+        "a: {b: 1}\na: {b: 1, c: 1}",
+        "a: [1, 2]\na: [2, 1]",
+        "a: []\na: {}",
+        "- x: {a: 1, a: 2}",
+    ],
+)
+def test_a_key_of_two_values_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="key 'a' stands twice, with different values, .* line 1"):
+        parse_yaml(text)
+
+
+def test_a_recipe_keeps_settings_that_are_mergekits_defaults() -> None:
+    stated = {"tokenizer": {"source": "union"}, "dtype": "float32"}
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}], **stated}
+    assert settings_of(MergeConfiguration.model_validate(recipe)) == stated
 
 
 def test_front_matter_keeps_every_other_line() -> None:

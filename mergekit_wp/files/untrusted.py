@@ -1,20 +1,18 @@
 """Reading text that strangers wrote: manifests, prompts and recipes travel over the Hub.
 
-JSON and YAML are read with their ambiguities refused (a key that stands twice) and their size
-bounded before anything is built from them.
+JSON and YAML are read with their ambiguities refused (a key that stands twice; in YAML, which
+people write, with two values) and their size bounded before anything is built from them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-T = TypeVar("T")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 #: bytes of a YAML text, and nodes it may stand for once its aliases are followed
@@ -49,19 +47,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (twice := _twice(key for key, _ in pairs)) is not None:
-        raise ValueError(f"key {_shown(twice)} stands twice")
-    return dict(pairs)
-
-
-def _twice(keys: Iterable[T]) -> T | None:
-    """The first key that came before."""
-    seen: set[T] = set()
-    for key in keys:
-        if key in seen:
-            return key
-        seen.add(key)
-    return None
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {_shown(key)} stands twice")
+        found[key] = value
+    return found
 
 
 def _shown(text: object) -> str:
@@ -69,7 +60,7 @@ def _shown(text: object) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML document in which no mapping holds a key twice; anchors and aliases may be used.
+    """One YAML document in which no key has two values; anchors and aliases may be used.
 
     Aliases cost nothing to read but everything to walk: nine lines can stand for a billion nodes.
     So the document is counted, aliases followed, before Python objects are built from it.
@@ -86,6 +77,7 @@ def parse_yaml(text: str) -> Any:
             return None
         if (count := _count(node, {})) > YAML_NODES:
             raise ValueError(f"its aliases stand for {count:.3g} values, more than {YAML_NODES}")
+        _refuse_two_values(node, set())
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -96,7 +88,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Nodes that a node stands for, itself among them; refuses repeated keys on the way."""
+    """Nodes that a node stands for, itself among them."""
     if not isinstance(node, yaml.CollectionNode):
         if "\0" in node.value:  # no path has one, and the C library ends there
             raise ValueError(f"a NUL character stands at line {node.start_mark.line + 1}")
@@ -109,14 +101,44 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
     known[id(node)] = None
     parts = node.value
     if isinstance(node, yaml.MappingNode):
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if (twice := _twice((key.tag, key.value) for key in keys)) is not None:
-            line = node.start_mark.line + 1
-            raise ValueError(f"key {_shown(twice[1])} stands twice in the mapping at line {line}")
         parts = [part for pair in node.value for part in pair]
     total = 1 + sum(_count(part, known) for part in parts)
     known[id(node)] = total
     return total
+
+
+def _refuse_two_values(node: yaml.Node, seen: set[int]) -> None:
+    """Refuse a key that stands twice with different values; of a counted document."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    parts = node.value
+    if isinstance(node, yaml.MappingNode):
+        given: dict[tuple[str, str], yaml.Node] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                first = given.setdefault((key.tag, key.value), value)
+                if not _same(first, value):
+                    line = node.start_mark.line + 1
+                    raise ValueError(
+                        f"key {_shown(key.value)} stands twice, with different values, in the "
+                        f"mapping at line {line}; keep one"
+                    )
+        parts = [part for pair in node.value for part in pair]
+    for part in parts:
+        _refuse_two_values(part, seen)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two nodes, or parts of nodes, say the same, in whatever style."""
+    if one is other:
+        return True
+    if isinstance(one, yaml.Node):
+        alike = isinstance(other, yaml.Node) and one.tag == other.tag
+        return alike and _same(one.value, other.value)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
 
 
 def complaint(error: ValidationError) -> str:

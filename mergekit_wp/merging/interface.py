@@ -26,7 +26,7 @@ _NAME = 40
 
 def settings_of(config: MergeConfiguration) -> dict[str, Any]:
     """The `SETTINGS` that a recipe states, as YAML has them."""
-    return data_of(config, include=set(SETTINGS), exclude_defaults=True)
+    return data_of(config, include=set(SETTINGS), exclude_none=True)
 
 
 def write_beside(config: MergeConfiguration, options: MergeOptions, folder: Path) -> None:
