@@ -12,7 +12,7 @@ import pytest
 
 import mergekit_wp.commands
 from mergekit_wp.cli import cli
-from mergekit_wp.commands.derive import given
+from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.request import CompanyRequest, FitRequest
 from mergekit_wp.mechanism.request import TraceRequest, VerifyRequest
@@ -204,3 +204,26 @@ def test_a_command_says_the_flag() -> None:
     assert str(error) == "--prompts: 'a' names no expert; write EXPERT=SOURCE"
     with pytest.raises(UserError, match="recipe is missing; give it"):
         FitRequest.of(**given(FitRequest, options | {"recipe": None}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--criterion", "logprob", "--criterion", "kl"], {"logprob", "kl"}),
+        (["--criterion", "logprob,kl"], {"logprob", "kl"}),
+        (["--criterion", "kl", "--criterion", "kl"], {"kl"}),
+        (["--criterion", "logprob"], {"logprob"}),
+    ],
+)
+def test_a_list_over_several_options_is_whole(arguments: list[str], found: set[str]) -> None:
+    seen: list[dict[str, Any]] = []
+
+    @click.command()
+    @options_of(ScoreRequest, optional=("base", "expert", "prompts", "out"))
+    def command(**options: Any) -> None:
+        seen.append(options)
+
+    command.main(arguments, standalone_mode=False)
+    command.main([], standalone_mode=False)
+    assert set(seen[0]["criterion"]) == found and len(seen[0]["criterion"]) == len(found)
+    assert seen[1]["criterion"] == ScoreRequest.model_fields["criterion"].default

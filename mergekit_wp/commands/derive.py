@@ -126,8 +126,9 @@ def _parameter(
             attributes["multiple"] = True
         elif field.option.auto and default is None:
             default = "auto"
-        elif field.element is not None and default:
-            default = ",".join(default)
+        elif field.element is not None:
+            default = (",".join(default),) if default else None
+            attributes |= {"multiple": True, "callback": _joined}
         attributes |= {"type": _type(field), "metavar": field.metavar}
         if default not in (None, ()):
             attributes |= {"default": default, "show_default": True}
@@ -136,6 +137,14 @@ def _parameter(
     names = [field.flag, *([f"--{field.option.also}"] if field.option.also else [])]
     names += ["-o"] if field.flag == "--out" else []
     return click.option(*names, field.name, required=required, help=help_text, **attributes)
+
+
+def _joined(
+    ctx: click.Context, param: click.Parameter, value: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Names with commas, in one option or over several of them: none is dropped."""
+    found = dict.fromkeys(name for names in value if names is not None for name in names)
+    return tuple(found) or None
 
 
 def _type(field: Declared) -> Any:
