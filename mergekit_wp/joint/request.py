@@ -65,7 +65,8 @@ class MembersRequest(RunRequest):
         """Arguments of a command: a recipe, or a base and its experts."""
         if not isinstance(given, tuple):
             return given
-        return Path(given[0]) if len(given) == 1 else NamedExperts.listed(given[0], given[1:])
+        base, *experts = map(os.fspath, given)
+        return NamedExperts.listed(base, experts) if experts else Path(base)
 
 
 class CompanyRequest(MembersRequest):
