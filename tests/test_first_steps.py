@@ -92,6 +92,8 @@ def test_the_whole_job_and_every_step_of_it_again(world: Path) -> None:
     assert same(Path("merged"), Path("by-recipe"))
     printed = done("reproduce merged/merge/east.safetensors")
     assert "mergekit-wp fit base east west" in printed
+    command = printed[printed.index("fit base") :].strip().replace("merged/merge", "by-fit")
+    assert "by-fit/east.safetensors, by-fit/west.safetensors written" in done(command)
     assert refused(f"merge base east west {BOTH} --out merged {FIT}") == (
         "merged holds a model already; add --overwrite to replace it, or choose another name"
     )
@@ -105,7 +107,8 @@ def test_the_whole_job_and_every_step_of_it_again(world: Path) -> None:
         ("merge recipe.yml out --steps 3", "--steps goes with experts that are fitted: give"),
         (f"merge base east west {BOTH}", "--prompts goes with --out OUT"),
         ("merge base east west --prompts east=east.jsonl -o o", "expert 'west' has no prompts"),
-        (f"merge base east ../a\\ world/east {BOTH} -o o", "two experts are called 'east'"),
+        (f"merge base east east {BOTH} -o o", "expert 'east' is given twice; name each once"),
+        (f"merge base east west {BOTH} -o west --overwrite", "west is an input of the merge"),
         (f"score base east west {BOTH} -o o --ray", "--ray does not go with several experts"),
         (f"score base east {BOTH} -o o", "--prompts is given more than once; that is for several"),
     ],

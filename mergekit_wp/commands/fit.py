@@ -14,7 +14,7 @@ from mergekit_wp.joint.request import FitRequest
 @click.command(short_help="Fit the gates of all experts jointly, by gradient.")
 @options_of(FitRequest, exclude=("batch_size",), required=("out",), several=("recipe",))
 def fit(**options: Any) -> None:
-    """Fit the gates of every expert of a RECIPE, all together.
+    """Fit the gates of every expert of a RECIPE, or of BASE EXPERT EXPERT ..., all together.
 
     A gate multiplies a part of the expert's difference from the base: 0 keeps the base, 1 takes the
     expert.

@@ -14,6 +14,7 @@ from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import progress
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.merging.merge import check_target
 from mergekit_wp.merging.request import MergeRequest
 
 
@@ -80,6 +81,7 @@ def _fitted(
 ) -> Path:
     if out is None:
         raise UserError("--prompts goes with --out OUT, the folder for the merged model; add it")
+    check_target(out, what)  # known before anything is fitted
     device = str(merge_options.device or "auto")
     fields = given(FitRequest, options | {"recipe": what, "device": device})
     with progress() as bar:

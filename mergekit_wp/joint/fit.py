@@ -20,7 +20,7 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fit_section import ENOUGH, Fit, FrontPoint, Guard, Moment, Seen
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.joint.ascent import FitState, Fitting
+from mergekit_wp.joint.ascent import FEW, FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.front import front
 from mergekit_wp.joint.gates import Layout
@@ -227,13 +227,20 @@ def _moments(seen: torch.Tensor, names: Sequence[str]) -> tuple[Moment, ...]:
 def warnings(how: Fit) -> Iterator[str]:
     """What a user is told who would not otherwise see that a fit fell short."""
     guards = {guard.behavior: guard for guard in how.guards}
+    if few := [name for name, n in how.held_out.items() if n == 0 and name not in guards]:
+        yield (
+            f"warning: of {', '.join(few)} no prompts are held out (fewer than {FEW}, or "
+            f"{option('held_out', 0)}): what is reproduced is of those that were fitted on, and "
+            "says little of others; give more prompts, or measure with `mergekit-wp compare`"
+        )
     for name, seen in how.reached.items():
         if name in guards:
             if not how.held(name):
+                more = f"more {option('steps')}, or " if _unfinished(how) else ""
                 yield (
                     f"warning: {name} is at {seen.ratio:.3f} times the base's perplexity, beyond "
-                    f"{option('limit', how.limit)}, which was out of reach; give more "
-                    f"{option('steps')}, or a larger {option('limit')}"
+                    f"{option('limit', how.limit)}, which was out of reach; give {more}a larger "
+                    f"{option('limit')}"
                 )
         elif seen.answers < ENOUGH:
             yield (
@@ -242,8 +249,13 @@ def warnings(how: Fit) -> Iterator[str]:
             )
 
 
+def _unfinished(how: Fit) -> bool:
+    """Whether the last gates are the best."""
+    return how.best_step == len(how.history) - 1
+
+
 def _way_out(how: Fit) -> str:
-    if how.best_step == len(how.history) - 1:
+    if _unfinished(how):
         return f"the fit was not done: give more {option('steps')}"
     ways = ["give more prompts"]
     if how.granularity != "channel":

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.models.model_names import last_name
+from mergekit_wp.models.model_names import file_names
 from mergekit_wp.options import Argument, Option, Places
 from mergekit_wp.prompts import PromptSource, prompt_source
 from mergekit_wp.prompts.dataset import pinned_text
@@ -27,25 +27,23 @@ class NamedExperts(Places):
 
     @classmethod
     def listed(cls, base: str, experts: Sequence[str]) -> NamedExperts:
-        """Experts by the last names of their folders or repositories.
+        """Experts by the last names of their folders or repositories, longer where some are alike.
 
         Raises:
-            ValueError: two of one name.
+            ValueError: one is given twice.
         """
-        names = [last_name(expert) for expert in experts]
-        for name in names:
+        names = file_names(experts)
+        for name, expert in zip(names, experts, strict=True):
             if names.count(name) > 1:
-                raise ValueError(
-                    f"two experts are called '{name}', so their score files would be too; give one "
-                    "as a folder of another name"
-                )
+                raise ValueError(f"expert '{expert}' is given twice; name each once")
         return cls(base=base, experts=tuple(zip(names, experts, strict=True)))
 
     def arguments(self) -> tuple[str, ...]:
         """BASE and every EXPERT, where a command would call them so."""
-        if any(name != last_name(expert) for name, expert in self.experts):
+        experts = tuple(expert for _, expert in self.experts)
+        if file_names(experts) != tuple(name for name, _ in self.experts):
             return ()
-        return (self.base, *(expert for _, expert in self.experts))
+        return (self.base, *experts)
 
 
 class MembersRequest(RunRequest):
@@ -54,7 +52,7 @@ class MembersRequest(RunRequest):
     ``prompts`` pairs a name of an expert with its prompts.
     """
 
-    recipe: Annotated[Path | NamedExperts, Argument()] = Field(
+    recipe: Annotated[Path | NamedExperts, Argument(path="any")] = Field(
         description="Names the base and its experts; or these themselves, BASE EXPERT EXPERT ..."
     )
     prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=SOURCE")] = (
@@ -67,7 +65,8 @@ class MembersRequest(RunRequest):
         """Arguments of a command: a recipe, or a base and its experts."""
         if not isinstance(given, tuple):
             return given
-        return Path(given[0]) if len(given) == 1 else NamedExperts.listed(given[0], given[1:])
+        base, *experts = map(os.fspath, given)
+        return NamedExperts.listed(base, experts) if experts else Path(base)
 
 
 class CompanyRequest(MembersRequest):
