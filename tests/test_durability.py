@@ -85,7 +85,11 @@ class World:
                 *("--max-new-tokens=3", f"--out={out / 'comparison'}"),
             ],
             "merge": ["merge", str(root / "kept" / "recipe.yml"), str(out / "merged"), "--quiet"],
-        }[name.removesuffix(" over")]
+            "merge over": [
+                *("merge", str(root / "kept" / "recipe.yml"), str(out / "merged")),
+                *("--quiet", "--overwrite"),
+            ],
+        }[name]
 
     def begin(self, name: str) -> None:
         """Empty the folder of outputs, but for what a command works on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,10 @@ def test_the_printed_command_makes_the_same_bytes(
     shown = CliRunner().invoke(cli, ["reproduce", name])
     assert shown.exception is None, shown.exception
     assert shown.stderr == ""
-    (world / name).unlink()
+    if (folder := (world / name).parent) == world:
+        (world / name).unlink()
+    else:  # of the files of several experts none may be there
+        shutil.rmtree(folder)
     assert shown.stdout.count("mergekit-wp ") == count
     # the shell's own reading of the lines, in processes of their own
     program = world / "bin" / "mergekit-wp"

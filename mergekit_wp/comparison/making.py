@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -149,13 +150,13 @@ class Making:
         begun = perf_counter()
         if omega is None and not (self.in_memory and keeps_shapes(recipe)):
             with merged_on_disk(recipe, self._options(seed), self.folder) as folder:
-                cost = _cost(recipe, perf_counter() - begun)
+                cost = _cost(recipe, _since(begun))
                 yield Made(self._loaded(folder), self._interface_of(folder), cost)
             return
         tensors = merge_in_memory(recipe, self._options(seed))
         if omega is not None:
             tensors = apply_aim(self._base_tensors, tensors, self._importance, float(omega))
-        cost = _cost(recipe, perf_counter() - begun)
+        cost = _cost(recipe, _since(begun))
         if omega is not None:
             prompts = len(self.plan.calibration)
             cost = cost.model_copy(update={"prompts": prompts, "forward_passes": prompts})
@@ -212,7 +213,12 @@ class Making:
         )
 
 
-def _cost(recipe: MergeConfiguration, seconds: float) -> Cost:
+def _since(begun: float) -> float | None:
+    """Seconds; None where a run is to be the same to the last byte whenever it is made."""
+    return None if "SOURCE_DATE_EPOCH" in os.environ else perf_counter() - begun
+
+
+def _cost(recipe: MergeConfiguration, seconds: float | None) -> Cost:
     """Of mergekit's merge; of ours, what its score files say they were made with."""
     if recipe.merge_method != OURS:
         return Cost(seconds=seconds)

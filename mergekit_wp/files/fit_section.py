@@ -27,6 +27,10 @@ class Guard(StrictModel):
     price: float
 
 
+#: a divergence beyond this is shown as this: its ratio would be no number
+_MOST_NATS = 700.0
+
+
 class Seen(StrictModel):
     """One behaviour at some gates, on some prompts.
 
@@ -40,7 +44,7 @@ class Seen(StrictModel):
     @property
     def ratio(self) -> float:
         """How many times the teacher's perplexity the merge has on what the teacher writes."""
-        return math.exp(self.kl)
+        return math.exp(min(self.kl, _MOST_NATS))
 
 
 class Moment(StrictModel):

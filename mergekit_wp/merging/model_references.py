@@ -83,7 +83,7 @@ def placed(config: MergeConfiguration, folder: Path) -> MergeConfiguration:
     """
 
     def beside(path: ModelPath) -> ModelPath:
-        if not os.path.isdir(found := folder / Path(path.path).expanduser()):
+        if not path.path or not os.path.isdir(found := folder / Path(path.path).expanduser()):
             return path
         if os.path.isdir(path.path) and os.path.samefile(path.path, found):
             return path
