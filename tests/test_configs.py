@@ -27,6 +27,7 @@ from mergekit_wp.merging import preflight, recipe
 from mergekit_wp.models.generation import end_tokens
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.pair import Pair, open_pair
+from mergekit_wp.models.refusals import refuse_adapter_alone
 from tests.models import make_model, perturbed, save
 
 torch.set_num_threads(1)
@@ -319,3 +320,6 @@ def test_an_adapter_without_its_model(pair: Path, tmp_path: Path, named: str | N
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(text))
     with pytest.raises(UserError, match=written):
         preflight.check(recipe.read(tmp_path / "recipe.yml"), preflight.MergeOptions())
+    alone = "is a LoRA adapter without its model; write '" + f"{named or 'BASE'}\\+{adapter}'"
+    with pytest.raises(UserError, match=alone):
+        refuse_adapter_alone(adapter, str(adapter))  # as one on the Hub is

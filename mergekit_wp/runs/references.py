@@ -123,7 +123,7 @@ def measure_references(
     finds_anchor = "anchor" in criteria and anchor is None
     given: Criteria = tuple(c for c in criteria if c != "anchor" or not finds_anchor)
     head = resident.model.get_output_embeddings().weight  # a classifier's has not all tokens
-    tokens = all(int(batch.targets.max()) < head.shape[0] for batch in every)
+    tokens = all(bool((batch.targets < head.shape[0]).all()) for batch in every)
     if not OUTPUT.keys().isdisjoint(given) and "logprob" not in given and tokens:
         given = (*given, "logprob")  # which says whether the expert is the better one
 
