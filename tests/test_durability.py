@@ -142,11 +142,12 @@ def in_view(folder: Path) -> dict[str, bytes]:
 def whole_or_absent(name: str, world: World, before: dict[str, bytes]) -> None:
     """Every output in view is as before the run, or as an unbroken run leaves it.
 
-    A comparison's results come line by line, so of them it has the beginning.
+    A comparison's results and costs come line by line, so of them it has the beginning.
     """
     whole, seen = contents(world.made(name)), in_view(world.out)
     for file, content in seen.items():
-        begun = file == "comparison/results.jsonl" and whole[file].startswith(content)
+        grows = file in ("comparison/results.jsonl", "comparison/costs.jsonl")
+        begun = grows and whole[file].startswith(content)
         assert begun or content == whole[file] or content == before.get(file), file
     if name.startswith("merge") and "merged/model.safetensors" in seen:
         assert seen in (before, whole), "neither a half nor a mixture looks like a model"

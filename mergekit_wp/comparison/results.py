@@ -207,7 +207,9 @@ class Results:
         self.failed.pop(job, None)
 
     def add_cost(self, model: str, setting: Setting, seed: int, cost: Cost) -> None:
-        """Append what a merge took."""
+        """Append what a merge took, the first time that it is made."""
+        if _merge_of(model, setting, seed) in self.costs:
+            return
         line = CostLine(model=model, setting=setting, seed=seed, cost=cost)
         self._append(self.costs_path, [line])
         self.costs[_merge_of(model, setting, seed)] = cost
