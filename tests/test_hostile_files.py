@@ -27,7 +27,6 @@ from mergekit_wp.files.circuitfile import Edge, Measured, Node, Rules, TraceFile
 from mergekit_wp.files.manifest import Agreement, Fidelity, Manifest, SetPoint, Verification
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging import expert_scores, recipe
-from mergekit_wp.merging.model_references import yaml_of
 from mergekit_wp.prompts import read_prompts
 from tests.factory import make_fit, make_score_file
 from tests.mutation import (
@@ -270,7 +269,10 @@ def read_prompt_lines(path: Path) -> None:
 def read_recipe(path: Path) -> None:
     found = recipe.read(path)
     if found.source != path.read_text():  # names a folder, `~` say, as a model: it is written whole
-        assert found.source == yaml_of(found.config) and "/" in found.source
+        again = path.with_name("again.yml")
+        again.write_text(found.source)
+        assert recipe.read(again).source == found.source
+        assert recipe.read(again).config == found.config
     said = yaml.safe_load(found.source)
     config = found.config
     assert (config.merge_method, config.dtype) == (said["merge_method"], said.get("dtype"))
