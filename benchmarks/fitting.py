@@ -46,7 +46,7 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
         for p in [m.pair.partition]
     ]
     layout = Layout(coarse[0].pair.partition, tuple(m.pair.changed for m in coarse))
-    size = request.prompts_a_step
+    size = request.prompts_a_step or 16
     with Unwritten() as journal:
         references = [measure(member, journal, size) for member in coarse]
         objectives = [objective_of(m, own) for m, own in zip(coarse, references, strict=True)]
@@ -55,7 +55,7 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
             prompts = read_prompts(guard, request.max_prompts)
             asked = coarse[0].run.asking(prompts)
             guards.append(guard_of(asked, journal, size, math.log(request.limit)))
-        fitting = Fitting(request, coarse, objectives, guards, layout, journal, progress)
+        fitting = Fitting(request, coarse, objectives, guards, layout, size, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
     fitting.move_to(state.kept)
     return fitting.resident.model, state

@@ -18,6 +18,8 @@ from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.joint import judging
+from mergekit_wp.joint.fit import a_step
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.texts import encode_texts
 from mergekit_wp.tasks.behaviors import plain_text
@@ -212,6 +214,22 @@ def test_a_behaviour_that_falls_short_is_a_warning(world: Path, tmp_path: Path) 
     assert short and len(warned) == len(short)
     assert warned[0].startswith("warning: of east only 0.00 of the expert's answers are reproduced")
     assert warned[0].endswith(f"the fit was not done: give more {option('steps')}")
+
+
+def test_where_nothing_more_is_to_gain_no_steps_are_asked_for(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "PATIENCE", (10, 10))
+    said = Quiet()
+    file = fitted(world, tmp_path / "stuck", said=said, steps=60, start="0", rate=1e-9)
+    assert len(file.fit.history) < 60
+    warned = [note for note in said.notes if "answers are reproduced" in note]
+    assert warned and all("give more prompts" in note for note in warned)
+
+
+@pytest.mark.parametrize(("prompts", "size"), [(2, 4), (16, 4), (32, 8), (64, 16), (2048, 16)])
+def test_few_prompts_go_through_in_small_steps(prompts: int, size: int) -> None:
+    assert a_step(prompts) == size
 
 
 def test_nobody_goes_unguarded(world: Path, tmp_path: Path) -> None:

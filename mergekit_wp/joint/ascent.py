@@ -128,17 +128,18 @@ class Fitting:
         behaviors: Sequence[Objective],
         guards: Sequence[Objective],
         layout: Layout,
+        size: int,
         journal: Journal,
         progress: Progress,
     ) -> None:
-        self.request, self.members = request, members
+        self.request, self.members, self.size = request, members, size
         self.objectives, self.n_behaviors = [*behaviors, *guards], len(behaviors)
         self.layout, self.journal, self.progress = layout, journal, progress
         self.resident = members[0].run.load()
         wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
         self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
         self.fitted = layout.fitted
-        self.at_once = AtOnce(request.prompts_a_step, progress.note)
+        self.at_once = AtOnce(size, progress.note)
         self.spans = torch.tensor([o.span for o in self.objectives], dtype=torch.float64)
         sides = [self._split(objective) for objective in self.objectives]
         self.train = [train for train, _ in sides]

@@ -74,7 +74,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         "guards": [guard.sha256 for guard in guards],
         "start": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
     }
-    runs, size = {member.name: member.run for member in members}, request.prompts_a_step
+    runs = {member.name: member.run for member in members}
+    size = request.prompts_a_step or a_step(min(len(m.prompts.prompts) for m in members))
     guarded = [members[0].run.asking(guard) for guard in guards]
     with journal_of(
         request, runs, beside, progress, restart=request.restart, **contents
@@ -83,10 +84,10 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         behaviors = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
         limit = math.log(request.limit)
         guarding = [guard_of(guard, journal, size, limit) for guard in guarded]
-        fitting = Fitting(request, members, behaviors, guarding, layout, journal, progress)
+        fitting = Fitting(request, members, behaviors, guarding, layout, size, journal, progress)
         state = fitting.run(start)
         how = _how(request, guards, state, front(fitting, state), fitting)
-        for line in warnings(how):
+        for line in warnings(how, done=state.judge.done):
             progress.note(line)
         found = company_files(
             members,
@@ -103,6 +104,11 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         write_company(request.out, found, kept_settings(request.recipe))
         journal.discard()
     return found
+
+
+def a_step(prompts: int) -> int:
+    """How many prompts of a behaviour a step takes, of so many."""
+    return min(16, max(4, prompts // 4))
 
 
 def _check_front(request: FitRequest) -> None:
@@ -198,7 +204,7 @@ def _how(
         rate=request.rate,
         shrinkage=request.shrinkage,
         upper=request.upper,
-        prompts_a_step=request.prompts_a_step,
+        prompts_a_step=fitting.size,
         held_out=dict(zip(names, fitting.held_out(), strict=True)),
         best_step=state.judge.step,
         history=_moments(state.seen, names),
@@ -224,8 +230,13 @@ def _moments(seen: torch.Tensor, names: Sequence[str]) -> tuple[Moment, ...]:
     )
 
 
-def warnings(how: Fit) -> Iterator[str]:
-    """What a user is told who would not otherwise see that a fit fell short."""
+def warnings(how: Fit, *, done: bool) -> Iterator[str]:
+    """What a user is told who would not otherwise see that a fit fell short.
+
+    Args:
+        how: what was reached.
+        done: whether there was nothing more to gain, rather than no more steps.
+    """
     guards = {guard.behavior: guard for guard in how.guards}
     if few := [name for name, n in how.held_out.items() if n == 0 and name not in guards]:
         yield (
@@ -236,7 +247,7 @@ def warnings(how: Fit) -> Iterator[str]:
     for name, seen in how.reached.items():
         if name in guards:
             if not how.held(name):
-                more = f"more {option('steps')}, or " if _unfinished(how) else ""
+                more = "" if done else f"more {option('steps')}, or "
                 yield (
                     f"warning: {name} is at {seen.ratio:.3f} times the base's perplexity, beyond "
                     f"{option('limit', how.limit)}, which was out of reach; give {more}a larger "
@@ -245,17 +256,12 @@ def warnings(how: Fit) -> Iterator[str]:
         elif seen.answers < ENOUGH:
             yield (
                 f"warning: of {name} only {seen.answers:.2f} of the expert's answers are "
-                f"reproduced; {_way_out(how)}"
+                f"reproduced; {_way_out(how, done)}"
             )
 
 
-def _unfinished(how: Fit) -> bool:
-    """Whether the last gates are the best."""
-    return how.best_step == len(how.history) - 1
-
-
-def _way_out(how: Fit) -> str:
-    if _unfinished(how):
+def _way_out(how: Fit, done: bool) -> str:
+    if not done:
         return f"the fit was not done: give more {option('steps')}"
     ways = ["give more prompts"]
     if how.granularity != "channel":

@@ -153,8 +153,13 @@ class FitRequest(MembersRequest):
         description="How far a gate moves in the first step, about; it falls to a third, twice, "
         "where nothing is gained any more.",
     )
-    prompts_a_step: int = Field(
-        default=16, ge=1, description="Prompts of every behaviour in one step."
+    prompts_a_step: Annotated[
+        int | None, Option(default="16, or a quarter of the prompts, but 4")
+    ] = Field(
+        default=None,
+        ge=1,
+        description="Prompts of every behaviour in one step. By default no more than a quarter of "
+        "those of the behaviour that has the fewest, so that few prompts cost little.",
     )
     held_out: float = Field(
         default=0.125,
