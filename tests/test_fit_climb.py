@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,16 +119,31 @@ def test_prices_keep_a_limit_and_find_its_worth(limit: float) -> None:
 
 def test_excess_and_pull() -> None:
     """The pull is the derivative of the price's part, (max(0, p + k h)^2 - p^2) / 2k."""
-    used = torch.tensor([0.0, 0.5, 1.0, 3.0, 50.0], dtype=torch.float64, requires_grad=True)
+    used = torch.tensor([0.0, 0.5, 1.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
     price = torch.tensor([0.2, 0.8, 0.0, 0.3, 0.0], dtype=torch.float64)
     force = price + STIFFNESS * excess(used)
     part = (force.clamp_min(0).square() - price.square()) / (2 * STIFFNESS)
     part.sum().backward()
     assert used.grad is not None
     found = pull(price, used.detach())
-    assert found.tolist() == pytest.approx(used.grad.clamp_min(LEAST / used.clamp_min(1)).tolist())
+    assert found.tolist() == pytest.approx(used.grad.clamp_min(LEAST).tolist())
     assert float(found[2]) == LEAST  # what is at its limit, and has no price yet
-    assert excess(used).tolist()[:3] == [-1, -0.5, 0]
+    assert excess(used).tolist() == pytest.approx([-1, -0.5, 0, 2 * 3**0.5 - 2, 2])
+
+
+def test_far_beyond_its_limit_a_guard_pulls_by_its_logarithm() -> None:
+    used = torch.tensor([4.0, 40.0, 400.0], dtype=torch.float64)
+    pulled = pull(torch.full((3,), 0.1, dtype=torch.float64), used) * used
+    assert pulled.tolist() == pytest.approx([2 * (0.1 + 2 * STIFFNESS)] * 3)
+    assert excess(used).diff().tolist() == pytest.approx([2 * math.log(10)] * 2)
+
+
+def test_just_beyond_the_limit_the_pull_does_not_fall() -> None:
+    """Where it fell, price and guard swung around each other, and skills with them."""
+    used = torch.linspace(1, 1.5, 11, dtype=torch.float64)
+    for price in (0.0, 0.1, 0.2, 0.4):
+        pulled = pull(torch.full_like(used, price), used)
+        assert (pulled.diff() > -1e-3).all()
 
 
 def test_running_means() -> None:
