@@ -270,7 +270,7 @@ def test_half_of_a_neuron_helps_and_half_harms(
     layout = Layout(pair.partition, (pair.changed,), granularity)
     objective = Objective("east", every, targets, apart)
     with Unwritten() as journal:
-        fitting = Fitting(request, members, [objective], [], layout, journal, Quiet())
+        fitting = Fitting(request, members, [objective], [], layout, 9, journal, Quiet())
         state = fitting.run(torch.full((layout.size,), 0.5 * layout.share, dtype=torch.float64))
     recovered = 1 - float(state.seen[state.judge.step, 1, 0, 0]) / apart
     assert recovered < 0.8 if granularity == "component" else recovered > 0.97

@@ -50,7 +50,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     unread: Any = None
     runs = [Run(request, unread, pair, unread, unread, unread, Quiet()) for pair in pairs]
     members = [Member(name, unread, run) for name, run in zip(NAMES, runs, strict=True)]
-    fitting = Fitting(request, members, objectives, [], layout, None, Quiet())  # type: ignore[arg-type]
+    fitting = Fitting(request, members, objectives, [], layout, 4, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
     fitting.move_to(flat)
