@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import mergekit_wp.components as gate_layouts
 from benchmarks.components import components, fine_components, part_of, slices
 from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.families import LLAMA
@@ -142,3 +143,16 @@ def test_a_size_that_does_not_fit_is_refused() -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(UserError, match=r"q_proj.weight: dimension 0 has 8 entries, not a mult"):
         layout_of(name, dims).block((8, 4))
+
+
+@pytest.mark.parametrize("dims", [(), (0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+def test_products_in_pieces_are_those_of_the_whole(
+    dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_layouts, "_IN_CACHE", 30)  # two of five rows at a time
+    torch.manual_seed(0)
+    gradient, delta = torch.randn(2, 5, 4, 6, dtype=torch.float64)
+    letters = "abc"
+    want = torch.einsum(f"abc,abc->{''.join(letters[d] for d in dims)}", gradient, delta)
+    layout = gate_layouts.OwnGates("w", (5, 4, 6), (dims,))
+    assert layout.dotted(gradient, delta).tolist() == pytest.approx(want.flatten().tolist())
