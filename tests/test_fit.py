@@ -246,11 +246,12 @@ def test_nobody_goes_unguarded(world: Path, tmp_path: Path) -> None:
     assert encoded.prompts[0] + encoded.responses[0] == whole[: len(encoded.prompts[0]) + 44]
 
 
-def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fitted(world, tmp_path / "whole")
-    again, keep, saved = tmp_path / "again", Journal.save, 0
+@pytest.fixture
+def killed(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a fit was killed in its fourth step."""
+    folder, keep, saved = tmp_path / "again", Journal.save, 0
 
-    def killed(self: Journal, key: str, tensors: Any) -> None:
+    def save(self: Journal, key: str, tensors: Any) -> None:
         nonlocal saved
         saved += 1
         if saved == 4:
@@ -258,11 +259,25 @@ def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.M
         keep(self, key, tensors)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "save", killed)
-        fitted(world, again)
+        patch.setattr(Journal, "save", save)
+        fitted(world, folder)
+    return folder
+
+
+def test_a_killed_run_ends_where_it_is_told_to(world: Path, tmp_path: Path, killed: Path) -> None:
+    """Three steps were kept: with fewer or as many, what they reached is written."""
+    file = fitted(world, killed, steps=2)
+    whole = fitted(world, tmp_path / "whole", steps=3)
+    assert file.fit.history == whole.fit.history and len(file.fit.history) == 4
+    assert all(torch.equal(tensor, whole.tensors[key]) for key, tensor in file.tensors.items())
+
+
+def test_a_killed_run_goes_on(world: Path, tmp_path: Path, killed: Path) -> None:
+    fitted(world, tmp_path / "whole")
+    again = killed
     assert not list(again.glob("*.safetensors"))
-    with pytest.raises(UserError, match=r"changed: steps \(6 -> 7\)"):
-        fitted(world, again, steps=7)
+    with pytest.raises(UserError, match=r"changed: rate \(0.05 -> 0.1\)"):
+        fitted(world, again, rate=0.1)
     fitted(world, again)
     for name in NAMES:
         one, two = (folder / f"{name}.safetensors" for folder in (again, tmp_path / "whole"))

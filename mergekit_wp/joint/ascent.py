@@ -191,7 +191,7 @@ class Fitting:
 
         Args:
             state: where to begin.
-            most: steps.
+            most: steps; a run that was killed beyond them ends where it was.
             key: of the state in the journal.
             what: is done, for the progress.
         """
@@ -205,14 +205,14 @@ class Fitting:
             with finishing():
                 step = state.climb.steps
                 seen = torch.full((2, 2, len(self.objectives)), torch.nan, dtype=torch.float64)
-                if step % LOOK == 0 or step == most:
+                if step % LOOK == 0 or step >= most:
                     self.move_to(state.average)
                     seen[1] = self._look()
                     left = seen[1, 0] / self.spans
                     found = Judgement.of(left[:n], seen[1, 1, :n], left[n:], self.n_judged)
                     state = state.look(found, self.epoch)
                     self.progress.note(f"after {step} steps, {self.said(seen[1])}")
-                done = step == most or state.judge.done
+                done = step >= most or state.judge.done
                 if not done:
                     self.move_to(state.climb.gates)
                     slope, seen[0] = self._slope(step, self._weights(state))

@@ -145,7 +145,11 @@ class FitRequest(MembersRequest):
         f"from an earlier fit, give its recipe and {option('start', 'scores')}.",
     )
     steps: int = Field(
-        default=600, ge=1, description="Most steps; a fit ends when there is nothing more to gain."
+        default=600,
+        ge=1,
+        description="Most steps; a fit ends when there is nothing more to gain. One that was "
+        "stopped before ends with what it reached, if it is started again with "
+        f"{option('steps', 1)}.",
     )
     rate: float = Field(
         default=0.05,

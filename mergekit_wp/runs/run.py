@@ -39,7 +39,7 @@ from mergekit_wp.version import __version__
 #: fields of requests that results do not depend on, or whose content is named beside them
 _BESIDE = frozenset(
     {"out", "restart", "file", "recipe", "prompts", "behavior", "builtin", "rules", "checkers"}
-) | {"overwrite", "ray", "device_map", "max_memory"}
+) | {"overwrite", "ray", "device_map", "max_memory", "steps"}
 
 
 @dataclass(frozen=True)
