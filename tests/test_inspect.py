@@ -28,7 +28,13 @@ DIMS = Dims(n_layers=3, n_heads=4, n_kv_groups=2, n_neurons=6, architecture=LLAM
 
 @pytest.fixture
 def score_file() -> ScoreFile:
-    return make_score_file(dims=DIMS, criteria=("kl", "anchor"))
+    made = make_score_file(dims=DIMS, criteria=("kl", "anchor"))
+    errors = {
+        f"gain/{c}/{kind}.se": made.tensors[f"gain/{c}/{kind}"].abs() / 8
+        for c in ("kl", "anchor")
+        for kind in ("head", "neuron")
+    }
+    return ScoreFile(made.manifest, made.tensors | errors)
 
 
 @pytest.fixture
@@ -57,7 +63,9 @@ def oracle(score_file: ScoreFile) -> list[dict[str, Any]]:
         for criterion in manifest.criteria:
             for kind in manifest.kinds:
                 scores = score_file.scores(estimand, criterion, kind).flatten().tolist()
-                for c, score in zip(components(partition, kind), scores, strict=True):
+                known = score_file.tensors.get(f"{estimand}/{criterion}/{kind}.se")
+                errors = [None] * len(scores) if known is None else known.flatten().tolist()
+                for c, score, se in zip(components(partition, kind), scores, errors, strict=True):
                     found.append(
                         {
                             "kind": kind,
@@ -67,6 +75,7 @@ def oracle(score_file: ScoreFile) -> list[dict[str, Any]]:
                             "estimand": estimand,
                             "criterion": criterion,
                             "score": score,
+                            "se": se,
                         }
                     )
     return sorted(found, key=lambda item: -item["score"])
@@ -87,7 +96,7 @@ def test_json_holds_every_component_highest_first(path: Path, score_file: ScoreF
 
 def test_json_has_exactly_the_promised_fields_in_order(path: Path) -> None:
     components = json.loads(run(path, "--json"))["components"]
-    fields = ["kind", "layer", "index", "name", "estimand", "criterion", "score"]
+    fields = ["kind", "layer", "index", "name", "estimand", "criterion", "score", "se"]
     assert all(list(item) == fields for item in components)
     outside = {i["name"] for i in components if i["layer"] is None}
     assert outside == {"model.embed_tokens.weight", "model.norm.weight"}
@@ -140,6 +149,7 @@ def test_table_shows_the_leaders_and_what_they_mean(path: Path, score_file: Scor
         for number, item in enumerate(leaders[:4], 1):
             layer = "-" if item["layer"] is None else item["layer"]
             row = f"{number} {item['kind']} {layer} {item['index']} {item['score']:+.3f}"
+            row += "" if item["se"] is None else f" {item['se']:.3f}"
             assert f"{row} {item['name']}" in section
         for kind in ("layer", "tensor"):
             for item in [i for i in of_pair if i["kind"] == kind][:4]:

@@ -27,6 +27,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
     page = html(file, traced(root, criterion="kl"))
     measure = (
         f"<style>html {{ width: {PHONE}px; }}</style><script>"
+        "document.querySelectorAll('details').forEach(x => x.open = true);"
         "const wide = [...document.querySelectorAll('body *')].filter("
         f"x => x.getBoundingClientRect().right > {PHONE} && !x.closest('.scroll'));"
         "document.title = 'too wide: ' + wide.map(x => x.tagName).join()</script></body>"

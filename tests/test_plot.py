@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
+import torch
+import yaml
 from click.testing import CliRunner
+from markupsafe import escape
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mergekit_wp.architectures import Dims
@@ -20,10 +25,10 @@ from mergekit_wp.commands.inspect import inspect
 from mergekit_wp.commands.plot import plot
 from mergekit_wp.errors import DiskError, UserError
 from mergekit_wp.files.scorefile import ScoreFile, read, write
-from mergekit_wp.report import figures, panels
+from mergekit_wp.report import figures, fit_history, merge_preview, panels, summary
 from mergekit_wp.report.page import html
 from mergekit_wp.report.ranking import rank, select
-from tests.factory import make_score_file
+from tests.factory import make_fit, make_score_file
 
 HOSTILE = "<script>alert(1)</script> \"quote' $\\frac{x$ {{ 7*7 }} \x1b[31m 大写"
 
@@ -102,9 +107,13 @@ def test_zero_scores_draw() -> None:
     assert "<svg" in html(zero)
 
 
-def test_zero_is_in_the_middle_of_the_colours() -> None:
-    assert panels.limit(np.array([0.5, -2.0])) == 2.0
-    assert panels.limit(np.zeros(3)) == 1.0
+def test_the_scale_of_scores_reaches_from_the_lowest_to_the_highest() -> None:
+    scale = panels.ColourScale.of_scores("gain", [np.array([0.5, np.nan, -2.0]), np.array([4.0])])
+    assert (scale.low, scale.high) == (-2.0, 4.0) and scale.ticks == [-2.0, 0.0, 1.0, 4.0]
+    nothing = panels.ColourScale.of_scores("gain", [np.zeros(3)])
+    assert (nothing.low, nothing.high) == (0.0, 1.0)
+    below = panels.ColourScale.of_scores("gain", [np.array([-0.5])])
+    assert (below.low, below.high) == (-0.5, 0.0) and below.ticks == [-0.5, 0.0]
 
 
 def test_tensor_grid_places_roles_and_leaves_gaps() -> None:
@@ -140,10 +149,9 @@ def test_page_is_self_contained_and_says_it_all(source: Path, tmp_path: Path) ->
             assert value.startswith(("#", "data:image/png;base64,"))
     assert '<meta name="viewport" content="width=device-width' in page
     assert "prefers-color-scheme: dark" in page
-    assert tags.tags.count("svg") == 11 == tags.attributes.count(("role", "img"))
+    assert tags.tags.count("svg") == 12 == tags.attributes.count(("role", "img"))
     assert sum(name == "aria-label" and bool(value) for name, value in tags.attributes) > 10
-    for title in ("In short", "What a merge would take from it"):
-        assert title in page
+    assert "What a merge would take from it" in page
     assert "merge_method: weight_patching" in page
     score_file = read(source)
     leaders = [
@@ -153,6 +161,100 @@ def test_page_is_self_contained_and_says_it_all(source: Path, tmp_path: Path) ->
     ]
     for text in ("share/kl", "gain/kl", "exact swaps", "K/V groups", *leaders):
         assert text in page.replace("<wbr>", "")
+
+
+def company_file(*references: str) -> ScoreFile:
+    """One of the files of experts that were fitted together."""
+    fit, company = make_fit(*references)
+    made = make_score_file(estimands=("path",), company=company, fit=fit)
+    said = {"behavior": company[0].behavior, "verification": None}
+    return ScoreFile(made.manifest.model_copy(update=said), made.tensors)
+
+
+@pytest.mark.parametrize("score_file", [make_score_file(), company_file("one", "two")])
+def test_three_sentences_and_one_picture_stand_first(score_file: ScoreFile) -> None:
+    page = html(score_file)
+    before, *folded = page.split("<details")
+    assert re.findall(r"<p>.*?</p>", before.partition('id="verdict"')[2]) == [
+        f"<p>{escape(sentence)}</p>" for sentence in summary.verdict(score_file)
+    ]
+    assert before.count("<svg") == 1
+    assert len(folded) > 3 and not any(part.startswith(" open") for part in folded)
+    assert "`" not in page
+
+
+def test_no_column_or_table_without_content() -> None:
+    page = html(make_score_file(estimands=("share",)))
+    assert "<th>name</th>" in page and "± se" not in page
+    assert "not recorded" not in page and "Pearson" not in page and ">–<" not in page
+    alike = company_file("one", "two")
+    for key in [k for k in alike.tensors if k.startswith("path/")]:
+        alike.tensors[key] = torch.ones_like(alike.tensors[key])
+    assert "Leading" not in html(alike), "twenty leaders of one score are no leaders"
+
+
+def test_gates_are_drawn_from_zero_to_their_bound() -> None:
+    score_file = company_file("one", "two")
+    for panel in figures.panel_list(score_file, "path", "kl"):
+        ax = Figure().add_subplot()
+        drawn = panel.draw(ax)
+        if drawn is None:
+            assert ax.get_xlim() == (0, 1.5) and ax.get_xlabel() == "mean gate"
+        elif drawn[1] is None:
+            assert ax.get_images()[0].get_extent()[:2] == [0, 1.5] and ax.get_xlabel() == "gate"
+        else:
+            assert drawn[0].get_clim() == (0, 1.5) and drawn[1].unit == "gate"
+    # tensors of one role and layer are two norms here: a gate is their mean
+    norms = panels.tensor_grid(score_file.manifest, np.ones(20), mean=True)[0][:, -1]
+    assert norms.tolist() == [1, 1]
+
+
+def test_a_page_has_one_scale_of_colours_and_zero_is_white() -> None:
+    score_file = make_score_file(estimands=("share", "gain"), criteria=("kl", "anchor"))
+    limits, ends = set(), []
+    for estimand, criterion in select(score_file).pairs:
+        for panel in figures.panel_list(score_file, estimand, criterion):
+            drawn = panel.draw(Figure().add_subplot())
+            if drawn is not None and drawn[1] is not None:
+                image, scale = drawn
+                limits.add(image.get_clim())
+                seen = np.asarray(image.get_array())
+                ends += [seen.min(), seen.max()]
+                assert image.to_rgba(0.0)[:3] == pytest.approx((0.97, 0.97, 0.97), abs=0.02)
+                assert set(scale.ticks) >= {0.0, image.get_clim()[1]}
+    [limit] = limits
+    assert limit == pytest.approx((min(ends), max(ends)))
+
+
+def test_the_recipe_shown_names_the_known_company() -> None:
+    score_file = company_file("models/one", "models/two")
+    found = merge_preview.merge_preview(score_file)
+    assert found is not None
+    recipe = yaml.safe_load(merge_preview.recipe(score_file, found))
+    assert [(m["model"], m["parameters"]["scores"]) for m in recipe["models"]] == [
+        ("models/one", "one.safetensors"),
+        ("models/two", "two.safetensors"),
+    ]
+
+
+def test_legends_cover_no_bars_and_steps_and_layers_are_whole() -> None:
+    fitted, scored = company_file("one", "two"), make_score_file(dims=Dims(3, 4, 2, 6, LLAMA))
+    found = merge_preview.merge_preview(scored)
+    assert found is not None
+    for draw in (
+        partial(merge_preview.draw, found),
+        partial(fit_history.draw, fitted.manifest),
+        partial(fit_history.draw_front, fitted.manifest),
+    ):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        ax = figure.add_subplot()
+        draw(ax)
+        figure.draw_without_rendering()
+        legend = ax.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().y0 >= ax.get_window_extent().y1 - 1
+        if ax.get_xlabel() in ("step", "layer"):
+            assert all(tick == round(tick) for tick in ax.get_xticks())
 
 
 def test_ids_of_a_page_are_unique_and_all_references_resolve(source: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
@@ -18,6 +20,7 @@ from mergekit_wp.report import (
     weights_vs_activations,
 )
 from tests.circuit import NEURON, write_world
+from tests.factory import make_fit, make_score_file
 from tests.test_trace import scored, traced
 
 torch.set_num_threads(1)
@@ -71,11 +74,63 @@ def test_circuit_stands_in_layers(world: tuple[ScoreFile, TraceFile]) -> None:
     assert (rows["layer 1 head 2"][1], rows["layer 1 head 2"][-1]) == ("router", "1")
 
 
-def test_summary_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:
-    said = " ".join(summary.sentences(*world))
-    assert "the highest components: layer 0 neuron 3 (+1)" in said
-    assert "100% in the early layers" in said
-    assert "1 executor (acts on the output itself): layer 3 neuron 5" in said
+def test_arrowheads_touch_no_label(world: tuple[ScoreFile, TraceFile]) -> None:
+    trace = world[1]
+    figure = Figure(figsize=circuit_graph.size(trace), layout="constrained")
+    ax = figure.add_subplot()
+    circuit_graph.draw(trace, ax)
+    figure.draw_without_rendering()
+    labels = [text for text in ax.texts if text.get_text()]
+    arrows = [text.arrow_patch for text in ax.texts if isinstance(text, Annotation)]
+    assert len(labels) == len(circuit_graph.positions(trace))
+    assert len(arrows) == len(circuit_graph.drawn_edges(trace)) > 0
+    for arrow in arrows:
+        assert arrow is not None
+        path = arrow.get_path()  # in pixels: a line, then the head, which is closed
+        head = path.vertices[np.flatnonzero(path.codes == path.MOVETO)[-1] : -1]
+        assert len(head) == 3
+        for label in labels:
+            frame = label.get_bbox_patch()
+            assert frame is not None
+            assert not any(frame.get_window_extent().contains(*point) for point in head)
+
+
+def test_verdict_names_the_source(world: tuple[ScoreFile, TraceFile]) -> None:
+    where, what, trust = summary.verdict(world[0])
+    assert where.endswith("components (1.2%), most of it in the early layers (100%).")
+    assert "needs layer 0 neuron 3" in what
+    assert trust.startswith("Each score is of one component alone")
+
+
+def test_verdict_says_what_is_wrong_with_a_score_file() -> None:
+    file = make_score_file(estimands=("share",))
+    where, what, _ = summary.verdict(
+        ScoreFile(file.manifest, {k: -v.abs() for k, v in file.tensors.items()})
+    )
+    assert "are base and expert swapped" in where and "leaves the base as it is" in what
+    for total, words in (
+        (0.43, "score again with more --share-steps"),
+        (1.04, "a merge can go by"),
+    ):
+        said = {"completeness": {"share/kl": total}}
+        stated = ScoreFile(file.manifest.model_copy(update=said), file.tensors)
+        assert words in summary.verdict(stated)[2] and f"{total:.2f}" in summary.verdict(stated)[2]
+    only = make_score_file(estimands=("share",), kinds=("layer",))
+    assert "whole layers only" in summary.verdict(only)[0]
+
+
+def test_verdict_of_a_fit_says_what_comes_back_and_what_it_costs() -> None:
+    fit, company = make_fit("one", "two")
+    file = make_score_file(estimands=("path",), company=company, fit=fit)
+    file = ScoreFile(file.manifest.model_copy(update={"behavior": "behavior 0"}), file.tensors)
+    returns, taken, cost = summary.verdict(file)
+    assert "gives 50% of the expert's own answers on the prompts it was fitted on" in returns
+    assert returns.endswith("(behavior 1 0.50); give more prompts, or fewer experts.")
+    assert "something of" in taken
+    assert "plain is at 1.010 times the base's perplexity, within the limit of 1.05" in cost
+    alone = ScoreFile(file.manifest.model_copy(update={"fit": None}), file.tensors)
+    assert "comes back 0.50 of the way" in summary.verdict(alone)[0]
+    assert summary.verdict(alone)[2].startswith("Nothing was guarded")
 
 
 def test_takings_count_what_scores_above_zero(world: tuple[ScoreFile, TraceFile]) -> None:

@@ -38,7 +38,8 @@ def inspect(
       mergekit-wp inspect caps.safetensors --json | jq '.components[0]'
 
     JSON: {"manifest": {...}, "components": [{"kind", "layer", "index", "name", "estimand",
-    "criterion", "score"}, ...]}, highest score first; layer is null outside the layers.
+    "criterion", "score", "se"}, ...]}, highest score first; layer is null outside the layers, se
+    (the standard error over prompts) where it is not known.
     """
     score_file = read(file)
     selection = select(score_file, estimand, criterion, kind)

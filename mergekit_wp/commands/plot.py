@@ -16,13 +16,16 @@ def plot(file: str, out: Path, trace: Path | None) -> None:
     """Draw score FILE: layers, tensors, heads, K/V groups and neurons.
 
     A .png is one figure with a row for each estimand and criterion. A .html is one page that
-    needs nothing else, not even a network: a summary in words, the figures, the leading
-    components, weights against activations where both are scored, the traced circuit, what sets
-    of components do together, how stable the ranking is, and how far to trust the scores.
+    needs nothing else, not even a network: three sentences, one picture, and folded away the
+    recipe, all figures, the leading components, weights against activations where both are
+    scored, the traced circuit, what sets of components do together, how stable the ranking is,
+    and how far to trust the scores.
 
     Red is a positive score (the component carries the behaviour), blue a negative one (it works
-    against it), white zero; layer 0 is at the bottom. The neurons' panel shows how many neurons
-    of each layer have which score: most are near zero, leaders stand far out on the right.
+    against it), white zero; layer 0 is at the bottom. All panels have one scale of colours, by
+    the square root of the score; gates of a fit have their own, from 0 to their bound. The
+    neurons' panel shows how many neurons of each layer have which score: most are near zero,
+    leaders stand far out on the right.
 
     \b
     Examples:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from mergekit_wp.files.circuitfile import Edge, TraceFile
-from mergekit_wp.terms import ROLES, Via
+from mergekit_wp.files.circuitfile import Edge, Node, TraceFile
+from mergekit_wp.report.figures import PAPER, legend_above
+from mergekit_wp.terms import ROLES, Role, Via
 
 #: strongest edges that are drawn; a graph of more is not read
 MOST_EDGES = 40
 # told apart by the colour-blind, and by their marks in grey (Okabe and Ito)
-_STYLE = {
-    "carrier": ("#D55E00", "s"),
-    "router": ("#0072B2", "o"),
-    "executor": ("#009E73", "^"),
-    None: ("#888888", "."),
+_STYLE: dict[Role | None, tuple[str, str, str]] = {
+    "carrier": ("#D55E00", "s", "■ "),
+    "router": ("#0072B2", "o", "● "),
+    "executor": ("#009E73", "^", "▲ "),
+    None: ("#888888", ".", ""),
 }
 _LINES: dict[Via, Literal["-", "--"]] = {"weights": "-", "activations": "--"}
 
@@ -58,14 +61,19 @@ def _centre(name: str, edges: list[Edge], x: dict[str, float]) -> float:
 
 def size(trace: TraceFile) -> tuple[float, float]:
     """Width and height of the drawing in inches."""
-    rows = len({y for _, y in positions(trace).values()})
-    return (4.2, min(max(0.55 * rows + 1.2, 2.6), 14.0))
+    rows = Counter(y for _, y in positions(trace).values())
+    width = min(max(0.75 * max(rows.values(), default=1), 4.2), 9.0)
+    return (width, min(max(0.75 * len(rows) + 1.2, 2.6), 14.0))
 
 
 def draw(trace: TraceFile, ax: Axes) -> None:
-    """The graph. Width of a line: the part of the target's effect that comes along it."""
+    """The graph. Width of a line: the part of the target's effect that comes along it.
+
+    Components are framed labels, and arrows end at the frames, so that no head lies on a label.
+    """
     at = positions(trace)
     nodes = {node.name: node for node in trace.nodes}
+    frames = {name: _label(ax, nodes[name], place) for name, place in at.items()}
     for edge in reversed(drawn_edges(trace)):
         part = edge.supply.value / nodes[edge.target].activation.value
         bend = 0.12 if edge.via == "weights" else -0.12
@@ -79,29 +87,47 @@ def draw(trace: TraceFile, ax: Axes) -> None:
                 "linestyle": _LINES[edge.via],
                 "linewidth": 0.5 + 2.5 * min(max(part, 0.0), 1.0),
                 "color": "#888888",
-                "shrinkA": 4,
-                "shrinkB": 5,
+                "patchA": frames[edge.source],
+                "patchB": frames[edge.target],
+                "shrinkA": 1,
+                "shrinkB": 2,
             },
+            zorder=2,
         )
-    for name, (x, y) in at.items():
-        colour, mark = _STYLE[nodes[name].role]
-        ax.plot([x], [y], marker=mark, color=colour, markersize=7, linestyle="none")
-        label = f"{nodes[name].kind.replace('_', ' ')} {nodes[name].index}"
-        ax.annotate(label, (x, y), (0, -9), textcoords="offset points", ha="center", fontsize=6)
     layers = sorted({nodes[name].layer for name in at})
     ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     ax.set_ylabel("layer")
     ax.set_xticks([])
-    ax.margins(0.12, 0.08)
+    # labels alone do not make room
+    ax.plot([x for x, _ in at.values()], [y for _, y in at.values()], linestyle="none")
+    ax.margins(0.18, 0.12)
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     present = [r for r in (*ROLES, None) if any(nodes[name].role == r for name in at)]
     handles = [
-        Line2D([], [], color=_STYLE[r][0], marker=_STYLE[r][1], linestyle="none", label=r or "none")
-        for r in present
+        Line2D([], [], color=colour, marker=mark, linestyle="none", label=role or "no role")
+        for role in present
+        for colour, mark, _ in [_STYLE[role]]
     ]
     handles += [
         Line2D([], [], color="#888888", linestyle=style, label=f"by {via}")
         for via, style in _LINES.items()
         if any(edge.via == via for edge in drawn_edges(trace))
     ]
-    ax.legend(handles=handles, frameon=False, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))
+    legend_above(ax, handles)
+
+
+def _label(ax: Axes, node: Node, place: tuple[float, float]) -> Patch:
+    """A component's name in the frame of its role; above other components' arrows."""
+    colour, _, mark = _STYLE[node.role]
+    text = ax.text(
+        *place,
+        f"{mark}{node.kind.replace('_', ' ')} {node.index}",
+        ha="center",
+        va="center",
+        fontsize=7,
+        zorder=3,
+        bbox={"boxstyle": "round,pad=0.3", "facecolor": PAPER, "edgecolor": colour},
+    )
+    patch = text.get_bbox_patch()
+    assert patch is not None
+    return patch

@@ -9,16 +9,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import panels, words
 from mergekit_wp.report.ranking import select
+from mergekit_wp.statistics import Array
 from mergekit_wp.terms import CriterionName, Estimand, Kind
 
 #: Left to right; a reader meets the whole before the parts.
@@ -26,6 +29,8 @@ ORDER: tuple[Kind, ...] = ("layer", "tensor", "head", "kv_group", "neuron")
 _MOST_PIXELS = 16_000
 #: stands for the page's text colour in an inline SVG
 INK = "#010203"
+#: and for its background
+PAPER = "#fdfeff"
 
 
 @contextmanager
@@ -51,16 +56,38 @@ def panel_list(
 ) -> list[panels.Panel]:
     """The panels of one estimand and criterion: one for each kind the file has."""
     manifest = score_file.manifest
+    scale = colour_scale(score_file, estimand, criterion)
     found = []
     for kind in ORDER:
         if kind not in manifest.kinds or 0 in manifest.shape(kind):
             continue
         key = f"{estimand}/{criterion}/{kind}"
-        scores = score_file.tensors[key].numpy().astype(np.float64)
         se = score_file.tensors.get(f"{key}.se")
         errors = None if se is None else se.numpy().astype(np.float64)
-        found.append(panels.make(manifest, kind, scores, errors, f"{estimand}/{criterion}"))
+        found.append(panels.make(manifest, kind, _values(score_file, key), errors, scale))
     return found
+
+
+def colour_scale(
+    score_file: ScoreFile, estimand: Estimand, criterion: CriterionName
+) -> panels.ColourScale:
+    """One scale for all scores of a file; another one for gates, which have a bound."""
+    manifest = score_file.manifest
+    if estimand == "path":
+        return panels.ColourScale("gate", 0.0, manifest.path_bound("tensor"), gates=True)
+    every = []
+    for e, c in select(score_file).pairs:
+        for kind in manifest.kinds if e != "path" else ():
+            scores = _values(score_file, f"{e}/{c}/{kind}")
+            if kind == "tensor":
+                every.append(panels.tensor_grid(manifest, scores)[0])
+            elif kind in ("head", "kv_group"):
+                every.append(scores)
+    return panels.ColourScale.of_scores(f"{estimand}/{criterion}", every)
+
+
+def _values(score_file: ScoreFile, key: str) -> Array:
+    return score_file.tensors[key].numpy().astype(np.float64)
 
 
 def png(score_file: ScoreFile) -> bytes:
@@ -128,20 +155,27 @@ def draw_panel(panel: panels.Panel, ax: Axes) -> None:
     drawn = panel.draw(ax)
     if drawn is None:
         return
-    image, label = drawn
+    image, scale = drawn
     figure = ax.get_figure()
     assert figure is not None
     bar = figure.colorbar(image, ax=ax, location="bottom", aspect=14, fraction=0.06, pad=0.02)
-    bar.set_label(label)
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize="small")
-    end = image.get_clim()[1]
-    if panel.kind == "neuron":
-        ticks = [10.0**power for power in range(int(np.log10(end)) + 1)]
-        bar.set_ticks(ticks, labels=[f"{tick:,.0f}" for tick in ticks])
-        bar.minorticks_off()
+    bar.minorticks_off()
+    if scale is None:
+        bar.set_label("neurons")
+        powers = [10.0**power for power in range(int(np.log10(image.get_clim()[1])) + 1)]
+        bar.set_ticks(powers, labels=[f"{tick:,.0f}" for tick in powers])
     else:
-        bar.set_ticks([-end, 0, end], labels=[panels.signed(t) for t in (-end, 0, end)])
+        bar.set_label(scale.unit)
+        bar.set_ticks(scale.ticks, labels=[panels.signed(t) for t in scale.ticks])
+
+
+def legend_above(ax: Axes, handles: Sequence[Artist] | None = None) -> None:
+    """A legend over the axes, where it covers nothing."""
+    own = ax.get_legend_handles_labels()[0] if handles is None else list(handles)
+    place: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(len(own), 3)}
+    ax.legend(handles=own, frameon=False, **place)
 
 
 @dataclass(frozen=True)
@@ -200,4 +234,4 @@ def _inline(text: str, prefix: str) -> str:
     element = re.sub(r'\s(width|height)="[\d.]+pt"', "", element, count=2)
     element = re.sub(r'\bid="', f'id="{prefix}-', element)
     element = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", element)
-    return element.replace(INK, "currentColor")
+    return element.replace(INK, "currentColor").replace(PAPER, "var(--paper)")

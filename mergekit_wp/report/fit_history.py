@@ -67,6 +67,8 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 def draw_front(manifest: Manifest, axes: Axes) -> None:
     """Answers reproduced of every behaviour over what they cost the guard it harms most."""
+    from mergekit_wp.report.figures import legend_above  # slow to import
+
     fit = manifest.fit
     assert fit is not None
     guards = [guard.behavior for guard in fit.guards]
@@ -80,11 +82,13 @@ def draw_front(manifest: Manifest, axes: Axes) -> None:
     axes.set_xlabel("times the base's perplexity on the worst guard; dotted: limits")
     axes.set_ylabel("answers reproduced")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend_above(axes)
 
 
 def draw(manifest: Manifest, axes: Axes) -> None:
     """Answers reproduced of every behaviour by step: judged with marks, fitted as a thin line."""
+    from mergekit_wp.report.figures import legend_above  # slow to import
+
     fit = manifest.fit
     assert fit is not None
     for i, name in enumerate(fit.reached):
@@ -98,6 +102,7 @@ def draw(manifest: Manifest, axes: Axes) -> None:
         axes.plot(x, y, color=colour, lw=1.5, marker="o", ms=3, label=clean(name))
     axes.axvline(fit.best_step, color="#888888", lw=0.6, ls=":")
     axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("answers reproduced")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend_above(axes)

@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.models.model_names import file_names
 from mergekit_wp.report import words
+from mergekit_wp.report.figures import legend_above
 from mergekit_wp.terms import WEIGHT_ESTIMANDS, CriterionName, Estimand, Kind
 
 _COLOURS: dict[Kind, str] = {"head": "#0072B2", "kv_group": "#E69F00", "neuron": "#009E73"}
@@ -66,17 +68,21 @@ def sentences(found: MergePreview) -> list[str]:
         for kind, (taken, n) in found.taken.items()
     )
     how = (
-        "`fusion: path` takes every component as far as its score says"
+        "fusion 'path' takes every component as far as its gate says"
         if found.estimand == "path"
-        else "`fusion: share` divides every component among the experts in proportion to the "
+        else "fusion 'share' divides every component among the experts in proportion to the "
         "square root of their parts of the positive score"
     )
-    return [
+    said = [
         f"{how}; where no expert scores above zero, the base stays",
         f"by {found.estimand}/{found.criterion} this expert has a claim on {parts}",
-        f"the leading 1% of all components hold {words.percent(found.leading)} of its positive "
-        "score",
     ]
+    if found.estimand != "path":
+        said.append(
+            f"the leading 1% of all components hold {words.percent(found.leading)} of its "
+            "positive score"
+        )
+    return said
 
 
 def draw(found: MergePreview, ax: Axes) -> None:
@@ -87,25 +93,34 @@ def draw(found: MergePreview, ax: Axes) -> None:
         ax.bar(layers, values, bottom=below, color=_COLOURS[kind], label=words.KIND_WORDS[kind])
         below += np.array(values)
     ax.set_xlabel("layer")
+    ax.locator_params(axis="x", integer=True)
     ax.set_ylabel(f"positive {found.estimand}")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    legend_above(ax)
 
 
 def recipe(score_file: ScoreFile, found: MergePreview) -> str:
-    """A recipe that merges by this file, to be completed with the other experts."""
+    """A recipe that merges by this file and its company's, or with experts to be filled in."""
     manifest = score_file.manifest
-    base, expert = (words.clean(m.reference) for m in (manifest.base, manifest.expert))
     fusion = "path" if found.estimand == "path" else "share"
     going_by = "" if fusion == "path" else f", estimand: {found.estimand}"
+    if manifest.company is None:
+        experts = [
+            (manifest.expert.reference, "THIS-FILE"),
+            ("ANOTHER-EXPERT", "ITS-FILE"),
+        ]
+    else:
+        references = [member.reference for member in manifest.company]
+        experts = list(zip(references, file_names(references), strict=True))
+    models = "".join(
+        f"  - model: {words.clean(model)}\n"
+        f"    parameters: {{scores: {words.clean(name)}.safetensors}}\n"
+        for model, name in experts
+    )
     return (
         "merge_method: weight_patching\n"
-        f"base_model: {base}\n"
-        "models:\n"
-        f"  - model: {expert}\n"
-        "    parameters: {scores: THIS-FILE.safetensors}\n"
-        "  - model: ANOTHER-EXPERT\n"
-        "    parameters: {scores: ITS-FILE.safetensors}\n"
+        f"base_model: {words.clean(manifest.base.reference)}\n"
+        f"models:\n{models}"
         f"parameters: {{fusion: {fusion}{going_by}, criterion: {found.criterion}}}\n"
         "dtype: bfloat16\n"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import circuitfile
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.circuitfile import TraceFile
-from mergekit_wp.files.manifest import Verification
+from mergekit_wp.files.manifest import Manifest, Verification
 from mergekit_wp.files.scorefile import ScoreFile, read
+from mergekit_wp.models.model_names import last_name
 from mergekit_wp.report import (
     circuit_graph,
     fit_history,
@@ -30,10 +31,20 @@ from mergekit_wp.report.html import filled
 from mergekit_wp.report.ranking import Leaders, leaders, select
 from mergekit_wp.report.table import ScoreFormat
 from mergekit_wp.report.verification import DIRECTIONS, draw, measures, sentences
-from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand, Kind
 
 _LEADERS = 20
 _CURVES, _SCATTER = (5.2, 3.0), (3.8, 3.0)
+_EMPTY = ("", "–")
+_CORRELATIONS = ("Pearson", "Spearman", "Pearson, random")
+#: along which the first picture goes
+_PICTURED: dict[Kind, str] = {
+    "tensor": "layer and matrix",
+    "head": "layer and head",
+    "kv_group": "layer and K/V group",
+    "neuron": "layer, neurons counted",
+    "layer": "layer",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,20 @@ class PageTable:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: int
+
+    @classmethod
+    def of(
+        cls, title: str, head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int
+    ) -> list[PageTable]:
+        """The table without columns that say nothing; none where no row is left."""
+        every = list(rows)
+        kept = [
+            i for i in range(len(head)) if i < numbers or any(row[i] not in _EMPTY for row in every)
+        ]
+        if not every or len(kept) == numbers:
+            return []
+        lines = [[row[i] for i in kept] for row in every]
+        return [cls(title, [head[i] for i in kept], lines, numbers)]
 
 
 @dataclass(frozen=True)
@@ -67,30 +92,28 @@ def html(score_file: ScoreFile, trace: TraceFile | None = None) -> str:
     """
     manifest = score_file.manifest
     selection = select(score_file)
+    scores = [_scores(score_file, e, c) for e, c in selection.pairs]
     return filled(
         "page.html",
         behavior=words.clean(manifest.behavior),
-        summary=summary.sentences(score_file, trace),
+        expert=words.clean(last_name(manifest.expert.reference)),
+        base=words.clean(last_name(manifest.base.reference)),
+        verdict=summary.verdict(score_file),
+        picture=_picture(score_file),
         sections=[
-            *(_scores(score_file, e, c) for e, c in selection.pairs),
+            *_merge_preview(score_file),
+            *_fit(score_file),
+            *scores,
             *_sides(score_file),
             *_circuit(trace),
-            *_fit(score_file),
             *_stability(score_file),
-            *_merge_preview(score_file),
+            _fidelity(score_file),
         ],
         identity=words.identity(manifest),
         criteria=[
             (c, criterion_words(c), words.criterion_facts(manifest, c)) for c in selection.criteria
         ],
         estimands=[(e, words.ESTIMAND_WORDS[e]) for e in selection.estimands],
-        fidelity=[
-            row
-            for e, c in selection.pairs
-            for row in words.fidelity_rows(manifest, e, c, selection.kinds)
-        ],
-        kind_words=words.KIND_WORDS,
-        methods=words.METHOD_WORDS,
         versions=", ".join(words.clean(f"{k} {v}") for k, v in sorted(manifest.versions.items())),
     )
 
@@ -121,27 +144,50 @@ def plot(file: str | Path, out: Path, trace: Path | None) -> None:
         temporary.write_bytes(content)
 
 
+def _picture(score_file: ScoreFile) -> Drawing | None:
+    """What the page shows first: whole tensors, of which everybody knows where they are."""
+    manifest = score_file.manifest
+    estimand: Estimand = "path" if manifest.company is not None else manifest.estimands[0]
+    found = {p.kind: p for p in panel_list(score_file, estimand, manifest.criteria[0])}
+    panel = next((found[kind] for kind in ("tensor", *found) if kind in found), None)
+    if panel is None:
+        return None
+    what = "How much of the expert a merge takes" if estimand == "path" else "Where it sits"
+    title = f"{what}, by {_PICTURED[panel.kind]}"
+    return drawing(title, panel.alt, partial(draw_panel, panel), "picture", _panel_size(manifest))
+
+
+def _panel_size(manifest: Manifest) -> tuple[float, float]:
+    return (3.8, min(max(0.09 * manifest.n_layers, 1.6), 6.0) + 1.2)
+
+
 def _scores(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> PageSection:
     """Everything about one estimand and criterion."""
     manifest, name = score_file.manifest, f"{estimand}-{criterion}"
-    size = (3.8, min(max(0.09 * manifest.n_layers, 1.6), 6.0) + 1.2)
+    size = _panel_size(manifest)
     figures = [
         drawing(panel.title, panel.alt, partial(draw_panel, panel), f"{name}-{panel.kind}", size)
         for panel in panel_list(score_file, estimand, criterion)
     ]
-    verified = manifest.verification
-    if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
-        figures += _curves(verified)
     said = [words.portrait(score_file, estimand, criterion).spread]
     if estimand == "share":
         said.insert(0, words.share_words(score_file, criterion))
+    verified = manifest.verification
+    if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
+        figures += _curves(verified)
+        said += sentences(verified)
     kinds = select(score_file).kinds
-    tables = [_leaders(x) for x in leaders(score_file, estimand, criterion, kinds, _LEADERS)]
-    return PageSection(name, f"{estimand}/{criterion}", said, figures, tables)
+    listed = leaders(score_file, estimand, criterion, kinds, _LEADERS)
+    tables = [table for each in listed for table in _leaders(each)]
+    title = f"Gates, {criterion}" if estimand == "path" else f"{estimand}/{criterion}"
+    return PageSection(name, title, said, figures, tables)
 
 
-def _leaders(listed: Leaders) -> PageTable:
+def _leaders(listed: Leaders) -> list[PageTable]:
+    """Nothing where all have one score: the list would say how they are numbered."""
     score = ScoreFormat([row.score for row in listed.rows])
+    if len({score(row.score) for row in listed.rows}) == 1 < len(listed.rows):
+        return []
     rows = [
         # a long name may be broken at its dots
         (
@@ -151,7 +197,7 @@ def _leaders(listed: Leaders) -> PageTable:
         )
         for row in listed.rows
     ]
-    return PageTable(f"Leading {listed.title}", ("name", "score", "± se"), rows, 1)
+    return PageTable.of(f"Leading {listed.title}", ("name", "score", "± se"), rows, 1)
 
 
 def _curves(found: Verification) -> list[Drawing]:
@@ -196,6 +242,7 @@ def _sides(score_file: ScoreFile) -> Iterator[PageSection]:
                 f"{row.activations_only:,}",
             )
             for row in found.rows
+            if row.spearman is not None or row.overlap is not None
         ]
         head = (
             "kind",
@@ -211,7 +258,7 @@ def _sides(score_file: ScoreFile) -> Iterator[PageSection]:
             "what others supply; high is the top 5% of a kind, low is outside its top 20%"
         )
         title = f"Weights against activations: {found.weights}/{found.criterion}"
-        tables = [PageTable("By kind and depth", head, rows, 2)]
+        tables = PageTable.of("By kind and depth", head, rows, 2)
         yield PageSection(name, title, [what, *said], figures, tables)
 
 
@@ -229,8 +276,8 @@ def _circuit(trace: TraceFile | None) -> Iterator[PageSection]:
     )
     edges = mechanism.edge_rows(trace, circuit_graph.MOST_EDGES)
     tables = [
-        PageTable("Components", mechanism.NODES, mechanism.node_rows(trace), 2),
-        PageTable("Edges", mechanism.EDGES, edges, 3),
+        *PageTable.of("Components", mechanism.NODES, mechanism.node_rows(trace), 2),
+        *PageTable.of("Edges", mechanism.EDGES, edges, 3),
     ]
     yield PageSection("circuit", "Circuit: who supplies whom", said, [figure], tables)
 
@@ -257,7 +304,7 @@ def _stability(score_file: ScoreFile) -> Iterator[PageSection]:
             "and no ranking agrees with another one better than with itself"
         )
         rows = mechanism.agreement_rows(found)
-        tables = [PageTable("Agreement", mechanism.AGREEMENT, rows, 3)]
+        tables = PageTable.of("Agreement", mechanism.AGREEMENT, rows, 3)
         yield PageSection("stability", "Stability of the ranking", [what], tables=tables)
 
 
@@ -267,10 +314,45 @@ def _merge_preview(score_file: ScoreFile) -> Iterator[PageSection]:
     if found is None:
         return
     figures = []
-    if found.by_layer:
+    if found.by_layer and found.estimand != "path":  # sums of gates say how many neurons there are
         alt = f"Stacked bars of positive {found.estimand} of each layer by kind"
         draw = partial(merge_preview.draw, found)
         figures.append(drawing("Where it lies", alt, draw, "merge", (5.2, 3.0)))
     code = merge_preview.recipe(score_file, found)
     said = merge_preview.sentences(found)
     yield PageSection("merge", "What a merge would take from it", said, figures, code=code)
+
+
+def _fidelity(score_file: ScoreFile) -> PageSection:
+    """How scores were computed, and what exact swaps say of estimates."""
+    selection = select(score_file)
+    rows = []
+    checked = False
+    for estimand, criterion in selection.pairs:
+        for row in words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds):
+            f = row.fidelity
+            numbers = () if f is None else (f.pearson, f.spearman, f.pearson_random)
+            swaps = 0 if f is None else f.verified_top + f.verified_random
+            missed = None if f is None else f.largest_missed
+            checked = checked or swaps > 0
+            rows.append(
+                (
+                    f"{estimand}/{criterion}",
+                    ", ".join(words.KIND_WORDS[kind] for kind in row.kinds),
+                    "not recorded" if f is None else words.method_words(f),
+                    f"{swaps}" if swaps else "–",
+                    *("–" if value is None else f"{value:.3f}" for value in numbers),
+                    *("–",) * (3 - len(numbers)),
+                    "–" if missed is None else f"{missed:.2g}",
+                )
+            )
+    head = ("scores", "kinds", "method", "checked", *_CORRELATIONS, "missed")
+    said = []
+    if checked:
+        said.append(
+            "estimates were checked by exact swaps of leaders and of components drawn at random; "
+            "correlations are between the two, and “missed” is the largest exact score among the "
+            "random ones that the estimate did not put among the leaders"
+        )
+    tables = PageTable.of("Methods", head, rows, 2)
+    return PageSection("fidelity", "How far to trust the scores", said, tables=tables)

@@ -214,6 +214,5 @@ def to_json(score_file: ScoreFile, selection: Selection, top: int | None) -> Ite
     yield f'{{"manifest": {score_file.manifest.model_dump_json()}, "components": ['
     for start in range(0, len(ranking), _CHUNK):
         rows = ranking.rows(start, start + _CHUNK)
-        public = ({k: v for k, v in vars(row).items() if k != "se"} for row in rows)
-        yield (",\n" if start else "\n") + ",\n".join(map(json.dumps, public))
+        yield (",\n" if start else "\n") + ",\n".join(map(json.dumps, map(vars, rows)))
     yield "\n]}\n"

@@ -1,56 +1,65 @@
-"""The findings of a score file in a few sentences, the most telling first."""
+"""What a score file says to somebody who merges: three sentences."""
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 
-from mergekit_wp.files.circuitfile import TraceFile
+from mergekit_wp.errors import option, spelled
+from mergekit_wp.files.fit_section import ENOUGH, Fit
+from mergekit_wp.files.manifest import CompanyMember, Fidelity, Verification
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.report import mechanism, verification, weights_vs_activations, words
+from mergekit_wp.report import words
 from mergekit_wp.report.ranking import leaders
-from mergekit_wp.terms import SLICED_KINDS
+from mergekit_wp.report.verification import curve, measures
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
 
-_DEPTHS = ("the early", "the middle", "the late")
+_DEPTHS = ("early", "middle", "late")
+#: how far a sum of shares may be from 1, and a correlation with exact swaps, before it is said
+_CLOSE, _CORRELATED = 0.1, 0.8
 
 
-def sentences(score_file: ScoreFile, trace: TraceFile | None = None) -> list[str]:
-    """What stands out: where the score lies, what sets do, what is source and what passes on."""
+def verdict(score_file: ScoreFile) -> tuple[str, str, str]:
+    """Where the behaviour sits, what a merge gets of it, and how far to trust that."""
     manifest = score_file.manifest
-    estimand, criterion = manifest.estimands[0], manifest.criteria[0]
-    said = []
-    if set(manifest.kinds) & {"tensor", *SLICED_KINDS}:
-        facts = words.portrait(score_file, estimand, criterion)
-        said.append(f"by {estimand}/{criterion}, {facts.spread}")
-        if where := _depth(score_file, f"{estimand}/{criterion}"):
-            said.append(where)
-    first = leaders(score_file, estimand, criterion, manifest.kinds, 3)
-    leading = [row for row in first[0].rows if row.score > 0] if first else []
-    if leading:
-        named = ", ".join(f"{words.clean(row.name)} ({row.score:+.2g})" for row in leading)
-        said.append(f"the highest {first[0].title}: {named}")
-    if manifest.verification is not None:
-        said += verification.sentences(manifest.verification)[:2]
-    for found in islice(weights_vs_activations.comparisons(score_file), 1):
-        said += weights_vs_activations.sentences(found)
-    halves = [
-        a
-        for a in manifest.stability
-        if (a.against, a.estimand, a.criterion) == ("halves", estimand, criterion)
-        and a.kind in SLICED_KINDS
-    ]
-    if halves:
-        said.append(
-            f"the order is stable to this degree between {mechanism.agreement_sentence(halves)}"
+    criterion = manifest.criteria[0]
+    if manifest.company is not None:
+        return (
+            _returns(score_file, manifest.company),
+            _taken(score_file, criterion),
+            _what_else(manifest.fit),
         )
-    if trace is not None:
-        said += mechanism.circuit_sentences(trace)[1:4]
-    return said
+    estimand = manifest.estimands[0]
+    found = manifest.verification
+    together = None if found is None else _together(found)
+    return (
+        _where(score_file, estimand, criterion),
+        together or _leading(score_file, estimand, criterion),
+        _trust(score_file, estimand, criterion),
+    )
 
 
-def _depth(score_file: ScoreFile, key: str) -> str | None:
-    """How the positive score of sliced kinds is spread over thirds of the layers."""
+def _where(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> str:
+    if not set(score_file.manifest.kinds) & {"tensor", *SLICED_KINDS}:
+        return "The file has scores of whole layers only, so a merge cannot go by it."
+    facts = words.portrait(score_file, estimand, criterion)
+    if not facts.n_positive:
+        return (
+            "No component of the expert brings the base closer to this behaviour; are base and "
+            "expert swapped, or the prompts another expert's?"
+        )
+    deep = _depth(score_file, f"{estimand}/{criterion}")
+    return (
+        f"Half of what makes the expert behave like this sits in {facts.n_half:,} of its "
+        f"{words.count(facts.n, 'component')} ({words.percent(facts.n_half / facts.n)})"
+        f"{'' if deep is None else f', most of it in the {deep[0]} layers ({deep[1]})'}."
+    )
+
+
+def _depth(score_file: ScoreFile, key: str) -> tuple[str, str] | None:
+    """The third of the layers that holds most of the positive score of sliced kinds, and how much.
+
+    None where no third holds half of it, and clearly more than its part of the layers.
+    """
     layers = np.zeros(score_file.manifest.n_layers)
     for kind in SLICED_KINDS:
         if f"{key}/{kind}" in score_file.tensors:
@@ -59,7 +68,137 @@ def _depth(score_file: ScoreFile, key: str) -> str | None:
         return None
     thirds = np.arange(len(layers)) * 3 // len(layers)
     parts = [float(layers[thirds == i].sum() / layers.sum()) for i in range(3)]
-    listed = ", ".join(
-        f"{words.percent(part)} in {name} layers" for part, name in zip(parts, _DEPTHS, strict=True)
+    first = int(np.argmax(parts))
+    due = float((thirds == first).mean())
+    if parts[first] < max(0.5, 1.2 * due):
+        return None
+    return _DEPTHS[first], words.percent(parts[first])
+
+
+def _together(found: Verification) -> str | None:
+    """What the largest set does to the last measure, which is behaviour where it was checked."""
+    measure = measures(found)[-1]
+    tops, randoms = (curve(found, "restoration", measure, name) for name in ("top", "random"))
+    if not tops:
+        return None
+    what = "of the checked answers" if measure == "behavior" else "of the way"
+    return (
+        f"Put into the base together, the leading {tops[-1].size:,} bring back "
+        f"{tops[-1].value:.2f} {what} (0 is the base, 1 the expert); as many drawn at random "
+        f"{randoms[-1].value:.2f}."
     )
-    return f"of the positive score {listed}"
+
+
+def _leading(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> str:
+    listed = leaders(score_file, estimand, criterion, score_file.manifest.kinds, 3)
+    rows = [row for row in listed[0].rows if row.score > 0] if listed else []
+    if not rows:
+        return "A merge by this file leaves the base as it is."
+    *others, last = (words.clean(row.name) for row in rows)
+    named = f"{', '.join(others)} and {last}" if others else last
+    return f"A merge that should keep it needs {named} before all else."
+
+
+def _trust(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) -> str:
+    manifest = score_file.manifest
+    if estimand == "share":
+        facts = words.portrait(score_file, estimand, criterion)
+        total = manifest.completeness.get(f"share/{criterion}", facts.total)
+        if abs(total - 1) <= _CLOSE:
+            return (
+                f"The parts add up to {total:.2f} of the whole way from base to expert, so a merge "
+                "can go by them."
+            )
+        return (
+            f"The parts add up to {total:.2f} of the way from base to expert, where 1 is right: "
+            f"score again with more {_flag('share_steps')} before you merge by them."
+        )
+    poor = [
+        (kind, found.pearson_random)
+        for kind in SLICED_KINDS
+        if (found := _fidelity(score_file, estimand, criterion, kind)) is not None
+        and found.pearson_random is not None
+        and found.pearson_random < _CORRELATED
+    ]
+    if poor:
+        listed = ", ".join(f"{words.KIND_WORDS[kind]} {value:.2f}" for kind, value in poor)
+        return (
+            "Some scores are estimates that real swaps confirm only in part (their correlation: "
+            f"{listed}): score again with a larger {_flag('verify')}."
+        )
+    return (
+        "Each score is of one component alone; what many do together, 'share' says, by which a "
+        "merge goes best."
+    )
+
+
+def _fidelity(
+    score_file: ScoreFile, estimand: Estimand, criterion: CriterionName, kind: str
+) -> Fidelity | None:
+    return score_file.manifest.fidelity.get(f"{estimand}/{criterion}/{kind}")
+
+
+def _returns(score_file: ScoreFile, company: tuple[CompanyMember, ...]) -> str:
+    """What comes back of the behaviour, and of its company's."""
+    manifest = score_file.manifest
+    fit = manifest.fit
+    if fit is None:
+        back = {member.behavior: member.recovery for member in company}
+        said = (
+            f"Merged by these scores, the behaviour comes back {back[manifest.behavior]:.2f} of the"
+            " way from base to expert"
+        )
+    else:
+        back = {member.behavior: fit.reached[member.behavior].answers for member in company}
+        which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
+        said = (
+            f"Merged by these gates, the model gives {back[manifest.behavior]:.0%} of the expert's "
+            f"own answers on {which}"
+        )
+    others = ", ".join(
+        f"{words.clean(name)} {value:.2f}"
+        for name, value in back.items()
+        if name != manifest.behavior
+    )
+    if others:
+        said += f" ({others})"
+    if back[manifest.behavior] < ENOUGH:
+        said += "; give more prompts, or fewer experts"
+    return f"{said}."
+
+
+def _taken(score_file: ScoreFile, criterion: CriterionName) -> str:
+    facts = words.portrait(score_file, "path", criterion)
+    if not facts.n:
+        return "The file has scores of whole layers only, so a merge cannot go by it."
+    mean = facts.total / facts.n
+    return (
+        f"On average the merge takes {mean:.0%} of how the expert changed a component, and "
+        f"something of {facts.n_positive:,} of {words.count(facts.n, 'component')}."
+    )
+
+
+def _what_else(fit: Fit | None) -> str:
+    """What becomes of the base's own abilities."""
+    if fit is None or not fit.guards:
+        return (
+            "Nothing was guarded: whether the base's own abilities are still there, "
+            f"'mergekit-wp compare' with {_flag('keep')} tells."
+        )
+    said = []
+    for guard in fit.guards:
+        ratio = fit.reached[guard.behavior].ratio
+        held = "within" if fit.held(guard.behavior) else "beyond"
+        said.append(
+            f"{words.clean(guard.behavior)} is at {ratio:.3f} times the base's perplexity, {held} "
+            f"the limit of {fit.limit:g}"
+        )
+    advice = ""
+    if not all(fit.held(guard.behavior) for guard in fit.guards):
+        advice = f"; give more {_flag('steps')}, or a larger {_flag('limit')}"
+    return f"Of what was to stay as in the base, {'; '.join(said)}{advice}."
+
+
+def _flag(name: str) -> str:
+    """An option as a reader of the page types it."""
+    return spelled(option(name), {})

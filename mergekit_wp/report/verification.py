@@ -106,6 +106,8 @@ def sentences(found: Verification) -> list[str]:
 
 def draw(found: Verification, direction: Direction, measure: str, axes: Axes) -> None:
     """One direction of one measure: three curves with intervals over the size of the set."""
+    from mergekit_wp.report.figures import legend_above  # slow to import
+
     for name in SETS:
         points = curve(found, direction, measure, name)
         x, y = [p.size for p in points], [p.value for p in points]
@@ -121,4 +123,4 @@ def draw(found: Verification, direction: Direction, measure: str, axes: Axes) ->
     axes.set_xlabel("components in the set")
     axes.set_ylabel(f"{'restored' if direction == 'restoration' else 'knocked out'}, {measure}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend_above(axes)

@@ -202,13 +202,16 @@ def draw(score_file: ScoreFile, found: WeightsVsActivations, kind: FineKind, ax:
     assert figure is not None
     bar = figure.colorbar(points, ax=ax)
     bar.set_label("layer")
+    bar.ax.locator_params(axis="y", integer=True)
 
 
 def _few_ticks(axis: Any, scale: float, values: Array) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # slow to import
 
     ends = [float(np.min(values)), float(np.max(values))]
-    ticks = sorted({t for t in (ends[0], -scale, 0.0, scale, ends[1]) if ends[0] <= t <= ends[1]})
+    # an end has its tick where it does not stand on that of the scale or of zero
+    apart = {end for end in ends if abs(end) > 3 * scale}
+    ticks = sorted({t for t in (-scale, 0.0, scale) if ends[0] <= t <= ends[1]} | apart)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:.1g}"))

@@ -135,13 +135,17 @@ def criterion_facts(manifest: Manifest, criterion: CriterionName) -> str:
     return "; ".join(parts) or "nothing recorded"
 
 
+def method_words(fidelity: Fidelity) -> str:
+    """How scores were computed: ``integrated gradients, 5 steps``."""
+    steps = "" if fidelity.steps is None else f", {count(fidelity.steps, 'step')}"
+    return METHOD_WORDS[fidelity.method] + steps
+
+
 def fidelity_words(fidelity: Fidelity | None) -> str:
     """How scores were computed and how far to trust them, as one sentence."""
     if fidelity is None:
         return "method not recorded"
-    words = METHOD_WORDS[fidelity.method]
-    if fidelity.steps is not None:
-        words += f", {count(fidelity.steps, 'step')}"
+    words = method_words(fidelity)
     swaps = fidelity.verified_top + fidelity.verified_random
     if not swaps:
         unchecked = fidelity.method in ("first-order", "second-order")
