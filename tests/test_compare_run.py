@@ -19,10 +19,11 @@ from mergekit_wp import interrupts
 from mergekit_wp.cli import cli
 from mergekit_wp.comparison.compare import compare
 from mergekit_wp.comparison.methods import methods_of
+from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.results import Results
+from mergekit_wp.comparison.results import Job, Results
 from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
@@ -55,6 +56,9 @@ class Distance:
 
     def count(self, split: Split) -> int:
         return self.counts[split]
+
+    def question(self, item: str) -> str:
+        return f"item {item} of {self.name}"
 
     def too_long(self, _model: Any, _tokenizer: Any) -> None:
         return None
@@ -399,8 +403,6 @@ def test_tables_carry_the_numbers() -> None:
 
 
 def test_the_page_is_offline_escaped_and_the_same_twice() -> None:
-    from mergekit_wp.comparison.page import html_page
-
     def rows(*names: str) -> tuple[Row, ...]:
         scores = {name: [[1.0, 0.0, 1.0, 1.0]] for name in names}
         less = {name: [[0.0, 0.0, 1.0, 0.0]] for name in names}
@@ -420,6 +422,38 @@ def test_the_page_is_offline_escaped_and_the_same_twice() -> None:
         assert "density 0.5" in page and 'name="viewport"' in page
         assert page.count("<svg") == 2
         assert "The best peer is ties &lt;b&gt; with" in page
+        assert "The number is the accuracy: the part of the items" in page
+        assert "scrolls sideways" in page and "cost</th>" not in page
+        for key in ("base", "expert alone", "weight patching", "other method"):
+            assert f">{key}</text>" in page, "a legend of the colours"
+    from_experts = Resampled(Comparison(rows("one"), ("one",), True, "ours"), n=100)
+    page = html_page(from_experts, "relative")
+    assert "Accuracy relative to the expert, mean over tasks" in page
+
+
+def test_samples_are_items_on_which_merges_differ_with_everybodys_answers(tmp_path: Path) -> None:
+    rows = (
+        Row("base", "base", scores={"one": [[0.0] * 5], "two": [[0.0] * 5]}),
+        Row("ours (untuned)", "ours", scores={"one": [[1, 1, 0, 1, 0]], "two": [[1] * 5]}),
+        Row("ties", "peer", {"density": 0.5}, {"one": [[1, 0, 1, 0, 0]], "two": [[1] * 5]}),
+    )
+    tasks = [Distance(name, torch.ones(1)) for name in ("one", "two")]
+    with Results(tmp_path, {}) as results:
+        for row in rows:
+            for task, [scores] in row.scores.items():
+                job = Job.of(row.measured_as, row.setting, 0, task, "test")
+                told = [ItemScore(str(i), s, f"{row.name} {i} <i>") for i, s in enumerate(scores)]
+                results.add(job, told)
+        comparison = Comparison(rows, ("one", "two"), False, "ours (untuned)")
+        samples = results.samples(comparison, tasks)
+    assert [s.question for s in samples] == [f"item {i} of one" for i in (1, 2, 3)]
+    assert samples[1].answers == {
+        "base": ("base 2 <i>", 0),
+        "ours (untuned)": ("ours (untuned) 2 <i>", 0),
+        "ties": ("ties 2 <i>", 1),
+    }
+    page = html_page(Resampled(comparison, n=100), "some", samples)
+    assert page.count("<details") == 3 and "<td>ties 2 &lt;i&gt;</td><td>right</td>" in page
 
 
 @pytest.fixture

@@ -65,6 +65,9 @@ def test_scores_are_in_the_files_order_and_by_split(world, tmp_path: Path) -> No
     assert [x.item for x in found] == [f"item {i}" for i in range(5)]
     assert [x.score for x in found] == [0, 1, 0, 1, 0]
     assert [x.output for x in found] == [text for text, _ in right[:5]]
+    assert [task.question(x.item) for x in found] == PROMPTS[:5]
+    chat = {"prompt": [{"role": "user", "content": "abc"}], "answer": "b", "split": "test"}
+    assert JsonlTask.read(write(tmp_path / "c.jsonl", chat), NONE).question("1") == "abc"
 
 
 def test_an_answer_that_was_cut_is_not_exact(world, tmp_path: Path) -> None:

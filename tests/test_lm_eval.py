@@ -88,6 +88,7 @@ def test_splits_and_scores_are_the_harness_own(world) -> None:
     assert [x.score for x in task.evaluate(model, asked, "valid")] == [0, 1]
     assert [x.score for x in task.evaluate(model, asked, "test")] == [1, 0, 1, 0]
     assert [x.item for x in task.evaluate(model, asked, "test")] == ["0", "1", "2", "3"]
+    assert [task.question(item) for item in "0123"] == ["bcd", "hgf", "kk", "za"]
 
 
 @needs_lm_eval

@@ -250,8 +250,7 @@ def test_legends_cover_no_bars_and_steps_and_layers_are_whole() -> None:
         ax = figure.add_subplot()
         draw(ax)
         figure.draw_without_rendering()
-        legend = ax.get_legend()
-        assert legend is not None
+        [legend] = figure.legends
         assert legend.get_window_extent().y0 >= ax.get_window_extent().y1 - 1
         if ax.get_xlabel() in ("step", "layer"):
             assert all(tick == round(tick) for tick in ax.get_xticks())

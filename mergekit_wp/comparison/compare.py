@@ -20,7 +20,7 @@ from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.results import MERGE, Results
-from mergekit_wp.comparison.rows import Comparison, recipe_name
+from mergekit_wp.comparison.rows import Comparison, Sample, recipe_name
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
@@ -39,11 +39,13 @@ class ComparisonResult:
         comparison: every row with its scores.
         title: of the report.
         recipes: of the merges by row name, with the parameters that were chosen.
+        samples: items on which the merges differ, with everybody's answers.
     """
 
     comparison: Comparison
     title: str
     recipes: Mapping[str, MergeConfiguration]
+    samples: tuple[Sample, ...] = ()
 
     @cached_property
     def resampled(self) -> Resampled:
@@ -69,7 +71,7 @@ class ComparisonResult:
 
     def report(self) -> str:
         """The comparison as one offline HTML page."""
-        return html_page(self.resampled, self.title)
+        return html_page(self.resampled, self.title, self.samples)
 
     def write(self, out: Path) -> None:
         """Write summary.json, table.md, report.html and recipes/ into a folder."""
@@ -109,8 +111,9 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
             merge_adapters(models, options)
             runner = Runner(plan, results, progress, options)
             comparison = runner.run()
+            samples = results.samples(comparison, plan.tasks)
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
-    found = ComparisonResult(comparison, title, runner.chosen)
+    found = ComparisonResult(comparison, title, runner.chosen, samples)
     if request.out is not None:
         found.write(request.out)
     return found

@@ -2,40 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from mergekit_wp.comparison import table
 from mergekit_wp.comparison.resampling import Resampled, best_peer
+from mergekit_wp.comparison.rows import Sample
 from mergekit_wp.comparison.table import Line
-from mergekit_wp.report.figures import INK, Drawing, drawing
+from mergekit_wp.report.figures import INK, PAPER, Drawing, drawing, legend_above
 from mergekit_wp.report.html import filled
-from mergekit_wp.report.words import interval
+from mergekit_wp.report.words import clean, interval
+from mergekit_wp.terms import RowRole
 
 # Okabe and Ito's colours, told apart by the colour-blind
-COLOURS = {"ours": "#0072B2", "peer": "#E69F00", "expert": "#009E73", "base": "#999999"}
+COLOURS: dict[RowRole, str] = {
+    "ours": "#0072B2",
+    "peer": "#E69F00",
+    "expert": "#009E73",
+    "base": "#999999",
+}
+_ROLES: dict[RowRole, str] = {
+    "base": "base",
+    "expert": "expert alone",
+    "ours": "weight patching",
+    "peer": "other method",
+}
+#: characters of a question or an answer that are shown
+_LONGEST = 240
 
 
-def html_page(resampled: Resampled, title: str) -> str:
-    """The page: summary in words, bars and differences with intervals, table, settings."""
+def html_page(resampled: Resampled, title: str, samples: Sequence[Sample] = ()) -> str:
+    """The page: summary in words, bars and differences with intervals, samples, table, settings."""
     found = table.lines(resampled)
     shown = [line for line in found if line.mean is not None]
-    figures = [_bars(shown), _differences(shown, resampled.comparison.reference)]
+    comparison = resampled.comparison
+    figures = [_bars(shown, comparison.relative), _differences(shown, comparison.reference)]
     return filled(
         "compare.html",
         title=title,
-        what=table.what(resampled.comparison, resampled),
+        what=table.what(comparison, resampled),
+        number=_number(comparison.relative),
         sentences=sentences(resampled, found),
         figures=[figure for figure in figures if figure is not None],
-        tasks=resampled.comparison.tasks,
-        reference=resampled.comparison.reference,
+        samples=[_sample(sample) for sample in samples],
+        tasks=comparison.tasks,
+        reference=comparison.reference,
         lines=found,
         interval=interval,
         signed=table.signed,
         setting=table.setting_words,
         cost=table.cost_words,
-        keeps=any(row.kept for row in resampled.comparison.rows),
-        loss=lambda row: table.loss_words(row, resampled.comparison),
+        keeps=any(row.kept for row in comparison.rows),
+        compared=any(line.difference for line in found),
+        set_by=any(line.row.setting for line in found),
+        costs=any(table.cost_words(line.row) for line in found),
+        loss=lambda row: table.loss_words(row, comparison),
     )
+
+
+def _number(relative: bool) -> str:
+    """What a number of the page is, for who sees one for the first time."""
+    if relative:
+        return (
+            "The number is the accuracy relative to the expert: right answers over those of the "
+            "expert that is best at the task. 1 is as good as that expert, 0 is nothing right."
+        )
+    return "The number is the accuracy: the part of the items that are answered right, 0 to 1."
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    """A sample as the page shows it: texts are of models, and may be anything."""
+    return {
+        "title": f"{sample.task}: {_cut(sample.question)}",
+        "answers": [
+            (name, _cut(text), {0.0: "wrong", 1.0: "right"}.get(score, f"{score:.2f}"))
+            for name, (text, score) in sample.answers.items()
+        ],
+    }
+
+
+def _cut(text: str) -> str:
+    short = " ".join(text[: 4 * _LONGEST].split())
+    return clean(short if len(short) <= _LONGEST else short[:_LONGEST] + "…") or "(nothing)"
 
 
 def sentences(resampled: Resampled, found: list[Line]) -> list[str]:
@@ -71,7 +124,9 @@ def _counts(found: list[Line], reference: str) -> list[str]:
     return [f"{words[v]} {', '.join(names)}." for v, names in by_verdict.items() if names]
 
 
-def _bars(shown: list[Line]) -> Drawing:
+def _bars(shown: list[Line], relative: bool) -> Drawing:
+    what = "accuracy relative to the expert" if relative else "accuracy"
+
     def draw(ax: Axes) -> None:
         for y, line in enumerate(reversed(shown)):
             assert line.mean is not None
@@ -79,11 +134,14 @@ def _bars(shown: list[Line]) -> Drawing:
             ax.plot([line.mean.low, line.mean.high], [y, y], color=INK, lw=1.2)
         ax.set_yticks(range(len(shown)), [line.row.name for line in reversed(shown)])
         ax.set_xlim(left=0)
-        ax.set_xlabel("mean over tasks, 95% interval")
+        ax.set_xlabel(f"{what}; lines: 95% intervals")
+        roles = {line.row.role for line in shown}
+        legend_above(ax, [Patch(color=COLOURS[r], label=_ROLES[r]) for r in _ROLES if r in roles])
 
     names = ", ".join(f"{x.row.name} {x.mean.value:.2f}" for x in shown if x.mean)
-    size = (5.6, 0.24 * len(shown) + 0.9)
-    return drawing("Mean over tasks", f"Bars: {names}", draw, "bars", size)
+    size = (5.6, 0.24 * len(shown) + 1.4)
+    title = f"{what.capitalize()}, mean over tasks"
+    return drawing(title, f"Bars of {what}: {names}", draw, "bars", size)
 
 
 def _differences(shown: list[Line], reference: str) -> Drawing | None:
@@ -97,12 +155,17 @@ def _differences(shown: list[Line], reference: str) -> Drawing | None:
             d = line.difference.estimate
             colour = COLOURS[line.row.role]
             ax.plot([d.low, d.high], [y, y], color=colour, lw=2)
-            filled = colour if line.difference.verdict != "unclear" else "white"
-            ax.plot(d.value, y, "o", color=colour, markerfacecolor=filled, ms=5)
+            face = colour if line.difference.verdict != "unclear" else PAPER
+            ax.plot(d.value, y, "o", color=colour, markerfacecolor=face, ms=5)
         ax.axvline(0, color=INK, lw=0.8)
         ax.set_yticks(range(len(compared)), [line.row.name for line in reversed(compared)])
-        ax.set_xlabel(f"difference from {reference}".replace("$", r"\$"))
+        ax.set_ylim(-0.7, len(compared) - 0.3)
+        ax.locator_params(axis="x", nbins=6)
+        ax.set_xlabel(f"difference from {reference}; left: worse".replace("$", r"\$"))
+        dot = partial(Line2D, [], [], color=COLOURS["peer"], marker="o", linestyle="none")
+        clear, unclear = dot(label="clear"), dot(label="not clear", markerfacecolor=PAPER)
+        legend_above(ax, [clear, unclear])
 
-    size = (5.6, 0.24 * len(compared) + 0.9)
+    size = (5.6, 0.24 * len(compared) + 1.4)
     alt = "Paired differences with 95% intervals; a filled point's interval excludes zero"
     return drawing(f"Paired differences from {reference}", alt, draw, "differences", size)

@@ -12,18 +12,27 @@ import os
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import islice, zip_longest
 from pathlib import Path
+from statistics import pvariance
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ValidationError
 
-from mergekit_wp.comparison.rows import Cost, CostLine, ResultLine, Setting
+from mergekit_wp.comparison.rows import (
+    Comparison,
+    Cost,
+    CostLine,
+    ResultLine,
+    Sample,
+    Setting,
+)
 from mergekit_wp.errors import DiskError, UserError, option
 from mergekit_wp.files.atomic import locked, naming_disk, written_whole
 from mergekit_wp.interrupts import Interrupted, unmasked
 from mergekit_wp.models.encoding import Clock, today
-from mergekit_wp.tasks.task import ItemScore
+from mergekit_wp.tasks.task import ItemScore, Task
 from mergekit_wp.terms import Split
 
 #: inputs by name that a later run may add to: results of one do not depend on another
@@ -31,6 +40,9 @@ GROWING = ("tasks", "other recipes", "prompts of experts")
 
 #: the entry of the date that a chat template read, where one did
 DATE = "template date"
+
+#: items of which the report shows everybody's answers
+SAMPLES = 3
 
 #: how folders begin that hold a merge while it is evaluated
 MERGE = ".merge."
@@ -198,6 +210,36 @@ class Results:
         """The items' scores of a finished job, in the task's order."""
         lines = self.done.get(job)
         return None if lines is None else [line.known for line in lines]
+
+    def samples(self, comparison: Comparison, tasks: Sequence[Task]) -> tuple[Sample, ...]:
+        """Test items with answers on which the merges' scores differ most, the tasks in turn.
+
+        Args:
+            comparison: finished; of a row with several seeds the first one's answers are shown.
+            tasks: of the comparison.
+        """
+        rows = [row for row in comparison.rows if row.failed is None]
+        merges = [row.name for row in rows if row.role in ("ours", "peer")]
+        by_task: list[list[Sample]] = []
+        for task in tasks:
+            jobs = {r.name: Job.of(r.measured_as, r.setting, 0, task.name, "test") for r in rows}
+            lines = {name: self.done[job] for name, job in jobs.items() if job in self.done}
+            found = []
+            for same in zip(*lines.values(), strict=True):
+                told = {
+                    name: (line.output, line.known)
+                    for name, line in zip(lines, same, strict=True)
+                    if line.output is not None
+                }
+                scores = [score for name, (_, score) in told.items() if name in merges]
+                if len(set(scores)) > 1:
+                    found.append((pvariance(scores), str(same[0].item), told))
+            found.sort(key=lambda one: -one[0])
+            by_task.append(
+                [Sample(task.name, task.question(item), told) for _, item, told in found[:SAMPLES]]
+            )
+        turns = (one for turn in zip_longest(*by_task) for one in turn if one is not None)
+        return tuple(islice(turns, SAMPLES))
 
     def add(self, job: Job, found: Sequence[ItemScore]) -> None:
         """Append a finished job."""

@@ -108,6 +108,11 @@ class Row:
     tried: int = 0
     kept: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def measured_as(self) -> str:
+        """What its lines of results call it: a method has one name, tuned and untuned."""
+        return self.name.removesuffix(UNTUNED)
+
     def losses(self, base: Row) -> dict[str, float]:
         """What part of the base's score is lost, by task; below 0 where something is gained.
 
@@ -139,3 +144,18 @@ class Comparison:
     tasks: tuple[str, ...]
     relative: bool
     reference: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test item on which the merges differ, with everybody's answer.
+
+    Attributes:
+        task: which it is of.
+        question: what was asked.
+        answers: of each row by name: what was generated, and its score.
+    """
+
+    task: str
+    question: str
+    answers: dict[str, tuple[str, float]]

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -172,10 +171,11 @@ def draw_panel(panel: panels.Panel, ax: Axes) -> None:
 
 
 def legend_above(ax: Axes, handles: Sequence[Artist] | None = None) -> None:
-    """A legend over the axes, where it covers nothing."""
+    """A legend over the axes, as wide as the figure, where it covers nothing."""
     own = ax.get_legend_handles_labels()[0] if handles is None else list(handles)
-    place: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(len(own), 3)}
-    ax.legend(handles=own, frameon=False, **place)
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.legend(handles=own, frameon=False, loc="outside upper center", ncols=min(len(own), 3))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ class JsonlTask:
         """Items of a split."""
         return len(self.of(split))
 
+    def question(self, item: str) -> str:
+        """An item's prompt; of a chat the last message."""
+        prompt = next(each["prompt"] for each in self.items if each["id"] == item)
+        return prompt if isinstance(prompt, str) else str(prompt[-1].content)
+
     def too_long(self, model: Any, tokenizer: Any) -> str | None:
         """What to say of items longer than a model was made for, None where none is.
 

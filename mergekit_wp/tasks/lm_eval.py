@@ -60,6 +60,10 @@ class LmEvalTask:
         """Documents of a split."""
         return len(self._docs(split))
 
+    def question(self, item: str) -> str:
+        """A test document as the task words it."""
+        return str(self.task.doc_to_text(self._docs("test")[int(item)]))
+
     def too_long(self, model: Any, _tokenizer: Any) -> None:
         """Refuse answers for which the context has no room; the harness only asserts there is.
 

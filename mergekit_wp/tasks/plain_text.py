@@ -53,6 +53,10 @@ class PlainText:
         """The whole text is one test item."""
         return 1 if split == "test" else 0
 
+    def question(self, item: str) -> str:
+        """The text is no question: its name."""
+        return self.name
+
     def too_long(self, model: Any, _tokenizer: Any) -> str | None:
         """Windows are cut to `WINDOW` tokens.
 

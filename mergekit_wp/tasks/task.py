@@ -33,6 +33,9 @@ class Task(Protocol):
     def count(self, split: Split) -> int:
         """Items of a split; 0 where the task has none."""
 
+    def question(self, item: str) -> str:
+        """What a test item asks, by the name that its `ItemScore` has."""
+
     def too_long(self, model: Any, tokenizer: Any) -> str | None:
         """What to say of items longer than a model was made for, None where none is.
 
