@@ -11,6 +11,7 @@ NAME=VALUE once each (``--guard a.jsonl --guard b.jsonl``), for a comma may be i
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -243,6 +244,10 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+#: where another expert begins in a source; ``?`` begins the source's own keys and values
+_SECOND = re.compile(r",(?=[^,=?&]+=)")
+
+
 def _pairs(values: Any) -> tuple[Any, ...]:
     pairs = []
     for value in [values] if isinstance(values, str) else values:
@@ -250,6 +255,11 @@ def _pairs(values: Any) -> tuple[Any, ...]:
             name, equals, rest = value.partition("=")
             if not equals:
                 raise ValueError(f"'{value}' names no expert; write EXPERT=SOURCE")
+            if (second := _SECOND.search(rest)) and not Path(rest).exists():
+                one, two = f"{name}={rest[: second.start()]}", rest[second.start() + 1 :]
+                raise ValueError(
+                    f"'{value}' is several in one; give the option once for each: {one} and {two}"
+                )
             value = (name, rest)
         pairs.append(value)
     return tuple(pairs)

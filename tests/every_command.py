@@ -48,7 +48,7 @@ merge fitted/recipe.yml gated --quiet
 compare together/recipe.yml --task items.jsonl --out comparison --untuned \
     --methods weight_patching,dare_linear --max-new-tokens 2
 card merged --results comparison
-aim merged drawn --base base --calibration east.jsonl
+aim merged --out drawn --base base --calibration east.jsonl
 reproduce together/east.safetensors
 """
 _ASKING = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")

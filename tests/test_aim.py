@@ -92,8 +92,9 @@ def test_bad_input(world) -> None:
 # --- the command -----------------------------------------------------------------------------
 
 
-def run_aim(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["aim", *map(str, arguments)])
+def run_aim(merged: Path, out: Path, *arguments: object) -> Result:
+    written = ["aim", str(merged), "--out", str(out), *map(str, arguments)]
+    return CliRunner().invoke(cli, written)
 
 
 @pytest.fixture
@@ -168,9 +169,9 @@ def test_the_command_goes_on_with_little_memory(
 
 
 def test_bad_input_leaves_nothing(world, files, tmp_path: Path) -> None:
-    def refused(*arguments: object) -> str:
+    def refused(merged: Path, out: Path, *arguments: object) -> str:
         before = sorted(str(p) for p in tmp_path.rglob("*"))
-        result = run_aim(*arguments)
+        result = run_aim(merged, out, *arguments)
         assert result.exception is not None
         assert sorted(str(p) for p in tmp_path.rglob("*")) == before
         return str(result.exception) + result.output

@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from huggingface_hub import HfApi
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
@@ -243,8 +247,8 @@ def test_nothing_finished_is_replaced_unasked(world: Path) -> None:
     done("merge t/recipe.yml m --quiet")
     assert "m holds a model already" in refused("merge t/recipe.yml m --quiet")
     done("merge t/recipe.yml m --quiet --overwrite")
-    assert "m holds a model already" in refused("aim m m --base base --calibration east.jsonl") or (
-        "is an input" in refused("aim m m --base base --calibration east.jsonl")
+    assert "m holds a model already" in refused("aim m --out m --base base --calibration east.jsonl") or (
+        "is an input" in refused("aim m --out m --base base --calibration east.jsonl")
     )
 
 
@@ -350,6 +354,79 @@ def test_push_checks_the_card_first(merge: Path, was: str, is_: str, message: st
     with pytest.raises(UserError, match="README.md") as error:
         push(merge, "me/m", api=hub)  # type: ignore[arg-type]
     assert message in str(error.value) and not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, "you are not logged in: log in with 'hf auth login', or set HF_TOKEN"),
+        (403, "your token may not do this: make one that may write"),
+    ],
+)
+def test_push_without_a_login_is_one_sentence(
+    merge: Path, monkeypatch: pytest.MonkeyPatch, status: int, message: str
+) -> None:
+    """Against a Hub that stands in for the real one, on this machine."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=False)
+            with pytest.raises(UserError) as error:
+                push(merge, "me/m", api=api)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert str(error.value).startswith(f"me/m cannot be written: {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "merge base east west --prompts east=east.jsonl,west=west.jsonl --out no",
+            "'east=east.jsonl,west=west.jsonl' is several in one; give the option once for each: "
+            "east=east.jsonl and west=west.jsonl",
+        ),
+        (
+            f"merge base east west {BOTH} --guard east.jsonl,west.jsonl --out no --device cpu",
+            "prompt file east.jsonl,west.jsonl cannot be read: there is no such file; it looks like "
+            "several: give the option once for each",
+        ),
+        (
+            "score base/none east --prompts east.jsonl --out no --device cpu",
+            "model 'base/none' cannot be read: there is no such folder, and the Hub, which is not "
+            "in reach, has left nothing of that name in the cache",
+        ),
+        (
+            "score base east+none --prompts east.jsonl --out no --device cpu",
+            "adapter 'none' cannot be read: there is no such folder, and the Hub, which is not",
+        ),
+        (
+            "score base east --prompts chats.jsonl --out no --device cpu",
+            "prompt file chats.jsonl: prompt 1: these are chat messages, but the tokenizer has no "
+            "chat template; give plain prompts",
+        ),
+    ],
+)
+def test_everyday_mistakes_are_one_sentence(world: Path, line: str, message: str) -> None:
+    chat = [{"from": "human", "value": "abc"}, {"from": "gpt", "value": "d"}]
+    (world / "chats.jsonl").write_text(json.dumps({"conversations": chat}) + "\n")
+    assert message in refused(line)
+    assert not (world / "no").exists()
 
 
 def test_push_of_no_model_or_nowhere(merge: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from mergekit_wp.merging.request import AimRequest
 @click.command(short_help="Apply Activation-Informed Merging to a merge.")
 @options_of(AimRequest)
 def aim(**options: Any) -> None:
-    """Apply Activation-Informed Merging (arXiv 2502.02421) to the checkpoint MERGED, into OUT.
+    """Apply Activation-Informed Merging (arXiv 2502.02421) to the checkpoint MERGED.
 
     Whatever method made the merge: the weights of input channels that the base uses most on the
     calibration texts keep most of the base's values. Embeddings, norms and a tied output head stay
-    as merged. OUT appears only when it is complete.
+    as merged. The folder appears only when it is complete.
 
     \b
-      mergekit-wp aim merged/ merged-aim/ --base BASE --calibration prompts.jsonl
+      mergekit-wp aim merged/ --base BASE --calibration prompts.jsonl --out merged-aim/
     """
     from mergekit_wp.merging.aim import aim as run
 

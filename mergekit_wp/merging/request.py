@@ -28,7 +28,7 @@ class AimRequest(Request):
     """Everything `mergekit-wp aim` is asked for."""
 
     merged: Annotated[str, Argument()] = Field(description=f"The merge: {REFERENCE}.")
-    out: Annotated[Path, Argument(path="any")] = Field(description="Folder for the model.")
+    out: Annotated[Path, Option(path="any")] = Field(description="Folder for the model.")
     base: str = Field(description=f"The base model: {REFERENCE}.")
     calibration: Annotated[Path, SOURCE] = Field(description=CALIBRATION)
     omega: float = Field(

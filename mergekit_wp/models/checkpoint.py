@@ -117,7 +117,7 @@ class Checkpoint:
                 refuse_stand_ins(folder, f"model '{self.name}'")
             return str(folder)
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-            raise UserError(f"model '{self.name}' cannot be read: {hub.reason(error)}") from error
+            raise UserError(f"model '{self.name}' cannot be read: {hub.no_model(error)}") from error
 
     def _index(self) -> Any:
         refuse_pickles(self.path, self.name)

@@ -223,7 +223,10 @@ def _written(tokenizer: Any, text: Text, answer: str | None = None) -> str:
     if not tokenizer.chat_template:
         if isinstance(text, str):
             return text
-        raise UserError("a prompt holds chat messages, but the tokenizer has no chat template")
+        raise UserError(
+            "these are chat messages, but the tokenizer has no chat template; give plain prompts, "
+            "or models with a template"
+        )
     messages: list[dict[str, Any]] = (
         [{"role": "user", "content": text}]
         if isinstance(text, str)

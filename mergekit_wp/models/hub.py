@@ -38,6 +38,9 @@ _ADAPTER = [
     "vocab.json",
     "*.jinja",
 ]
+#: how reasons begin why there is nothing
+UNREACHED = "the Hub, which is not in reach, has left nothing of that name in the cache"
+NO_REPOSITORY = "there is no such repository"
 #: what the Hub's client raises: for the network (by whichever HTTP library it uses) and the disk,
 #: for what it was asked, and errors of its own
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
@@ -62,6 +65,8 @@ def reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__ or cause.__context__
+    if cause is None and isinstance(error, LocalEntryNotFoundError):
+        return UNREACHED
     if cause is None:
         return " ".join(str(error).split()) or type(error).__name__
     said = " ".join((cause.server_message or str(cause)).split())
@@ -76,16 +81,27 @@ def reason(error: BaseException) -> str:
             return f"its author has disabled it ({said})"
         case RepositoryNotFoundError():
             return (
-                "there is no such repository on the Hub; if it is a private one, log in with "
+                f"{NO_REPOSITORY} on the Hub; if it is a private one, log in with "
                 f"'hf auth login' ({said})"
             )
         case RevisionNotFoundError():
             return f"the repository has no such revision ({said})"
         case RemoteEntryNotFoundError():
             return f"the repository has no such file ({said})"
-    if cause.response is not None and cause.response.status_code == 429:
-        return f"the Hub's rate limit is reached: log in with 'hf auth login', or wait ({said})"
-    return said
+    advice = {
+        401: "you are not logged in: log in with 'hf auth login', or set HF_TOKEN",
+        403: "your token may not do this: make one that may write at "
+        "https://huggingface.co/settings/tokens",
+        429: "the Hub's rate limit is reached: log in with 'hf auth login', or wait",
+    }.get(0 if cause.response is None else cause.response.status_code)
+    return said if advice is None else f"{advice} ({said})"
+
+
+def no_model(error: BaseException) -> str:
+    """The `reason` why a model cannot be read whose reference may have been meant as a folder."""
+    said = reason(error)
+    found_nothing = said.startswith((UNREACHED, NO_REPOSITORY))
+    return f"there is no such folder, and {said}" if found_nothing else said
 
 
 def config_folder(repository: str, revision: str | None) -> Path:

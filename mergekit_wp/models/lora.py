@@ -222,7 +222,7 @@ def _found(path: str, revision: str | None) -> Path:
     try:
         return hub.adapter(path, revision)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(f"adapter '{path}' cannot be read: {hub.reason(error)}") from error
+        raise UserError(f"adapter '{path}' cannot be read: {hub.no_model(error)}") from error
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -85,8 +85,10 @@ def _file(path: Path, where: str) -> tuple[str, Iterator[tuple[str, Any]]]:
         if content.startswith(_PARQUET):
             return "Parquet", _parquet(content, where)
         text = content.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{where} cannot be read: there is no such file{_meant(path)}") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read: {error}{_meant(path, error)}") from error
+        raise UserError(f"{where} cannot be read: {error}") from error
     suffix = Path(name).suffix
     if suffix in _TABLES:
         form, delimiter = _TABLES[suffix]
@@ -107,9 +109,12 @@ def _unpacked(content: bytes, where: str) -> bytes:
     return unpacked
 
 
-def _meant(path: Path, error: Exception) -> str:
-    """What a name without an ending may have meant, where it is no file."""
-    if not isinstance(error, FileNotFoundError) or path.name.lower().endswith(ENDINGS):
+def _meant(path: Path) -> str:
+    """What the name may have meant, where it is no file: several, or nothing that has an ending."""
+    parts = str(path).split(",")
+    if len(parts) > 1 and all(Path(part.strip()).exists() for part in parts):
+        return "; it looks like several: give the option once for each"
+    if path.name.lower().endswith(ENDINGS):
         return ""
     return f"; a dataset on the Hub is {HUB}OWNER/NAME, a task of lm-eval {HARNESS}NAME"
 

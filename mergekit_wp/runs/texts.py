@@ -66,16 +66,19 @@ def encode_texts(tokenizer: Any, prompts: PromptSet, progress: Progress) -> Enco
         return _plain(tokenizer, prompts)
     encoded, within = Encoded([], {}, {}), []
     for i, prompt in enumerate(prompts.prompts):
-        if prompt.response is None:
-            encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
-        else:
-            parts = encode_pair(tokenizer, prompt.prompt, prompt.response)
-            encoded.prompts.append(parts.prompt)
-            encoded.responses[i] = parts.response
-            within += [] if parts.as_alone else [str(i + 1)]
-        if prompt.usable_contrast:
-            assert prompt.contrast is not None
-            encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
+        try:
+            if prompt.response is None:
+                encoded.prompts.append(encode_prompt(tokenizer, prompt.prompt))
+            else:
+                parts = encode_pair(tokenizer, prompt.prompt, prompt.response)
+                encoded.prompts.append(parts.prompt)
+                encoded.responses[i] = parts.response
+                within += [] if parts.as_alone else [str(i + 1)]
+            if prompt.usable_contrast:
+                assert prompt.contrast is not None
+                encoded.contrasts[i] = encode_prompt(tokenizer, prompt.contrast)
+        except UserError as error:
+            raise UserError(f"{prompts.source}: prompt {i + 1}: {error}") from error
     if any(not ids for ids in encoded.responses.values()):
         raise UserError(
             f"{prompts.source}: a response has no tokens, and the tokenizer has no "

@@ -124,16 +124,16 @@ class JsonlTask:
         """What to say of items longer than a model was made for, None where none is.
 
         Raises:
-            UserError: the model has no positions for one.
+            UserError: the model has no positions for one, or its tokenizer no template for a chat.
         """
-        texts = [
-            TextLength(
-                f"task '{self.name}': item {item['id']}",
-                len(encode_prompt(tokenizer, item["prompt"])),
-                self._length(item),
-            )
-            for item in self.items
-        ]
+        texts = []
+        for item in self.items:
+            what = f"task '{self.name}': item {item['id']}"
+            try:
+                length = len(encode_prompt(tokenizer, item["prompt"]))
+            except UserError as error:
+                raise UserError(f"{what}: {error}") from error
+            texts.append(TextLength(what, length, self._length(item)))
         return too_long(model, texts, "the model")
 
     def _length(self, item: dict[str, Any]) -> int:
