@@ -420,6 +420,11 @@ def test_card_completes_what_mergekit_yaml_wrote_and_what_people_added(
     written = readme.read_text()
     again = carded(out)
     assert readme.read_text() == written and again.text.count(BEGIN) == 1
+    asks = "add the Hub ids of your inputs to its 'base_model'"
+    assert asks in run("card", out).output
+    readme.write_text(written.replace("tags:", "base_model:\n- a/b\n- a/c\ntags:"))
+    said = run("card", out)
+    assert said.exit_code == 0 and asks not in said.output, "they are there"
 
 
 def comparison(folder: Path, recipe: dict[str, Any]) -> Path:

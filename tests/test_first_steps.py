@@ -45,6 +45,7 @@ from tests.test_lora import make_adapter
 METHOD = "weight_patching"
 FIT = "--steps 2 --prompts-a-step 2 --max-new-tokens 2 --device cpu"
 BOTH = "--prompts east=east.jsonl --prompts west=west.jsonl"
+SWAPPED = BOTH.replace("east=", "base=")
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +248,9 @@ def test_nothing_finished_is_replaced_unasked(world: Path) -> None:
     done("merge t/recipe.yml m --quiet")
     assert "m holds a model already" in refused("merge t/recipe.yml m --quiet")
     done("merge t/recipe.yml m --quiet --overwrite")
-    assert "m holds a model already" in refused("aim m --out m --base base --calibration east.jsonl") or (
-        "is an input" in refused("aim m --out m --base base --calibration east.jsonl")
-    )
+    assert "m holds a model already" in refused(
+        "aim m --out m --base base --calibration east.jsonl"
+    ) or ("is an input" in refused("aim m --out m --base base --calibration east.jsonl"))
 
 
 def notes(line: str, capfd: pytest.CaptureFixture[str]) -> str:
@@ -264,6 +265,9 @@ def notes(line: str, capfd: pytest.CaptureFixture[str]) -> str:
         ("score east base --prompts east.jsonl -o x.safetensors", "are less likely at the expert"),
         ("score base east --prompts west.jsonl -o x.safetensors --criterion kl,logprob", ""),
         (f"score base east west {BOTH} --path-steps 1 -o x", "loses most of a behaviour"),
+        (f"score east base west {SWAPPED} --path-steps 1 -o x", "base and expert may be swapped"),
+        (f"fit east base west {SWAPPED} -o x {FIT}", "base and expert may be swapped"),
+        (f"merge east base west {SWAPPED} -o x {FIT}", "base and expert may be swapped"),
     ],
 )
 def test_results_that_look_like_success(
@@ -403,8 +407,8 @@ def test_push_without_a_login_is_one_sentence(
         ),
         (
             f"merge base east west {BOTH} --guard east.jsonl,west.jsonl --out no --device cpu",
-            "prompt file east.jsonl,west.jsonl cannot be read: there is no such file; it looks like "
-            "several: give the option once for each",
+            "prompt file east.jsonl,west.jsonl cannot be read: there is no such file; it looks "
+            "like several: give the option once for each",
         ),
         (
             "score base/none east --prompts east.jsonl --out no --device cpu",

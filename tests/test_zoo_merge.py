@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from mergekit.options import MergeOptions
 from benchmarks.zoo.evaluate import evaluate
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.merging.recipe import Experts
+from mergekit_wp.models.model_names import file_names
+from mergekit_wp.prompts.location import Location
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.test_scoring import Quiet
@@ -81,6 +85,18 @@ def test_share_fusion_beats_ties_on_three_experts(tmp_path) -> None:
     ]
     print(f"three experts, relative accuracy: share {ours:.3f}, TIES {ties[0]:.3f}, {ties[1]:.3f}")
     assert ours > max(ties) + 0.1
+
+
+def test_recipes_for_the_hub_are_read_and_say_when_their_ids_were_looked_up() -> None:
+    for path in sorted((ROOT / "recipes" / "hub").glob("*.yml")):
+        text = path.read_text()
+        assert re.search(r"looked up 2026-\d\d-\d\d", text) and "not run this recipe" in text
+        experts = Experts.read(path)
+        names = dict(zip(file_names(experts.models), experts.models, strict=True))
+        assert len(names) == 3 and all(re.fullmatch(r"[\w.-]+/[\w.-]+", m) for m in names.values())
+        for source in re.findall(r'--prompts "([^"]+)"', text):
+            name, _, place = source.partition("=")
+            assert name in names and Location.parse(place).kind == "hub"
 
 
 def test_every_recipe_names_the_zoo_and_its_scores() -> None:

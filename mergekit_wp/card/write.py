@@ -140,7 +140,7 @@ def complete_card(folder: Path, results: Path | None, row: str | None) -> bool:
         row: as for `write_card`.
 
     Returns:
-        Whether the card names an input by its Hub id.
+        Whether the card names a model that the Hub can link to.
 
     Raises:
         UserError: there is no recipe, an input cannot be read, or as `write_card`.
@@ -156,7 +156,7 @@ def complete_card(folder: Path, results: Path | None, row: str | None) -> bool:
     recipe = read(folder / CONFIG)
     # also of ".", so that the card has a name
     write_card(folder.resolve(), recipe, plan_only(recipe), results, row)
-    return any(source.on_hub for source in sources(recipe.config))
+    return bool(ModelCard.load(folder / README).data.get("base_model"))
 
 
 def _digest(path: str) -> str:
