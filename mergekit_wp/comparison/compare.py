@@ -20,7 +20,7 @@ from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.results import MERGE, Results
-from mergekit_wp.comparison.rows import Comparison, Sample, recipe_name
+from mergekit_wp.comparison.rows import Comparison, SampleItem, recipe_name
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.files.atomic import written_whole
@@ -45,7 +45,7 @@ class ComparisonResult:
     comparison: Comparison
     title: str
     recipes: Mapping[str, MergeConfiguration]
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[SampleItem, ...] = ()
 
     @cached_property
     def resampled(self) -> Resampled:

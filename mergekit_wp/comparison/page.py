@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from mergekit_wp.comparison import table
 from mergekit_wp.comparison.resampling import Resampled, best_peer
-from mergekit_wp.comparison.rows import Sample
+from mergekit_wp.comparison.rows import SampleItem
 from mergekit_wp.comparison.table import Line
 from mergekit_wp.report.figures import INK, PAPER, Drawing, drawing, legend_above
 from mergekit_wp.report.html import filled
@@ -36,7 +36,7 @@ _ROLES: dict[RowRole, str] = {
 _LONGEST = 240
 
 
-def html_page(resampled: Resampled, title: str, samples: Sequence[Sample] = ()) -> str:
+def html_page(resampled: Resampled, title: str, samples: Sequence[SampleItem] = ()) -> str:
     """The page: summary in words, bars and differences with intervals, samples, table, settings."""
     found = table.lines(resampled)
     shown = [line for line in found if line.mean is not None]
@@ -75,7 +75,7 @@ def _number(relative: bool) -> str:
     return "The number is the accuracy: the part of the items that are answered right, 0 to 1."
 
 
-def _sample(sample: Sample) -> dict[str, Any]:
+def _sample(sample: SampleItem) -> dict[str, Any]:
     """A sample as the page shows it: texts are of models, and may be anything."""
     return {
         "title": f"{sample.task}: {_cut(sample.question)}",

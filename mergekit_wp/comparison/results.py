@@ -25,7 +25,7 @@ from mergekit_wp.comparison.rows import (
     Cost,
     CostLine,
     ResultLine,
-    Sample,
+    SampleItem,
     Setting,
 )
 from mergekit_wp.errors import DiskError, UserError, option
@@ -211,7 +211,7 @@ class Results:
         lines = self.done.get(job)
         return None if lines is None else [line.known for line in lines]
 
-    def samples(self, comparison: Comparison, tasks: Sequence[Task]) -> tuple[Sample, ...]:
+    def samples(self, comparison: Comparison, tasks: Sequence[Task]) -> tuple[SampleItem, ...]:
         """Test items with answers on which the merges' scores differ most, the tasks in turn.
 
         Args:
@@ -220,7 +220,7 @@ class Results:
         """
         rows = [row for row in comparison.rows if row.failed is None]
         merges = [row.name for row in rows if row.role in ("ours", "peer")]
-        by_task: list[list[Sample]] = []
+        by_task: list[list[SampleItem]] = []
         for task in tasks:
             jobs = {r.name: Job.of(r.measured_as, r.setting, 0, task.name, "test") for r in rows}
             lines = {name: self.done[job] for name, job in jobs.items() if job in self.done}
@@ -236,7 +236,10 @@ class Results:
                     found.append((pvariance(scores), str(same[0].item), told))
             found.sort(key=lambda one: -one[0])
             by_task.append(
-                [Sample(task.name, task.question(item), told) for _, item, told in found[:SAMPLES]]
+                [
+                    SampleItem(task.name, task.question(item), told)
+                    for _, item, told in found[:SAMPLES]
+                ]
             )
         turns = (one for turn in zip_longest(*by_task) for one in turn if one is not None)
         return tuple(islice(turns, SAMPLES))

@@ -147,7 +147,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleItem:
     """One test item on which the merges differ, with everybody's answer.
 
     Attributes:
