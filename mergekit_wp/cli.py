@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -41,6 +42,10 @@ _COMMANDS = {
 }
 
 
+#: what people name that has no name
+_PLACES = ("base", "base-model", "expert", "experts", "model", "models", "recipe", "file", "merged")
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -52,6 +57,18 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click; of a name that there is not, the one that is like it is told."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            alike = get_close_matches(args[0], _COMMANDS, n=1)
+            meant = f"; did you mean '{alike[0]}'?" if alike else ""
+            raise UserError(
+                f"there is no command '{args[0]}'{meant} (mergekit-wp --help lists all)"
+            )
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the subcommand; what it refuses is said with its own flags."""
         try:
@@ -60,7 +77,7 @@ class _LazyGroup(click.Group):
             from mergekit_wp.commands.derive import flags
 
             command = self.get_command(ctx, str(ctx.invoked_subcommand))
-            if command is not None:
+            if command is not None:  # else there is no such command, and it is said already
                 error.use_flags(flags(command))
             raise
 
@@ -112,6 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
+    except click.NoSuchOption as error:
+        _fail(_by_place(error) or error.format_message(), 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except Interrupted as error:
@@ -124,6 +143,17 @@ def main(arguments: list[str] | None = None) -> None:
         if not isinstance(error, OSError | SafetensorError):
             raise
         _fail(f"{type(error).__name__}: {error}", 1)  # a lost network drive
+
+
+def _by_place(error: click.NoSuchOption) -> str | None:
+    """What to say of a name for what is given by its place."""
+    if error.ctx is None or error.option_name.strip("-") not in _PLACES:
+        return None
+    usage = " ".join(error.ctx.command.collect_usage_pieces(error.ctx)[1:])
+    return (
+        f"there is no '{error.option_name}': models, recipes and files are given by their place, "
+        f"as in {error.ctx.command_path} {usage}"
+    )
 
 
 class _Pipe(io.FileIO):

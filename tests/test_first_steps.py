@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.push import push
-from mergekit_wp.cli import cli
+from mergekit_wp.cli import cli, main
+from mergekit_wp.comparison.methods import methods_of
 from mergekit_wp.criteria import Reference
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -424,6 +425,14 @@ def test_push_without_a_login_is_one_sentence(
             "prompt file chats.jsonl: prompt 1: these are chat messages, but the tokenizer has no "
             "chat template; give plain prompts",
         ),
+        ("mergee base", "there is no command 'mergee'; did you mean 'merge'? (mergekit-wp --help"),
+        ("merge none.yml out", "recipe none.yml cannot be read: there is no such file"),
+        ("compare base --task t --out no", "recipe base cannot be read: it is a folder; a recipe"),
+        (
+            "compare . --task east.jsonl --out no",
+            "recipe . cannot be read: it is a folder; give recipe.yml",
+        ),
+        ("inspect east", "east is a folder; give one of the score files in it"),
     ],
 )
 def test_everyday_mistakes_are_one_sentence(world: Path, line: str, message: str) -> None:
@@ -431,6 +440,20 @@ def test_everyday_mistakes_are_one_sentence(world: Path, line: str, message: str
     (world / "chats.jsonl").write_text(json.dumps({"conversations": chat}) + "\n")
     assert message in refused(line)
     assert not (world / "no").exists()
+
+
+def test_names_for_what_is_given_by_place(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for line, message in (
+        ("score --base base --expert east --prompts east.jsonl", "there is no '--base': models,"),
+        ("score recipe.yml --out no --prompts east=east.jsonl", "scored with --company RECIPE."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(line.split())
+        assert stop.value.code == 2
+        (said,) = capfd.readouterr().err.strip().splitlines()
+        assert message in said
+    with pytest.raises(UserError, match="unknown method 'TIES'; did you mean 'ties'"):
+        methods_of(("TIES",), 2, None)
 
 
 def test_push_of_no_model_or_nowhere(merge: Path, tmp_path: Path) -> None:

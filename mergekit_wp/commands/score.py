@@ -83,7 +83,9 @@ def _check_together(context: click.Context, together: bool) -> None:
             whole = "several experts" if context.params["recipe"] is None else "--company"
             raise UserError(f"{what} does not go with {whole}: {_REASONS.get(name, _ALONE)}")
         if not together and name in ("base", "expert") and not context.params[name]:
-            raise click.UsageError(f"Missing argument '{what}'.", context)
+            recipe = str(context.params["base"]).endswith((".yml", ".yaml"))
+            meant = " A recipe's experts are scored with --company RECIPE." if recipe else ""
+            raise click.UsageError(f"Missing argument '{what}'.{meant}", context)
 
 
 def _alone(options: dict[str, Any], bar: BarProgress) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,9 @@ def methods_of(
         known = {OURS: ours(recipe)} | known
     for name in names:
         if name not in known:
-            raise UserError(f"unknown method '{name}'; known are {', '.join(known)}")
+            alike = get_close_matches(name.lower(), known, n=1)
+            meant = f"did you mean '{alike[0]}'? " if alike else ""
+            raise UserError(f"unknown method '{name}'; {meant}known are {', '.join(known)}")
     return tuple(known[name] for name in names)
 
 

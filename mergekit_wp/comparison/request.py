@@ -52,7 +52,7 @@ class CompareRequest(Request):
     ``recipes`` are files, or what such a file holds. Without ``out`` nothing is kept.
     """
 
-    recipes: Annotated[tuple[Path | dict[str, Any], ...], Argument()] = Field(
+    recipes: Annotated[tuple[Path | dict[str, Any], ...], Argument(path="any")] = Field(
         min_length=1,
         description="The weight_patching recipe in question, and any others of the same models.",
     )

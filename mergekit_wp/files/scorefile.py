@@ -155,6 +155,13 @@ def parse_manifest(text: str | None) -> Manifest:
         raise UserError(f"bad manifest: {complaint(error)}") from error
 
 
+def _listed(folder: str | os.PathLike[str]) -> str:
+    """Files of a folder that may be score files, those of a merge before its weights."""
+    found = [*Path(folder, "merge").glob("*.safetensors"), *Path(folder).glob("*.safetensors")]
+    named = sorted(str(file) for file in found if not file.name.startswith("model"))
+    return f": {', '.join(named[:3])}" if named else ""
+
+
 def read(path: str | os.PathLike[str]) -> ScoreFile:
     """Read and check a score file.
 
@@ -162,6 +169,8 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
         UserError: missing, unreadable, truncated, of another version, or inconsistent; the
             message names the file.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give one of the score files in it{_listed(path)}")
     if not os.path.isfile(path):
         raise UserError(
             f"score file {path} not found; make one with "

@@ -152,6 +152,10 @@ def _parsed(path: Path, data: Mapping[str, Any], *, known_only: bool = False) ->
     return config
 
 
+#: where the recipe is of experts that were merged, or scored together
+_WITHIN = ("merge/recipe.yml", "recipe.yml", "mergekit_config.yml")
+
+
 def _load(given: RecipeLike) -> tuple[Path, str, dict[str, Any]]:
     """What errors call the recipe, its text, and what that says."""
     if isinstance(given, Mapping):
@@ -164,6 +168,12 @@ def _load(given: RecipeLike) -> tuple[Path, str, dict[str, Any]]:
         path = Path(given)
         try:
             source = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise UserError(f"recipe {path} cannot be read: there is no such file") from error
+        except IsADirectoryError as error:
+            inner = next((path / x for x in _WITHIN if (path / x).is_file()), None)
+            meant = "a recipe is a YAML file" if inner is None else f"give {inner}"
+            raise UserError(f"recipe {path} cannot be read: it is a folder; {meant}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {path} cannot be read: {error}") from error
     try:
