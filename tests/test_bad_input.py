@@ -212,7 +212,7 @@ def test_a_good_run_says_where_the_result_is(zoo, tmp_path, capfd) -> None:
     scores = [c["score"] for c in found["components"]]
     assert scores == sorted(scores, reverse=True)
     assert set(found["components"][0]) == {
-        "kind", "layer", "index", "name", "estimand", "criterion", "score",
+        "kind", "layer", "index", "name", "estimand", "criterion", "score", "se",
     }  # fmt: skip
 
 

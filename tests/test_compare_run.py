@@ -582,7 +582,10 @@ def test_from_python(world: Path, family: Family) -> None:
     ("arguments", "message"),
     [
         (["fixed.yml"], "merges by ties; the first recipe must be the weight_patching one"),
-        (["recipe.yml", "--methods", "tise"], "unknown method 'tise'; known are weight_patching"),
+        (
+            ["recipe.yml", "--methods", "tise"],
+            "unknown method 'tise'; did you mean 'ties'? known are weight_patching",
+        ),
         (["recipe.yml", "--methods", "ties+aim"], "AIM needs --calibration"),
         (["recipe.yml", "fixed.yml", "fixed.yml"], "two recipes are called 'fixed'"),
         (["recipe.yml", "--task", "one.jsonl"], "two tasks are called 'one'"),
