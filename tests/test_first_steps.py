@@ -433,6 +433,7 @@ def test_push_without_a_login_is_one_sentence(
             "recipe . cannot be read: it is a folder; give recipe.yml",
         ),
         ("inspect east", "east is a folder; give one of the score files in it"),
+        ("merge a.safetensors b.safetensors -o no", "by the recipe that was written beside them"),
     ],
 )
 def test_everyday_mistakes_are_one_sentence(world: Path, line: str, message: str) -> None:

@@ -106,8 +106,10 @@ def _by_recipe(
             )
     places = [*map(Path, what), *([out] if out is not None else [])]
     if len(places) != 2:
+        scores = any(place.suffix == ".safetensors" for place in places)
+        meant = "; score files are merged by the recipe that was written beside them"
         raise UserError(
             "expected RECIPE OUT; or BASE EXPERT ... with --prompts EXPERT=FILE for each expert "
-            "and --out OUT"
+            f"and --out OUT{meant if scores else ''}"
         )
     return places[0], places[1]

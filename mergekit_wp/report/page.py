@@ -179,7 +179,7 @@ def _scores(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName)
     kinds = select(score_file).kinds
     listed = leaders(score_file, estimand, criterion, kinds, _LEADERS)
     tables = [table for each in listed for table in _leaders(each)]
-    title = f"Gates, {criterion}" if estimand == "path" else f"{estimand}/{criterion}"
+    title = "Gates" if estimand == "path" else f"Scores by {estimand}/{criterion}"
     return PageSection(name, title, said, figures, tables)
 
 
