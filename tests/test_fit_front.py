@@ -41,7 +41,7 @@ def guarded(world: Path, out: Path, **options: Any) -> Gates:
 def test_every_point_is_what_its_gates_do(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"start": "0", "steps": 36, "rate": 0.02}
+    options: dict[str, Any] = {"start": "0", "steps": 60, "rate": 0.02}
     free = guarded(world, tmp_path / "free", limit=1e6, **options)
     room = free.fit.reached["plain"].kl
     limit, further = math.exp(room / 4), (math.exp(room / 2), math.exp(room))
