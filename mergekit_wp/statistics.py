@@ -7,7 +7,7 @@ agrees with another one better than with itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +22,31 @@ SPLITS, RESAMPLES = 50, 2000
 TOP, MIN_TOP = 0.01, 5
 #: fewer prompts have no halves worth comparing
 MIN_PROMPTS = 4
+#: components of like noise are shrunk together, in so many groups; overlaps that are to be expected
+#: are means over so many drawn pairs
+_BINS, _PAIRS = 20, 12
+
+
+#: leaders are stable where two scorings on other prompts share four fifths of them: this Jaccard
+STABLE = 2 / 3
+#: prompts are counted up to so many times as many as there are
+FURTHEST = 32
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Rank correlation with its 95% interval, and the Jaccard overlap of the top ``top``."""
+    """Rank correlation with its 95% interval, and the Jaccard overlap of the top ``top``.
+
+    ``needed``: how many prompts stable leaders need, between halves only; None where it cannot be
+    told, or is more than `FURTHEST` times as many as there are.
+    """
 
     spearman: float
     low: float
     high: float
     jaccard: float
     top: int
+    needed: int | None = None
 
 
 def leaders(n: int) -> int | None:
@@ -43,8 +57,15 @@ def leaders(n: int) -> int | None:
 
 def jaccard(one: Array, two: Array, k: int) -> float:
     """Overlap of the two sets of the highest `k`, first come of equals."""
-    sets = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (one, two)]
+    sets = [set(_highest(values, k)) for values in (one, two)]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def _highest(values: Array, k: int) -> list[int]:
+    """Places of the highest `k`, first come of equals."""
+    least = np.partition(values, -k)[-k]
+    above, equal = (values > least).nonzero()[0], (values == least).nonzero()[0]
+    return [*above.tolist(), *equal[: k - len(above)].tolist()]
 
 
 def between_halves(changes: Array, distance: Array, seed: int) -> Likeness | None:
@@ -74,7 +95,86 @@ def between_halves(changes: Array, distance: Array, seed: int) -> Likeness | Non
         correlations.append(float(np.corrcoef(*ranks)[0, 1]))
         overlaps.append(jaccard(one, two, k))
     low, high = np.quantile(correlations, (0.025, 0.975)).tolist()
-    return Likeness(float(np.mean(correlations)), low, high, float(np.mean(overlaps)), k)
+    overlap = float(np.mean(overlaps))
+    needed = prompts_needed(changes, distance, k, overlap, seed)
+    return Likeness(float(np.mean(correlations)), low, high, overlap, k, needed)
+
+
+def prompts_needed(
+    changes: Array, distance: Array, k: int, overlap: float, seed: int
+) -> int | None:
+    """How many prompts a scoring needs so that its top `k` are stable (`STABLE`).
+
+    Extrapolated from halves: each component has a score and a standard deviation over prompts. Of
+    components with like deviations, scores are shrunk by the part of their variance that is noise;
+    then all scores by one factor, with which two rankings by half of the prompts, drawn with
+    that noise, overlap as the real halves do. More prompts make the same draws less noisy.
+
+    Args:
+        changes: what each component changes, ``[prompts, components]``.
+        distance: between base and expert, ``[prompts]``.
+        k: how many leaders.
+        overlap: of the halves' leaders, Jaccard.
+        seed: of the draws.
+
+    Returns:
+        None where halves overlap no more than noise of these sizes alone would, by a tenth, or more
+        than `FURTHEST` times these prompts are needed.
+    """
+    n = len(changes)
+    ratio = changes.mean(0) / distance.mean()
+    spread = (changes - distance[:, None] * ratio).std(0, ddof=1) / abs(distance.mean())
+    shrunk = np.zeros_like(ratio)
+    for alike in np.array_split(np.argsort(spread), min(_BINS, len(spread))):
+        if power := np.mean(ratio[alike] ** 2):
+            noise = np.mean(spread[alike] ** 2) / n
+            shrunk[alike] = ratio[alike] * np.sqrt(max(0.0, 1 - noise / power))
+
+    def expected(prompts: float, scale: float) -> float:
+        rng = np.random.default_rng(seed)
+        pairs = (rng.standard_normal((2, len(ratio))) for _ in range(_PAIRS))
+        noisy = (scale * shrunk + spread / math.sqrt(prompts) * noise for noise in pairs)
+        return float(np.mean([jaccard(one, two, k) for one, two in noisy]))
+
+    if overlap < expected(n / 2, 0.0) + 0.1:
+        return None
+    scale = _crossing(lambda s: expected(n / 2, s), overlap, 0.01, 100.0)
+    if expected(FURTHEST * n, scale) < STABLE:
+        return None
+    return round(_crossing(lambda m: expected(m, scale), STABLE, 1.0, FURTHEST * n))
+
+
+def _crossing(rising: Callable[[float], float], level: float, low: float, high: float) -> float:
+    """Where a rising function reaches a level, within 1% of that place; `high` if it does not."""
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if rising(middle) >= level else (middle, high)
+    return high
+
+
+def leads(changes: Array, distance: Array, seed: int, draws: int) -> npt.NDArray[np.uint8] | None:
+    """In how many bootstrap draws over prompts each component is among the leaders.
+
+    Args:
+        changes: what each component changes, ``[prompts, components]``.
+        distance: between base and expert, ``[prompts]``.
+        seed: of the draws.
+        draws: how many, 255 at most.
+
+    Returns:
+        ``[components]``; None with fewer than four prompts, or too few components.
+    """
+    n = len(changes)
+    k = leaders(changes.shape[1])
+    if n < MIN_PROMPTS or k is None:
+        return None
+    rng = np.random.default_rng(seed)
+    found = np.zeros(changes.shape[1], dtype=np.uint8)
+    for counts in rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64):
+        scores = counts @ changes * np.sign(counts @ distance)
+        # what changes nothing leads nothing, however few do
+        found[[i for i in _highest(scores, k) if scores[i] != 0]] += 1
+    return found
 
 
 def between_files(one: Array, two: Array, seed: int) -> Likeness | None:

@@ -37,6 +37,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     assert manifest["format_version"] == 1
     assert {name: tensor.shape for name, tensor in tensors.items()} == shapes(manifest, tensors)
     for name, tensor in tensors.items():
+        if name.endswith(".leads"):
+            assert tensor.dtype == np.uint8 and (tensor <= 200).all(), name
+            continue
         assert tensor.dtype == np.float32 and np.isfinite(tensor).all(), name
         if name == "delta_norm" or (name.startswith("path/") and not name.endswith(".se")):
             assert (tensor >= 0).all(), name
@@ -63,8 +66,9 @@ def shapes(manifest: dict[str, Any], tensors: dict[str, Array]) -> dict[str, tup
             for kind in manifest["kinds"]:
                 name = f"{estimand}/{criterion}/{kind}"
                 promised[name] = by_kind[kind]
-                if f"{name}.se" in tensors:
-                    promised[f"{name}.se"] = by_kind[kind]
+                for beside in (f"{name}.se", f"{name}.leads"):
+                    if beside in tensors:
+                        promised[beside] = by_kind[kind]
     if (finest := granularity(manifest)) != "component":
         count = sum(n for _, n in gate_counts(manifest))
         promised[f"path/kl/{finest}"] = (count,)

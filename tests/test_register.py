@@ -144,7 +144,6 @@ def toy() -> Architecture:
             "feed.down.weight": columns("neuron"),
         },
         n_neurons=lambda config: int(config.inner),
-        plain_residual=False,
     )
 
 
@@ -299,7 +298,7 @@ def test_the_same_may_be_registered_again_and_another_not(undeclared) -> None:
     register(toy())
     register(LLAMA)
     with pytest.raises(UserError, match="architecture 'wp_toy' is declared already"):
-        register(replace(toy(), plain_residual=True))
+        register(replace(toy(), head="lm_head"))
     with pytest.raises(UserError, match="'wp_toy' is declared already"):
         register(replace(toy(), n_neurons=lambda config: 2 * int(config.inner)))
     with pytest.raises(UserError, match="'llama' is declared already, and otherwise; give yours"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files.scorefile import read, write
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
-from mergekit_wp.statistics import between_files, between_halves, jaccard
+from mergekit_wp.statistics import FURTHEST, between_files, between_halves, jaccard, leads
 from tests.models import make_model, perturbed, save, write_prompts
 from tests.test_scoring import Quiet
 
@@ -50,6 +51,70 @@ def test_halves_of_noise_and_of_signal() -> None:
     assert between_halves(np.ones((3, 2000)), np.ones(3), 0) is None, "three prompts"
     assert between_halves(np.ones((8, 2000)), np.ones(8), 0) is None, "scores that do not vary"
     assert between_halves(rng.normal(size=(8, 9)), np.ones(8), 0) is None, "nine components"
+
+
+def planted(shape: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """True scores of 3,000 components, and the noise of one prompt in each."""
+    draw = {"even": rng.laplace, "uneven": lambda size: rng.standard_t(3, size)}[shape]
+    truth = draw(size=3000)
+    if shape == "even":
+        return truth, np.full(3000, 2 * truth.std())
+    return truth, 2 * (0.5 * abs(truth) + 0.5 * np.exp(0.7 * rng.normal(size=3000)))
+
+
+@pytest.mark.parametrize("shape", ["even", "uneven"])
+def test_the_prompts_that_stable_leaders_need(shape: str) -> None:
+    """Said from 24 prompts; two scorings on so many others then share four fifths of the top 1%."""
+    rng = np.random.default_rng(3)
+    truth, noise = planted(shape, rng)
+    distance = rng.uniform(0.5, 1.5, 24)
+    changes = truth * distance[:, None] + noise * rng.normal(size=(24, 3000))
+    found = between_halves(changes, distance, 0)
+    assert found is not None and found.needed is not None and found.jaccard < 0.6
+
+    def shared(prompts: float) -> float:
+        pairs = (truth + noise * rng.normal(size=(2, 3000)) / np.sqrt(prompts) for _ in range(40))
+        return float(
+            np.mean([len({*np.argsort(-a)[:30]} & {*np.argsort(-b)[:30]}) / 30 for a, b in pairs])
+        )
+
+    assert shared(found.needed / 2) < 0.8 < shared(found.needed * 2), found
+    assert shared(found.needed) == pytest.approx(0.8, abs=0.08)
+
+
+def test_prompts_needed_where_there_is_nothing_to_extrapolate() -> None:
+    rng = np.random.default_rng(0)
+    distance = np.ones(16)
+    uneven = np.exp(2 * rng.normal(size=2000))  # the noisiest lead both halves, and mean nothing
+    noise = between_halves(uneven * rng.normal(size=(16, 2000)), distance, 0)
+    assert noise is not None and noise.jaccard > 0.1 and noise.needed is None
+    far = rng.laplace(size=2000) + 12 * rng.normal(size=(16, 2000))
+    weak = between_halves(far, distance, 0)
+    assert weak is not None and (weak.needed is None or weak.needed > 16 * FURTHEST / 4)
+    clear = between_halves(rng.laplace(size=2000) + 1e-3 * rng.normal(size=(16, 2000)), distance, 0)
+    assert clear is not None and clear.needed == 1
+
+
+def test_leads_are_counted_over_draws_of_prompts() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.zeros(1000)
+    truth[:6] = 5.0  # six that lead whatever is drawn, and four more places for noise
+    changes = truth + rng.normal(size=(12, 1000))
+    found = leads(changes, np.ones(12), 0, 200)
+    assert found is not None and found.dtype == np.uint8
+    assert (found[:6] == 200).all() and found.sum() == 10 * 200 and found[6:].max() < 190
+    # by hand: the same draws of prompts, ranked whole
+    counts = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), size=200)
+    want = np.zeros(1000)
+    for drawn in counts:
+        want[np.argsort(-(drawn @ changes), kind="stable")[:10]] += 1
+    assert (want == found).all()
+    fallen = leads(-changes, -np.ones(12), 0, 200)
+    assert fallen is not None and (fallen == found).all(), "a criterion that falls"
+    sparse = leads(np.eye(1, 1000) * np.ones((12, 1)), np.ones(12), 0, 200)
+    assert sparse is not None and sparse.sum() == 200, "what changes nothing leads nothing"
+    assert leads(changes[:3], np.ones(3), 0, 200) is None, "three prompts"
+    assert leads(changes[:, :9], np.ones(12), 0, 200) is None, "nine components"
 
 
 def test_between_files_is_spearman_with_an_interval_over_layers() -> None:
@@ -161,3 +226,57 @@ def test_bad_input(world: Path, tmp_path: Path) -> None:
         done = CliRunner().invoke(cli, ["stability", str(file), *others])
         assert isinstance(done.exception, UserError) and message in str(done.exception)
         assert file.read_bytes() == before
+
+
+def test_inspect_lists_what_leads_stably(tmp_path: Path) -> None:
+    base = make_model("llama-tied")
+    save(base, tmp_path / "base")
+    expert = perturbed(base, 0.02)
+    with torch.no_grad():  # one neuron that matters far more than any other
+        for part in ("gate_proj", "up_proj"):
+            expert.get_parameter(f"model.layers.0.mlp.{part}.weight")[1] += 2.0
+        expert.get_parameter("model.layers.0.mlp.down_proj.weight")[:, 1] *= 4.0
+    save(expert, tmp_path / "expert")
+    out = tmp_path / "scores.safetensors"
+    notes = Quiet()
+    request = ScoreRequest(
+        base=str(tmp_path / "base"),
+        expert=str(tmp_path / "expert"),
+        prompts=write_prompts(tmp_path / "p.jsonl", 8, response=True),
+        out=out,
+        estimand=("gain", "knockout"),
+        criterion=("kl",),
+    )
+    score(request, notes)
+    (said,) = (note for note in notes.notes if "a stable top 1%" in note)
+    assert "gain/kl/neuron " in said and said.endswith("these were 8")
+    file = read(out)
+    counted = file.tensors["gain/kl/neuron.leads"]
+    assert (
+        counted.dtype == torch.uint8 and counted.shape == file.scores("gain", "kl", "neuron").shape
+    )
+    assert counted.sum() == 5 * 200 and counted[0, 1] == 200
+    assert file.tensors["knockout/kl/neuron.leads"][0, 1] == 200, "what is lost most leads"
+    assert "gain/kl/layer.leads" not in file.tensors, "two layers have no top 1%"
+    asked = ["inspect", str(out), "--stable", "--kind", "neuron", "--json"]
+    shown = json.loads(CliRunner().invoke(cli, asked).output)["components"]
+    sure = {
+        (estimand, f"layer {layer} neuron {index}")
+        for estimand in ("gain", "knockout")
+        for layer, index in (file.tensors[f"{estimand}/kl/neuron.leads"] >= 190).nonzero().tolist()
+    }
+    assert {(c["estimand"], c["name"]) for c in shown} == sure
+    table = CliRunner().invoke(cli, asked[:-1])
+    assert table.exception is None and "layer 0 neuron 1" in table.output
+    text = " ".join(table.output.split())
+    assert "in at least 95% of draws over the prompts: of neurons" in text
+    alone = CliRunner().invoke(cli, ["inspect", str(out), "--stable", "--kind", "layer"])
+    assert isinstance(alone.exception, UserError)
+    assert "--stable: this score file does not say how stably" in str(alone.exception)
+
+    tensors = file.tensors | {"gain/kl/neuron.leads": counted.float()}
+    with pytest.raises(UserError, match=r"neuron\.leads' is torch\.float32, not torch\.uint8"):
+        write(replace(file, tensors=tensors), tmp_path / "bad.safetensors")
+    tensors = file.tensors | {"gain/kl/neuron.leads": counted + 56}
+    with pytest.raises(UserError, match=r"neuron\.leads' counts more than 200 draws"):
+        write(replace(file, tensors=tensors), tmp_path / "bad.safetensors")

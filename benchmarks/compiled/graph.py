@@ -84,7 +84,9 @@ def compiled_edges(pair: Pair, truth: Truth) -> set[tuple[str, str]]:
         for target in nodes
         if source.name in written
         and target.name in read
-        and Place(target.layer, target.kind, 0).reads(Place(source.layer, source.kind, 0))
+        and Place(target.layer, target.kind, 0).reads(
+            Place(source.layer, source.kind, 0), parallel=False
+        )
         and written[source.name] & read[target.name]
     }
 

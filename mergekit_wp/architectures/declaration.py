@@ -85,8 +85,6 @@ class Architecture:
         parallel: whether attention and MLP read the same input, from the config.
         coupled: kinds of which one component's weights change what others write (a norm over all
             heads' queries): each is then computed by a pass of its own.
-        plain_residual: whether what a block returns is added to the residual stream as it is,
-            without a norm or factor after it.
         stored_as: names of parameters in checkpoints, where mergekit knows no alias for them.
         stored_prefix: what all of their names begin with there.
         text_type: ``model_type`` of the text model within a larger one: that is what is scored.
@@ -110,7 +108,6 @@ class Architecture:
     attention_implementation: str = "sdpa"
     parallel: Callable[[Any], bool] = lambda config: False
     coupled: frozenset[FineKind] = frozenset()
-    plain_residual: bool = True
     stored_as: Mapping[str, str] = field(default_factory=dict, hash=False)
     stored_prefix: str = ""
     text_type: str | None = None

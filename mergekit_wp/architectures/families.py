@@ -25,21 +25,19 @@ FAMILIES: tuple[Architecture, ...] = (
     ),
     Architecture("qwen2", "Qwen2ForCausalLM"),
     Architecture("qwen3", "Qwen3ForCausalLM"),
-    Architecture("granite", "GraniteForCausalLM", plain_residual=False),
+    Architecture("granite", "GraniteForCausalLM"),
     Architecture("cohere2", "Cohere2ForCausalLM", parallel=lambda config: True),
     Architecture(
         "olmo2",
         "Olmo2ForCausalLM",
         coupled=frozenset({"head", "kv_group"}),  # a norm over all heads' queries, one over keys
-        plain_residual=False,
     ),
     Architecture(
         "gemma2",
         "Gemma2ForCausalLM",
         attention_implementation="eager",  # the only one that caps attention logits
-        plain_residual=False,
     ),
-    Architecture("gemma3_text", "Gemma3ForCausalLM", plain_residual=False),
+    Architecture("gemma3_text", "Gemma3ForCausalLM"),
     Architecture(
         "starcoder2",
         "Starcoder2ForCausalLM",

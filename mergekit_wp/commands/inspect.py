@@ -22,6 +22,7 @@ def inspect(
     estimand: str | None,
     criterion: str | None,
     kind: str | None,
+    stable: bool,
     as_json: bool,
 ) -> None:
     """Show what score FILE says: a summary, how far to trust it, and the leading components.
@@ -29,12 +30,14 @@ def inspect(
     A score of 1 means: this component alone does all that the expert does beyond the base, by
     the criterion; 0: nothing; below 0: it works against the behaviour. `share` adds up to 1 over
     the model, `gain` swaps one component into the base, `knockout` takes one out of the expert.
-    Scores under the noise floor mean nothing.
+    Scores under the noise floor mean nothing. Single components change with the prompts: `--stable`
+    leaves those that would lead by most draws of them.
 
     \b
     Examples:
       mergekit-wp inspect caps.safetensors
       mergekit-wp inspect caps.safetensors --estimand gain --kind head --top 50
+      mergekit-wp inspect caps.safetensors --stable --top 100
       mergekit-wp inspect caps.safetensors --json | jq '.components[0]'
 
     JSON: {"manifest": {...}, "components": [{"kind", "layer", "index", "name", "estimand",
@@ -42,7 +45,7 @@ def inspect(
     (the standard error over prompts) where it is not known.
     """
     score_file = read(file)
-    selection = select(score_file, estimand, criterion, kind)
+    selection = select(score_file, estimand, criterion, kind, stable)
     if as_json:
         for piece in to_json(score_file, selection, top):
             click.echo(piece, nl=False)

@@ -1,9 +1,10 @@
 """Path patches: a supplier's change goes into one target's input, everything else is held.
 
-The supplier's change of the residual stream (of its weights, or of what it writes) is added to
-the input of the target's block; what the target then writes more or less goes on into the rest of
-the model. So the value read at the end came along the one edge (path patching, Goldowsky-Dill et
-al., arXiv 2304.05969; with weights as the source: "Weight Patching", arXiv 2604.13694).
+The supplier's change (of its weights, or of what it writes) is added to the input of the target's
+block as it reaches the residual stream, through whatever norm or factor its layer puts there; what
+the target then writes more or less goes on into the rest of the model. So the value read at the end
+came along the one edge (path patching, Goldowsky-Dill et al., arXiv 2304.05969; with weights as the
+source: "Weight Patching", arXiv 2604.13694).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_wp.engine.decoder import Decoder, returning
+from mergekit_wp.engine.decoder import Decoder, first, returning
 from mergekit_wp.engine.gradients import BlockGradients
 from mergekit_wp.engine.replay import Receiver, Values, last_layer, repeated_kwargs
 from mergekit_wp.engine.weight_swaps import written_anew
@@ -36,14 +37,63 @@ class Place:
 
     @property
     def in_mlp(self) -> bool:
-        """Whether it lies in the MLP block, which reads the attention block of its layer."""
+        """Whether it lies in the MLP block."""
         return self.kind == "neuron"
 
-    def reads(self, other: Place) -> bool:
-        """Whether the residual stream carries what `other` writes to this component's block."""
+    def reads(self, other: Place, *, parallel: bool) -> bool:
+        """Whether the residual stream carries what `other` writes to this component's block.
+
+        Args:
+            other: a component.
+            parallel: whether MLPs read what enters their layer, not the attention block there.
+        """
         if self.layer == other.layer:
-            return self.in_mlp and not other.in_mlp
+            return self.in_mlp and not other.in_mlp and not parallel
         return other.layer < self.layer
+
+
+def _added(receiver: Receiver, layer: int, in_mlp: bool, written: torch.Tensor) -> torch.Tensor:
+    """What a layer adds to the residual stream, ``[C, n, T, hidden]``, by one of its blocks.
+
+    The layer itself runs, on nothing: a norm or factor after its blocks is its own.
+    """
+    decoder, copies, flat = receiver.decoder, len(written), written.flatten(0, 1)
+    nothing = torch.zeros_like(flat)
+    kwargs = repeated_kwargs(receiver.recording.calls[layer], receiver.batch.n_rows, copies)
+    attention = returning(decoder.attention(layer), nothing if in_mlp else flat, as_tuple=True)
+    with attention, returning(decoder.mlp(layer), flat if in_mlp else nothing, as_tuple=False):
+        added = first(decoder.layers[layer](nothing, **kwargs))
+    return added.view_as(written)
+
+
+def _returned(receiver: Receiver, layer: int, in_mlp: bool) -> torch.Tensor:
+    """What a block returns in the recorded run, ``[1, n, T, hidden]``."""
+    call = receiver.recording.calls[layer]
+    return (call.mlp if in_mlp else call.attention).detach().unsqueeze(0)
+
+
+def reaching(receiver: Receiver, source: Place, changes: torch.Tensor) -> torch.Tensor:
+    """Changes of the residual stream by changes of what a component's block returns.
+
+    Args:
+        receiver: the model with its recorded run.
+        source: the component.
+        changes: of its block's output, ``[C, n, T, hidden]``.
+
+    Returns:
+        ``[C, n, T, hidden]``.
+    """
+    own = _returned(receiver, source.layer, source.in_mlp)
+    moved = _added(receiver, source.layer, source.in_mlp, own + changes)
+    return moved - _added(receiver, source.layer, source.in_mlp, own)
+
+
+def at_block(receiver: Receiver, layer: int, in_mlp: bool, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient by what a block returns, of one ``[n, T, hidden]`` by the residual stream."""
+    own = _returned(receiver, layer, in_mlp).requires_grad_()
+    with torch.enable_grad():
+        along = (_added(receiver, layer, in_mlp, own)[0] * gradient).sum()
+        return torch.autograd.grad(along, own)[0][0]
 
 
 def _block_input(
@@ -75,9 +125,9 @@ def _written(decoder: Decoder, target: Place, read: torch.Tensor) -> torch.Tenso
 def supply_gradient(
     receiver: Receiver, target: Place, gradients: BlockGradients
 ) -> torch.Tensor | None:
-    """Gradient of the value along the target alone, with respect to its block's input.
+    """Gradient of the value along the target alone, with respect to what enters its layer.
 
-    Dotted with a supplier's change, it is the first-order supply.
+    Dotted with a supplier's change of the residual stream, it is the first-order supply.
 
     Args:
         receiver: the model with its recorded run.
@@ -119,14 +169,15 @@ def supplied(receiver: Receiver, target: Place, changes: torch.Tensor) -> Values
 
 
 def written_to_the_end(receiver: Receiver, place: Place, changes: torch.Tensor) -> Values:
-    """Values ``[C, n]`` when changes reach the end of the residual stream and no later block.
+    """Values ``[C, n]`` when changes of a block's output reach no later block, only the end.
 
-    The end is where the criterion is read: the final norm, or the anchor's layer.
+    The end of the residual stream is where the criterion is read: the final norm, or the anchor's
+    layer.
     """
     found: Values = {}
     for criterion in receiver.criteria:
         alone = replace(receiver, criteria=(criterion,))
         last = max(last_layer(receiver.decoder, (criterion,), receiver.targets), place.layer)
-        hidden = receiver.recording.residual(last) + changes
+        hidden = receiver.recording.residual(last) + reaching(receiver, place, changes)
         found |= alone.replay(hidden, last)
     return found

@@ -20,7 +20,14 @@ from mergekit_wp.files.atomic import written_whole
 
 #: bytes of a header and of a file; a 70B model's take some 0.2 and 60 MB
 HEADER_BYTES, FILE_BYTES = 2**24, 2**31
-_DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16"}
+_DTYPES = {
+    "F64": "torch.float64",
+    "F32": "torch.float32",
+    "F16": "torch.float16",
+    "U8": "torch.uint8",
+}
+#: how names of tensors end that hold small counts, one byte each; all others hold float32
+COUNTS = ".leads"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -71,7 +78,8 @@ def check(tensors: Mapping[str, torch.Tensor], expected: Shapes) -> None:
     """Refuse other tensors than the expected ones.
 
     Raises:
-        UserError: a missing, extra or misshapen tensor, another dtype than float32, or a NaN.
+        UserError: a missing, extra or misshapen tensor, another dtype than it should have, or a
+            NaN.
     """
     found = {key: (tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors.items()}
     _check_layout(found, expected)
@@ -84,8 +92,9 @@ def _check_layout(found: Mapping[str, tuple[tuple[int, ...], str]], expected: Sh
             raise UserError(f"tensor '{key}' is missing; the manifest promises it")
         if found[key][0] != shape:
             raise UserError(f"tensor '{key}' has shape {found[key][0]}, not {shape}")
-        if found[key][1] != "torch.float32":
-            raise UserError(f"tensor '{key}' is {found[key][1]}, not torch.float32")
+        dtype = "torch.uint8" if key.endswith(COUNTS) else "torch.float32"
+        if found[key][1] != dtype:
+            raise UserError(f"tensor '{key}' is {found[key][1]}, not {dtype}")
     if extra := sorted(set(found) - set(expected)):
         raise UserError(f"tensor '{extra[0]}' is not in the manifest")
 

@@ -30,6 +30,8 @@ from mergekit_wp.terms import (
 )
 
 FORMAT_VERSION = 1
+#: bootstrap draws over prompts, of which a file says in how many each component leads
+DRAWS = 200
 #: criteria of one file; a manifest of strangers names what is made of them before it is read
 MAX_CRITERIA = 64
 
@@ -166,14 +168,18 @@ class Verification(Omitting):
         return self
 
 
-class Agreement(StrictModel):
+class Agreement(Omitting):
     """How alike two rankings of the same components are.
 
     ``against``: "halves" are two random halves of the prompts (mean and 95% range over splits);
     "run" is another scoring of this expert on this behaviour, "behavior" this expert on another
     behaviour, "expert" another expert (of another training seed, say). There the interval is a
-    bootstrap over layers. ``name`` says which other file it was, "" for halves.
+    bootstrap over layers. ``name`` says which other file it was, "" for halves. ``needed``: by how
+    many prompts two rankings would share four fifths of their leaders, extrapolated from halves;
+    None where that is no halves' to say, or too far off.
     """
+
+    omitted: ClassVar = ("needed",)
 
     against: Literal["halves", "run", "behavior", "expert"]
     name: str
@@ -186,6 +192,7 @@ class Agreement(StrictModel):
     #: Jaccard overlap of the two top `top`
     jaccard: float
     top: PositiveInt
+    needed: PositiveInt | None = None
 
 
 class Manifest(Omitting):

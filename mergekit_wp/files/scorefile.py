@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mergekit_wp.components import GateLayout, layout_of, positions
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import container
-from mergekit_wp.files.manifest import FORMAT_VERSION, Manifest
+from mergekit_wp.files.manifest import DRAWS, FORMAT_VERSION, Manifest
 from mergekit_wp.files.untrusted import complaint, parse_json
 from mergekit_wp.terms import SLICED_KINDS, Kind
 
@@ -101,7 +101,12 @@ class ScoreFile:
 
 def _expected_shapes(manifest: Manifest, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
     shapes = {key: manifest.shape(key.split("/")[2]) for key in manifest.score_keys()}  # type: ignore[arg-type]
-    shapes |= {f"{key}.se": shape for key, shape in shapes.items() if f"{key}.se" in keys}
+    shapes |= {
+        f"{key}{end}": shape
+        for key, shape in shapes.items()
+        for end in (".se", container.COUNTS)
+        if f"{key}{end}" in keys
+    }
     shapes |= manifest.finer_shapes
     shapes["delta_norm"] = (len(manifest.tensor_names),)
     if manifest.anchor is not None:
@@ -126,7 +131,9 @@ def _check_bounds(score_file: ScoreFile) -> None:
     if (tensors["delta_norm"] < 0).any():
         raise UserError("tensor 'delta_norm' holds a negative norm")
     for key, tensor in tensors.items():
-        if not key.startswith("path/") or key.endswith(".se"):
+        if key.endswith(container.COUNTS) and (tensor > DRAWS).any():
+            raise UserError(f"tensor '{key}' counts more than {DRAWS} draws")
+        if not key.startswith("path/") or key.endswith((".se", container.COUNTS)):
             continue
         upper = manifest.path_bound(key.split("/")[2])
         if (tensor < 0).any() or (tensor > upper * (1 + 1e-6)).any():

@@ -7,8 +7,6 @@ supplier's weights from the expert, once with what it writes in the expert's run
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mergekit_wp.components import Partition
@@ -57,7 +55,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     date = begun(request.out, request.restart)
     run = Run.open(request, base, expert, prompts, progress, date)
     check_pair(file, run.pair, request.file)
-    check_traceable(run.pair.partition, run.pair.base.text_config)
+    check_traceable(run.pair.partition)
     with journal_of(
         request, run, request.out, progress, restart=request.restart, scores=file.digest()
     ) as journal:
@@ -98,23 +96,17 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     return result
 
 
-def check_traceable(partition: Partition, config: Any) -> None:
-    """Refuse architectures in which a block's change is not what later blocks read.
+def check_traceable(partition: Partition) -> None:
+    """Refuse architectures in which a component has no place that it always writes to.
 
     Raises:
         UserError: says why.
     """
     partition.dims.require_map("trace")
-    architecture, why = partition.dims.architecture, None
-    if not architecture.plain_residual:
-        why = "puts a norm or factor between its blocks and the residual stream"
-    elif architecture.parallel(config):
-        why = "runs attention and MLP side by side"
-    elif any(len(partition.layouts[name].dims) > 1 for name in partition.layer_tensors(0)):
-        why = "sends positions to different experts"
-    if why:
+    if any(len(partition.layouts[name].dims) > 1 for name in partition.layer_tensors(0)):
         raise UserError(
-            f"trace follows what blocks add to the residual stream; '{config.model_type}' {why}"
+            "trace follows what components add to the residual stream at every position; "
+            f"'{partition.dims.architecture.model_type}' sends positions to different experts"
         )
 
 

@@ -11,7 +11,14 @@ import torch
 from mergekit_wp.criteria import recovery
 from mergekit_wp.engine.block_changes import Changes
 from mergekit_wp.engine.gradients import criterion_gradients, record_with_gradients
-from mergekit_wp.engine.paths import Place, supplied, supply_gradient, written_to_the_end
+from mergekit_wp.engine.paths import (
+    Place,
+    at_block,
+    reaching,
+    supplied,
+    supply_gradient,
+    written_to_the_end,
+)
 from mergekit_wp.engine.replay import Receiver
 from mergekit_wp.engine.weight_swaps import written_anew
 from mergekit_wp.files.circuitfile import Edge, Measured, Node
@@ -31,6 +38,8 @@ SUPPLIER_KINDS: dict[Via, tuple[FineKind, ...]] = {
     "weights": ("head", "kv_group", "neuron"),
     "activations": ("head", "neuron"),
 }
+#: kinds that write into each block's output; whether that is the MLP
+_BLOCKS: dict[bool, tuple[FineKind, ...]] = {False: ("head", "kv_group"), True: ("neuron",)}
 _ESTIMAND: dict[Via, Estimand] = {"weights": "gain", "activations": "activation_gain"}
 
 
@@ -61,7 +70,7 @@ class Tracer:
         self.request, self.recordings, self.at_once = request, recordings, at_once
         self.criterion, self.targets = criterion, targets
         self.journal, self.progress = journal, progress
-        self.dims = recordings.partition.dims
+        self.dims, self.parallel = recordings.partition.dims, recordings.decoder.parallel
         self.distance = recordings.references.values[criterion].distance.double()
 
     def circuit(self) -> tuple[tuple[Node, ...], tuple[Edge, ...], Fidelity]:
@@ -162,13 +171,22 @@ class Tracer:
         }
         with torch.no_grad():
             for layer in range(max(target.layer for target in self.targets) + 1):
-                for via, inputs in self._inputs(layer, receiver).items():
-                    for t, (target, gradient) in enumerate(zip(self.targets, along, strict=True)):
-                        for kind in SUPPLIER_KINDS[via]:
-                            if gradient is not None and target.reads(Place(layer, kind, 0)):
-                                change = inputs[kind].project(gradient).sum(0)
+                by_via = self._inputs(layer, receiver)
+                for t, (target, gradient) in enumerate(zip(self.targets, along, strict=True)):
+                    if gradient is None:
+                        continue
+                    for in_mlp, kinds in _BLOCKS.items():
+                        if not self._reads(target, Place(layer, kinds[0], 0)):
+                            continue
+                        there = at_block(receiver, layer, in_mlp, gradient)
+                        for via, inputs in by_via.items():
+                            for kind in set(kinds) & set(SUPPLIER_KINDS[via]):
+                                change = inputs[kind].project(there).sum(0)
                                 found[f"{t}/{via}/{kind}"][layer] = change.float().cpu()
         return found
+
+    def _reads(self, target: Place, source: Place) -> bool:
+        return target.reads(source, parallel=self.parallel)
 
     def _inputs(self, layer: int, receiver: Receiver) -> Mapping[Via, Mapping[FineKind, Changes]]:
         """Changes of a layer's components by weights and by activations, where there are any."""
@@ -192,7 +210,7 @@ class Tracer:
                     (Place(layer, kind, 0), kind)
                     for kind in kinds
                     for layer in range(target.layer + 1)
-                    if target.reads(Place(layer, kind, 0))
+                    if self._reads(target, Place(layer, kind, 0))
                 ]
                 if not places:
                     continue
@@ -239,7 +257,8 @@ class Tracer:
             for start in range(0, len(members), copies):
                 some = members[start : start + copies]
                 change = inputs[via][kind].changes([pairs[p].source.index for p in some])
-                values = supplied(receiver, target, change)
+                reached = reaching(receiver, Place(layer, kind, 0), change)
+                values = supplied(receiver, target, reached)
                 found[some] = (values[self.criterion] - own).double().cpu()
         return {"changes": found}
 

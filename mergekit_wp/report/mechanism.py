@@ -41,10 +41,10 @@ def agreement_label(found: Agreement) -> str:
 
 def agreement_cells(found: Agreement) -> tuple[str, str]:
     """Rank correlation with its interval, and the overlap of the leaders."""
-    return (
-        f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}]",
-        f"{found.jaccard:.2f} of the top {found.top:,}",
-    )
+    overlap = f"{found.jaccard:.2f} of the top {found.top:,}"
+    if found.needed is not None:
+        overlap += f" (stable by about {found.needed:,} prompts)"
+    return f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}]", overlap
 
 
 def agreement_groups(

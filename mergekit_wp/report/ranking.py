@@ -12,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_wp.components import layout_of
-from mergekit_wp.errors import UserError
-from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.container import COUNTS
+from mergekit_wp.files.manifest import DRAWS, Manifest
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.report.request import LEADING
+from mergekit_wp.statistics import MIN_PROMPTS, MIN_TOP
 from mergekit_wp.terms import (
     CRITERIA,
     ESTIMANDS,
@@ -32,11 +35,15 @@ _ASIDE = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """Estimands, criteria and kinds to look at, each in the field's usual order."""
+    """Estimands, criteria and kinds to look at, each in the field's usual order.
+
+    ``stable``: of these only the components that lead in `LEADING` of the draws over prompts.
+    """
 
     estimands: tuple[Estimand, ...]
     criteria: tuple[CriterionName, ...]
     kinds: tuple[Kind, ...]
+    stable: bool = False
 
     @property
     def pairs(self) -> list[tuple[Estimand, CriterionName]]:
@@ -58,18 +65,30 @@ def select(
     estimand: str | None = None,
     criterion: str | None = None,
     kind: str | None = None,
+    stable: bool = False,
 ) -> Selection:
     """What the filters leave; None leaves everything.
 
     Raises:
-        UserError: a filter the file has no scores for; says which it has.
+        UserError: a filter the file has no scores for; says which it has. No leads were counted for
+            what is left, and only stable leaders are wanted.
     """
     manifest = score_file.manifest
-    return Selection(
+    found = Selection(
         _choose("estimand", estimand, manifest.estimands, ESTIMANDS),
         _choose("criterion", criterion, manifest.criteria, CRITERIA),
         _choose("kind", kind, manifest.kinds, KINDS),
+        stable,
     )
+    if stable and not any(
+        f"{e}/{c}/{k}{COUNTS}" in score_file.tensors for e, c in found.pairs for k in found.kinds
+    ):
+        raise UserError(
+            f"{option('stable')}: this score file does not say how stably its components lead; "
+            f"`score` counts that by {MIN_PROMPTS} prompts or more, for kinds with at least "
+            f"{2 * MIN_TOP} components"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -160,13 +179,38 @@ def rank(
         error = score_file.tensors.get(f"{estimand}/{criterion}/{kind}.se")
         se = np.full_like(scores, np.nan) if error is None else error.numpy().reshape(-1)
         kept = np.arange(len(scores))
+        if selection.stable:
+            kept = _stable(score_file, f"{estimand}/{criterion}/{kind}")
         if fine and kind == "tensor":
             whole = [layout_of(name, manifest.dims).whole for name in manifest.tensor_names]
-            kept = kept[np.array(whole, dtype=bool)]
+            kept = kept[np.array(whole, dtype=bool)[kept]]
         parts.append((np.full(len(kept), owner), kept, scores[kept], se[kept]))
     owners, positions, scores, se = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.argsort(-scores, kind="stable")[:top]
     return Ranking(manifest, tensors, owners[order], positions[order], scores[order], se[order])
+
+
+def _stable(score_file: ScoreFile, key: str) -> npt.NDArray[np.int64]:
+    """Places of the components that lead in nearly all draws over the prompts."""
+    counts = score_file.tensors.get(f"{key}{COUNTS}")
+    if counts is None:
+        return np.empty(0, np.int64)
+    return (counts.numpy().reshape(-1) >= LEADING * DRAWS).nonzero()[0]
+
+
+def stable_leaders(
+    score_file: ScoreFile,
+    estimand: Estimand,
+    criterion: CriterionName,
+    kinds: tuple[Kind, ...],
+) -> dict[Kind, int]:
+    """How many components of each kind lead in nearly all draws, of kinds where that is known."""
+    keys = {kind: f"{estimand}/{criterion}/{kind}" for kind in kinds}
+    return {
+        kind: len(_stable(score_file, key))
+        for kind, key in keys.items()
+        if f"{key}{COUNTS}" in score_file.tensors
+    }
 
 
 @dataclass(frozen=True)
@@ -184,6 +228,7 @@ def leaders(
     criterion: CriterionName,
     kinds: tuple[Kind, ...],
     top: int,
+    stable: bool = False,
 ) -> list[Leaders]:
     """Leading components for people to read.
 
@@ -192,7 +237,7 @@ def leaders(
     """
 
     def listed(title: str, chosen: tuple[Kind, ...], n: int, **how: bool) -> Leaders:
-        selection = Selection((estimand,), (criterion,), chosen)
+        selection = Selection((estimand,), (criterion,), chosen, stable)
         ranking = rank(score_file, selection, top=n, fine=how.get("fine", False))
         return Leaders(title, list(ranking.rows()), how.get("aside", False))
 

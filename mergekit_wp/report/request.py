@@ -8,11 +8,14 @@ from typing import Annotated
 from pydantic import Field
 
 from mergekit_wp.errors import option
+from mergekit_wp.files.manifest import DRAWS
 from mergekit_wp.options import Argument, Option, PrintRequest, Request
 from mergekit_wp.terms import CriterionName, Estimand, Kind
 
 #: leaders that a table has
 TOP = 20
+#: a component leads stably in at least this part of the draws
+LEADING = 0.95
 
 
 class InspectRequest(PrintRequest):
@@ -35,6 +38,11 @@ class InspectRequest(PrintRequest):
         default=None,
         description="Only components of this kind. Without it heads, K/V groups, neurons and the "
         "remaining tensors are ranked together, so that no weight is listed twice.",
+    )
+    stable: bool = Field(
+        default=False,
+        description=f"Only components that lead in at least {LEADING:.0%} of {DRAWS} bootstrap "
+        "draws over the prompts: that are then among the top 1% of their kind, five at least.",
     )
 
 

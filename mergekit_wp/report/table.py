@@ -14,7 +14,14 @@ from mergekit_wp.criteria import criterion_words
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import fit_history, mechanism, weights_vs_activations, words
-from mergekit_wp.report.ranking import RankedComponent, Selection, leaders, select
+from mergekit_wp.report.ranking import (
+    RankedComponent,
+    Selection,
+    leaders,
+    select,
+    stable_leaders,
+)
+from mergekit_wp.report.request import LEADING
 from mergekit_wp.report.verification import sentences
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
 
@@ -43,7 +50,7 @@ def render(
         yield ""
         yield from _heading(f"{estimand}/{criterion}")
         yield from _list(_facts(score_file, selection, estimand, criterion))
-        lists = leaders(score_file, estimand, criterion, selection.kinds, top)
+        lists = leaders(score_file, estimand, criterion, selection.kinds, top, selection.stable)
         yield from _list([(f"top {x.title}", _in_line(x.rows)) for x in lists if x.aside])
         for listed in lists:
             if not listed.aside:
@@ -80,6 +87,9 @@ def _facts(
         ("stability", mechanism.agreement_sentence(group))
         for group in mechanism.agreement_groups(score_file.manifest.stability, estimand, criterion)
     ]
+    if often := stable_leaders(score_file, estimand, criterion, selection.kinds):
+        said = ", ".join(f"of {words.KIND_WORDS[kind]} {n:,}" for kind, n in often.items())
+        facts.append(("leaders", f"in at least {LEADING:.0%} of draws over the prompts: {said}"))
     verified = score_file.manifest.verification
     if verified and (verified.estimand, verified.criterion) == (estimand, criterion):
         facts += [("together", sentence) for sentence in sentences(verified)]

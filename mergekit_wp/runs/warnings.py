@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergekit_wp.errors import option
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References
+from mergekit_wp.terms import SLICED_KINDS
 
 #: nats a token below which two answers are taken for the same: what rounding to 8 bits changes
 SAME_ANSWER = 0.01
@@ -70,6 +72,21 @@ def warn_of_completeness(completeness: Mapping[str, float], steps: str, progress
                 f"warning: {scores} sums to {total:.2f}, where exact scores sum to 1; give more "
                 f"{option(steps)}"
             )
+
+
+def tell_prompts_needed(manifest: Manifest, progress: Progress) -> None:
+    """Say how many prompts leaders need that other prompts would name, too."""
+    said = [
+        f"{found.estimand}/{found.criterion}/{found.kind} "
+        f"{'too many to tell' if found.needed is None else f'about {found.needed}'}"
+        for found in manifest.stability
+        if found.kind in SLICED_KINDS
+    ]
+    if said:
+        progress.note(
+            "a stable top 1% (two scorings on different prompts share four fifths of it) needs, in "
+            f"prompts: {', '.join(said)}; these were {manifest.n_prompts}"
+        )
 
 
 def warn_of_recoveries(recoveries: Mapping[str, float], progress: Progress) -> None:

@@ -18,7 +18,8 @@ from mergekit_wp.criteria import (
 )
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import refuse_existing
-from mergekit_wp.files.manifest import Agreement, Manifest, ModelId, Scale
+from mergekit_wp.files.container import COUNTS
+from mergekit_wp.files.manifest import DRAWS, Agreement, Manifest, ModelId, Scale
 from mergekit_wp.files.scorefile import ScoreFile, read, write
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import (
@@ -45,12 +46,16 @@ from mergekit_wp.runs.references import (
 )
 from mergekit_wp.runs.run import Run, journal_of
 from mergekit_wp.runs.texts import Footprint
-from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_references
+from mergekit_wp.runs.warnings import (
+    tell_prompts_needed,
+    warn_of_completeness,
+    warn_of_references,
+)
 from mergekit_wp.scoring.cluster import cluster, installed
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.sweeps import Sweeps
-from mergekit_wp.statistics import between_halves
-from mergekit_wp.terms import SLICED_KINDS, CriterionName, of_activations
+from mergekit_wp.statistics import Array, between_halves, leads
+from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand, Kind, of_activations
 
 #: the journal's entry of how many sequences a forward pass takes
 BATCH_SIZE = "batch-size"
@@ -96,6 +101,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
             sweeps.all()
         warn_of_completeness(sweeps.completeness, "share_steps", progress)
         manifest = _manifest(request, run, references, sweeps, journal.created)
+        tell_prompts_needed(manifest, progress)
         result = ScoreFile(manifest, score_tensors(sweeps))
         if request.out is not None:
             write(result, request.out)
@@ -111,10 +117,14 @@ def score_tensors(sweeps: Sweeps) -> dict[str, torch.Tensor]:
     for estimand, c, kind in sweeps.changes:
         if kind not in sweeps.request.kinds:
             continue
+        key = f"{estimand}/{c}/{kind}"
         scores, errors = sweeps.scores(estimand, c, kind)
-        tensors[f"{estimand}/{c}/{kind}"] = scores.float()
+        tensors[key] = scores.float()
         if recordings.n_prompts > 1:
-            tensors[f"{estimand}/{c}/{kind}.se"] = errors.float()
+            tensors[f"{key}.se"] = errors.float()
+        found = leads(*_by_prompt(sweeps, estimand, c, kind), sweeps.request.seed, DRAWS)
+        if found is not None:
+            tensors[f"{key}{COUNTS}"] = torch.from_numpy(found).view(scores.shape)
     norms = list(recordings.pair.delta_norm.values())
     tensors["delta_norm"] = torch.tensor(norms, dtype=torch.float32)
     anchor = recordings.references.targets[0].anchor
@@ -178,13 +188,21 @@ def model_id(checkpoint: Checkpoint) -> ModelId:
     )
 
 
+def _by_prompt(
+    sweeps: Sweeps, estimand: Estimand, c: CriterionName, kind: Kind
+) -> tuple[Array, Array]:
+    """Changes ``[prompts, components]`` and distances ``[prompts]``, as statistics take them."""
+    changes, distance = sweeps.quotients(estimand, c, kind)
+    return changes.flatten(0, -2).T.numpy(), distance.cpu().numpy()
+
+
 def _halves(sweeps: Sweeps) -> Iterator[Agreement]:
     """How alike the rankings by random halves of the prompts are, kind by kind."""
-    for (estimand, c, kind), changes in sweeps.changes.items():
+    for estimand, c, kind in sweeps.changes:
         if kind not in sweeps.request.kinds:
             continue
-        units, distance = sweeps.in_units(c, changes.flatten(1).T)
-        found = between_halves(units.T.numpy(), distance.cpu().numpy(), sweeps.request.seed)
+        by_prompt = _by_prompt(sweeps, estimand, c, kind)
+        found = between_halves(*by_prompt, sweeps.request.seed)
         if found is not None:
             yield Agreement(
                 against="halves",

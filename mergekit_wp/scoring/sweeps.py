@@ -279,13 +279,26 @@ class Sweeps:
         """Scores and standard errors from the changes."""
         return self._recovered(estimand, c, self.changes[estimand, c, kind])
 
-    def _recovered(
+    def quotients(
+        self, estimand: Estimand, c: CriterionName, kind: Kind
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What scores are quotients of: changes ``[*shape of the kind, prompts]``, and distances.
+
+        A knockout's is what the criterion loses.
+        """
+        return self._quotients(estimand, c, self.changes[estimand, c, kind])
+
+    def _quotients(
         self, estimand: Estimand, c: CriterionName, change: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         change = change.movedim(0, -1)
         # knockout = 1 - r(expert with c from the base): what the criterion loses
-        change = -change if of_knockout(estimand) else change
-        return recovery(*self.in_units(c, change))
+        return self.in_units(c, -change if of_knockout(estimand) else change)
+
+    def _recovered(
+        self, estimand: Estimand, c: CriterionName, change: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return recovery(*self._quotients(estimand, c, change))
 
     def in_units(
         self, c: CriterionName, change: torch.Tensor, members: torch.Tensor | None = None
