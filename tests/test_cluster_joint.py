@@ -17,21 +17,18 @@ from mergekit_wp.cli import main
 from mergekit_wp.engine.slopes import Term
 from mergekit_wp.errors import OutOfMemory, UserError
 from mergekit_wp.joint import merged_model
-from mergekit_wp.joint.company import score_company
-from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
 from mergekit_wp.joint.spread import SpreadModel
 from mergekit_wp.runs import cluster
 from mergekit_wp.runs.cluster import ATTEMPTS
 from mergekit_wp.runs.journal import Journal
+from tests.joint_runs import COMMANDS, files, line, run
 from tests.local_ray import LocalRay
 from tests.models import make_model, perturbed, save
 from tests.ray_runs import ray_environment, started, workers_of
-from tests.test_company import NAMES, make_world
+from tests.test_company import make_world
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
-COMMANDS = ("company", "fit")
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +39,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def same_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-
-
-def run(command: str, world: Path, out: Path, said: Quiet | None = None, **options: Any) -> None:
-    given: dict[str, Any] = {
-        "recipe": world / "recipe.yml",
-        "prompts": tuple((name, world / f"{name}.jsonl") for name in NAMES),
-        "out": out,
-        "device": "cpu",
-        **options,
-    }
-    if command == "company":
-        settings = {"batch_size": 3, "path_steps": 3} | given
-        score_company(CompanyRequest(**settings), said or Quiet())
-    else:
-        settings = {"prompts_a_step": 2, "steps": 11} | given
-        fit(FitRequest(**settings), said or Quiet())
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes().replace(str(folder).encode(), b"OUT")
-        for path in sorted(folder.iterdir())
-    }
 
 
 def on(monkeypatch: pytest.MonkeyPatch, ray: LocalRay) -> LocalRay:
@@ -230,15 +204,6 @@ def test_without_ray_the_extra_is_named(
         "mergekit-wp: --ray needs Ray, which is not installed: pip install 'mergekit-wp[ray]'"
     )
     assert not list(tmp_path.iterdir())
-
-
-def line(command: str, world: Path, out: Path, *more: str) -> list[str]:
-    whole = {
-        "company": ["score", f"--company={world / 'recipe.yml'}", "--batch-size=3"],
-        "fit": ["fit", str(world / "recipe.yml"), "--prompts-a-step=2", "--steps=12"],
-    }
-    prompts = [f"--prompts={name}={world / f'{name}.jsonl'}" for name in NAMES]
-    return [*whole[command], *prompts, f"--out={out}", "--device=cpu", *more]
 
 
 # --- with Ray -------------------------------------------------------------------------------------
