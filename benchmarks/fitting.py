@@ -13,9 +13,11 @@ from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import measure, open_members
+from mergekit_wp.joint.merged_model import MergedModel
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.encoding import today
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import read_prompts
 from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.runs.progress import Progress
@@ -55,7 +57,10 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
             prompts = read_prompts(guard, request.max_prompts)
             asked = coarse[0].run.asking(prompts)
             guards.append(guard_of(asked, journal, size, math.log(request.limit)))
-        fitting = Fitting(request, coarse, objectives, guards, layout, size, journal, progress)
+        pairs, at_once = [m.pair for m in coarse], AtOnce(size, progress.note)
+        together = len(objectives) + len(guards)
+        model = MergedModel(coarse[0].run.load(), pairs, layout, at_once, together)
+        fitting = Fitting(request, model, objectives, guards, layout, journal, progress)
         state = fitting.run(torch.full((layout.size,), start, dtype=torch.float64))
-    fitting.move_to(state.kept)
-    return fitting.resident.model, state
+    model.move_to(state.kept)
+    return model.resident.model, state

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
+from mergekit_wp.runs.cluster import ATTEMPTS, Cluster, SentModels, Worker, moved
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import measure_references
+from mergekit_wp.runs.request import RunRequest
 from mergekit_wp.scoring.blocks import Block, noise_blocks, share_blocks
-from mergekit_wp.scoring.cluster import ATTEMPTS, Assignment, Cluster, Worker, moved
-from mergekit_wp.scoring.measure import measure
+from mergekit_wp.scoring.measure import Blocks, measure
 from tests.models import make_model, perturbed, save, write_prompts
+from tests.ray_runs import ray_environment, started, workers_of
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -52,6 +53,13 @@ def recorded(world: Path, max_memory: dict[str, int] | None = None) -> Recording
     return Recordings(resident, references, ("kl",))
 
 
+def assignment(recordings: Recordings) -> Blocks:
+    limits = recordings.resident.max_memory
+    given = {} if limits is None else {"device_map": "auto", "max_memory": limits}
+    models = SentModels.of(RunRequest(device="cpu", **given), recordings.pair)
+    return Blocks(models, recordings.references, ("kl",), 2)
+
+
 def two_at_once(recordings: Recordings) -> AtOnce:
     return AtOnce(2, print, recordings.forget)
 
@@ -61,23 +69,25 @@ def test_a_worker_computes_the_drivers_blocks_bit_by_bit(
     world: Path, max_memory: dict[str, int] | None
 ) -> None:
     ours, theirs = recorded(world), recorded(world, max_memory)
-    worker = Worker(Assignment.of(theirs, two_at_once(theirs)))
+    worker = Worker(assignment(theirs))
     blocks = [*share_blocks(ours, 3), *noise_blocks(ours, "gain")]
     for block in [*blocks[::2], *blocks[1::2][::-1]]:  # in another order
         sent: Block = pickle.loads(pickle.dumps(block))
         found, want = worker.run(sent), measure(block, ours, two_at_once(ours))
         assert found.keys() == want.keys()
         assert all(torch.equal(found[name], want[name]) for name in want)
-    assert worker._opened is not None
-    assert bool(worker._opened[0].resident.fetched) is (max_memory is not None)
+    assert worker._compute is not None
+    resident = worker._compute.keywords["recordings"].resident  # type: ignore[attr-defined]
+    assert bool(resident.fetched) is (max_memory is not None)
 
 
 def test_a_worker_refuses_other_weights_under_the_same_path(world: Path, tmp_path: Path) -> None:
     ours = recorded(world)
-    assignment = Assignment.of(ours, two_at_once(ours))
     other = perturbed(make_model("llama-tied"), seed=9)
     save(other, tmp_path / "expert", torch.float32)
-    elsewhere = Assignment(**(vars(assignment) | {"expert": str(tmp_path / "expert")}))
+    given = assignment(ours)
+    models = replace(given.models, experts=(str(tmp_path / "expert"),))
+    elsewhere = replace(given, models=models)
     with pytest.raises(UserError, match="expert' has other weights on .* same checkpoints"):
         Worker(elsewhere).run(next(share_blocks(ours, 1)))
 
@@ -157,7 +167,7 @@ def blocks_of(letters: str) -> list[Block]:
 
 def cluster_on(ray: FakeRay, world: Path, progress: Quiet) -> Cluster:
     ours = recorded(world)
-    return Cluster(ray, ours, two_at_once(ours), progress)  # type: ignore[arg-type]
+    return Cluster(ray, assignment(ours), progress)  # type: ignore[arg-type]
 
 
 def on(ray: FakeRay, letters: str, world: Path) -> tuple[dict[str, Any], list[str]]:
@@ -174,12 +184,12 @@ def test_a_killed_workers_block_is_computed_again(world: Path) -> None:
     assert ray.started == 2 + 2, "a killed worker is replaced, the others go on"
     assert (
         notes
-        == ["a worker has ended; its block noise.gain.batch0000.layer0001 is computed again"] * 2
+        == ["a worker has ended; its part noise.gain.batch0000.layer0001 is computed again"] * 2
     )
 
 
 def test_a_block_that_kills_its_workers_is_given_up(world: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"block noise.*layer0001 ended 3 workers, last: b died"):
+    with pytest.raises(ChildProcessError, match=r"^noise.*layer0001 ended 3 workers; .* b died"):
         on(FakeRay(2, {"b": ATTEMPTS}), "abc", world)
 
 
@@ -240,13 +250,6 @@ def test_without_ray_the_extra_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_company_is_not_spread(
-    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["score", "--company=r.yml", "--prompts=a=b", f"--out={tmp_path}", "--ray"]
-    assert "--ray does not go with --company" in refusal(arguments, capfd)
-
-
 def test_an_address_where_nobody_answers(
     world: Path,
     tmp_path: Path,
@@ -269,40 +272,6 @@ def test_an_address_where_nobody_answers(
 # --- with Ray -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ray_environment() -> dict[str, str]:
-    pytest.importorskip("ray", reason="pip install 'mergekit-wp[ray]'")
-    # Ray's own processes use what is deprecated, and would end by our filters
-    ours = {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
-    environment = os.environ | ours
-    # Ray gives up after 30 s, which its first start from a cold disk may take beside other tests
-    start = [sys.executable, "-c", "import ray; ray.init(include_dashboard=False)"]
-    for _ in range(5):
-        if subprocess.run(start, env=environment, capture_output=True).returncode == 0:
-            break
-    return environment
-
-
-def started(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mergekit_wp.cli", *arguments],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def workers_of(driver: int) -> Iterator[int]:
-    """Processes that are at a block or idle, as Ray titles them, below a driver."""
-    listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
-    for line in listed.splitlines()[1:]:
-        pid, session, name = line.split(None, 2)
-        if int(session) == driver and name.startswith("ray::Worker"):
-            yield int(pid)
-
-
 def blocks(out: Path) -> int:
     return len(list(out.with_name(out.name + ".partial").glob("*.safetensors")))
 
@@ -315,12 +284,10 @@ def await_blocks(out: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_two_workers_one_killed_then_the_driver(
-    world: Path, tmp_path: Path, ray_environment: dict[str, str]
-) -> None:
+def test_two_workers_one_killed_then_the_driver(world: Path, tmp_path: Path) -> None:
     alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
-    assert started(command(world, alone), ray_environment).wait() == 0
-    process = started(command(world, spread, "--ray"), ray_environment)
+    assert started(command(world, alone), ray_environment()).wait() == 0
+    process = started(command(world, spread, "--ray"), ray_environment())
     while len(victims := list(workers_of(process.pid))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -329,9 +296,9 @@ def test_two_workers_one_killed_then_the_driver(
     await_blocks(spread, 30, process)
     process.kill()
     _, said = process.communicate()
-    assert "a worker has ended; its block " in said
+    assert "a worker has ended; its part " in said
     assert blocks(spread) >= 30 and not spread.exists()
-    again = started(command(world, spread, "--ray"), ray_environment)
+    again = started(command(world, spread, "--ray"), ray_environment())
     _, said = again.communicate()
     assert again.returncode == 0 and "continuing the run in" in said, said
     assert spread.read_bytes() == alone.read_bytes()
@@ -340,10 +307,10 @@ def test_two_workers_one_killed_then_the_driver(
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_workers_with_a_gpu(world: Path, tmp_path: Path, ray_environment: dict[str, str]) -> None:
+def test_workers_with_a_gpu(world: Path, tmp_path: Path) -> None:
     alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
-    assert started(command(world, alone, "--device=cuda"), ray_environment).wait() == 0
-    many = started(command(world, spread, "--device=cuda", "--ray"), ray_environment)
+    assert started(command(world, alone, "--device=cuda"), ray_environment()).wait() == 0
+    many = started(command(world, spread, "--device=cuda", "--ray"), ray_environment())
     _, said = many.communicate()
     assert many.returncode == 0, said
     assert spread.read_bytes() == alone.read_bytes()
@@ -353,17 +320,17 @@ def test_workers_with_a_gpu(world: Path, tmp_path: Path, ray_environment: dict[s
 @pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_alone(
-    world: Path, tmp_path: Path, ray_environment: dict[str, str], number: signal.Signals
+    world: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
-    assert started(command(world, alone), ray_environment).wait() == 0
-    process = started(command(world, spread, "--ray"), ray_environment)
+    assert started(command(world, alone), ray_environment()).wait() == 0
+    process = started(command(world, spread, "--ray"), ray_environment())
     await_blocks(spread, 6, process)
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == 128 + number, said
     assert "interrupted; what is done is kept in" in said and "Traceback" not in said
-    assert started(command(world, spread), ray_environment).wait() == 0
+    assert started(command(world, spread), ray_environment()).wait() == 0
     assert spread.read_bytes() == alone.read_bytes()
 
 
@@ -371,7 +338,6 @@ def test_an_interrupted_run_goes_on_alone(
 def test_a_running_cluster_of_two_machines(
     world: Path,
     tmp_path: Path,
-    ray_environment: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alone, spread = tmp_path / "alone.safetensors", tmp_path / "spread.safetensors"
@@ -381,11 +347,11 @@ def test_a_running_cluster_of_two_machines(
     machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         machines.add_node(num_cpus=1)
-        address = ray_environment | {"RAY_ADDRESS": machines.address}
+        address = ray_environment() | {"RAY_ADDRESS": machines.address}
         process = started(command(world, spread, "--ray"), address)
         _, said = process.communicate()
         assert process.returncode == 0, said
     finally:
         machines.shutdown()
-    assert started(command(world, alone), ray_environment).wait() == 0
+    assert started(command(world, alone), ray_environment()).wait() == 0
     assert spread.read_bytes() == alone.read_bytes()

@@ -26,16 +26,15 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import Fitting
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.members import Member
-from mergekit_wp.joint.merged_model import mix
+from mergekit_wp.joint.merged_model import MergedModel, mix
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import batches
 from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.runs.references import logprobs
-from mergekit_wp.runs.run import Run
 from mergekit_wp.terms import FINE_KINDS, GateGranularity
 from tests.fitting import divergence, fitted, load, merge, sequences
 from tests.gating import Gates
@@ -122,7 +121,7 @@ def test_slopes_equal_finite_differences(tmp_path: Path, family: str) -> None:
     [batch] = batches(sequences(tmp_path / "task.jsonl"), 9, "cpu")
     term = Term(batch, Targets(logprobs(Decoder(expert), batch)), 1.0)
     vector = TaskVector(lambda name: pair.delta(name, torch.float64, "cpu"), pair.changed)
-    _, [by_component] = slopes(decoder, [term], partition.layouts, [vector])
+    _, [[by_component]] = slopes(decoder, [term], partition.layouts, [vector])
     model = load(tmp_path / "base")
     weights = dict(model.named_parameters())
     start = {name: w.detach().clone() for name, w in resident.model.named_parameters()}
@@ -137,7 +136,7 @@ def test_slopes_equal_finite_differences(tmp_path: Path, family: str) -> None:
     torch.manual_seed(0)
     for granularity in FINER:
         layouts = gate_layouts(partition.dims, partition.shapes, granularity)
-        _, [found] = slopes(decoder, [term], layouts, [vector])
+        _, [[found]] = slopes(decoder, [term], layouts, [vector])
         assert found.keys() == by_component.keys() and len(found) > 12
         steps = {name: torch.randn(layouts[name].count).double() for name in layouts}
         masks = {name: masks_of(partition, name, granularity) for name in layouts}
@@ -208,13 +207,9 @@ def test_the_model_in_memory_is_the_merge(
     monkeypatch.setattr("mergekit_wp.models.checkpoint._PIECE", 40)
     pairs = [open_pair(str(world / "base"), str(world / n), lambda *_: None) for n in NAMES]
     layout = Layout(pairs[0].partition, tuple(p.changed for p in pairs), files.fit.granularity)
-    unread: Any = None
-    request = FitRequest(recipe=world, prompts=(), dtype="float64")
-    runs = [Run(request, unread, pair, unread, unread, unread, Quiet()) for pair in pairs]
-    members = [Member(name, unread, run) for name, run in zip(NAMES, runs, strict=True)]
     resident = ResidentModel(pairs[0], torch.float64, "cpu")
     gates = [f.tensors[f"path/kl/{layout.granularity}"].double() for f in files.files]
-    mix(resident, members, layout.layouts, lambda e, name: layout.of_tensor(gates[e], name))
+    mix(resident, pairs, layout, torch.cat(gates))
     for name, weight in resident.model.named_parameters():
         torch.testing.assert_close(weight.detach(), want[name], rtol=1e-9, atol=1e-9)
 
@@ -264,13 +259,12 @@ def test_half_of_a_neuron_helps_and_half_harms(
     apart = divergence(base, want, task)
     options: dict[str, Any] = {"granularity": granularity, "held_out": 0, "shrinkage": 0}
     request = FitRequest(recipe=world, prompts=(), dtype="float64", prompts_a_step=9, **options)
-    unread: Any = None
-    run = Run(request, unread, pair, unread, unread, unread, Quiet())
-    members = [Member("expert", unread, run)]
     layout = Layout(pair.partition, (pair.changed,), granularity)
+    resident = ResidentModel(pair, torch.float64, "cpu")
+    model = MergedModel(resident, [pair], layout, AtOnce(9, print), 1)
     objective = Objective("east", every, targets, apart)
     with Unwritten() as journal:
-        fitting = Fitting(request, members, [objective], [], layout, 9, journal, Quiet())
+        fitting = Fitting(request, model, [objective], [], layout, journal, Quiet())
         state = fitting.run(torch.full((layout.size,), 0.5 * layout.share, dtype=torch.float64))
     recovered = 1 - float(state.seen[state.judge.step, 1, 0, 0]) / apart
     assert recovered < 0.8 if granularity == "component" else recovered > 0.97

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
 from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.joint.ascent import Fitting
-from mergekit_wp.joint.members import Member
+from mergekit_wp.joint.merged_model import MergedModel
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import batches
 from mergekit_wp.runs.references import logprobs
-from mergekit_wp.runs.run import Run
 from mergekit_wp.terms import FINE_KINDS
 from tests.fitting import divergence, fitted, layout_of, load, merged, sequences
 from tests.models import FAMILIES, make_model, perturbed, save
@@ -47,13 +46,13 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
         objectives.append(Objective(name, every, targets, apart))
 
     request = FitRequest(recipe=world, prompts=(), out=world, dtype="float64", held_out=0)
-    unread: Any = None
-    runs = [Run(request, unread, pair, unread, unread, unread, Quiet()) for pair in pairs]
-    members = [Member(name, unread, run) for name, run in zip(NAMES, runs, strict=True)]
-    fitting = Fitting(request, members, objectives, [], layout, 4, None, Quiet())  # type: ignore[arg-type]
+    model = MergedModel(
+        ResidentModel(pairs[0], torch.float64, "cpu"), pairs, layout, AtOnce(16, print), 2
+    )
+    fitting = Fitting(request, model, objectives, [], layout, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
-    fitting.move_to(flat)
+    model.move_to(flat)
     slope, seen = fitting._slope(0, torch.tensor([0.3, 0.7]))
 
     def objective(at: torch.Tensor) -> list[float]:
@@ -97,10 +96,14 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     vector = TaskVector(lambda name: pair.delta(name, torch.float64, "cpu"), pair.changed)
     [apart] = contributions(decoder, batch, pair.partition, [vector], ("kl",), targets)["kl"]
     terms = [Term(batch, targets, 1.0), Term(batch, targets, 0.5)]
-    [values, _], [together] = slopes(decoder, terms, pair.partition.layouts, [vector])
-    assert together.keys() == apart.keys() and len(together) > 12
-    for name, each in apart.items():
-        torch.testing.assert_close(together[name], 1.5 * each.sum(0), rtol=1e-5, atol=1e-7)
+    [values, _], every = slopes(decoder, terms, pair.partition.layouts, [vector])
+    for term, [found] in zip(terms, every, strict=True):
+        assert found.keys() == apart.keys() and len(found) > 12
+        for name, each in apart.items():
+            want = term.weight * each.sum(0)
+            torch.testing.assert_close(found[name], want, rtol=1e-5, atol=1e-7)
+        _, [[alone]] = slopes(decoder, [term], pair.partition.layouts, [vector])
+        assert all(torch.equal(alone[name], found[name]) for name in found)
     assert not any(p.requires_grad for p in resident.model.parameters())
     own = Receiver(decoder, record(decoder, batch), ("kl",), targets).own["kl"]
     torch.testing.assert_close(values[0], own.double())

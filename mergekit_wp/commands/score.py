@@ -16,9 +16,6 @@ from mergekit_wp.scoring.request import ScoreRequest
 
 #: why not with --company, where the reason is not that it says what to measure of one expert
 _REASONS = {
-    "ray": "the steps of the path need each other",
-    "device_map": "it holds its model whole",
-    "max_memory": "it holds its model whole",
     "share_steps": "it goes along the path; give --path-steps",
 }
 _ALONE = (

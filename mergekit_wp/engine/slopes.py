@@ -6,7 +6,8 @@ where Delta_ec is the part of expert e's difference that gate c covers.
 
 Unlike shares, a fit needs no value per prompt. So weight gradients are formed after all, but of one
 layer at a time: one product over the tokens serves every expert, where keeping prompts apart
-takes one for each; and a layer's differences are read once for all behaviours.
+takes one for each; and a layer's differences are read once for all terms. The terms themselves stay
+apart, so that none depends on which others go with it: other processes may take some.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mergekit_wp.criteria import Targets, kl_values, reproduced
 from mergekit_wp.engine.decoder import Decoder, first
 from mergekit_wp.engine.integrated_gradients import TaskVector
 from mergekit_wp.engine.replay import Recording, record
+from mergekit_wp.models.offloaded import brought
 from mergekit_wp.prompts import PromptBatch
 
 #: derivatives ``[gates of the tensor]`` by tensor name, float64 on the CPU
@@ -43,11 +45,10 @@ def slopes(
     terms: Sequence[Term],
     layouts: Mapping[str, GateLayout],
     vectors: Sequence[TaskVector],
-) -> tuple[list[torch.Tensor], list[Slopes]]:
-    """Values of every term at the decoder's present weights, and the slope of their sum.
+) -> tuple[list[torch.Tensor], list[list[Slopes]]]:
+    """Values of every term at the decoder's present weights, and its slope.
 
-    The model runs forward twice and back once, for terms without weight forward once; between
-    layers only what enters each is kept.
+    The model runs forward twice and back once; between layers only what enters each is kept.
 
     Args:
         decoder: the merge as it stands.
@@ -59,34 +60,31 @@ def slopes(
         By term, values of ``kl`` and whether the response is reproduced whole, ``[2, n]``; and for
         each task vector the slope by every gate; a tensor no value depends on is absent.
     """
-    backward = _Backward(decoder, layouts, vectors)
+    backward = _Backward(decoder, layouts, vectors, len(terms))
     with torch.no_grad():
         recordings = [record(decoder, term.batch) for term in terms]
-    values = []
+    values, flowing = [], []  # with the gradient of what left each term's last layer
     last = len(decoder.layers) - 1
-    #: what counts, with the gradient of what left its last layer
-    flowing: list[tuple[Term, Recording, torch.Tensor]] = []
     with backward.through(decoder.norm, decoder.head) as stage:
-        for term, recording in zip(terms, recordings, strict=True):
+        for number, (term, recording) in enumerate(zip(terms, recordings, strict=True)):
             hidden = recording.residual(last).detach().requires_grad_()
             batch, targets = term.batch, term.targets
             logits = decoder.logits(hidden[batch.rows, batch.cols])
             found = kl_values(logits, batch, targets)
-            if term.weight:
-                weight = torch.full_like(found, term.weight)
-                flowing.append((term, recording, stage.back(found, hidden, weight)))
+            weight = torch.full_like(found, term.weight)
+            flowing.append(stage.back(number, found, hidden, weight))
             same = reproduced(logits.detach(), batch, targets)
             values.append(torch.stack([found.detach().double(), same]))
     for index in range(last, -1, -1):
         with backward.through(decoder.layers[index]) as stage:
             flowing = [
-                (term, recording, stage.back(*_again(decoder, recording, index), gradient))
-                for term, recording, gradient in flowing
+                stage.back(number, *_again(decoder, recordings[number], index), gradient)
+                for number, gradient in enumerate(flowing)
             ]
     if backward.moves(*decoder.entrances):
         with backward.through(*decoder.entrances) as stage:
-            for term, _, gradient in flowing:
-                stage.back(decoder.entering(term.batch), None, gradient)
+            for number, gradient in enumerate(flowing):
+                stage.back(number, decoder.entering(terms[number].batch), None, gradient)
     return values, backward.found
 
 
@@ -101,10 +99,14 @@ class _Backward:
     """Collects slopes from one stage of modules after the other."""
 
     def __init__(
-        self, decoder: Decoder, layouts: Mapping[str, GateLayout], vectors: Sequence[TaskVector]
+        self,
+        decoder: Decoder,
+        layouts: Mapping[str, GateLayout],
+        vectors: Sequence[TaskVector],
+        terms: int,
     ) -> None:
         self.layouts, self.vectors = layouts, vectors
-        self.found: list[Slopes] = [{} for _ in vectors]
+        self.found: list[list[Slopes]] = [[{} for _ in vectors] for _ in range(terms)]
         changed = frozenset[str]().union(*(vector.changed for vector in vectors))
         #: tensors that some gate moves; tied ones have one name
         self.names = {p: n for n, p in decoder.model.named_parameters() if n in changed}
@@ -117,45 +119,52 @@ class _Backward:
     @contextmanager
     def through(self, *modules: nn.Module) -> Iterator[_Stage]:
         """Weight gradients of some modules, dotted with the differences when the context ends."""
-        parameters = self.moves(*modules)
-        stage = _Stage(parameters)
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                yield stage
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-        for parameter, gradient in stage.gradients.items():
-            name = self.names[parameter]
-            for vector, own in zip(self.vectors, self.found, strict=True):
+        moved = {self.names[parameter]: parameter for parameter in self.moves(*modules)}
+        with brought(*modules) as here:
+            parameters = {name: here.get(weight, weight) for name, weight in moved.items()}
+            stage = _Stage(parameters)
+            try:
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+                with torch.enable_grad():
+                    yield stage
+            finally:
+                for parameter in parameters.values():
+                    parameter.requires_grad_(False)
+        for name, of_terms in stage.gradients.items():
+            for e, vector in enumerate(self.vectors):
                 if name in vector.changed:
                     delta = vector.delta_of(name)
-                    part = self.layouts[name].dotted(gradient, delta).double().cpu()
-                    own[name] = own[name] + part if name in own else part
+                    for number, gradient in of_terms.items():
+                        part = self.layouts[name].dotted(gradient, delta).double().cpu()
+                        own = self.found[number][e]
+                        own[name] = own[name] + part if name in own else part
 
 
 class _Stage:
-    """Weight gradients of a few modules, summed over the terms."""
+    """Weight gradients of a few modules, by tensor name and number of the term."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.gradients: dict[nn.Parameter, torch.Tensor] = {}
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.gradients: dict[str, dict[int, torch.Tensor]] = {name: {} for name in parameters}
 
     def back(
-        self, output: torch.Tensor, entering: torch.Tensor | None, gradient: torch.Tensor
+        self,
+        term: int,
+        output: torch.Tensor,
+        entering: torch.Tensor | None,
+        gradient: torch.Tensor,
     ) -> torch.Tensor:
-        """Run back from the gradient of an output; returns that of what entered, if asked."""
-        inputs = [*([] if entering is None else [entering]), *self.parameters]
+        """Run one term back from the gradient of an output.
+
+        Returns:
+            The gradient of what entered, if asked.
+        """
+        inputs = [*([] if entering is None else [entering]), *self.parameters.values()]
         passed = torch.autograd.grad(output, inputs, gradient, allow_unused=True)
         of_parameters = passed if entering is None else passed[1:]
-        for parameter, part in zip(self.parameters, of_parameters, strict=True):
+        for name, part in zip(self.parameters, of_parameters, strict=True):
             if part is not None:
-                total = self.gradients.get(parameter)
-                if total is None:  # autograd may have handed the same tensor out twice
-                    dtype = torch.promote_types(part.dtype, torch.float32)
-                    self.gradients[parameter] = part.to(dtype, copy=True)
-                else:
-                    total += part
+                dtype = torch.promote_types(part.dtype, torch.float32)
+                self.gradients[name][term] = part.to(dtype)
         return gradient if entering is None else passed[0]

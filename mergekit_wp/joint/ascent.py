@@ -5,23 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
-from mergekit_wp.criteria import split
-from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.integrated_gradients import TaskVector
-from mergekit_wp.engine.slopes import Term, slopes
+from mergekit_wp.engine.slopes import Term
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.joint.gates import Climb, Layout, shrinking
 from mergekit_wp.joint.judging import LOOK, Judge, Judgement
-from mergekit_wp.joint.members import Member
-from mergekit_wp.joint.merged_model import mix
-from mergekit_wp.joint.objective import Objective, closeness
+from mergekit_wp.joint.merged_model import VALUES, MergedModel, slopes_of
+from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.joint.spread import SpreadModel
 from mergekit_wp.joint.weighing import averaged, followed, pull, running, worst_first
-from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 
@@ -124,22 +119,17 @@ class Fitting:
     def __init__(
         self,
         request: FitRequest,
-        members: Sequence[Member],
+        model: MergedModel | SpreadModel,
         behaviors: Sequence[Objective],
         guards: Sequence[Objective],
         layout: Layout,
-        size: int,
         journal: Journal,
         progress: Progress,
     ) -> None:
-        self.request, self.members, self.size = request, members, size
+        self.request, self.model = request, model
         self.objectives, self.n_behaviors = [*behaviors, *guards], len(behaviors)
         self.layout, self.journal, self.progress = layout, journal, progress
-        self.resident = members[0].run.load()
-        wide, device = torch.promote_types(self.resident.dtype, torch.float32), request.device
-        self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
         self.fitted = layout.fitted
-        self.at_once = AtOnce(size, progress.note)
         self.spans = torch.tensor([o.span for o in self.objectives], dtype=torch.float64)
         sides = [self._split(objective) for objective in self.objectives]
         self.train = [train for train, _ in sides]
@@ -206,7 +196,7 @@ class Fitting:
                 step = state.climb.steps
                 seen = torch.full((2, 2, len(self.objectives)), torch.nan, dtype=torch.float64)
                 if step % LOOK == 0 or step >= most:
-                    self.move_to(state.average)
+                    self.model.move_to(state.average)
                     seen[1] = self._look()
                     left = seen[1, 0] / self.spans
                     found = Judgement.of(left[:n], seen[1, 1, :n], left[n:], self.n_judged)
@@ -214,7 +204,7 @@ class Fitting:
                     self.progress.note(f"after {step} steps, {self.said(seen[1])}")
                 done = step >= most or state.judge.done
                 if not done:
-                    self.move_to(state.climb.gates)
+                    self.model.move_to(state.climb.gates)
                     slope, seen[0] = self._slope(step, self._weights(state))
                 state = replace(state, seen=torch.cat([state.seen, seen.unsqueeze(0)]))
                 if done:
@@ -265,7 +255,6 @@ class Fitting:
             Also divergence and share of answers reproduced by objective, ``[2, objectives]``.
         """
         terms = []
-        decoder = Decoder(self.resident.model)
         each = (weights / self.spans).tolist()
         every = zip(self.objectives, self.train, each, strict=True)
         for number, (objective, train, weight) in enumerate(every):
@@ -274,48 +263,23 @@ class Fitting:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
             batch = objective.batches[b := train[int(order[place])]]
             terms.append(Term(batch, objective.targets[b], weight / batch.size))
+        [found] = self.model.each([terms])
+        slope = torch.zeros(self.layout.size, dtype=torch.float64)
+        for result in found:
+            slope += self.layout.collect(slopes_of(result, len(self.layout.changed)))
+        return slope, torch.stack([_mean(result[VALUES]) for result in found], 1)
 
-        def in_parts(size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-            """Slopes are sums over prompts: so many of every term go through at once."""
-            pieces = [split(term.batch, term.targets, size) for term in terms]
-            values: list[list[torch.Tensor]] = [[] for _ in terms]
-            total = torch.zeros(self.layout.size, dtype=torch.float64)
-            for turn in range(max(len(piece) for piece in pieces)):
-                here = [i for i, piece in enumerate(pieces) if turn < len(piece)]
-                some = [Term(*pieces[i][turn], terms[i].weight) for i in here]
-                own, found = slopes(decoder, some, self.layout.layouts, self.vectors)
-                total += self.layout.collect(found)
-                for i, value in zip(here, own, strict=True):
-                    values[i].append(value)
-            return [torch.cat(own, 1) for own in values], total
-
-        values, slope = self.at_once.run(in_parts)
-        return slope, torch.stack([_mean(value) for value in values], 1)
-
-    @torch.no_grad()
     def _look(self) -> torch.Tensor:
         """Divergence and share of answers reproduced on judged prompts, ``[2, objectives]``."""
-        decoder = Decoder(self.resident.model)
-        found = []
-        for objective, judged in zip(self.objectives, self.judged, strict=True):
-            values = [
-                self.at_once.run(
-                    partial(closeness, decoder, objective.batches[b], objective.targets[b])
-                )
-                for b in judged
-            ]
-            found.append(_mean(torch.cat(values, 1)))
+        groups = [
+            [Term(objective.batches[b], objective.targets[b], 0.0) for b in judged]
+            for objective, judged in zip(self.objectives, self.judged, strict=True)
+        ]
+        found = [
+            _mean(torch.cat([result[VALUES] for result in results], 1))
+            for results in self.model.each(groups)
+        ]
         return torch.stack(found, 1)
-
-    def move_to(self, flat: torch.Tensor) -> None:
-        """The merge as the method would write it with the present gates."""
-        gates = self.layout.unflat(flat)
-        mix(
-            self.resident,
-            self.members,
-            self.layout.layouts,
-            lambda e, name: self.layout.of_tensor(gates[e], name),
-        )
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:

@@ -8,28 +8,25 @@ recoveries, and one score file is written for each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import zip_longest
 
 import torch
 
-from mergekit_wp.criteria import split
-from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.engine.integrated_gradients import TaskVector
-from mergekit_wp.engine.slopes import Slopes, Term, slopes
+from mergekit_wp.engine.slopes import Slopes, Term
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
+from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.guided import PathPosition, path_scores
 from mergekit_wp.joint.members import Member, measure, open_members
-from mergekit_wp.joint.merged_model import mix
+from mergekit_wp.joint.merged_model import VALUES, MergedModel, slopes_of
 from mergekit_wp.joint.request import CompanyRequest
-from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.joint.spread import SpreadModel, merged_model
+from mergekit_wp.runs.cluster import check_cluster
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Result
-from mergekit_wp.runs.references import References, values_of
+from mergekit_wp.runs.references import References
 from mergekit_wp.runs.run import journal_of
 from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_recoveries
 
@@ -46,16 +43,22 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
+    if request.ray:
+        check_cluster(request)
     check_folder(request)
     beside = None if request.out is None else request.out / "company"
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
     runs = {member.name: member.run for member in members}
+    partition = members[0].pair.partition
+    layout = Layout(partition, tuple(member.pair.changed for member in members))
     with journal_of(request, runs, beside, progress, restart=request.restart) as journal:
         references = [measure(member, journal) for member in members]
-        walk = Walk(request, members, references, journal, progress)
-        positions = walk.to_the_end()
-        recoveries = walk.recoveries(positions)
+        size = max(batch.size for own in references for batch in own.batches)
+        with merged_model(request, members, layout, size, len(members), progress) as model:
+            walk = Walk(request, members, references, layout, model, journal, progress)
+            positions = walk.to_the_end()
+            recoveries = walk.recoveries(positions)
         reached = ", ".join(
             f"{member.request.behavior} {value:.2f}"
             for member, value in zip(members, recoveries, strict=True)
@@ -73,7 +76,7 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
             [
                 {
                     "share": here.share_scores(),
-                    "path": path_scores(walk.partition, here.path),
+                    "path": path_scores(partition, here.path),
                 }
                 for here in positions
             ],
@@ -100,24 +103,18 @@ class Walk:
         request: CompanyRequest,
         members: Sequence[Member],
         references: Sequence[References],
+        layout: Layout,
+        model: MergedModel | SpreadModel,
         journal: Journal,
         progress: Progress,
     ) -> None:
         self.request, self.members, self.references = request, members, references
+        self.layout, self.model = layout, model
         self.journal, self.progress = journal, progress
-        first = members[0].pair
-        self.partition = first.partition
-        self.resident = members[0].run.load()
-        wide = torch.promote_types(self.resident.dtype, torch.float32)
-        device = self.resident.device
-        self.vectors = [TaskVector.of(member.pair, wide, device) for member in members]
-        self.at_once = AtOnce(
-            max(batch.size for own in references for batch in own.batches), progress.note
-        )
 
     def to_the_end(self) -> list[PathPosition]:
         """Take all steps; returns how far each expert's components came."""
-        positions = [PathPosition.at_the_base(self.partition) for _ in self.members]
+        positions = [PathPosition.at_the_base(self.layout.partition) for _ in self.members]
         n_prompts = sum(len(m.prompts.prompts) for m in self.members)
         self.progress.stage("guided path", self.request.path_steps * n_prompts, "prompt")
         for step in range(self.request.path_steps):
@@ -131,15 +128,18 @@ class Walk:
     def recoveries(self, positions: Sequence[PathPosition]) -> list[float]:
         """How far each behaviour has come back where the components now are."""
         self._move_to(positions)
-        decoder, found = Decoder(self.resident.model), []
-        for references in self.references:
-            reference, every = references.values["kl"], references.batches
-            n = reference.base.numel()
-            work = partial(values_of, decoder, every, references.targets, ("kl",), n)
-            with torch.no_grad():
-                values = self.at_once.run(work)["kl"]
-            change = float(values.double().mean()) - float(reference.base.double().mean())
-            found.append(change / float(reference.distance.double().mean()))
+        groups = [
+            [Term(*both, 0.0) for both in zip(own.batches, own.targets, strict=True)]
+            for own in self.references
+        ]
+        found = []
+        for own, results in zip(self.references, self.model.each(groups), strict=True):
+            base = own.values["kl"].base.double()
+            values = torch.empty_like(base)
+            for batch, result in zip(own.batches, results, strict=True):
+                values[batch.members.cpu()] = result[VALUES][0]
+            change = float(values.mean()) - float(base.mean())
+            found.append(change / float(own.values["kl"].distance.double().mean()))
         return found
 
     def _slopes(self, step: int, positions: Sequence[PathPosition]) -> list[Slopes]:
@@ -147,24 +147,20 @@ class Walk:
 
         A batch of every behaviour goes through together, so that differences are read once for all.
         """
+        keys = {
+            b: f"path.step{step:04d}.batch{b:04d}"
+            for b in range(max(len(own.batches) for own in self.references))
+        }
+        missing = [b for b, key in keys.items() if not self.journal.has(key)]
+        if missing:
+            self._move_to(positions)
+        each = self.model.each([self._terms(b) for b in missing])
         found: list[Slopes] = [{} for _ in self.members]
-        moved = False
-
-        def slopes_of(b: int) -> Result:
-            nonlocal moved
-            if not moved:
-                self._move_to(positions)
-                moved = True
-            return self.at_once.run(partial(self._of_batches, b))
-
-        for b in range(max(len(own.batches) for own in self.references)):
-            result, resumed = self.journal.block(
-                f"path.step{step:04d}.batch{b:04d}", partial(slopes_of, b)
-            )
-            for entry, slope in result.items():
-                expert, name = entry.split("/", 1)
-                own = found[int(expert)]
-                own[name] = own.get(name, 0.0) + slope
+        for b, key in keys.items():
+            result, resumed = self.journal.block(key, lambda: _summed(next(each)))
+            for own, part in zip(found, slopes_of(result, len(self.members)), strict=True):
+                for name, slope in part.items():
+                    own[name] = own.get(name, 0.0) + slope
             n_prompts = sum(own.batches[b].size for own in self._with_batch(b))
             self.progress.advance(n_prompts, resumed=resumed)
         return found
@@ -172,32 +168,28 @@ class Walk:
     def _with_batch(self, b: int) -> list[References]:
         return [own for own in self.references if b < len(own.batches)]
 
-    def _of_batches(self, b: int, size: int) -> Result:
-        """Slopes on one batch of every behaviour that has it, ``size`` prompts of each at once.
-
-        Returns:
-            ``[components of the tensor]`` by "expert/tensor".
-        """
-        parts = []
+    def _terms(self, b: int) -> list[Term]:
+        """One batch of every behaviour that has it."""
+        found = []
         for own in self._with_batch(b):
-            weight = 1 / float(own.values["kl"].distance.double().sum())
-            pieces = split(own.batches[b], own.targets[b], size)
-            parts.append([Term(*piece, weight) for piece in pieces])
-        total: Result = {}
-        for turn in zip_longest(*parts):
-            terms = [term for term in turn if term is not None]
-            decoder = Decoder(self.resident.model)
-            _, every = slopes(decoder, terms, self.partition.layouts, self.vectors)
-            for e, found in enumerate(every):
-                for name, slope in found.items():
-                    total[f"{e}/{name}"] = total.get(f"{e}/{name}", 0.0) + slope
-        return total
+            distance = float(own.values["kl"].distance.double().sum())
+            found.append(Term(own.batches[b], own.targets[b], 1 / distance))
+        return found
 
     def _move_to(self, positions: Sequence[PathPosition]) -> None:
         """The merge as the method would write it with the present gates."""
-        mix(
-            self.resident,
-            self.members,
-            self.partition.layouts,
-            lambda e, name: positions[e].gate(name),
-        )
+        flat = torch.zeros(self.layout.size, dtype=torch.float64)
+        for gates, here in zip(self.layout.unflat(flat), positions, strict=True):
+            for kind, own in self.layout.by_kind(gates).items():
+                own.copy_(here.path[kind])
+        self.model.move_to(flat)
+
+
+def _summed(results: Sequence[Result]) -> Result:
+    """Slopes of all terms together, by "expert/tensor"."""
+    total: Result = {}
+    for result in results:
+        for name, slope in result.items():
+            if name != VALUES:
+                total[name] = total[name] + slope if name in total else slope
+    return total

@@ -27,8 +27,10 @@ from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
+from mergekit_wp.joint.spread import merged_model
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
+from mergekit_wp.runs.cluster import check_cluster
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
@@ -55,6 +57,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
         )
+    if request.ray:
+        check_cluster(request)
     check_folder(request)
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)
@@ -84,9 +88,12 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         behaviors = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
         limit = math.log(request.limit)
         guarding = [guard_of(guard, journal, size, limit) for guard in guarded]
-        fitting = Fitting(request, members, behaviors, guarding, layout, size, journal, progress)
-        state = fitting.run(start)
-        how = _how(request, guards, state, front(fitting, state), fitting)
+        together = len(behaviors) + len(guarding)
+        with merged_model(request, members, layout, size, together, progress) as model:
+            fitting = Fitting(request, model, behaviors, guarding, layout, journal, progress)
+            state = fitting.run(start)
+            points = front(fitting, state)
+        how = _how(request, guards, state, points, fitting, size)
         for line in warnings(how, done=state.judge.done):
             progress.note(line)
         found = company_files(
@@ -190,6 +197,7 @@ def _how(
     state: FitState,
     points: Sequence[FitState],
     fitting: Fitting,
+    size: int,
 ) -> Fit:
     """What the manifests say of the fit."""
     names = [objective.name for objective in fitting.objectives]
@@ -204,7 +212,7 @@ def _how(
         rate=request.rate,
         shrinkage=request.shrinkage,
         upper=request.upper,
-        prompts_a_step=fitting.size,
+        prompts_a_step=size,
         held_out=dict(zip(names, fitting.held_out(), strict=True)),
         best_step=state.judge.step,
         history=_moments(state.seen, names),

@@ -146,6 +146,8 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             batch_size=request.batch_size,
             dtype=request.dtype,
             device=request.device,
+            device_map=request.device_map,
+            max_memory=request.max_memory,
             seed=request.seed,
             verify=0,
             share_steps=1,

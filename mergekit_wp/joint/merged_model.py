@@ -1,45 +1,50 @@
-"""The merge of a recipe's experts in memory, at any gates."""
+"""The merge of a recipe's experts in memory, at any gates, and what is measured of it there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
-from mergekit_wp.components import GateLayout
-from mergekit_wp.joint.members import Member
+from mergekit_wp.criteria import split
+from mergekit_wp.engine.decoder import Decoder
+from mergekit_wp.engine.integrated_gradients import TaskVector
+from mergekit_wp.engine.slopes import Slopes, Term, slopes
+from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.objective import closeness
 from mergekit_wp.merging.fusion import fuse, take_rows
-from mergekit_wp.models.pair import common_pieces
+from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.models.pair import Pair, common_pieces
 from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.runs.recordings import Result
+
+#: the entry of a term's values, ``[2, n]``; see `slopes`
+VALUES = "values"
 
 
-def mix(
-    resident: ResidentModel,
-    members: Sequence[Member],
-    layouts: Mapping[str, GateLayout],
-    gate_of: Callable[[int, str], torch.Tensor],
-) -> None:
+def mix(resident: ResidentModel, pairs: Sequence[Pair], layout: Layout, flat: torch.Tensor) -> None:
     """Set the weights to the merge as the method would write it, a few rows at a time.
 
     Args:
         resident: overwritten.
-        members: the experts.
-        layouts: how the gates of every tensor lie.
-        gate_of: gates of an expert, by its number, in a tensor: ``[gates of the tensor]``.
+        pairs: the base and each expert.
+        layout: how the gates lie.
+        flat: the gates.
     """
-    first = members[0].pair
+    first, gates = pairs[0], layout.unflat(flat)
     wide = torch.promote_types(resident.dtype, torch.float32)
 
     def write(name: str, out: torch.Tensor) -> None:
         moving = {
-            member.pair.expert: gate
-            for e, member in enumerate(members)
-            if name in member.pair.changed and bool((gate := gate_of(e, name)).any())
+            pair.expert: gate
+            for pair, own in zip(pairs, gates, strict=True)
+            if name in pair.changed and bool((gate := layout.of_tensor(own, name)).any())
         }
         if not moving:
             first.base.read(name, out)
             return
-        parts = layouts[name].spread(torch.stack(list(moving.values())), out.shape)
+        parts = layout.layouts[name].spread(torch.stack(list(moving.values())), out.shape)
         sides = (first.base, *moving)
         pieces = common_pieces(name, *sides)
         for found in zip(*(s.on_device(name, out.device, pieces) for s in sides), strict=True):
@@ -48,3 +53,85 @@ def mix(
             out[rows] = fuse(base, experts, *take_rows(parts, rows))
 
     resident.fill(write)
+
+
+class MergedModel:
+    """The merge at the gates it was last moved to.
+
+    Args:
+        resident: the model in memory.
+        pairs: the base and each expert.
+        layout: how the gates lie.
+        at_once: how many prompts of a term go through together.
+        together: how many terms go through layer by layer together.
+    """
+
+    def __init__(
+        self,
+        resident: ResidentModel,
+        pairs: Sequence[Pair],
+        layout: Layout,
+        at_once: AtOnce,
+        together: int,
+    ) -> None:
+        self.resident, self.pairs, self.layout = resident, pairs, layout
+        self.at_once, self.together = at_once, together
+        wide = torch.promote_types(resident.dtype, torch.float32)
+        self.vectors = [TaskVector.of(pair, wide, resident.device) for pair in pairs]
+
+    def move_to(self, flat: torch.Tensor) -> None:
+        """The merge as the method would write it with some gates."""
+        mix(self.resident, self.pairs, self.layout, flat)
+
+    def each(self, groups: Sequence[Sequence[Term]]) -> Iterator[list[Result]]:
+        """Terms at the present gates, one group of them after the other.
+
+        Returns:
+            By term its `VALUES`, and where it has a weight, slopes ``[gates of the tensor]`` by
+            "expert/tensor". They do not depend on what else is in the group.
+        """
+        for terms in groups:
+            yield self.at_once.run(partial(self._in_groups, terms))
+
+    def _in_groups(self, terms: Sequence[Term], size: int) -> list[Result]:
+        found: list[Result] = []
+        for start in range(0, len(terms), self.together):
+            found += self._in_parts(terms[start : start + self.together], size)
+        return found
+
+    def _in_parts(self, terms: Sequence[Term], size: int) -> list[Result]:
+        """Slopes are sums over prompts: so many of every term go through at once."""
+        pieces = [split(term.batch, term.targets, size) for term in terms]
+        found: list[Result] = [{} for _ in terms]
+        for turn in range(max(len(piece) for piece in pieces)):
+            here = [i for i, piece in enumerate(pieces) if turn < len(piece)]
+            some = [Term(*pieces[i][turn], terms[i].weight) for i in here]
+            for i, part in zip(here, self._measured(some), strict=True):
+                values = [found[i].pop(VALUES)] if VALUES in found[i] else []
+                for name, slope in part.items():
+                    if name != VALUES:
+                        found[i][name] = found[i][name] + slope if name in found[i] else slope
+                found[i][VALUES] = torch.cat([*values, part[VALUES]], 1)
+        return found
+
+    def _measured(self, terms: Sequence[Term]) -> list[Result]:
+        decoder = Decoder(self.resident.model)
+        if not any(term.weight for term in terms):
+            with torch.no_grad():
+                return [{VALUES: closeness(decoder, term.batch, term.targets)} for term in terms]
+        values, found = slopes(decoder, terms, self.layout.layouts, self.vectors)
+        return [
+            {VALUES: own.cpu()}
+            | {f"{e}/{name}": slope for e, of in enumerate(every) for name, slope in of.items()}
+            for own, every in zip(values, found, strict=True)
+        ]
+
+
+def slopes_of(result: Result, experts: int) -> list[Slopes]:
+    """The slopes of a term, of each expert by tensor name."""
+    found: list[Slopes] = [{} for _ in range(experts)]
+    for entry, slope in result.items():
+        if entry != VALUES:
+            expert, name = entry.split("/", 1)
+            found[int(expert)][name] = slope
+    return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_wp.criteria import Targets, kl_values, reproduced, split
+from mergekit_wp.criteria import Targets, kl_values, reproduced
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.joint.members import Member
 from mergekit_wp.models.memory import AtOnce
@@ -73,18 +73,14 @@ def guard_of(run: Run, journal: Journal, size: int, limit: float) -> Objective:
     return Objective(prompts.name, every, targets, limit)
 
 
-def closeness(decoder: Decoder, batch: PromptBatch, targets: Targets, at_once: int) -> torch.Tensor:
+def closeness(decoder: Decoder, batch: PromptBatch, targets: Targets) -> torch.Tensor:
     """Values of ``kl``, and whether each response is reproduced whole, ``[2, n]`` on the CPU.
 
     Args:
         decoder: at some weights.
         batch: the prompts.
         targets: the teacher's distributions.
-        at_once: samples per forward.
     """
-    found = []
-    for part, its in split(batch, targets, at_once):
-        logits = response_logits(decoder, part)
-        both = kl_values(logits, part, its).double(), reproduced(logits, part, its)
-        found.append(torch.stack(both).cpu())
-    return torch.cat(found, 1)
+    logits = response_logits(decoder, batch)
+    both = kl_values(logits, batch, targets).double(), reproduced(logits, batch, targets)
+    return torch.stack(both).cpu()

@@ -7,7 +7,8 @@ what is not there, and leave what is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,32 @@ def fetch_when_called(model: nn.Module) -> None:
             visit = _Visit()
             module.register_forward_pre_hook(visit.begin)
             module.register_forward_hook(visit.end, always_call=True)
+
+
+@contextmanager
+def brought(*modules: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Have the offloaded weights of some modules there for several calls, each fetched once.
+
+    Yields:
+        What stands in each one's place: a leaf, whose gradient can be asked for.
+    """
+    there: dict[nn.Parameter, nn.Parameter] = {}
+    places = [
+        (module, name, weight)
+        for whole in modules
+        for module in whole.modules()
+        for name, weight in module._parameters.items()
+        if isinstance(weight, Offloaded)
+    ]
+    try:
+        for module, name, weight in places:
+            if weight not in there:
+                there[weight] = nn.Parameter(weight.fetch(), requires_grad=False)
+            module._parameters[name] = there[weight]
+        yield there
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
 
 
 @dataclass(frozen=True)

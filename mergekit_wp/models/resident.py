@@ -39,6 +39,8 @@ class ResidentModel:
     ) -> None:
         self.pair, self.dtype, self.device, self.max_memory = pair, dtype, device, max_memory
         self.position: float | None = None
+        #: writes the present numbers of a tensor
+        self._write: Callable[[str, torch.Tensor], object] | None = None
         self.size: Counter[str] = Counter()
         self.fetched = 0
         #: what is not on the device, None where it is in the checkpoints only
@@ -83,13 +85,13 @@ class ResidentModel:
         if kept is not None:
             found = kept.to(self.device)
         else:
-            assert self.position is not None
+            assert self._write is not None
             found = torch.empty(shape, dtype=self.dtype, device=self.device)
-            self._read(name, self.position, found)
+            self._write(name, found)
         self.fetched += found.nbytes
         return found
 
-    def _read(self, name: str, position: float, out: torch.Tensor) -> None:
+    def _read(self, position: float, name: str, out: torch.Tensor) -> None:
         if position == 1.0:
             self.pair.expert.read(name, out)
         elif position == 0.0 or name not in self.pair.changed:
@@ -97,31 +99,31 @@ class ResidentModel:
         else:
             self.pair.between(name, position, out)
 
-    @torch.no_grad()
     def move_to(self, position: float) -> None:
         """Set the weights to base + position * (expert - base); 0 and 1 are the checkpoints."""
-        if position == self.position:
-            return
-        self.position = None
-        for name, parameter in self.model.named_parameters():
-            out = self._elsewhere.get(name, parameter)
-            if out is not None:
-                self._read(name, position, out)
-        self.position = position
+        if position != self.position:
+            self.fill(partial(self._read, position))
+            self.position = position
 
     def release(self) -> None:
         """Give back the memory of the weights, for good: other processes hold the model now."""
         torch.nn.Module.to(self.model, "meta")
         self._elsewhere = dict.fromkeys(self._elsewhere)
-        self.position = None
+        self.position = self._write = None
 
     @torch.no_grad()
     def fill(self, write: Callable[[str, torch.Tensor], object]) -> None:
-        """Have every weight overwritten, by its name; all of them are on the device."""
-        assert not self._elsewhere
-        self.position = None
+        """Have every weight overwritten, by its name.
+
+        Args:
+            write: writes a tensor of the name's numbers, the same each time: what is kept nowhere
+                is written anew whenever it is fetched.
+        """
+        self.position, self._write = None, write
         for name, parameter in self.model.named_parameters():
-            write(name, parameter)
+            out = self._elsewhere.get(name, parameter)
+            if out is not None:
+                write(name, out)
 
     @property
     def where(self) -> str:

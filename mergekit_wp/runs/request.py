@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts.request import PROMPTS, MaxPrompts
 from mergekit_wp.terms import DTYPE_ALIASES, DTypeName
@@ -56,6 +58,14 @@ Overwrite = Annotated[
     Option(stored=False),
     Field(description="Replace a finished score file or merged model that is there already."),
 ]
+Ray = Annotated[
+    bool,
+    Option(stored=False),
+    Field(
+        description="Compute on a Ray cluster: that of RAY_ADDRESS, a running one of this machine, "
+        "or a new one. pip install 'mergekit-wp[ray]'",
+    ),
+]
 CheckersFile = Annotated[
     Path | None,
     Field(description="Python file with checkers of your own: f(item, output) -> bool or score."),
@@ -69,7 +79,11 @@ REFERENCE = "a folder or a Hub id (owner/name@revision)"
 
 
 class RunRequest(Request):
-    """How to run: what every command that measures models is asked for."""
+    """How to run: what every command that measures models is asked for.
+
+    ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`,
+    empty for what is free.
+    """
 
     max_prompts: MaxPrompts = None
     batch_size: BatchSize = None
@@ -78,8 +92,55 @@ class RunRequest(Request):
         description="Of weights and activations; criteria are always computed in float32 or finer.",
     )
     device: Device = Field(default="auto", validate_default=True)
+    device_map: Annotated[Literal["auto"] | None, Option(stored=False)] = Field(
+        default=None,
+        description="For models larger than the device: spread the weights over it, other GPUs, "
+        "main memory and, where they do not fit there either, leave them in the checkpoints. All "
+        f"computing is on {option('device')}, where weights come for the moment that they are "
+        "used.",
+    )
+    max_memory: Annotated[
+        dict[str, int] | None,
+        Option(
+            metavar="DEVICE=SIZE",
+            default=f"half of what is free on {option('device')}, nine tenths on the others",
+            repeated=True,
+            stored=False,
+        ),
+    ] = Field(
+        default=None,
+        description=f"With {option('device_map')}, most memory for weights on a GPU, by its "
+        "number, or on cpu, as in 0=20GiB; once per device, others are not used.",
+    )
     seed: Seed = 0
     max_new_tokens: MaxNewTokens = 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _places(cls, given: Any) -> Any:
+        """A device map without limits goes by free memory, limits without one by nothing."""
+        if isinstance(given, dict):
+            if given.get("device_map") is not None:
+                return given | {"max_memory": given.get("max_memory") or {}}
+            if given.get("max_memory"):
+                needed = option("device_map", "auto")
+                raise UserError(f"{option('max_memory')} says where weights go with {needed}")
+            return given | {"max_memory": None}
+        return given
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _limits(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is None or "device" not in info.data:
+            return given
+        from mergekit_wp.models.placement import check_places, parse_max_memory
+
+        check_places(info.data["device"])
+        if isinstance(given, str):
+            given = [given]
+        if isinstance(given, dict) or not isinstance(given, Iterable):
+            return given
+        return parse_max_memory(given, info.data["device"])
 
 
 class PairRequest(RunRequest):

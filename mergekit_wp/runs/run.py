@@ -19,7 +19,6 @@ from mergekit_wp.models.encoding import Clock, set_clock, today
 from mergekit_wp.models.generation import TextInterface, greedy
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import Pair, open_pair
-from mergekit_wp.models.placement import MaxMemory
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptSet, Sample
 from mergekit_wp.runs.journal import Journal, Unwritten
@@ -124,14 +123,10 @@ class Run:
         """The date that the chat template wrote, None where it read none."""
         return self.clock.date if self.clock.was_read else None
 
-    def load(self, max_memory: MaxMemory | None = None) -> ResidentModel:
-        """The model that is run, as large as one of the checkpoints.
-
-        Args:
-            max_memory: of weights on each device; None for all of them on the request's.
-        """
+    def load(self) -> ResidentModel:
+        """The model that is run, as large as one of the checkpoints, where the request wants it."""
         dtype, device = DTYPES[self.request.dtype], self.request.device
-        return ResidentModel(self.pair, dtype, device, max_memory)
+        return ResidentModel(self.pair, dtype, device, self.request.max_memory)
 
     def samples(
         self, resident: ResidentModel, journal: Journal, prefix: str = "", position: float = 1.0

@@ -5,8 +5,9 @@ Results are changes per prompt, so that standard errors can be taken at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -39,6 +40,7 @@ from mergekit_wp.engine.weight_swaps import (
     swap_whole,
 )
 from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.runs.cluster import Assignment, moved
 from mergekit_wp.runs.recordings import (
     Portion,
     Recordings,
@@ -46,6 +48,7 @@ from mergekit_wp.runs.recordings import (
     in_portions,
     receiver_position,
 )
+from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.blocks import Block
 from mergekit_wp.terms import (
     SLICED_KINDS,
@@ -79,6 +82,23 @@ def measure(block: Block, recordings: Recordings, at_once: AtOnce) -> Result:
         return compute(block, recordings, portion)
 
     return in_portions(recordings, at_once, block.batch, work, block.prompts)
+
+
+@dataclass(frozen=True)
+class Blocks(Assignment):
+    """Blocks of the sweeps of one expert."""
+
+    references: References
+    criteria: Criteria
+    batch_size: int
+
+    def begin(self, told: Callable[[str], None]) -> Callable[[Block], Result]:
+        """Open the models; see `measure`."""
+        [pair] = self.models.opened()
+        references = moved(self.references, self.models.device)
+        recordings = Recordings(self.models.loaded(pair), references, self.criteria)
+        at_once = AtOnce(self.batch_size, told, recordings.forget)
+        return partial(measure, recordings=recordings, at_once=at_once)
 
 
 # --- exact swaps ------------------------------------------------------------------------------

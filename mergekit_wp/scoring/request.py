@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field
 
 from mergekit_wp.criteria import SMALL_GAP, CriterionFunction, criterion_words
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.errors import option
 from mergekit_wp.options import INTERNAL, Option
 from mergekit_wp.prompts.request import Prompts
-from mergekit_wp.runs.request import Overwrite, PairRequest, Restart
+from mergekit_wp.runs.request import Overwrite, PairRequest, Ray, Restart
 from mergekit_wp.terms import (
     CRITERIA,
     KINDS,
@@ -31,8 +30,6 @@ class ScoreRequest(PairRequest):
 
     ``criterion``: by name, or functions of the caller's, see `criteria.CriterionFunction`. ``out``:
     None writes nothing.
-    ``max_memory``: of weights on each device, see `placement`; None for all of them on `device`,
-    empty for what is free.
     """
 
     command: ClassVar[str] = "score"
@@ -83,58 +80,7 @@ class ScoreRequest(PairRequest):
         "exactly and write how well they agree.",
     )
     share_steps: int = Field(default=5, ge=1, description="Midpoints of the share integral.")
-    device_map: Annotated[Literal["auto"] | None, Option(stored=False)] = Field(
-        default=None,
-        description="For models larger than the device: spread the weights over it, other GPUs, "
-        "main memory and, where they do not fit there either, leave them in the checkpoints. All "
-        f"computing is on {option('device')}, where weights come for the moment that they are "
-        "used.",
-    )
-    max_memory: Annotated[
-        dict[str, int] | None,
-        Option(
-            metavar="DEVICE=SIZE",
-            default=f"half of what is free on {option('device')}, nine tenths on the others",
-            repeated=True,
-            stored=False,
-        ),
-    ] = Field(
-        default=None,
-        description=f"With {option('device_map')}, most memory for weights on a GPU, by its "
-        "number, or on cpu, as in 0=20GiB; once per device, others are not used.",
-    )
-    ray: Annotated[bool, Option(stored=False)] = Field(
-        default=False,
-        description="Compute on a Ray cluster: that of RAY_ADDRESS, a running one of this machine, "
-        "or a new one. pip install 'mergekit-wp[ray]'",
-    )
+    ray: Ray = False
     restart: Restart = False
     overwrite: Overwrite = False
     exact_budget: Annotated[float, INTERNAL] = EXACT_BUDGET
-
-    @model_validator(mode="before")
-    @classmethod
-    def _places(cls, given: Any) -> Any:
-        """A device map without limits goes by free memory, limits without one by nothing."""
-        if isinstance(given, dict):
-            if given.get("device_map") is not None:
-                return given | {"max_memory": given.get("max_memory") or {}}
-            if given.get("max_memory"):
-                needed = option("device_map", "auto")
-                raise UserError(f"{option('max_memory')} says where weights go with {needed}")
-            return given | {"max_memory": None}
-        return given
-
-    @field_validator("max_memory", mode="before")
-    @classmethod
-    def _limits(cls, given: Any, info: ValidationInfo) -> Any:
-        if given is None or "device" not in info.data:
-            return given
-        from mergekit_wp.models.placement import check_places, parse_max_memory
-
-        check_places(info.data["device"])
-        if isinstance(given, str):
-            given = [given]
-        if isinstance(given, dict) or not isinstance(given, Iterable):
-            return given
-        return parse_max_memory(given, info.data["device"])

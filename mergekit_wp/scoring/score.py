@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from mergekit_wp.models.memory import (
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Prompt, PromptBatch, Sample, read_prompts
+from mergekit_wp.runs.cluster import Cluster, SentModels, check_cluster, cluster, moved
 from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
@@ -51,7 +52,7 @@ from mergekit_wp.runs.warnings import (
     warn_of_completeness,
     warn_of_references,
 )
-from mergekit_wp.scoring.cluster import cluster, installed
+from mergekit_wp.scoring.measure import Blocks
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.sweeps import Sweeps
 from mergekit_wp.statistics import Array, between_halves, leads
@@ -79,7 +80,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     with journal_of(
         request, run, request.out, progress, restart=request.restart, criterion=identified
     ) as journal:
-        resident = run.load(request.max_memory)
+        resident = run.load()
         if request.max_memory is not None:
             progress.note(f"weights: {resident.where}")
         samples = [Sample(tuple(ids)) for ids in run.texts.prompts]
@@ -94,8 +95,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         warn_of_references(references, progress)
         recordings = Recordings(resident, references, criteria)
         at_once = AtOnce(size, progress.note, recordings.forget)
-        spread = cluster(recordings, at_once, progress) if request.ray else nullcontext()
-        with spread as workers:
+        with _spread(request, recordings, at_once, progress) as workers:
             sweeps = Sweeps(request, recordings, at_once, journal, progress, workers)
             _tell_of_left_out(sweeps)
             sweeps.all()
@@ -108,6 +108,22 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         journal.discard()
     progress.note(memory_used(before, resident, footprint, samples, at_once.size))
     return result
+
+
+@contextmanager
+def _spread(
+    request: ScoreRequest, recordings: Recordings, at_once: AtOnce, progress: Progress
+) -> Iterator[Cluster | None]:
+    """Workers, if they were asked for; the model is theirs then."""
+    if not request.ray:
+        yield None
+        return
+    models = SentModels.of(request, recordings.pair)
+    references = moved(recordings.references, "cpu")
+    blocks = Blocks(models, references, recordings.criteria, at_once.size)
+    with cluster(blocks, progress) as workers:
+        recordings.resident.release()
+        yield workers
 
 
 def score_tensors(sweeps: Sweeps) -> dict[str, torch.Tensor]:
@@ -318,17 +334,7 @@ def _check_request(
 ) -> None:
     """Refuse what would fail or surprise after hours of work."""
     if request.ray:
-        if request.max_memory is not None and set(request.max_memory) - {"0", "cpu"}:
-            raise UserError(
-                f"{option('max_memory')}: with {option('ray')} every worker has one GPU, which it "
-                "calls 0"
-            )
-        if request.max_memory == {}:
-            raise UserError(
-                f"{option('device_map')} with {option('ray')} needs {option('max_memory')}: "
-                "the workers of one machine do not know of each other what they take"
-            )
-        installed()
+        check_cluster(request)
     if request.anchor_layer is not None and "anchor" not in criteria:
         raise UserError(
             f"{option('anchor_layer')} is set, but the anchor is not scored: add "

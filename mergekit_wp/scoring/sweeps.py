@@ -11,6 +11,7 @@ import torch
 from mergekit_wp.criteria import fisher_at_expert, has_gap, per_prompt, recovery
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.runs.cluster import Cluster
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings, Result
@@ -22,7 +23,6 @@ from mergekit_wp.scoring.blocks import (
     noise_blocks,
     share_blocks,
 )
-from mergekit_wp.scoring.cluster import Cluster
 from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
 from mergekit_wp.scoring.measure import measure
 from mergekit_wp.scoring.request import ScoreRequest

@@ -1,0 +1,269 @@
+"""Experts scored or fitted together on a cluster: the files of one process, whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergekit_wp.cli import main
+from mergekit_wp.engine.slopes import Term
+from mergekit_wp.errors import OutOfMemory, UserError
+from mergekit_wp.joint import merged_model
+from mergekit_wp.joint.spread import SpreadModel
+from mergekit_wp.runs import cluster
+from mergekit_wp.runs.cluster import ATTEMPTS
+from mergekit_wp.runs.journal import Journal
+from tests.joint_runs import COMMANDS, files, line, run
+from tests.local_ray import LocalRay
+from tests.models import make_model, perturbed, save
+from tests.ray_runs import ray_environment, started, workers_of
+from tests.test_company import make_world
+from tests.test_scoring import Quiet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world("llama-tied", tmp_path_factory.mktemp("joint"))
+
+
+@pytest.fixture(autouse=True)
+def same_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
+def on(monkeypatch: pytest.MonkeyPatch, ray: LocalRay) -> LocalRay:
+    monkeypatch.setattr(cluster, "installed", lambda: ray)
+    return ray
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Files of one process."""
+    found: dict[str, Path] = {}
+
+    def of(command: str) -> Path:
+        if command not in found:
+            found[command] = tmp_path_factory.mktemp(command) / "out"
+            run(command, world, found[command])
+        return found[command]
+
+    return of
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("cpus", [1, 2, 9])
+def test_any_number_of_workers_write_the_files_of_one_process(
+    command: str,
+    cpus: int,
+    world: Path,
+    alone: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = on(monkeypatch, LocalRay(cpus))
+    run(command, world, tmp_path / "out", ray=True)
+    assert files(tmp_path / "out") == files(alone(command))
+    # two batches of two behaviours are four terms; two behaviours and a guard are three
+    assert ray.at_once == min(cpus, 4) if command == "company" else ray.at_once >= min(cpus, 3)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_killed_workers_terms_are_computed_again(
+    command: str,
+    world: Path,
+    alone: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray, said = on(monkeypatch, LocalRay(2, lambda number: number in (3, 4))), Quiet()
+    run(command, world, tmp_path / "out", said, ray=True)
+    assert files(tmp_path / "out") == files(alone(command))
+    assert ray.started == 4
+    [one, other] = [note for note in said.notes if "a worker has ended" in note]
+    assert one.endswith(" of 2 of a step is computed again") and other.endswith(one[-25:])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_killed_driver_goes_on_from_the_journal(
+    command: str,
+    world: Path,
+    alone: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved, count = Journal.save, 0
+
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    def die(journal: Journal, key: str, tensors: Any) -> None:
+        nonlocal count
+        saved(journal, key, tensors)
+        count += 1
+        if count == 3:
+            raise Killed
+
+    whole = on(monkeypatch, LocalRay(2))
+    run(command, world, tmp_path / "whole", ray=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "save", die)
+        run(command, world, tmp_path / "out", ray=True)
+    ray, said = on(monkeypatch, LocalRay(2)), Quiet()
+    run(command, world, tmp_path / "out", said, ray=True)
+    assert any(note.startswith("continuing the run") for note in said.notes)
+    assert ray.jobs < whole.jobs
+    assert files(tmp_path / "out") == files(alone(command))
+
+
+def test_terms_that_end_their_workers_are_given_up(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, LocalRay(1, lambda number: number > 2))
+    with pytest.raises(ChildProcessError, match=f"of a step ended {ATTEMPTS} workers; what is "):
+        run("company", world, tmp_path / "out", ray=True)
+    assert list((tmp_path / "out" / "company.partial").glob("path.step0000*"))
+
+
+def test_a_worker_without_memory_steps_back_or_says_so(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slopes, most = merged_model.slopes, 2
+
+    def small(decoder: Any, terms: list[Term], *rest: Any) -> Any:
+        if max(term.batch.size for term in terms) > most:
+            raise torch.OutOfMemoryError("it is full")
+        return slopes(decoder, terms, *rest)
+
+    on(monkeypatch, LocalRay(2))
+    monkeypatch.setattr(merged_model, "slopes", small)
+    run("company", world, tmp_path / "out", ray=True)
+    most = 0
+    with pytest.raises(OutOfMemory, match="out of memory with one sequence at a time"):
+        run("company", world, tmp_path / "other", ray=True)
+
+
+def test_a_worker_refuses_other_weights(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, LocalRay(1))
+    monkeypatch.setattr(
+        cluster.SentModels, "of", _elsewhere(cluster.SentModels.of, world, tmp_path / "other")
+    )
+    with pytest.raises(UserError, match="other' has other weights on .* same checkpoints"):
+        run("company", world, tmp_path / "out", ray=True)
+
+
+def _elsewhere(of: Any, world: Path, other: Path) -> Any:
+    save(perturbed(make_model("llama-tied"), seed=9), other)
+
+    def sent(*args: Any) -> Any:
+        found = of(*args)
+        return type(found)(**(vars(found) | {"experts": (str(other), *found.experts[1:])}))
+
+    return sent
+
+
+def test_longest_terms_first_each_to_whom_has_least() -> None:
+    class Some:
+        count = 2
+
+        def __init__(self, size: int) -> None:
+            self.batch = self
+            self.ids = torch.zeros(size)
+            self.weight = float(size)
+
+    model = SpreadModel(Some(0))  # type: ignore[arg-type]
+    parts = model._parts([Some(n) for n in (3, 9, 5, 6)])  # type: ignore[misc]
+    assert [part.members for part in parts] == [(0, 1), (2, 3)]
+    assert [part.weights for part in parts] == [(3.0, 9.0), (5.0, 6.0)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_ray_the_extra_is_named(
+    command: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as stop:
+        main(line(command, world, tmp_path / "out", "--ray"))
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.strip() == (
+        "mergekit-wp: --ray needs Ray, which is not installed: pip install 'mergekit-wp[ray]'"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+# --- with Ray -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_workers_one_killed_mid_step_then_the_driver(
+    command: str, world: Path, tmp_path: Path
+) -> None:
+    steps = {"company": "--path-steps=40", "fit": "--steps=50"}[command]
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    assert started(line(command, world, alone, steps), ray_environment()).wait() == 0
+    process = started(line(command, world, spread, steps, "--ray"), ray_environment())
+    while len(victims := list(workers_of(process.pid))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+    def await_change(last: float) -> float:
+        """When the journal was last written, after some time."""
+        while process.poll() is None:
+            found = [
+                path.stat().st_mtime for path in spread.glob("*.partial/[ps][at]*.safetensors")
+            ]
+            if max(found, default=0.0) > last:
+                return max(found)
+            time.sleep(0.005)
+        raise AssertionError(process.communicate())
+
+    last = await_change(await_change(0.0))
+    os.kill(victims[0], signal.SIGKILL)
+    await_change(await_change(last))
+    process.kill()
+    _, said = process.communicate()
+    assert "a worker has ended; its part " in said
+    again = started(line(command, world, spread, steps, "--ray"), ray_environment())
+    _, said = again.communicate()
+    assert again.returncode == 0 and "continuing the run in" in said, said
+    assert files(spread) == files(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_a_running_cluster_of_two_machines(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    from ray.cluster_utils import Cluster as Machines
+
+    machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        machines.add_node(num_cpus=1)
+        address = ray_environment() | {"RAY_ADDRESS": machines.address}
+        process = started(line("company", world, tmp_path / "spread", "--ray"), address)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    finally:
+        machines.shutdown()
+    assert started(line("company", world, tmp_path / "alone"), ray_environment()).wait() == 0
+    assert files(tmp_path / "spread") == files(tmp_path / "alone")
