@@ -20,8 +20,7 @@ from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.request import CompareRequest
-from mergekit_wp.comparison.suites.prepare import prepare
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.comparison.suites.prepare import check_asked, prepare
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.company import score_company
@@ -250,17 +249,8 @@ def merge_experts(
     refuse_existing(Path(out), overwrite)
     steps = Path(out, "merge")
     with shown_by(progress) as shown:
-        found = fit(
-            base,
-            experts,
-            prompts=prompts,
-            guards=guards,
-            recipe=recipe,
-            out=steps,
-            overwrite=overwrite,
-            progress=shown,
-            **fit_options,
-        )
+        fit_options |= {"guards": guards, "recipe": recipe, "overwrite": overwrite}
+        found = fit(base, experts, prompts=prompts, out=steps, progress=shown, **fit_options)
         merge(steps / RECIPE, out, options, overwrite=overwrite, progress=shown)
     return found
 
@@ -316,25 +306,16 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    if suite is not None:
-        if what or tasks or prompts:
-            raise UserError(
-                f"{option('suite', suite)} names the experts, their prompts and the tasks; give "
-                "none beside it"
-            )
-        with shown_by(progress) as shown:
+    check_asked(suite, what, tasks, prompts)
+    with shown_by(progress) as shown:
+        if suite is not None:
             return _compare(prepare(Path(suite), options, shown), shown)
-    if not what or not tasks:
-        raise UserError(
-            f"{option('recipes')} and {option('tasks')} say what is compared on what; give both, "
-            f"or {option('suite', 'FILE')}"
-        )
-    with shown_by(progress) as shown, recipes_for(what) as recipes:
-        named = tuple(os.fspath(task) for task in tasks)
-        request = CompareRequest.of(
-            recipes=recipes, tasks=named, prompts=by_name(prompts), **options
-        )
-        return _compare(request, shown)
+        with recipes_for(what) as recipes:
+            named = tuple(os.fspath(task) for task in tasks)
+            request = CompareRequest.of(
+                recipes=recipes, tasks=named, prompts=by_name(prompts), **options
+            )
+            return _compare(request, shown)
 
 
 def verify(

@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 
-from mergekit_wp.criteria import (
-    SMALL_GAP,
-    Criteria,
-    CriterionFunction,
-    named,
-    source_sha256,
-)
+from mergekit_wp.criteria import SMALL_GAP, Criteria, CriterionFunction, named, source_sha256
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.files.container import COUNTS

@@ -44,6 +44,24 @@ class SuiteRequest(Request):
     )
 
 
+def check_asked(suite: Any, recipes: Any, tasks: Any, prompts: Any) -> None:
+    """Refuse a suite with what it says itself beside it, or neither.
+
+    Raises:
+        UserError: so.
+    """
+    if suite is not None and (recipes or tasks or prompts):
+        raise UserError(
+            f"{option('suite', suite)} names the experts, their prompts and the tasks; give none "
+            "beside it"
+        )
+    if suite is None and not (recipes and tasks):
+        raise UserError(
+            f"{option('recipes')} and {option('tasks')} say what is compared on what; give both, "
+            f"or {option('suite', 'FILE')}"
+        )
+
+
 def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
     """The comparison of a suite, after its experts were fitted together.
 
