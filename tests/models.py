@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -32,6 +33,8 @@ from transformers import (
     Starcoder2Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from mergekit_wp.models.resident import ResidentModel
 
 VOCABULARY = 40
 LETTERS = string.ascii_lowercase + string.digits + "AB"
@@ -250,3 +253,16 @@ def write_prompts(
         lines.append(json.dumps(line))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def count_fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on, the names of all weights that an offloaded model fetches."""
+    names: list[str] = []
+    fetch = ResidentModel._fetch
+
+    def counted(model: ResidentModel, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        names.append(name)
+        return fetch(model, name, shape)
+
+    monkeypatch.setattr(ResidentModel, "_fetch", counted)
+    return names

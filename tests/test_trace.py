@@ -30,7 +30,17 @@ from mergekit_wp.runs.journal import Journal
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.circuit import HEAD, LATE, NEURON, write_world
-from tests.models import DEVICE, EOS, EXACT, LETTERS, make_model, perturbed, save, write_prompts
+from tests.models import (
+    DEVICE,
+    EOS,
+    EXACT,
+    LETTERS,
+    count_fetched,
+    make_model,
+    perturbed,
+    save,
+    write_prompts,
+)
 from tests.oracle import WRITERS, layers_of, swapped, values, with_activation
 from tests.test_scoring import Quiet
 
@@ -115,6 +125,16 @@ def test_a_circuit_built_by_hand(tmp_path: Path, changed: Place) -> None:
     for edge in found.strong:
         if edge.supply.value > 0.5:
             assert edge.supply.value == pytest.approx(1, abs=0.01)
+
+
+def test_weights_left_in_the_checkpoints_supply_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_world(tmp_path, HEAD)
+    scored(root, "activation_gain")
+    held, fetched = traced(root), count_fetched(monkeypatch)
+    (root / "trace.json").unlink()
+    assert traced(root, device_map="auto", max_memory={"cpu": 0}) == held and fetched
 
 
 def test_the_rules_can_be_adjusted(tmp_path: Path) -> None:

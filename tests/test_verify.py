@@ -33,7 +33,17 @@ from mergekit_wp.scoring.score import score
 from mergekit_wp.tasks.behaviors import behavior
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
-from tests.models import DEVICE, EOS, EXACT, LETTERS, make_model, perturbed, save, write_prompts
+from tests.models import (
+    DEVICE,
+    EOS,
+    EXACT,
+    LETTERS,
+    count_fetched,
+    make_model,
+    perturbed,
+    save,
+    write_prompts,
+)
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -208,6 +218,15 @@ def test_planted_components_are_the_whole_difference(world: Path, tmp_path: Path
     for direction in ("restoration", "knockout"):
         assert point(found, direction, "top", 3, "kl").value == pytest.approx(1, abs=1e-9)
         assert point(found, direction, "bottom", 3, "kl").value == pytest.approx(0, abs=1e-9)
+
+
+def test_weights_left_in_the_checkpoints_restore_the_same(
+    world: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = verify(request_for(world, file), None, Quiet())
+    fetched = count_fetched(monkeypatch)
+    spread = request_for(world, file, device_map="auto", max_memory={"cpu": 0})
+    assert verify(spread, None, Quiet()).points == held.points and fetched
 
 
 def test_sets() -> None:
