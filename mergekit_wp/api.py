@@ -20,6 +20,8 @@ from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.comparison.suites.prepare import prepare
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.company import score_company
@@ -292,8 +294,9 @@ def fuse(
 
 def compare(
     *what: Mergeable,
-    tasks: Sequence[PathLike],
+    tasks: Sequence[PathLike] = (),
     prompts: Mapping[str, Any] | Sequence[Any] = (),
+    suite: PathLike | None = None,
     progress: bool | Progress = True,
     **options: Any,
 ) -> ComparisonResult:
@@ -303,6 +306,7 @@ def compare(
         what: the merge in question, see `merge`; then recipes of the same models, if any.
         tasks: sources of items (docs/prompts.md), ``NAME=SOURCE``, or tasks of lm-eval.
         prompts: of each expert, by its name, for methods that learn from them.
+        suite: a file that says all of this (docs/suites.md); its experts are fitted first.
         progress: show a bar; or where to report instead.
         options: fields of `CompareRequest`: ``methods``, ``untuned``, ``out``, ...
 
@@ -312,6 +316,19 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
+    if suite is not None:
+        if what or tasks or prompts:
+            raise UserError(
+                f"{option('suite', suite)} names the experts, their prompts and the tasks; give "
+                "none beside it"
+            )
+        with shown_by(progress) as shown:
+            return _compare(prepare(Path(suite), options, shown), shown)
+    if not what or not tasks:
+        raise UserError(
+            f"{option('recipes')} and {option('tasks')} say what is compared on what; give both, "
+            f"or {option('suite', 'FILE')}"
+        )
     with shown_by(progress) as shown, recipes_for(what) as recipes:
         named = tuple(os.fspath(task) for task in tasks)
         request = CompareRequest.of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.memory import UNBOUNDED, AtOnce
+from mergekit_wp.prompts import read_prompts
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask, answers
 from mergekit_wp.tasks.lm_eval import LmEvalTask
@@ -89,6 +91,67 @@ def test_splits_and_scores_are_the_harness_own(world) -> None:
     assert [x.score for x in task.evaluate(model, asked, "test")] == [1, 0, 1, 0]
     assert [x.item for x in task.evaluate(model, asked, "test")] == ["0", "1", "2", "3"]
     assert [task.question(item) for item in "0123"] == ["bcd", "hgf", "kk", "za"]
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_other_documents_than_the_task_itself_takes(world) -> None:
+    folder, model, asked = world
+    path = folder / "toy_generate.yaml"
+    whole = {x.item: x.score for x in LmEvalTask.load(str(path)).evaluate(model, asked, "test")}
+    other = LmEvalTask.load(f"{path}?split=test")
+    assert [other.count(split) for split in ("valid", "test")] == [4, 4]
+    assert {x.item: x.score for x in other.evaluate(model, asked, "valid")} == whole
+    some = LmEvalTask.load(f"{path}?sample=2&seed=3")
+    chosen = sorted(random.Random(3).sample(range(4), 2))
+    assert some.count("test") == 2 and some.count("valid") == 2, "of two there are two"
+    found = {x.item: x.score for x in some.evaluate(model, asked, "test")}
+    assert found == {str(i): whole[str(i)] for i in chosen}
+    prints = {task.fingerprint for task in (other, some, LmEvalTask.load(str(path)))}
+    assert len(prints) == 3
+    with pytest.raises(UserError, match="has no documents 'tes'; its dataset has test, validation"):
+        LmEvalTask.load(f"{path}?split=tes")
+    with pytest.raises(UserError, match="'split' says on which documents a task is evaluated"):
+        read_prompts(Path(f"{path}?split=test"), None)
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_code_that_models_write_is_run_where_that_is_allowed(
+    world, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, asked = world
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    task = yaml.safe_load((folder / "toy_generate.yaml").read_text())
+    path = folder / "toy_code.yaml"
+    path.write_text(yaml.safe_dump(task | {"task": "toy_code", "unsafe_code": True}))
+    with pytest.raises(UserError, match="'toy_code' runs code .* HF_ALLOW_CODE_EVAL=1"):
+        LmEvalTask.load(str(path))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    found = LmEvalTask.load(str(path)).evaluate(model, asked, "test")
+    assert [x.score for x in found] == [1, 0, 1, 0]
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_a_metric_may_be_a_function(world) -> None:
+    """As those of HumanEval and MBPP are; it may name its results itself."""
+    folder, model, asked = world
+    (folder / "own.py").write_text(
+        "def named(references, predictions):\n"
+        "    return {'right': float(references[0] == predictions[0])}\n"
+        "def plain(references, predictions):\n"
+        "    return float(references[0] == predictions[0])\n"
+    )
+    text = (folder / "toy_generate.yaml").read_text()
+    for name in ("named", "plain"):
+        path = folder / f"toy_{name}.yaml"
+        text_of = text.replace(
+            "metric: exact_match", f"metric: !function own.{name}\n  aggregation: mean"
+        )
+        path.write_text(text_of.replace("task: toy_generate", f"task: toy_{name}"))
+        found = LmEvalTask.load(str(path)).evaluate(model, asked, "test")
+        assert [x.score for x in found] == [1, 0, 1, 0]
 
 
 @needs_lm_eval

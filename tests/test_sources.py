@@ -22,7 +22,6 @@ from click.testing import CliRunner
 from pyarrow import parquet
 
 from mergekit_wp.cli import cli
-from mergekit_wp.comparison.request import CompareRequest, load_tasks
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import prompt_source, read_prompts
 from mergekit_wp.prompts.harness import load_task
@@ -30,6 +29,7 @@ from mergekit_wp.prompts.location import Location
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.lm_eval import LmEvalTask
+from mergekit_wp.tasks.load import Loading
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")
@@ -436,7 +436,7 @@ def test_a_task_by_name_needs_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_items_from_any_form(tmp_path: Path) -> None:
     own = Checkers.load(None)
     for form in ("GSM8K Parquet", "CSV", "JSONL, gzipped", "saved dataset"):
-        task = JsonlTask.read(FORMS[form][0](tmp_path), own, untuned=True)
+        task = JsonlTask.read(FORMS[form][0](tmp_path), own, usual="test")
         assert [(i["prompt"], i["answer"], i["split"]) for i in task.items] == [
             (*read, "test") for read in QA_READ
         ]
@@ -444,7 +444,7 @@ def test_items_from_any_form(tmp_path: Path) -> None:
         tmp_path / "i.parquet",
         [IFEVAL[0] | {"kwargs": [{"num_words": None, "relation": None}]}],
     )
-    (item,) = JsonlTask.read(ifeval, own, untuned=True).items
+    (item,) = JsonlTask.read(ifeval, own, usual="test").items
     assert (item["checker"], item["kwargs"]) == ("ifeval", [{}])
     with pytest.raises(
         UserError, match=r"line 1: 'split' is None; .*untuned=True needs no 'split'"
@@ -458,15 +458,15 @@ def test_tasks_of_compare_are_sources_or_of_lm_eval(
     hub = Hub(monkeypatch, ["train"])
     path = put(tmp_path / "q.csv", table([QA[0]], ","))
     specs = [f"sums={path}?checker=number", "hf:me/d?split=test", f"{path}"]
-    request = CompareRequest(recipes=({},), tasks=tuple(specs), untuned=True)
-    sums, from_hub, plain = load_tasks(request, specs)
+    loading = Loading(Checkers.load(None), 64, None)
+    sums, from_hub, plain = loading.load(specs, "test")
     assert [task.name for task in (sums, from_hub, plain)] == ["sums", "d", "q"]
     assert isinstance(sums, JsonlTask) and sums.items[0]["checker"] == "number"
     assert hub.asked == [("me/d", None, "test", None)]
     with pytest.raises(UserError, match=r"line 2: 'split' is None"):
-        load_tasks(request.model_copy(update={"untuned": False}), specs)
+        loading.load(specs)
     monkeypatch.setattr(LmEvalTask, "load", lambda spec, _batch_size: spec)
     named = ("gsm8k", "lm-eval:gsm8k", "none.yaml")
-    assert load_tasks(request, named) == ("gsm8k", *named[::2])
+    assert loading.load(named) == named
     with pytest.raises(UserError, match=r"none\.tsv cannot be read"):
-        load_tasks(request, ["none.tsv"])
+        loading.load(["none.tsv"])

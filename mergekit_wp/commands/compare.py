@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -9,10 +10,11 @@ import click
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import progress
 from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.comparison.suites.prepare import SuiteRequest
 
 
 @click.command(short_help="Is it better than TIES, DARE and the rest, for your experts?")
-@options_of(CompareRequest, required=("recipes", "out"))
+@options_of(SuiteRequest, CompareRequest, optional=("recipes", "tasks"), required=("out",))
 @click.pass_context
 def compare(context: click.Context, /, **options: Any) -> None:
     """Compare weight patching with other merge methods on your own experts and tasks.
@@ -24,15 +26,18 @@ def compare(context: click.Context, /, **options: Any) -> None:
 
     \b
       mergekit-wp compare recipe.yml --task inst.jsonl --task math.jsonl --out comparison/
+      mergekit-wp compare --suite suite.yml --out comparison/
 
     OUT gets results.jsonl (one line per item), summary.json, table.md, report.html and recipes/
     with the chosen parameters. Start the same command again after a crash: finished work is kept.
     """
     from mergekit_wp import api
 
-    fields = given(CompareRequest, options)
+    fields = given(CompareRequest, options) | given(SuiteRequest, options)
+    if fields.get("suite") is not None:
+        fields = _typed_only(context, fields)
     with progress() as bar:
-        found = api.compare(*fields.pop("recipes"), **fields, progress=bar)
+        found = api.compare(*fields.pop("recipes", ()), **fields, progress=bar)
     click.echo(found.table())
     click.echo(f"\nreport: {options['out'] / 'report.html'}")
     if found.failed:
@@ -41,3 +46,13 @@ def compare(context: click.Context, /, **options: Any) -> None:
             err=True,
         )
         context.exit(1)
+
+
+def _typed_only(context: click.Context, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed: a default of the command does not override what a suite says."""
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: value
+        for name, value in fields.items()
+        if context.get_parameter_source(name) != default
+    }

@@ -46,7 +46,7 @@ def verify(**options: Any) -> None:
             items = JsonlTask.read(
                 task,
                 Checkers.load(options["checkers"]),
-                untuned=True,
+                usual="test",
                 max_new_tokens=options["max_new_tokens"],
                 batch_size=options["batch_size"],
             )

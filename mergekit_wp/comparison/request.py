@@ -27,7 +27,6 @@ from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts import Prompt, PromptSource, read_prompts
-from mergekit_wp.prompts.location import ENDINGS, HARNESS, Location
 from mergekit_wp.prompts.request import SOURCE
 from mergekit_wp.runs.request import (
     CALIBRATION,
@@ -40,7 +39,8 @@ from mergekit_wp.runs.request import (
 )
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
-from mergekit_wp.tasks.plain_text import PlainText
+from mergekit_wp.tasks.load import Loading
+from mergekit_wp.tasks.skill import Skill
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import DTYPE_ALIASES, DTypeName
 from mergekit_wp.version import __version__
@@ -60,7 +60,13 @@ class CompareRequest(Request):
         description="What to measure on; once per task. SOURCE or NAME=SOURCE (see `prompts`) "
         "of items: 'prompt', 'answer', 'split' (valid or test), 'checker' (exact, contains, "
         "number, regex, ifeval; SOURCE?checker=NAME for all). Anything else is an lm-eval task, by "
-        "name or YAML file (pip install 'mergekit-wp[eval]').",
+        "name or YAML file (pip install 'mergekit-wp[eval]'); lm-eval:TASK?split=NAME&sample=N "
+        "takes other documents. Tasks that are given one NAME are one column.",
+    )
+    validation: Annotated[tuple[str, ...], Option(metavar="NAME=SPEC", repeated=True)] = Field(
+        default=(),
+        description="What parameters are chosen on in place of a task's own validation items, by "
+        f"the NAME of a task; as in {option('tasks')}, once each.",
     )
     keep: Annotated[tuple[str, ...], Option(metavar="SPEC", repeated=True)] = Field(
         default=(),
@@ -153,6 +159,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         grids = read_grid(request.grid, {method.name: method for method in methods})
         methods = tuple(_with_grid(method, grids) for method in methods)
     dtype = first.dtype or "float32"
+    tasks, keep = _tasks(request)
     eval_dtype = request.dtype or ("float32" if request.device == "cpu" else dtype)
     plan = Plan(
         base=experts.base,
@@ -161,8 +168,8 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         recipe=first,
         extra=fixed,
         methods=methods,
-        tasks=load_tasks(request, request.tasks),
-        keep=load_tasks(request, request.keep, kept=True),
+        tasks=tasks,
+        keep=keep,
         tuned=not request.untuned,
         relative=request.relative,
         seeds=request.repeats,
@@ -175,7 +182,7 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
     )
     plan.check()
-    notes += [task.said for task in plan.tasks if isinstance(task, JsonlTask) and task.said]
+    notes += [task.said for task in plan.tasks if isinstance(task, JsonlTask | Skill) and task.said]
     # other recipes may have tokenizers of their own
     settings = {repr(settings_of(config)): config for config in [*fixed.values(), first]}
     lines = [difference_note(c, MergeOptions()) for c in reversed(settings.values())]
@@ -183,56 +190,25 @@ def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
     return plan, notes
 
 
-def load_tasks(
-    request: CompareRequest, specs: Sequence[str], kept: bool = False
-) -> tuple[Task, ...]:
-    """Items of sources by their names, everything else from lm-eval.
-
-    Args:
-        request: says how items are asked.
-        specs: of the tasks.
-        kept: nothing is chosen by them: .txt files are plain text, and items need no split.
+def _tasks(request: CompareRequest) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """What is measured, with the items that parameters are chosen on, and what is kept.
 
     Raises:
-        UserError: no such task, or a file that cannot be used.
+        UserError: no such task, a file that cannot be used, or validation of no task.
     """
-    checkers = Checkers.load(request.checkers)
-    found: list[Task] = []
-    for spec in specs:
-        name, place = _task_name(spec)
-        if kept and Path(place).suffix == ".txt":
-            found.append(PlainText.read(Path(place), name))
-            continue
-        if not _of_harness(place):
-            found.append(
-                JsonlTask.read(
-                    Path(place),
-                    checkers,
-                    name=name,
-                    untuned=request.untuned or kept,
-                    max_new_tokens=request.max_new_tokens,
-                    batch_size=request.batch_size,
-                )
-            )
-            continue
-        from mergekit_wp.tasks.lm_eval import LmEvalTask
-
-        found.append(LmEvalTask.load(place.removeprefix(HARNESS), request.batch_size))
-    return tuple(found)
-
-
-def _task_name(spec: str) -> tuple[str | None, str]:
-    """NAME=SOURCE parted: a source has its own equals signs behind a question mark only."""
-    name, equals, place = spec.partition("=")
-    return (name, place) if equals and "?" not in name else (None, spec)
-
-
-def _of_harness(place: str) -> bool:
-    """Whether it is a task of lm-eval: its YAML file, or a name that is none of a file."""
-    source = Location.parse(place)
-    if source.kind != "file":
-        return source.kind == "harness"
-    return not source.place.lower().endswith(ENDINGS) and not Path(source.place).exists()
+    loading = Loading(Checkers.load(request.checkers), request.max_new_tokens, request.batch_size)
+    tasks = loading.load(request.tasks, "test" if request.untuned else None)
+    instead = {task.name: task for task in loading.load(request.validation, "valid")}
+    names = [task.name for task in tasks]
+    if strange := [name for name in instead if name not in names]:
+        raise UserError(
+            f"{option('validation', strange[0])} names no task; tasks are {', '.join(names)}"
+        )
+    chosen = tuple(
+        Skill(task.name, (instead[task.name],), (task,)) if task.name in instead else task
+        for task in tasks
+    )
+    return chosen, loading.load(request.keep, "test", texts=True)
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.prompts.location import HARNESS
+from mergekit_wp.prompts.location import HARNESS, Location
 
 
 def load_task(spec: str) -> tuple[str, Any]:
@@ -50,16 +50,22 @@ def load_task(spec: str) -> tuple[str, Any]:
     return name, task
 
 
-def texts(place: str) -> Iterator[str]:
+def texts(source: Location) -> Iterator[str]:
     """What a task asks of documents that it is not evaluated on.
 
     Those are its training documents, else its few-shot documents, where neither comes from the
     split of its validation or test documents.
 
     Raises:
-        UserError: see `load_task`; there are no such documents, or they are no single texts.
+        UserError: see `load_task`; there are no such documents, or they are no single texts; a
+            split is named.
     """
-    name, task = load_task(place.removeprefix(HARNESS))
+    if source.split is not None:
+        raise UserError(
+            f"{source.place}: 'split' says on which documents a task is evaluated; as prompts "
+            "there are its training documents, so leave it out"
+        )
+    name, task = load_task(source.place.removeprefix(HARNESS))
     config = task.config
     evaluated = {config.test_split, config.validation_split}
     few_shot = task.fewshot_cfg.split

@@ -6,6 +6,7 @@ sources, each with fields of its own. As in a URL, ``%`` escapes what would end 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
@@ -86,7 +87,7 @@ class Location(StrictModel):
     def _check(self, given: Collection[str]) -> None:
         useless = {
             "hub": (),
-            "harness": ("prompt", "response", "contrast", "config", "split", "revision"),
+            "harness": ("prompt", "response", "contrast", "config", "revision"),
             "folder": ("config", "revision"),
             "file": ("config", "split", "revision"),
         }[self.kind]
@@ -125,6 +126,12 @@ class Location(StrictModel):
         order = [key for key in self.known() if key in given]
         query = "&".join(f"{key}={_written(given[key])}" for key in order)
         return f"{self.place}?{query}" if query else self.place
+
+    def drawn(self, count: int) -> list[int]:
+        """Which of so many rows are taken, in order; all where none are to be drawn."""
+        if self.sample is None or self.sample >= count:
+            return list(range(count))
+        return sorted(random.Random(self.seed).sample(range(count), self.sample))
 
     def where(self, noun: str) -> str:
         """What messages call it: ``prompt file p.jsonl``."""

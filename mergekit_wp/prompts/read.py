@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -161,8 +160,7 @@ def take(records: Records, source: Location, every_field: bool = False) -> Taken
         notes = [f"{repeated} repeat another ('{source.but(distinct=True)}' leaves them out)"]
     if source.sample is not None and source.sample < len(chosen):
         notes.append(f"drawn from {len(chosen)} by seed {source.seed}")
-        drawn = random.Random(source.seed).sample(range(len(chosen)), source.sample)
-        chosen = [chosen[i] for i in sorted(drawn)]
+        chosen = [chosen[i] for i in source.drawn(len(chosen))]
     fields = () if every_field else tuple(dict.fromkeys(str(key) for row in objects for key in row))
     line = _account(records, fields, shape, len(chosen), skipped)
     plain = records.form == "JSONL" and shape.own and not skipped and not notes

@@ -64,7 +64,7 @@ def read_records(source: Location, noun: str) -> Records:
     if source.kind == "harness":
         from mergekit_wp.prompts import harness
 
-        texts = harness.texts(source.place)
+        texts = harness.texts(source)
         return Records(where, "lm-eval", tuple((f"document {n}", t) for n, t in _counted(texts)))
     from mergekit_wp.prompts import dataset
 

@@ -56,7 +56,7 @@ class JsonlTask:
         checkers: Checkers,
         *,
         name: str | None = None,
-        untuned: bool = False,
+        usual: Split | None = None,
         max_new_tokens: int = 64,
         batch_size: int | None = None,
     ) -> JsonlTask:
@@ -66,8 +66,8 @@ class JsonlTask:
             path: a path, or another spelling of `prompts.location.Location`.
             checkers: the built-in ones, and those of a user's file.
             name: of the task; None for the source's.
-            untuned: items need not say whether they are for validation or test; those that do not
-                are for the test.
+            usual: split of items that do not say whether they are for validation or test; with
+                None they have to.
             max_new_tokens: of an answer to an item that says none.
             batch_size: sequences at once; None for a size that fits the device.
 
@@ -81,7 +81,7 @@ class JsonlTask:
         seen: set[str] = set()
         for place, row, found in rows.taken:
             where = f"{records.where}, {place}"
-            item = _item(row, found, where, source, checkers, untuned)
+            item = _item(row, found, where, source, checkers, usual)
             item["id"] = str(item.get("id", place.rpartition(" ")[2]))
             if item["id"] in seen:
                 raise UserError(f"{where}: id '{item['id']}' stands twice")
@@ -225,7 +225,7 @@ def _item(
     where: str,
     source: Location,
     checkers: Checkers,
-    untuned: bool,
+    usual: Split | None,
 ) -> dict[str, Any]:
     """One item of a row and what its shape says of it.
 
@@ -243,8 +243,8 @@ def _item(
         raise UserError(f"{where}: 'prompt' is empty")
     if "answer" not in item and found.get("response") is not None:
         item["answer"] = found["response"]
-    if item.get("split") is None and untuned:
-        item["split"] = "test"
+    if item.get("split") is None and usual is not None:
+        item["split"] = usual
     if item.get("split") not in _SPLITS:
         raise UserError(
             f"{where}: 'split' is {item.get('split')!r}; write \"valid\" for items that "

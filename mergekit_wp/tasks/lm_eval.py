@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts.harness import load_task
+from mergekit_wp.prompts.location import HARNESS, Location
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
@@ -20,6 +22,8 @@ from mergekit_wp.terms import Split
 _OUTPUT = 2_000
 #: tokens that the harness lets a model write where a task states nothing
 _HARNESS_TOKENS = 256
+#: by this variable a user says that code which models write may be run; Hugging Face's own
+_MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class LmEvalTask:
     """One task of the harness, scored by its first metric.
 
     Validation documents are the task's validation split, test documents its test split; a task
-    that lacks one has no items there.
+    that lacks one has no items there. Of a source that names a split of the dataset both are that
+    one: then a caller asks for one of the two only.
     """
 
     name: str
@@ -35,20 +40,42 @@ class LmEvalTask:
     task: Any
     metric: str
     batch_size: int | None
+    source: Location
 
     @classmethod
     def load(cls, spec: str, batch_size: int | None = None) -> LmEvalTask:
         """Load a task by name, or from its YAML file.
 
+        Args:
+            spec: with ``?split=NAME`` documents of another split of the task's dataset, with
+                ``sample=N&seed=N`` so many of them.
+            batch_size: sequences at once; None for a few.
+
         Raises:
             UserError: lm-eval is not installed; no such task (names close ones); a group; a task
-                whose first metric is better when lower; its data cannot be had.
+                whose first metric is better when lower; one that runs what a model writes, where
+                nobody has allowed it; its data cannot be had.
         """
-        name, task = load_task(spec)
+        source = Location.parse(spec if spec.startswith(HARNESS) else HARNESS + spec)
+        name, task = load_task(source.place.removeprefix(HARNESS))
         metric = _metric(task, name)
+        if getattr(task, "UNSAFE_CODE", False) and not _may_run_code():
+            raise UserError(
+                f"lm-eval task '{name}' runs code that models write; where that is safe, set the "
+                f"environment variable {_MAY_RUN_CODE}=1"
+            )
+        if source.split is not None:
+            splits = task.dataset or {}
+            if source.split not in splits:
+                raise UserError(
+                    f"lm-eval task '{name}' has no documents '{source.split}'; its dataset has "
+                    f"{', '.join(splits)}"
+                )
+            task._config.test_split = task._config.validation_split = source.split
         config = json.dumps(task.dump_config(), sort_keys=True, default=str)
-        digest = hashlib.sha256(config.encode()).hexdigest()
-        return cls(name, digest, task, metric, batch_size)
+        asked = (source.sample, source.seed) if source.sample else ()
+        digest = hashlib.sha256(f"{config}{asked or ''}".encode()).hexdigest()
+        return cls(name, digest, task, metric, batch_size, source)
 
     def _docs(self, split: Split) -> Any:
         has = self.task.has_test_docs() if split == "test" else self.task.has_validation_docs()
@@ -56,9 +83,13 @@ class LmEvalTask:
             return ()
         return self.task.test_docs() if split == "test" else self.task.validation_docs()
 
+    def _chosen(self, split: Split) -> list[int]:
+        """Numbers of the documents that are asked."""
+        return self.source.drawn(len(self._docs(split)))
+
     def count(self, split: Split) -> int:
         """Documents of a split."""
-        return len(self._docs(split))
+        return len(self._chosen(split))
 
     def question(self, item: str) -> str:
         """A test document as the task words it."""
@@ -117,6 +148,8 @@ class LmEvalTask:
                 lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=together),
                 task_dict={"tasks": {self.name: task}, "groups": {}, "group_map": {}},
                 bootstrap_iters=0,
+                samples={self.name: self._chosen(split)} if self.source.sample else None,
+                confirm_run_unsafe_code=_may_run_code(),
                 log_samples=True,
                 apply_chat_template=bool(tokenizer.chat_template),
             )
@@ -128,8 +161,10 @@ class LmEvalTask:
         samples = results["samples"][self.name]
         first = samples[0]["filter"]
         rows = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
+        # a metric may be a function that names its results itself
+        metric = self.metric if self.metric in rows[0] else rows[0]["metrics"][0]
         return [
-            ItemScore(str(s["doc_id"]), float(s[self.metric]), str(s["filtered_resps"])[:_OUTPUT])
+            ItemScore(str(s["doc_id"]), float(s[metric]), str(s["filtered_resps"])[:_OUTPUT])
             for s in rows
         ]
 
@@ -143,4 +178,9 @@ def _metric(task: Any, name: str) -> str:
             f"lm-eval task '{name}': its first metric, {listed[0]['metric']}, is better when "
             "lower; give a task whose first metric is a score"
         )
-    return str(listed[0]["metric"])
+    metric = listed[0]["metric"]
+    return str(getattr(metric, "__name__", metric))
+
+
+def _may_run_code() -> bool:
+    return os.environ.get(_MAY_RUN_CODE) == "1"

@@ -1,0 +1,130 @@
+"""From a suite to the comparison that it asks for: its experts are fitted where they were not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.comparison.suites.suite import Suite
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.joint.files import RECIPE
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.options import Option, Request
+from mergekit_wp.prompts import read_prompts
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.tasks.checkers import Checkers
+from mergekit_wp.tasks.load import Loading
+from mergekit_wp.terms import Split
+
+#: in the folder of results: names the experts; the fit; what the fit was asked for
+_EXPERTS, _FIT, _STATED = "experts.yml", "fit", "suite.json"
+#: fields of a comparison that a fit has as well
+_SHARED = ("device", "restart")
+#: fields of a fit on which its result does not depend
+_FREE = {"out", "restart", "overwrite", "device"}
+
+
+class SuiteRequest(Request):
+    """The file from which a comparison may be made in place of recipes and tasks."""
+
+    suite: Annotated[Path | None, Option(exists=True)] = Field(
+        default=None,
+        description=f"In place of {option('recipes')} and {option('tasks')}: a YAML file that "
+        "names base, experts, prompts and tasks (docs/suites.md). The experts are fitted together "
+        f"first, once, in {option('out')}.",
+    )
+
+
+def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
+    """The comparison of a suite, after its experts were fitted together.
+
+    Args:
+        path: the suite's file.
+        options: fields of `CompareRequest` that override the suite's; ``out`` among them.
+        progress: told how far the fit is.
+
+    Raises:
+        UserError: any mistake in the suite or the options; the folder holds another suite's fit.
+    """
+    if (given := options.get("out")) is None:
+        raise UserError(f"{option('suite', path)} needs {option('out')}: the fit is kept there")
+    out, suite = Path(given), Suite.read(path)
+    with naming(path):
+        recipe = out / _FIT / RECIPE
+        request = suite.compare_request(recipe, **options)
+        shared = {key: options[key] for key in _SHARED if key in options}
+        fitting = suite.fit_request(
+            out / _EXPERTS, out / _FIT, overwrite=bool(shared.get("restart")), **shared
+        )
+    stated = json.dumps(json.loads(fitting.model_dump_json(exclude=_FREE)), indent=1)
+    if recipe.exists() and not fitting.restart:
+        if _read(out / _STATED) != stated:
+            raise UserError(
+                f"{out} holds a fit of another suite, or of other settings; add "
+                f"{option('restart', True)} to begin anew, or choose another {option('out')}"
+            )
+        return request
+    check(path, suite, request)
+    _fitted(suite, fitting, out, stated, progress)
+    return request
+
+
+def check(path: Path, suite: Suite, request: CompareRequest) -> None:
+    """Find all prompts and tasks, before hours are spent on the fit.
+
+    Raises:
+        UserError: names the suite and the key of what cannot be had.
+    """
+    for name, expert in suite.experts.items():
+        with naming(path, f"experts.{name}.prompts"):
+            read_prompts(Path(expert.prompts), None)
+    loading = Loading(Checkers.load(request.checkers), request.max_new_tokens, request.batch_size)
+    usual: dict[str, Split | None] = {
+        "test": "test" if request.untuned else None,
+        "validation": "valid",
+        "keep": "test",
+    }
+    for key, split in usual.items():
+        for name, specs in getattr(suite, key).items():
+            with naming(path, f"{key}.{name}"):
+                loading.load(specs, split, texts=key == "keep")
+
+
+@contextmanager
+def naming(path: Path, key: str | None = None) -> Iterator[None]:
+    """Have mistakes say in which suite they are, and under which key.
+
+    Raises:
+        UserError: one that was raised meanwhile, with that.
+    """
+    try:
+        yield
+    except UserError as error:
+        where = f"suite {path}" if key is None else f"suite {path}: {key}"
+        raise UserError(f"{where}: {error}") from error
+
+
+def _fitted(suite: Suite, request: FitRequest, out: Path, stated: str, progress: Progress) -> None:
+    for name, text in (
+        (_EXPERTS, yaml.safe_dump(suite.recipe, sort_keys=False)),
+        (_STATED, stated),
+    ):
+        with written_whole(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    fit(request, progress)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
