@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def bins(found: Measured) -> str:
     """Accuracy by recovered kl: 10th, 50th and 90th percentile of the merges of a bin."""
     skills = found.skills
     lines = [f"| recovered kl | {' | '.join(skills)} |", "|---|" + "---:|" * len(skills)]
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
+    for low, high in pairwise(EDGES):
         cells = []
         for skill in skills:
             own = [

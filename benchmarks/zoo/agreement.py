@@ -1,8 +1,9 @@
 """Divergence against answers on the zoo: all methods' grids, fits of many lengths, every skill.
 
 ``python -m benchmarks.zoo.agreement`` (from the repository's root) merges all three experts of each
-seed by every setting of every method's grid and by fits that are ended early, measures each merge on
-held-out prompts and on the test items of `benchmarks.zoo.bench`, and prints the tables of README.md.
+seed by every setting of every method's grid and by fits that are ended early, measures each merge
+on held-out prompts and on the test items of `benchmarks.zoo.bench`, and prints the tables of
+README.md.
 What is measured is kept in build/zoo/agreement.jsonl and resumes.
 """
 
