@@ -19,9 +19,7 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
-from mergekit_wp.comparison.request import CompareRequest
-from mergekit_wp.comparison.suites.prepare import prepare
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.comparison.suites.prepare import requested
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.company import score_company
@@ -316,25 +314,10 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    if suite is not None:
-        if what or tasks or prompts:
-            raise UserError(
-                f"{option('suite', suite)} names the experts, their prompts and the tasks; give "
-                "none beside it"
-            )
-        with shown_by(progress) as shown:
-            return _compare(prepare(Path(suite), options, shown), shown)
-    if not what or not tasks:
-        raise UserError(
-            f"{option('recipes')} and {option('tasks')} say what is compared on what; give both, "
-            f"or {option('suite', 'FILE')}"
-        )
     with shown_by(progress) as shown, recipes_for(what) as recipes:
         named = tuple(os.fspath(task) for task in tasks)
-        request = CompareRequest.of(
-            recipes=recipes, tasks=named, prompts=by_name(prompts), **options
-        )
-        return _compare(request, shown)
+        given = options | {"recipes": recipes, "tasks": named, "prompts": by_name(prompts)}
+        return _compare(requested(suite, given, shown), shown)
 
 
 def verify(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,35 @@ class SuiteRequest(Request):
         "names base, experts, prompts and tasks (docs/suites.md). The experts are fitted together "
         f"first, once, in {option('out')}.",
     )
+
+
+def requested(
+    suite: str | os.PathLike[str] | None, given: Mapping[str, Any], progress: Progress
+) -> CompareRequest:
+    """The comparison that is asked for: by a suite, or by its own fields.
+
+    Args:
+        suite: the file, or None.
+        given: fields of `CompareRequest`; beside a suite without recipes, tasks and prompts.
+        progress: told how far a suite's fit is.
+
+    Raises:
+        UserError: both or neither is given, or any mistake in it.
+    """
+    whole = ("recipes", "tasks", "prompts")
+    if suite is None:
+        if not given["recipes"] or not given["tasks"]:
+            raise UserError(
+                f"{option('recipes')} and {option('tasks')} say what is compared on what; give "
+                f"both, or {option('suite', 'FILE')}"
+            )
+        return CompareRequest.of(**given)
+    if any(given[name] for name in whole):
+        raise UserError(
+            f"{option('suite', suite)} names the experts, their prompts and the tasks; give none "
+            "beside it"
+        )
+    return prepare(Path(suite), {k: v for k, v in given.items() if k not in whole}, progress)
 
 
 def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
