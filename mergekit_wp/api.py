@@ -19,8 +19,7 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
-from mergekit_wp.comparison.request import CompareRequest
-from mergekit_wp.comparison.suites.prepare import check_asked, prepare
+from mergekit_wp.comparison.suites.prepare import requested
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.company import score_company
@@ -306,16 +305,10 @@ def compare(
     Raises:
         UserError: any mistake that shows before the first merge.
     """
-    check_asked(suite, what, tasks, prompts)
-    with shown_by(progress) as shown:
-        if suite is not None:
-            return _compare(prepare(Path(suite), options, shown), shown)
-        with recipes_for(what) as recipes:
-            named = tuple(os.fspath(task) for task in tasks)
-            request = CompareRequest.of(
-                recipes=recipes, tasks=named, prompts=by_name(prompts), **options
-            )
-            return _compare(request, shown)
+    with shown_by(progress) as shown, recipes_for(what) as recipes:
+        named = tuple(os.fspath(task) for task in tasks)
+        given = options | {"recipes": recipes, "tasks": named, "prompts": by_name(prompts)}
+        return _compare(requested(suite, given, shown), shown)
 
 
 def verify(

@@ -19,6 +19,7 @@ from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Prompt, Sample
+from mergekit_wp.prompts.location import Location
 from mergekit_wp.runs.references import measure_references
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
@@ -196,7 +197,7 @@ def test_the_harness_runs_such_models_one_text_at_a_time(world: Path, monkeypatc
     class Documents:
         _config, OUTPUT_TYPE = None, "loglikelihood"
 
-    task = LmEvalTask("t", "", Documents(), "m", 8)
+    task = LmEvalTask("t", "", Documents(), "m", 8, Location(place="lm-eval:t"))
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     asked = TextInterface(tokenizer, (EOS,))
     task.evaluate(load_folder(world / "base", torch.float32, "cpu"), asked, "test")

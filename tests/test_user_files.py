@@ -29,6 +29,7 @@ from mergekit_wp.joint.members import _at_expert
 from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.models.encoding import encode_prompt
 from mergekit_wp.prompts import read_prompts
+from mergekit_wp.prompts.location import Location
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.lm_eval import LmEvalTask
@@ -182,7 +183,7 @@ def test_a_harness_task_that_the_context_has_no_room_for() -> None:
     def task(**stated: int) -> Any:
         config = SimpleNamespace(generation_kwargs=stated)
         inner = SimpleNamespace(config=config, OUTPUT_TYPE="generate_until")
-        return LmEvalTask("long", "", inner, "exact_match", None)
+        return LmEvalTask("long", "", inner, "exact_match", None, Location(place="lm-eval:long"))
 
     model = make_model("llama-tied")
     model.config.max_position_embeddings = 128

@@ -48,9 +48,9 @@ class Skill:
         return sum(task.count(split) for task in self.of(split))
 
     def question(self, item: str) -> str:
-        """What the task that a test item is of says of it."""
-        number, _, own = item.partition(":")
-        return self.test[int(number) - 1].question(own)
+        """What a test item of one of its tasks asks."""
+        number, _, inner = item.partition(":")
+        return self.test[int(number) - 1].question(inner)
 
     def too_long(self, model: Any, tokenizer: Any) -> str | None:
         """What the first task with items that are too long says.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,22 +45,33 @@ class SuiteRequest(Request):
     )
 
 
-def check_asked(suite: Any, recipes: Any, tasks: Any, prompts: Any) -> None:
-    """Refuse a suite with what it says itself beside it, or neither.
+def requested(
+    suite: str | os.PathLike[str] | None, given: Mapping[str, Any], progress: Progress
+) -> CompareRequest:
+    """The comparison that is asked for: by a suite, or by its own fields.
+
+    Args:
+        suite: the file, or None.
+        given: fields of `CompareRequest`; beside a suite without recipes, tasks and prompts.
+        progress: told how far a suite's fit is.
 
     Raises:
-        UserError: so.
+        UserError: both or neither is given, or any mistake in it.
     """
-    if suite is not None and (recipes or tasks or prompts):
+    whole = ("recipes", "tasks", "prompts")
+    if suite is None:
+        if not given["recipes"] or not given["tasks"]:
+            raise UserError(
+                f"{option('recipes')} and {option('tasks')} say what is compared on what; give "
+                f"both, or {option('suite', 'FILE')}"
+            )
+        return CompareRequest.of(**given)
+    if any(given[name] for name in whole):
         raise UserError(
             f"{option('suite', suite)} names the experts, their prompts and the tasks; give none "
             "beside it"
         )
-    if suite is None and not (recipes and tasks):
-        raise UserError(
-            f"{option('recipes')} and {option('tasks')} say what is compared on what; give both, "
-            f"or {option('suite', 'FILE')}"
-        )
+    return prepare(Path(suite), {k: v for k, v in given.items() if k not in whole}, progress)
 
 
 def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
