@@ -115,7 +115,6 @@ def test_the_whole_job_and_every_step_of_it_again(world: Path) -> None:
         ("merge base east west --prompts east=east.jsonl -o o", "expert 'west' has no prompts"),
         (f"merge base east east {BOTH} -o o", "expert 'east' is given twice; name each once"),
         (f"merge base east west {BOTH} -o west --overwrite", "west is an input of the merge"),
-        (f"score base east west {BOTH} -o o --ray", "--ray does not go with several experts"),
         (f"score base east {BOTH} -o o", "--prompts is given more than once; that is for several"),
     ],
 )
