@@ -25,8 +25,8 @@ from mergekit_wp.mechanism.verify import verify
 from mergekit_wp.prompts import PromptBatch, Sample
 from mergekit_wp.report.ranking import Selection, select
 from mergekit_wp.report.table import render
-from mergekit_wp.runs.recordings import Portion, Recordings
 from mergekit_wp.runs.cluster import moved
+from mergekit_wp.runs.recordings import Portion, Recordings
 from mergekit_wp.terms import KINDS
 from tests.factory import make_score_file
 from tests.merging import Family, by_mergekit, llama_config, reference
