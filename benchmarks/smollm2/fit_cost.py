@@ -97,13 +97,13 @@ def memory(size: Size, prompts: Prompts, width: int) -> tuple[float, float, floa
 
     Returns:
         Of the weights; of the residual streams (both blocks' outputs and the layer's); of the stage
-        at work (the layers', or the unembedding's, whichever is larger: weight gradients summed and
-        of one behaviour, then sum, task vector and their product; logits and their gradients); and
-        of the teachers' log-probabilities.
+        at work (the layers', or the unembedding's, whichever is larger: the weight gradients of
+        every term of the step, and a task vector; logits and their gradients); and of the teachers'
+        log-probabilities.
     """
-    inside = 12 * size.hidden + 4 * size.inner
-    layer = (4 + width) * size.layer + width * prompts.longest * inside
-    head = 3 * 4 * size.embedding + 5 * 4 * prompts.responses * size.vocabulary
+    inside, terms = 12 * size.hidden + 4 * size.inner, len(SKILLS)
+    layer = 4 * (terms + 1) * size.layer + width * prompts.longest * inside
+    head = 4 * (terms + 1) * size.embedding + 5 * 4 * prompts.responses * size.vocabulary
     return (
         width * size.parameters,
         width * 3 * size.layers * prompts.tokens * size.hidden,
