@@ -31,3 +31,15 @@ def test_a_line_a_minute_over_all_stages(
         bar.stage("begins", 4, "prompt")
         bar.advance(2, resumed=True)
     assert "begins:   0%" in capsys.readouterr().err
+
+
+def test_a_stage_may_be_longer_than_was_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counts of what is to do may be about right; tqdm drops a total that is run over."""
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # where bars are drawn
+    with progress.BarProgress() as shown:
+        shown.stage("comparing", 2, "job")
+        shown.advance(1)
+        shown.advance(2, resumed=True)
+    assert "100%" in (drawn := capsys.readouterr().err) and "3/3 jobs" in drawn

@@ -100,11 +100,12 @@ class Runner:
 
     def _count_jobs(self, n_splits: int) -> int:
         plan, models = self.plan, n_splits * (1 + len(self.plan.experts)) + len(self.plan.extra)
+        tested = len(plan.experts) + 1 + len(plan.extra)
         for method in plan.methods:
             draws = plan.seeds if method.draws else 1
-            models += draws * (2 if plan.tuned and method.name == OURS else 1)
-            models += self._settings(method) if plan.tuned else 0
-        tested = len(plan.experts) + 1 + len(plan.extra) + len(plan.methods)
+            tests = draws * (2 if plan.tuned and method.name == OURS else 1)
+            models += tests + (self._settings(method) if plan.tuned else 0)
+            tested += tests
         return models * len(plan.tasks) + tested * len(plan.keep)
 
     def _checkpoint_row(

@@ -52,6 +52,8 @@ class BarProgress:
         """Count units; resumed ones do not count towards the rate."""
         if self._bar is None:
             return
+        # of what was only about right, for tqdm drops the total of a bar that runs over
+        self._bar.total = max(self._bar.total, self._bar.n + amount)
         if resumed:
             self._bar.initial += amount
             self._bar.n += amount
