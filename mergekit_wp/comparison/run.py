@@ -25,12 +25,14 @@ from mergekit_wp.comparison.methods import (
 )
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import MERGE, Job, Results
-from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting
+from mergekit_wp.comparison.rows import EQUAL, UNTUNED, Comparison, Row, Setting, Trial, perplexity
 from mergekit_wp.errors import UserError
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import UNBOUNDED, AtOnce
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.tasks.plain_text import PlainText
+from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import RowRole, Split
 
 
@@ -50,6 +52,8 @@ class Runner:
     progress: Progress
     options: MergeOptions = field(default_factory=lambda: MergeOptions(quiet=True))
     chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
+    #: by the name of a tuned row, how it is measured with other parameters on test items
+    _again: dict[str, Callable[[Trial], Row]] = field(default_factory=dict)
 
     def run(self) -> Comparison:
         """Everything, in the order of the table."""
@@ -92,7 +96,38 @@ class Runner:
             )
         # differences are from a row that has scores
         reference = next((name for name in ours_named if name in measured), measured[0])
-        return Comparison(tuple(rows), tuple(self._task_names), plan.relative, reference)
+        bound, equal = self._at_equal_perplexity(rows, reference)
+        names = tuple(self._task_names)
+        return Comparison(tuple(rows), names, plan.relative, reference, bound, equal)
+
+    def _at_equal_perplexity(
+        self, rows: Sequence[Row], reference: str
+    ) -> tuple[float | None, dict[str, Row]]:
+        """Each method with the best parameters that leave plain text as good as the reference does.
+
+        Returns:
+            The bound, which is at least 1, and rows by the name of the method's.
+        """
+        base, by_name = rows[0], {row.name: row for row in rows}
+        reached = by_name[reference].perplexity(base)
+        if base.failed is not None or reached is None:
+            return None, {}
+        bound, equal, again = max(1.0, reached), {}, []
+        for row in rows:
+            if row.failed is not None or row.role not in ("ours", "peer"):
+                continue
+            own = row.perplexity(base)
+            if row.valid is None or row.name == reference:
+                if own is not None and own <= bound:
+                    equal[row.name] = replace(row, name=row.name + EQUAL)
+            elif fit := select.within(row.trials, bound):
+                again.append((row, select.best(fit)))
+        self.progress.stage("the best at equal perplexity", len(again), "method")
+        for row, trial in again:
+            found = self._again[row.name](trial)
+            equal[row.name] = replace(found, name=row.name + EQUAL)
+            self.progress.advance(1)
+        return bound, {name: row for name, row in equal.items() if row.failed is None}
 
     @property
     def _task_names(self) -> list[str]:
@@ -106,7 +141,15 @@ class Runner:
             tests = draws * (2 if plan.tuned and method.name == OURS else 1)
             models += tests + (self._settings(method) if plan.tuned else 0)
             tested += tests
-        return models * len(plan.tasks) + tested * len(plan.keep)
+        validated = 0
+        if plan.tuned:
+            validated = 1 + len(plan.experts) + sum(self._settings(m) for m in plan.methods)
+        return models * len(plan.tasks) + tested * len(plan.keep) + validated * len(self._texts)
+
+    @property
+    def _texts(self) -> list[PlainText]:
+        """What is measured of every setting, beside the validation items."""
+        return [task for task in self.plan.keep if isinstance(task, PlainText)]
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
@@ -148,18 +191,18 @@ class Runner:
             if method.aim:
                 method = with_aim(method, won[under])
                 make = partial(self.making.by_method, method)
-        found: dict[str, tuple[Setting, float]] = {}
+        found: dict[str, Trial] = {}
 
         def value(setting: Setting) -> float | None:
             """The objective on validation items, None where it failed."""
             if (known := found.get(repr(setting))) is not None:
-                return known[1]
+                return known.value
             self._measure(method.name, setting, 0, "valid", partial(make, setting, 0))
             scores = self._scores(method.name, setting, 0, "valid")
             if scores is None:
                 return None
             reached = select.objective(scores, self.ceiling.get("valid"))
-            found[repr(setting)] = setting, reached
+            found[repr(setting)] = Trial(setting, reached, self._perplexity(method.name, setting))
             return reached
 
         if method.searched:
@@ -171,12 +214,23 @@ class Runner:
                 value(setting)
         if not found:
             return [Row(method.name, role, failed="no setting of its grid was evaluated"), *rows]
-        setting, valid = select.best([*found.values()])
-        won[method.name] = setting
-        tuned = self._test_row(method.name, role, method.name, setting, seeds, make, valid)
-        if (recipe := self.making.recipe(method, setting)) is not None:
+        trials = tuple(found.values())
+
+        def tested(trial: Trial) -> Row:
+            name, setting = method.name, trial.setting
+            return self._test_row(name, role, name, setting, seeds, make, trial.value)
+
+        self._again[method.name] = tested
+        best = select.best(trials)
+        won[method.name] = best.setting
+        tuned = tested(best)
+        if (recipe := self.making.recipe(method, best.setting)) is not None:
             self.chosen[method.name] = recipe
-        return [replace(tuned, tried=len(found)), *rows]
+        return [replace(tuned, trials=trials), *rows]
+
+    def _perplexity(self, model: str, setting: Setting) -> float | None:
+        """Of plain text, times the base's, None where it was not measured."""
+        return perplexity(self._kept(model, setting, (0,)), self._kept("base", {}, (0,)))
 
     def _recipe_row(self, name: str, recipe: MergeConfiguration) -> Row:
         """A further recipe, as it is written."""
@@ -258,14 +312,16 @@ class Runner:
         load: Callable[[], Ready],
     ) -> None:
         """Evaluate one model on the tasks that are not done yet; record how merges fail."""
+        asked: list[tuple[Task, Split]] = [(task, split) for task in self.plan.tasks]
+        # texts have no validation items: of every setting they are measured as they are
+        asked += [(task, "test") for task in (self.plan.keep if split == "test" else self._texts)]
         todo = []
-        tasks = (*self.plan.tasks, *(self.plan.keep if split == "test" else ()))
-        for task in tasks:
-            job = Job.of(model, setting, seed, task.name, split)
-            self.results.drop_incomplete(job, task.count(split))
+        for task, items in asked:
+            job = Job.of(model, setting, seed, task.name, items)
+            self.results.drop_incomplete(job, task.count(items))
             if self.results.scores(job) is None and job not in self.results.failed:
                 todo.append((task, job))
-        self.progress.advance(len(tasks) - len(todo), resumed=True)
+        self.progress.advance(len(asked) - len(todo), resumed=True)
         if not todo:
             return
         try:
@@ -276,7 +332,7 @@ class Runner:
                     try:
                         with finishing():
                             found = task.evaluate(
-                                made.model, made.asked, split, self.at_once[task.name]
+                                made.model, made.asked, job.split, self.at_once[task.name]
                             )
                             self.results.add(job, found)
                     except MAY_FAIL as error:
