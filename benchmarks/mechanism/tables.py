@@ -14,7 +14,7 @@ from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.mechanism.stability import compared
 from mergekit_wp.report.mechanism import agreement_cells, agreement_label, circuit_sentences
 from mergekit_wp.report.verification import area, curve
-from mergekit_wp.report.weights_vs_activations import weights_vs_activations
+from mergekit_wp.report.weights_vs_activations import comparisons
 from mergekit_wp.report.words import KIND_WORDS
 
 
@@ -81,7 +81,7 @@ def both_sides(file: ScoreFile) -> Iterator[str]:
             f"{row.weights_only:,}",
             f"{row.activations_only:,}",
         )
-        for found in weights_vs_activations(file)
+        for found in comparisons(file)
         for row in found.rows
         if row.kind != "kv_group"
     ]
