@@ -8,12 +8,15 @@ import click
 
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import merge_by, progress
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.joint.request import FitRequest
 
 
 @click.command(short_help="Fit the gates of all experts jointly, by gradient.")
-@options_of(FitRequest, exclude=("batch_size",), required=("out",), several=("recipe",))
-def fit(**options: Any) -> None:
+@options_of(
+    FitRequest, DryRunRequest, exclude=("batch_size",), required=("out",), several=("recipe",)
+)
+def fit(dry_run: bool, **options: Any) -> None:
     """Fit the gates of every expert of a RECIPE, or of BASE EXPERT EXPERT ..., all together.
 
     A gate multiplies a part of the expert's difference from the base: 0 keeps the base, 1 takes the
@@ -32,6 +35,6 @@ def fit(**options: Any) -> None:
     """
     from mergekit_wp import api
 
-    with progress() as bar:
+    with progress(dry_run) as bar:
         found = api.fit(**given(FitRequest, options), progress=bar)
     click.echo(merge_by(options["out"], found))
