@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mergekit_wp.commands.derive import flags
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.errors import UserError, option, spelled
 from mergekit_wp.runs.progress import BarProgress
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _planned(opened: Any, *, dry_run: bool, then: Callable[[Any], Costs | None])
         if (more := then(opened)) is not None:
             costs = costs.then(more)
         budget = worth_a_line(opened, costs)
-        return None if budget is None else line(forecast(opened, costs, budget))
+        return line(forecast(opened, costs, budget)) if budget else costs.said or None
     except Exception as error:  # whatever a model's modules raise: the run itself does not need it
         return f"what this will cost could not be told ({type(error).__name__}: {error})"
 
@@ -64,7 +64,8 @@ def show_plan(opened: Any, more: Costs | None = None) -> NoReturn:
 
     costs = counted(opened)
     found = forecast(opened, costs if more is None else costs.then(more))
-    click.echo(table(found))
+    spelt = flags(click.get_current_context().command)
+    click.echo("\n".join(spelled(said, spelt) for said in table(found).splitlines()))
     click.get_current_context().exit()
 
 

@@ -9,14 +9,16 @@ from mergekit.common import dtype_from_name
 
 from mergekit_wp.comparison.compare import CompareOpened
 from mergekit_wp.comparison.merging import IN_MEMORY
-from mergekit_wp.comparison.methods import OMEGAS, OURS, Method, peers
+from mergekit_wp.comparison.methods import OMEGAS, OURS, QUICK_METHODS, Method, peers
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.costs import memory
 from mergekit_wp.costs.answering import Asking, asked
 from mergekit_wp.costs.merging import merged
 from mergekit_wp.costs.model_size import ModelSize
 from mergekit_wp.costs.work import Costs, Held, Stage, Work, total
+from mergekit_wp.errors import option
 from mergekit_wp.models.checkpoint import Checkpoint
+from mergekit_wp.models.memory import in_gib
 from mergekit_wp.models.refusals import width
 from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.tasks.items import AT_ONCE
@@ -104,13 +106,24 @@ def comparing(opened: CompareOpened) -> Costs:
         notes.append(f"what {', '.join(learn)} learn from prompts is not counted")
     if any(found.guessed for found in by_split.values()):
         notes.append("documents of lm-eval are taken to be 256 tokens long")
+    passing = adapted + (0.0 if in_memory else weights)
     return Costs(
         tuple(stages),
         tuple(held),
         float(LINE * answers),
-        passing=adapted + (0.0 if in_memory else weights),
+        passing=passing,
         notes=tuple(notes),
+        said=_said(plan, made, answers, float(LINE * answers) + passing),
     )
+
+
+def _said(plan: Plan, made: Merges, answers: int, disk: float) -> str:
+    """How much it is, and what would be less."""
+    found = f"{made.every} merges, {answers:,} answers, {in_gib(disk)} of disk"
+    quick = len(set(QUICK_METHODS)) + len(plan.extra)
+    if plan.tuned and made.every > 2 * quick:
+        found += f" ({option('quick', True)} makes {quick} merges)"
+    return found
 
 
 def _asked(size: ModelSize, plan: Plan, split: Split, tokenizer: Any) -> Asking:

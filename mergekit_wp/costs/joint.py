@@ -15,6 +15,7 @@ from mergekit_wp.joint.company import CompanyOpened
 from mergekit_wp.joint.fit import FitOpened
 from mergekit_wp.joint.front import SHARE
 from mergekit_wp.joint.judging import LOOK
+from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Opened, Run
 from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
@@ -89,10 +90,11 @@ def _begun(
     found = [Stage("opening and comparing", opened_all, done=True)]
     if kept:
         found.append(Stage("hashing weights", Work(read=base, passed=base / 4)))
-    for pair, own, size in zip(pairs, texts, sizes, strict=True):
+    for run, pair, own, size in zip(opened.runs, pairs, texts, sizes, strict=True):
         found += asking(pair, own, opened.request.batch_size)
         work = referring(pair, own, size, pair.base + pair.expert)
-        found.append(Stage("base and expert on the prompts", work))
+        [name] = distinct_names([run.pair.expert.name])
+        found.append(Stage(f"base and {name} on the prompts", work))
     return found
 
 

@@ -19,7 +19,7 @@ from mergekit_wp.costs.passes import (
     head_flops,
     opening,
 )
-from mergekit_wp.costs.work import NOTHING, Costs, Held, Stage, Work, fullest
+from mergekit_wp.costs.work import NOTHING, Costs, Held, Stage, Work, fullest, total
 from mergekit_wp.criteria import fisher_at_expert
 from mergekit_wp.engine.gradients import PROBES, PROBES_AT_ONCE
 from mergekit_wp.engine.packing import TokenCost, packed
@@ -96,9 +96,10 @@ class Sweep:
             steps = contributions(self.pair, padded, criteria) * request.share_steps
             read = Work(read=self.pair.base + self.pair.difference, passed=self.pair.changed)
             yield Stage("share", steps + read * request.share_steps)
-        for estimand in request.estimand:
-            if estimand == "share":
-                continue
+        swapped = [estimand for estimand in request.estimand if estimand != "share"]
+        by_weights = [e for e in swapped if not of_activations(e)] or ["gain"]
+        yield Stage("noise floor", self._noise() * len(by_weights))
+        for estimand in swapped:
             exact = self._exact_kinds(estimand)
             work = self._moved(estimand) + self._swaps(estimand, exact)
             yield Stage(f"{estimand}, exact", work, f"{self._count(estimand, exact):,} swaps")
@@ -112,6 +113,15 @@ class Sweep:
         pair = self.pair
         read = pair.expert if of_knockout(estimand) else pair.base
         return Work(read=read, passed=pair.size.parameters)
+
+    def _noise(self) -> Work:
+        """Heads for themselves in two layers, as many copies at once as patches will be."""
+        layers, first = self.pair.size.layers, self._packed()[0]
+        widest = max(batch.width for batch in self.texts.batches(self.size))
+        copies = max(1, self.size * widest // first.tokens)
+        where = sorted({0, layers // 2})
+        once = forward(self.pair.size, [first])
+        return once + total(self._swap(first, layer, "head") * copies for layer in where)
 
     # --- how many -----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ def table(forecast: Forecast) -> str:
         rows.append((stage.name, *_counts(stage.work), took, stage.said))
     rows.append(("in all", *_counts(costs.work), duration(forecast.seconds), ""))
     lines = [_aligned(rows), "", _memory(forecast), "", f"disk: {_disk(forecast)}"]
+    lines += [costs.said] if costs.said else []
     lines += [f"note: {note}" for note in costs.notes]
     lines.append("nothing was computed or written; leave out --dry-run to begin")
     return "\n".join(lines)
@@ -32,7 +33,7 @@ def line(forecast: Forecast) -> str:
     if forecast.on_gpu:
         device = costs.held(on_device=True)
         memory = f"{amount(device)} on {forecast.device} and {amount(held - device)} of memory"
-    said = [f"needs about {memory}", f"reads {amount(costs.left.read)}"]
+    said = [*([costs.said] if costs.said else []), f"needs about {memory}", f"reads {amount(costs.left.read)}"]
     if costs.disk + costs.passing >= GIB:
         said.append(f"writes up to {amount(costs.disk + costs.passing)}")
     most = "at most " if any("at most" in stage.said for stage in costs.stages) else ""
@@ -62,6 +63,8 @@ def duration(seconds: float) -> str:
                 if seconds < 10 * one
                 else f"{seconds / one:.0f} {unit}"
             )
+    if seconds < 0.1:
+        return "under 0.1 s"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
@@ -70,7 +73,7 @@ def flops(count: float) -> str:
     for unit, factor in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f}"
+    return f"{count / 1e6:.2g} M"
 
 
 def _counts(work: Work) -> tuple[str, str, str]:

@@ -88,6 +88,7 @@ class Costs:
         disk: bytes of what is written and stays.
         passing: bytes of what is written and goes again, the most at once.
         notes: what the numbers do not say.
+        said: what is told before any run, however short.
     """
 
     stages: tuple[Stage, ...]
@@ -95,6 +96,7 @@ class Costs:
     disk: float
     passing: float = 0.0
     notes: tuple[str, ...] = ()
+    said: str = ""
 
     @property
     def work(self) -> Work:
@@ -119,6 +121,7 @@ class Costs:
             self.disk + other.disk,
             max(self.passing, other.passing),
             (*self.notes, *other.notes),
+            "; ".join(part for part in (self.said, other.said) if part),
         )
 
 

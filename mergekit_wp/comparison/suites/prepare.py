@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.comparison.compare import CompareOpened
+from mergekit_wp.comparison.request import CompareRequest, make_plan
 from mergekit_wp.comparison.suites.suite import Suite
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
@@ -28,6 +29,8 @@ from mergekit_wp.terms import Split
 
 #: in the folder of results: names the experts; the fit; what the fit was asked for
 _EXPERTS, _FIT, _STATED = "experts.yml", "fit", "suite.json"
+#: what a suite says, and nobody beside it
+WHOLE = ("recipes", "tasks", "prompts")
 #: fields of a comparison that a fit has as well
 _SHARED = ("device", "restart")
 #: fields of a fit on which its result does not depend
@@ -58,7 +61,6 @@ def requested(
     Raises:
         UserError: both or neither is given, or any mistake in it.
     """
-    whole = ("recipes", "tasks", "prompts")
     if suite is None:
         if not given["recipes"] or not given["tasks"]:
             raise UserError(
@@ -66,12 +68,12 @@ def requested(
                 f"both, or {option('suite', 'FILE')}"
             )
         return CompareRequest.of(**given)
-    if any(given[name] for name in whole):
+    if any(given[name] for name in WHOLE):
         raise UserError(
             f"{option('suite', suite)} names the experts, their prompts and the tasks; give none "
             "beside it"
         )
-    return prepare(Path(suite), {k: v for k, v in given.items() if k not in whole}, progress)
+    return prepare(Path(suite), {k: v for k, v in given.items() if k not in WHOLE}, progress)
 
 
 def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
@@ -106,6 +108,25 @@ def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> Compa
     check(path, suite, request)
     _fitted(suite, fitting, out, stated, progress)
     return request
+
+
+def outlook(path: Path, options: Mapping[str, Any]) -> CompareOpened:
+    """The comparison that will follow the fit of a suite; nothing is fitted or written.
+
+    Args:
+        path: the suite's file.
+        options: see `prepare`.
+
+    Raises:
+        UserError: any mistake in the suite or the options.
+    """
+    suite = Suite.read(path)
+    with naming(path):
+        # by `fusion: path`, as a fit's recipe does
+        recipe = suite.recipe | {"parameters": {"fusion": "path"}}
+        request = suite.compare_request(recipe, **options)
+        plan, _ = make_plan(request, fitted=False)
+    return CompareOpened(request, plan)
 
 
 def check(path: Path, suite: Suite, request: CompareRequest) -> None:
