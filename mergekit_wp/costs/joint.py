@@ -59,9 +59,9 @@ def fit(opened: FitOpened) -> Costs:
     size = pairs[0].size
     step = slopes(pairs, [_mean(own) for own in fitted]) + mixed(pairs)
     look = mixed(pairs) + forward(size, judged)
-    front = len(request.front) * max(1, request.steps // SHARE)
-    steps = request.steps + front
-    looks = steps // LOOK + 1 + len(request.front)
+    climbs = [request.steps, *[max(1, request.steps // SHARE)] * len(request.front)]
+    steps = sum(climbs)
+    looks = sum(1 + -(-most // LOOK) for most in climbs)
     said = f"at most {steps:,} steps of {step.flops / 1e12:.3g} TFLOP"
     base = pairs[0].base
     guarding = forward(size, [b for own in every[len(texts) :] for b in own])

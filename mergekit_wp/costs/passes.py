@@ -132,11 +132,22 @@ def _layers_back(size: ModelSize, batch: TextBatch) -> float:
     return size.layers * (2.0 * batch.tokens * size.active + _BACK * attended(size, batch))
 
 
-def gradients(size: ModelSize, batches: Iterable[TextBatch], criteria: int) -> Work:
-    """A run forward, and the gradient of what every block writes by each criterion."""
+def gradients(
+    size: ModelSize, batches: Iterable[TextBatch], criteria: int, *, entrance: bool = False
+) -> Work:
+    """A run forward, and the gradient of what every block writes by each criterion.
+
+    Args:
+        size: of the model.
+        batches: what goes through.
+        criteria: how many.
+        entrance: whether the gradient goes on to what enters the first layer.
+    """
     found = []
     for batch in batches:
-        back = Work(backward=_layers_back(size, batch), head=head_flops(size, batch))
+        first = 2.0 * batch.tokens * size.attention + _BACK * attended(size, batch)
+        flops = _layers_back(size, batch) - (0.0 if entrance else first)
+        back = Work(backward=flops, head=head_flops(size, batch))
         found.append(forward(size, [batch]) + back * criteria)
     return total(found)
 
@@ -151,11 +162,16 @@ def contributions(pair: PairSize, batches: Iterable[TextBatch], criteria: int) -
         products = Work(
             backward=2.0 * batch.tokens * pair.matrices,
             head=head_flops(pair.size, batch) if pair.head else 0.0,
-            read=pair.difference,
-            passed=DELTA * pair.changed,
         )
-        found.append(gradients(pair.size, [batch], criteria) + products * criteria)
+        back = gradients(pair.size, [batch], criteria, entrance=True)
+        found.append(back + (products + differences(pair)) * criteria)
     return total(found)
+
+
+def differences(pair: PairSize) -> Work:
+    """Every difference read once; a tied head's twice, where it is read and where it is written."""
+    again = pair.size.head / pair.changed if pair.size.tied and pair.head else 0.0
+    return Work(read=pair.difference, passed=DELTA * pair.changed) * (1.0 + again)
 
 
 def slopes(pairs: Sequence[PairSize], terms: Sequence[TextBatch], parts: int = 1) -> Work:
@@ -177,9 +193,8 @@ def slopes(pairs: Sequence[PairSize], terms: Sequence[TextBatch], parts: int = 1
         for term in terms
     ]
     for pair in pairs:
-        dotted = PRODUCT * len(terms) * pair.changed
-        read = Work(read=pair.difference, passed=DELTA * pair.changed + dotted)
-        found.append(read * parts)
+        dotted = Work(passed=PRODUCT * len(terms) * pair.changed)
+        found.append((differences(pair) + dotted) * parts)
     return total(found)
 
 

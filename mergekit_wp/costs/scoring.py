@@ -17,6 +17,7 @@ from mergekit_wp.costs.passes import (
     forward,
     gradients,
     head_flops,
+    layer_flops,
     opening,
 )
 from mergekit_wp.costs.work import NOTHING, Costs, Held, Stage, Work, fullest, total
@@ -119,9 +120,10 @@ class Sweep:
         layers, first = self.pair.size.layers, self._packed()[0]
         widest = max(batch.width for batch in self.texts.batches(self.size))
         copies = max(1, self.size * widest // first.tokens)
+        mlp = Work(forward=2.0 * first.tokens * self.pair.size.mlp)
         where = sorted({0, layers // 2})
         once = forward(self.pair.size, [first])
-        return once + total(self._swap(first, layer, "head") * copies for layer in where)
+        return once + total((self._tail(first, layer) + mlp) * copies for layer in where)
 
     # --- how many -----------------------------------------------------------------------------
 
@@ -211,12 +213,16 @@ class Sweep:
             local += 4.0 * batch.tokens * size.hidden * inner / count
         return self._tail(batch, layer) + Work(forward=local)
 
-    def _local(self, batch: TextBatch, kinds: Sequence[Kind]) -> float:
+    def _local(self, estimand: Estimand, batch: TextBatch, kinds: Sequence[Kind]) -> float:
         """FLOPs of what a layer's components change in their own blocks, before they write."""
         size, found = self.pair.size, 0.0
         reads = size.attention - size.hidden * size.heads
+        one = 2.0 * batch.tokens * reads + attended(size, batch)
+        if of_activations(estimand):
+            # of all kinds: the layer up to its last writer as both models have it, and by groups
+            whole = layer_flops(size, batch) - 2.0 * batch.tokens * size.hidden * size.inner
+            return 2 * whole + one if kinds else 0.0
         if attends := [kind for kind in kinds if kind in ("head", "kv_group")]:
-            one = 2.0 * batch.tokens * reads + attended(size, batch)
             found += (1 + len(attends)) * one
         if "neuron" in kinds:
             found += 2 * 2.0 * batch.tokens * (size.mlp - size.hidden * size.inner)
@@ -229,7 +235,7 @@ class Sweep:
 
     def _of_counts(self, estimand: Estimand, counts: dict[Kind, list[int]]) -> Work:
         size, found = self.pair.size, NOTHING
-        batches = self._packed()
+        batches = self._packed() if any(map(any, counts.values())) else []
         layer_read = self.pair.expert / size.parameters * size.layer
         for batch in batches:
             found = found + forward(size, [batch], head=False)
@@ -241,7 +247,7 @@ class Sweep:
                 if not here:
                     continue
                 sliced = [kind for kind in here if kind in SLICED_KINDS]
-                work = Work(forward=self._local(batch, sliced), read=layer_read)
+                work = Work(forward=self._local(estimand, batch, sliced), read=layer_read)
                 for kind, count in here.items():
                     work = work + self._swap(batch, layer, kind) * count
                 found = found + work
@@ -258,11 +264,13 @@ class Sweep:
         changed = {kind: len(self._layers(estimand, kind)) for kind in kinds}
         found = gradients(size, padded, backs)
         for batch in padded:
+            neurons = [kind for kind in kinds if kind == "neuron"]
+            attends = [kind for kind in kinds if kind != "neuron"]
             local = sum(
-                self._local(batch, [kind]) * changed[kind] for kind in kinds if kind == "neuron"
+                self._local(estimand, batch, some) * max(changed[kind] for kind in some)
+                for some in (neurons, attends)
+                if some
             )
-            if attends := [kind for kind in kinds if kind != "neuron"]:
-                local += self._local(batch, attends) * max(changed[kind] for kind in attends)
             dotted = sum(
                 4.0 * batch.tokens * size.hidden * width[kind] * changed[kind] for kind in kinds
             )

@@ -33,7 +33,11 @@ def line(forecast: Forecast) -> str:
     if forecast.on_gpu:
         device = costs.held(on_device=True)
         memory = f"{amount(device)} on {forecast.device} and {amount(held - device)} of memory"
-    said = [*([costs.said] if costs.said else []), f"needs about {memory}", f"reads {amount(costs.left.read)}"]
+    said = [
+        *([costs.said] if costs.said else []),
+        f"needs about {memory}",
+        f"reads {amount(costs.left.read)}",
+    ]
     if costs.disk + costs.passing >= GIB:
         said.append(f"writes up to {amount(costs.disk + costs.passing)}")
     most = "at most " if any("at most" in stage.said for stage in costs.stages) else ""
