@@ -214,18 +214,16 @@ class Sweep:
         return self._tail(batch, layer) + Work(forward=local)
 
     def _local(self, estimand: Estimand, batch: TextBatch, kinds: Sequence[Kind]) -> float:
-        """FLOPs of what a layer's components change in their own blocks, before they write."""
+        """FLOPs of what a layer's components change in their own blocks."""
         size, found = self.pair.size, 0.0
-        reads = size.attention - size.hidden * size.heads
-        one = 2.0 * batch.tokens * reads + attended(size, batch)
-        if of_activations(estimand):
-            # of all kinds: the layer up to its last writer as both models have it, and by groups
-            whole = layer_flops(size, batch) - 2.0 * batch.tokens * size.hidden * size.inner
-            return 2 * whole + one if kinds else 0.0
+        if of_activations(estimand):  # of all kinds: by both models, and with the other's keys
+            return 3 * layer_flops(size, batch) if kinds else 0.0
+        # each block by its own weights, and with those that every kind exchanges
         if attends := [kind for kind in kinds if kind in ("head", "kv_group")]:
-            found += (1 + len(attends)) * one
+            block = 2.0 * batch.tokens * size.attention + attended(size, batch)
+            found += (1 + len(attends)) * block
         if "neuron" in kinds:
-            found += 2 * 2.0 * batch.tokens * (size.mlp - size.hidden * size.inner)
+            found += 2 * 2.0 * batch.tokens * size.mlp
         return found
 
     def _swaps(self, estimand: Estimand, kinds: Sequence[Kind]) -> Work:
