@@ -12,7 +12,7 @@ import click
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import progress
 from mergekit_wp.comparison.request import CompareRequest
-from mergekit_wp.comparison.suites.prepare import WHOLE, SuiteRequest, outlook
+from mergekit_wp.comparison.suites.prepare import WHOLE, SuiteRequest, outlook, prepare
 from mergekit_wp.costs.request import DryRunRequest
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def compare(context: click.Context, /, dry_run: bool, **options: Any) -> None:
         fields = _typed_only(context, fields)
     recipes = fields.pop("recipes", ())
     with progress(dry_run, then=partial(_after_fit, fields)) as bar:
+        if dry_run and (suite := fields.get("suite")) is not None:
+            beside = {name: value for name, value in fields.items() if name != "suite"}
+            prepare(suite, beside, bar, only_to_plan=True)
         found = api.compare(*recipes, **fields, progress=bar)
     click.echo(found.table())
     click.echo(f"\nreport: {options['out'] / 'report.html'}")

@@ -177,7 +177,7 @@ def refuse_unwritable(path: Path, target: Path) -> None:
     """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "no permission to write there" if above.is_dir() else f"{above} is a file"
+        why = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
         raise UserError(f"{target} cannot be written: {why}")
 
 

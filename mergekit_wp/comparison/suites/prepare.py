@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import yaml
@@ -76,13 +77,17 @@ def requested(
     return prepare(Path(suite), {k: v for k, v in given.items() if k not in WHOLE}, progress)
 
 
-def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
+def prepare(
+    path: Path, options: Mapping[str, Any], progress: Progress, *, only_to_plan: bool = False
+) -> CompareRequest:
     """The comparison of a suite, after its experts were fitted together.
 
     Args:
         path: the suite's file.
         options: fields of `CompareRequest` that override the suite's; ``out`` among them.
         progress: told how far the fit is.
+        only_to_plan: where there is no fit yet, `progress` ends the run when it is told of its
+            cost; what would be written before that goes elsewhere.
 
     Raises:
         UserError: any mistake in the suite or the options; the folder holds another suite's fit.
@@ -106,6 +111,10 @@ def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> Compa
             )
         return request
     check(path, suite, request)
+    if only_to_plan:
+        with TemporaryDirectory() as scratch:
+            elsewhere = fitting.model_copy(update={"recipe": Path(scratch, _EXPERTS)})
+            _fitted(suite, elsewhere, Path(scratch), stated, progress)
     _fitted(suite, fitting, out, stated, progress)
     return request
 
