@@ -28,7 +28,7 @@ from mergekit_wp.terms import Split
 LINE = 400
 
 
-class Merges(NamedTuple):
+class MergeCount(NamedTuple):
     """Models that a comparison makes.
 
     Attributes:
@@ -45,7 +45,7 @@ class Merges(NamedTuple):
         return self.chosen + self.tested
 
 
-def merges(plan: Plan) -> Merges:
+def merges(plan: Plan) -> MergeCount:
     """How many merges by every method and further recipe; of a search about so many."""
     chosen, tested, names = 0, len(plan.extra), {method.name for method in plan.methods}
     for method in plan.methods:
@@ -56,7 +56,7 @@ def merges(plan: Plan) -> Merges:
         under = {m.on_top_of for m in plan.methods if m.on_top_of} - names
         chosen += sum(settings(peers(len(plan.experts))[name], len(plan.experts)) for name in under)
         tested += len(under)
-    return Merges(chosen, tested)
+    return MergeCount(chosen, tested)
 
 
 def settings(method: Method, experts: int) -> int:
@@ -117,7 +117,7 @@ def comparing(opened: CompareOpened) -> Costs:
     )
 
 
-def _said(plan: Plan, made: Merges, answers: int, disk: float) -> str:
+def _said(plan: Plan, made: MergeCount, answers: int, disk: float) -> str:
     """How much it is, and what would be less."""
     found = f"{made.every} merges, {answers:,} answers, {in_gib(disk)} of disk"
     quick = len(set(QUICK_METHODS)) + len(plan.extra)
