@@ -1,7 +1,7 @@
 """``python -m benchmarks.forecast``: forecasts held against real runs of SmolLM2.
 
-Needs the experts of `benchmarks.smollm2` (``make bench``). ``--paper`` prints what models would take
-that are too large to run here.
+Needs the experts of `benchmarks.smollm2` (``make bench``). ``--paper`` prints what models would
+take that are too large to run here.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Models that are too large to run here, from the same counts as `--dry-run`. Nothing is measured.
+"""Models too large to run here, from the same counts as `--dry-run`. Nothing is measured.
 
-Three experts and one guard, 32 prompts a behaviour of 256 tokens, 64 of them the answer; a fit takes
-8 prompts a step. Weights and activations are bfloat16, criteria float32.
+Three experts and one guard, 32 prompts a behaviour of 256 tokens, 64 of them the answer; a fit
+takes 8 prompts a step. Weights and activations are bfloat16, criteria float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mergekit_wp.costs import memory
 from mergekit_wp.costs.model_size import ModelSize, PairSize
@@ -20,6 +21,8 @@ EXPERTS, PROMPTS, A_STEP, TOKENS, ANSWER = 3, 32, 8, 256, 64
 PATH, STEPS, SHARE = 10, 200, 5
 #: of one H100: products of bfloat16 a second, the part of them that is reached, and bytes it holds
 PRODUCTS, REACHED, CARD = 989e12, 0.3, 80e9
+#: part of it that may be taken beside weights
+ROOM = 0.9
 #: a node: cards, bytes of main memory, bytes a second from there to the cards, and from its disk
 CARDS, MAIN, BUS, DISK = 8, 2e12, 50e9, 5e9
 
@@ -61,13 +64,15 @@ class Job:
 
     Attributes:
         name: of it.
+        at_once: prompts of a behaviour that go through together: as many as fit.
         steps: that follow one another.
         step: work of one.
-        parts: that can be done side by side in a step.
+        parts: of a step that are done side by side.
         memory: of a worker, by what for; the weights first.
     """
 
     name: str
+    at_once: int
     steps: int
     step: Work
     parts: int
@@ -88,46 +93,68 @@ def pair_of(size: ModelSize) -> PairSize:
     )
 
 
+def alone(size: ModelSize, at_once: int) -> Job:
+    """Shares of one expert: all midpoints and batches can be done side by side."""
+    pair, batch = pair_of(size), TextBatch(at_once, TOKENS, at_once * ANSWER)
+    step = contributions(pair, [batch], 1) + Work(read=pair.base + pair.difference)
+    kept = Held("activations", memory.graph(size, batch, 2, layers=size.layers))
+    logits = Held("logits", memory.logits(size, batch))
+    count = SHARE * PROMPTS // at_once
+    held = [memory.model(size, 2), kept, logits]
+    return Job("score, share", at_once, 1, step * count, count, held)
+
+
+def together(
+    size: ModelSize, name: str, steps: int, prompts: int, guards: int, at_once: int
+) -> Job:
+    """One step of every behaviour and guard, each by a worker of its own, and then the next."""
+    pairs, terms = [pair_of(size)] * EXPERTS, EXPERTS + guards
+    whole = [TextBatch(prompts, TOKENS, prompts * ANSWER)] * terms
+    some = [TextBatch(at_once, TOKENS, at_once * ANSWER)]
+    held = [
+        memory.model(size, 2),
+        Held("teachers", 4.0 * terms * PROMPTS * ANSWER * size.vocabulary),
+        memory.recordings(size, some, 2),
+        *memory.slopes_at_work(pairs, some, 2),
+    ]
+    step = slopes(pairs, whole, prompts // at_once) + mixed(pairs)
+    return Job(name, at_once, steps, step, terms, held)
+
+
+def fitting(make: Callable[[int], Job], prompts: int) -> Job:
+    """With as many prompts at once as a card has room for, at least one."""
+    while prompts > 1 and make(prompts).besides > ROOM * CARD:
+        prompts //= 2
+    return make(prompts)
+
+
 def jobs(size: ModelSize) -> list[Job]:
     """Scoring alone and in company, and a fit."""
-    pairs = [pair_of(size)] * EXPERTS
-    batch = TextBatch(PROMPTS, TOKENS, PROMPTS * ANSWER)
-    term = TextBatch(A_STEP, TOKENS, A_STEP * ANSWER)
-    model = memory.model(size, 2)
-    teachers = Held("teachers", 4.0 * EXPERTS * PROMPTS * ANSWER * size.vocabulary)
-    share = contributions(pairs[0], [batch], 1) + Work(read=2 * pairs[0].base)
-    kept = Held("activations", memory.graph(size, batch, 2, layers=size.layers))
-    company, fit = [batch] * EXPERTS, [term] * (EXPERTS + 1)
-
-    def held(terms: Sequence[TextBatch]) -> list[Held]:
-        record = memory.recordings(size, terms, 2)
-        return [model, teachers, record, *memory.slopes_at_work(pairs, terms, 2)]
-
     return [
-        Job("score, share", SHARE, share, 1, [model, kept]),
-        Job("score together", PATH, slopes(pairs, company) + mixed(pairs), EXPERTS, held(company)),
-        Job("fit", STEPS, slopes(pairs, fit) + mixed(pairs), EXPERTS + 1, held(fit)),
+        fitting(partial(alone, size), PROMPTS),
+        fitting(partial(together, size, "score together", PATH, PROMPTS, 0), PROMPTS),
+        fitting(partial(together, size, "fit", STEPS, A_STEP, 1), A_STEP),
     ]
 
 
 def times(size: ModelSize, job: Job, cards: int) -> dict[str, float]:
     """Seconds of a step, by what bounds it: products, weights fetched, checkpoints read.
 
-    Every worker computes on one card and reads all checkpoints itself; workers of one node share
-    its bus and its disk. A share integral's steps are done side by side instead of its parts.
+    Every worker computes on one card and reads all that it needs itself; workers of one node share
+    its bus and its disk.
     """
-    side_by_side = job.steps if job.parts == 1 else job.parts
-    workers = min(cards, side_by_side)
+    workers = min(cards, job.parts)
     a_node = -(-workers // (cards // CARDS))
-    share = job.step.flops / (workers if job.parts > 1 else 1)
     weights = 2.0 * size.parameters
     beyond = max(0.0, weights - max(0.0, CARD - job.besides))
-    all_checkpoints = (EXPERTS + 1) * weights
-    speed = BUS if all_checkpoints <= MAIN else DISK
+    speed = BUS if (EXPERTS + 1) * weights <= MAIN else DISK
+    # a step's parts are split among workers; terms are read for by each, batches by one of them
+    read = job.step.read * (1 / workers if job.steps == 1 else 1.0)
+    turns = job.parts / workers if job.steps == 1 else A_STEP // min(A_STEP, job.at_once)
     return {
-        "products": share / (PRODUCTS * REACHED),
-        "weights fetched to the card": 3 * beyond * a_node / BUS,
-        "checkpoints read": job.step.read * a_node / speed,
+        "products": job.step.flops / workers / (PRODUCTS * REACHED),
+        "fetching weights": 3 * beyond * turns * a_node / BUS,
+        "reading": read * a_node / speed,
     }
 
 
@@ -136,13 +163,10 @@ def row(name: str, job: Job, size: ModelSize) -> str:
     whole = []
     for cards in (8, 64):
         found = times(size, job, cards)
-        turns = -(-job.steps // min(cards, job.steps)) if job.parts == 1 else job.steps
         first = max(found, key=lambda what: found[what])
-        if job.besides > CARD:
-            first = "does not fit: fewer prompts at once"
-        whole.append(f"{duration(sum(found.values()) * turns)} ({first})")
+        whole.append(f"{duration(sum(found.values()) * job.steps)}, {first}")
     cells = [
-        *(name, job.name, f"{job.steps} x {flops(job.step.flops)}FLOP"),
+        *(name, job.name, str(job.at_once), f"{job.steps} x {flops(job.step.flops)}FLOP"),
         *(f"{job.steps} x {amount(job.step.read)}", amount(job.besides), *whole),
     ]
     return f"| {' | '.join(cells)} |"
@@ -150,10 +174,11 @@ def row(name: str, job: Job, size: ModelSize) -> str:
 
 def paper() -> str:
     """The table, and what is held."""
-    lines = [
-        "| model | command | steps | read by a worker | on its card beside weights | 8 H100 | 64 H100 |",
-        "|---|---|---:|---:|---:|---:|---:|",
+    columns = [
+        *("model", "command", "prompts at once", "FLOPs", "read", "on the card beside weights"),
+        *("8 H100, most of it", "64 H100, most of it"),
     ]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|---:|---:|---:|---|---|"]
     lines += [row(name, job, size) for name, size in MODELS.items() for job in jobs(size)]
     lines += ["", "| model | held by a worker of a fit |", "|---|---|"]
     for name, size in MODELS.items():
