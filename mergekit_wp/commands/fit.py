@@ -27,6 +27,7 @@ def fit(dry_run: bool, **options: Any) -> None:
     streams, and one layer's gradients and differences are in memory; the rest is streamed. For
     three experts, 8 prompts of 256 tokens each in a step, in bfloat16, a 1B model needs about 11
     GiB and 0.06 PFLOP a step, 8B 29 GiB and 0.4, 70B 170 GiB and 3.5 (computed: docs/fit.md).
+    --dry-run says what yours takes.
 
     \b
       mergekit-wp fit recipe.yml --prompts inst=inst.jsonl --prompts math=math.jsonl \\
