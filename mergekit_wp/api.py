@@ -209,7 +209,15 @@ def merge(
 
     ensure_registered()
     with shown_by(progress) as shown, recipe_for(what) as recipe:
-        _merge(recipe, out, options or MergeOptions(), write_card, shown.note, overwrite=overwrite)
+        _merge(
+            recipe,
+            out,
+            options or MergeOptions(),
+            write_card,
+            shown.note,
+            overwrite=overwrite,
+            plan=shown.plan,
+        )
 
 
 def merge_experts(

@@ -49,6 +49,9 @@ class Quiet:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def plan(self, opened: object) -> None:
+        self.opened = opened
+
 
 def ids_of(prompts: Path) -> list[list[int]]:
     return [

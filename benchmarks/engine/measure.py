@@ -64,7 +64,7 @@ def _by_head(shape: Shape, q: Shape) -> Shape:
 
 
 #: torch counts no attention on CPUs, and before 2.12 none of heads in groups
-_ATTENTION = {
+ATTENTION = {
     _aten._scaled_dot_product_flash_attention: _attention,
     _aten._scaled_dot_product_efficient_attention: _attention,
     _aten._scaled_dot_product_cudnn_attention: _attention,
@@ -78,7 +78,7 @@ _ATTENTION = {
 
 def counted(run: Callable[[], object]) -> float:
     """FLOPs of a run's matrix products and attention."""
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         run()
     return float(counter.get_total_flops())
 

@@ -34,7 +34,7 @@ from benchmarks.agreement import (
     picture,
     ranking,
 )
-from benchmarks.zoo.bench import BUILD, MAX_NEW_TOKENS, N_TEST, ROOT, SKILLS, Silent, checkpoints
+from benchmarks.zoo.bench import BUILD, MAX_NEW_TOKENS, N_TEST, ROOT, SKILLS, checkpoints
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.fitting import Seed
 from benchmarks.zoo.tasks import distinct_items
@@ -139,7 +139,7 @@ class World:
             request = self.fits.request(
                 SKILLS, n, steps=steps, granularity=granularity, out=out, guards=self.fits.guard
             )
-            fit(request, Silent())
+            fit(request, NoProgress())
             with making.by_recipe(read_recipe(out / RECIPE).config, 0) as made:
                 yield made.model
 

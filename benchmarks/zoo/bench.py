@@ -52,19 +52,6 @@ N_PROMPTS, N_VALID, N_TEST = 128, 100, 200
 MAX_NEW_TOKENS = 14
 
 
-class Silent:
-    """A scoring run that says nothing."""
-
-    def stage(self, name: str, total: float, unit: str) -> None:
-        pass
-
-    def advance(self, amount: float, *, resumed: bool = False) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
 def checkpoints(seed: int) -> Path:
     """The folder of one seed's base and experts, trained if it is not there."""
     folder = BUILD / f"seed{seed}"
@@ -160,7 +147,7 @@ def company(folder: Path, seed: int, experts: Sequence[str], n: int, steps: int)
         )
         pairs = tuple((e, prompts(folder, seed, e, n)) for e in experts)
         request = CompanyRequest(recipe=recipe, prompts=pairs, out=out, path_steps=steps)
-        score_company(request, Silent())
+        score_company(request, NoProgress())
     return out
 
 
@@ -176,7 +163,7 @@ def alone(folder: Path, seed: int, expert: str, n: int = N_PROMPTS, **options: A
             out=out,
             **{"estimand": ("share",), "criterion": ("kl",), **options},
         )
-        score(request, Silent())
+        score(request, NoProgress())
     return out
 
 

@@ -33,7 +33,6 @@ from benchmarks.zoo.bench import (
     N_TEST,
     ROOT,
     SKILLS,
-    Silent,
     alone,
     checkpoints,
     company,
@@ -53,6 +52,7 @@ from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.merging.model_references import data_of
 from mergekit_wp.merging.recipe import read as read_recipe
+from mergekit_wp.runs.progress import NoProgress
 
 ALL = COMBINATIONS[-1]
 #: unlabelled prompts a skill
@@ -133,7 +133,7 @@ class Seed:
     def fitted(self, experts: tuple[str, ...], n: int = N, **options: Any) -> Measured:
         """Fit, merge by stock mergekit, measure; with the history, and how it meets scores."""
         request = self.request(experts, n, **options)
-        read = list(fit(request, Silent()).values())
+        read = list(fit(request, NoProgress()).values())
         assert request.out is not None
         recipe = data_of(read_recipe(request.out / RECIPE).config, exclude_none=True)
         found = merged(MergeConfiguration.model_validate(recipe), self.seed)
@@ -150,7 +150,7 @@ class Seed:
 
     def coarse(self, experts: tuple[str, ...]) -> Measured:
         """The same fit with one gate a tensor."""
-        model, _ = fit_by_tensor(self.request(experts), 0.5, Silent())
+        model, _ = fit_by_tensor(self.request(experts), 0.5, NoProgress())
         return measure(model.eval(), load_model(self.folder / "base")[1], self.seed)
 
     def entropy(self) -> Measured:

@@ -10,13 +10,14 @@ import click
 
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import progress, prompt_file
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.mechanism.request import AnchorRequest
 from mergekit_wp.options import PrintRequest
 
 
 @click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
-@options_of(AnchorRequest, PrintRequest, optional=("prompts",))
-def anchor(as_json: bool, **options: Any) -> None:
+@options_of(AnchorRequest, PrintRequest, DryRunRequest, optional=("prompts",))
+def anchor(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Look for a direction that stands for a behaviour, layer by layer; prompts need contrasts.
 
     The direction is the mean difference of EXPERT's residual stream at the last prompt token, with
@@ -33,7 +34,7 @@ def anchor(as_json: bool, **options: Any) -> None:
     from mergekit_wp.mechanism.anchors import best_anchor
     from mergekit_wp.report.mechanism import anchor_table
 
-    with progress() as bar, prompt_file(options) as path:
+    with progress(dry_run) as bar, prompt_file(options) as path:
         fields = given(AnchorRequest, options | {"prompts": path})
         found = api.find_anchors(**fields, progress=bar)
     chosen = best_anchor(found)

@@ -8,12 +8,15 @@ import click
 
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import merge_by, progress
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.joint.request import FitRequest
 
 
 @click.command(short_help="Fit the gates of all experts jointly, by gradient.")
-@options_of(FitRequest, exclude=("batch_size",), required=("out",), several=("recipe",))
-def fit(**options: Any) -> None:
+@options_of(
+    FitRequest, DryRunRequest, exclude=("batch_size",), required=("out",), several=("recipe",)
+)
+def fit(dry_run: bool, **options: Any) -> None:
     """Fit the gates of every expert of a RECIPE, or of BASE EXPERT EXPERT ..., all together.
 
     A gate multiplies a part of the expert's difference from the base: 0 keeps the base, 1 takes the
@@ -24,6 +27,7 @@ def fit(**options: Any) -> None:
     streams, and one layer's gradients and differences are in memory; the rest is streamed. For
     three experts, 8 prompts of 256 tokens each in a step, in bfloat16, a 1B model needs about 11
     GiB and 0.06 PFLOP a step, 8B 29 GiB and 0.4, 70B 170 GiB and 3.5 (computed: docs/fit.md).
+    --dry-run says what yours takes.
 
     \b
       mergekit-wp fit recipe.yml --prompts inst=inst.jsonl --prompts math=math.jsonl \\
@@ -32,6 +36,6 @@ def fit(**options: Any) -> None:
     """
     from mergekit_wp import api
 
-    with progress() as bar:
+    with progress(dry_run) as bar:
         found = api.fit(**given(FitRequest, options), progress=bar)
     click.echo(merge_by(options["out"], found))

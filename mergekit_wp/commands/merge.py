@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import transformers
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_wp import api
+from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.commands.derive import given, options_of
-from mergekit_wp.commands.shown import progress
+from mergekit_wp.commands.shown import progress, show_plan
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.errors import UserError
 from mergekit_wp.joint.request import FitRequest
-from mergekit_wp.merging.merge import check_target
+from mergekit_wp.merging.merge import check_target, look
 from mergekit_wp.merging.request import MergeRequest
+
+if TYPE_CHECKING:
+    from mergekit_wp.costs.work import Costs
 
 
 @click.command("merge", cls=PrettyPrintHelp, short_help="Merge experts, or as a recipe says.")
 @options_of(
-    MergeRequest, FitRequest, exclude=("recipe", "batch_size", "device"), optional=("prompts",)
+    MergeRequest,
+    FitRequest,
+    DryRunRequest,
+    exclude=("recipe", "batch_size", "device"),
+    optional=("prompts",),
 )
 @add_merge_options  # type: ignore[untyped-decorator]
 @click.pass_context
@@ -31,6 +40,7 @@ def merge(
     what: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Merge experts into their base, or as a RECIPE says, into the folder OUT.
@@ -65,10 +75,14 @@ def merge(
     """
     transformers.logging.set_verbosity_error()  # mergekit's own use of deprecated names
     if options["prompts"]:
-        folder = _fitted(merge_options, what, out, overwrite, options)
+        folder = _fitted(merge_options, what, out, overwrite, dry_run, options)
     else:
         recipe, folder = _by_recipe(context, what, out)
-        api.merge(recipe, folder, merge_options, overwrite=overwrite)
+        if dry_run:
+            ensure_registered()
+            show_plan(look(recipe, folder, merge_options, overwrite=overwrite))
+        with progress() as bar:
+            api.merge(recipe, folder, merge_options, overwrite=overwrite, progress=bar)
     click.echo(f"merged model written to {folder}")
 
 
@@ -77,6 +91,7 @@ def _fitted(
     what: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    dry_run: bool,
     options: dict[str, Any],
 ) -> Path:
     if out is None:
@@ -84,11 +99,19 @@ def _fitted(
     check_target(out, what)  # known before anything is fitted
     device = str(merge_options.device or "auto")
     fields = given(FitRequest, options | {"recipe": what, "device": device})
-    with progress() as bar:
+    with progress(dry_run, then=_merge_after) as bar:
         api.merge_experts(
             **fields, out=out, options=merge_options, overwrite=overwrite, progress=bar
         )
     return out
+
+
+def _merge_after(opened: Any) -> Costs | None:
+    """The merge that follows the fit, whose recipe there is not yet."""
+    from mergekit_wp.costs.merging import after_fit
+    from mergekit_wp.costs.model_size import PairSize
+
+    return after_fit([PairSize.of(run.pair) for run in opened.runs])
 
 
 def _by_recipe(

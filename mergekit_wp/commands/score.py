@@ -9,6 +9,7 @@ import click
 
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import merge_by, progress
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.options import declared
 from mergekit_wp.runs.progress import BarProgress
@@ -27,12 +28,13 @@ _ALONE = (
 @options_of(
     ScoreRequest,
     CompanyRequest,
+    DryRunRequest,
     optional=("base", "expert", "recipe"),
     required=("out",),
     several=("expert",),
 )
 @click.pass_context
-def score(context: click.Context, /, **options: Any) -> None:
+def score(context: click.Context, /, dry_run: bool, **options: Any) -> None:
     """Measure how much of EXPERT's behaviour each component of its weights carries.
 
     BASE and EXPERT are folders or Hub ids (owner/name@revision) of one architecture; EXPERT may be
@@ -59,7 +61,7 @@ def score(context: click.Context, /, **options: Any) -> None:
     """
     together = options["recipe"] is not None or len(options["expert"]) > 1
     _check_together(context, together)
-    with progress() as bar:
+    with progress(dry_run) as bar:
         said = (_together if together else _alone)(options, bar)
     click.echo(said)
 
@@ -68,7 +70,7 @@ def _check_together(context: click.Context, together: bool) -> None:
     """Refuse what was given and is not asked of one expert, or of all together."""
     from mergekit_wp.errors import UserError
 
-    taken = declared(CompanyRequest if together else ScoreRequest)
+    taken = {*declared(CompanyRequest if together else ScoreRequest), *declared(DryRunRequest)}
     for parameter in context.command.params:
         name = str(parameter.name)
         what = parameter.opts[0] if isinstance(parameter, click.Option) else name.upper()

@@ -4,27 +4,69 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from mergekit_wp.commands.derive import flags
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.errors import UserError, option, spelled
 from mergekit_wp.runs.progress import BarProgress
 
+if TYPE_CHECKING:
+    from mergekit_wp.costs.work import Costs
 
-def progress() -> BarProgress:
-    """A bar whose notes name options by the present command's flags; libraries fall silent."""
+
+def progress(
+    dry_run: bool = False, then: Callable[[Any], Costs | None] = lambda _: None
+) -> BarProgress:
+    """A bar whose notes name options by the present command's flags; libraries fall silent.
+
+    Args:
+        dry_run: end the command where it would begin to compute, and print what it would take.
+        then: what the command takes after what is opened, if anything.
+    """
     import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)  # its retries are not our one line
-    return BarProgress(flags(click.get_current_context().command))
+    said = partial(_planned, dry_run=dry_run, then=then)
+    return BarProgress(flags(click.get_current_context().command), said)
+
+
+def _planned(opened: Any, *, dry_run: bool, then: Callable[[Any], Costs | None]) -> str | None:
+    """The line before a run, where it is worth one; a dry run prints its plan and ends here."""
+    if dry_run:
+        opened.check()
+        show_plan(opened, then(opened))
+    try:
+        from mergekit_wp.costs.forecast import counted, forecast, worth_a_line
+        from mergekit_wp.costs.shown import line
+
+        costs = counted(opened)
+        if (more := then(opened)) is not None:
+            costs = costs.then(more)
+        budget = worth_a_line(opened, costs)
+        return line(forecast(opened, costs, budget)) if budget else costs.said or None
+    except Exception as error:  # whatever a model's modules raise: the run itself does not need it
+        return f"what this will cost could not be told ({type(error).__name__}: {error})"
+
+
+def show_plan(opened: Any, more: Costs | None = None) -> NoReturn:
+    """Print what a command would take, and end it."""
+    from mergekit_wp.costs.forecast import counted, forecast
+    from mergekit_wp.costs.shown import table
+
+    costs = counted(opened)
+    found = forecast(opened, costs if more is None else costs.then(more))
+    spelt = flags(click.get_current_context().command)
+    click.echo("\n".join(spelled(said, spelt) for said in table(found).splitlines()))
+    click.get_current_context().exit()
 
 
 @contextmanager

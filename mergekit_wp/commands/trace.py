@@ -8,12 +8,13 @@ import click
 
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import progress, prompt_file
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.mechanism.request import TraceRequest
 
 
 @click.command(short_help="Who supplies the components that matter?")
-@options_of(TraceRequest, optional=("prompts",), required=("out",))
-def trace(**options: Any) -> None:
+@options_of(TraceRequest, DryRunRequest, optional=("prompts",), required=("out",))
+def trace(dry_run: bool, **options: Any) -> None:
     """Trace which components supply those that matter, for a score FILE with activation_gain.
 
     Targets are the heads and neurons with the largest effect when they write what they write in the
@@ -33,7 +34,7 @@ def trace(**options: Any) -> None:
     from mergekit_wp import api
     from mergekit_wp.report.mechanism import circuit_table
 
-    with progress() as bar, prompt_file(options) as path:
+    with progress(dry_run) as bar, prompt_file(options) as path:
         found = api.trace(**given(TraceRequest, options | {"prompts": path}), progress=bar)
     click.echo(circuit_table(found))
     click.echo(f"\nwritten to {options['out']}")

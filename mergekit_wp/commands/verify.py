@@ -8,12 +8,13 @@ import click
 
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.commands.shown import progress, prompt_file
+from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.mechanism.request import VerifyRequest
 
 
 @click.command(short_help="What do the leading components do together?")
-@options_of(VerifyRequest, optional=("prompts",))
-def verify(**options: Any) -> None:
+@options_of(VerifyRequest, DryRunRequest, optional=("prompts",))
+def verify(dry_run: bool, **options: Any) -> None:
     """Swap the leading components of the score FILE together, and see what that does.
 
     Restoration is the base with the top K components of the expert: how much of the behaviour comes
@@ -37,7 +38,7 @@ def verify(**options: Any) -> None:
     task, builtin = options["task"], options["builtin"]
     if options["checkers"] is not None and task is None:
         raise UserError("--checkers goes with --task")
-    with progress() as bar, prompt_file(options) as path:
+    with progress(dry_run) as bar, prompt_file(options) as path:
         if builtin is not None and task is None:
             task = path.with_suffix(".items.jsonl")  # beside its prompts, and gone with them
             task.write_text(behaviors.jsonl(behaviors.behavior(builtin).items()))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +17,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.page import html_page
+from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.results import MERGE, Results
+from mergekit_wp.comparison.results import MERGE, Results, check_folder
 from mergekit_wp.comparison.rows import Comparison, SampleItem, recipe_name
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
@@ -87,6 +88,24 @@ class ComparisonResult:
                 temporary.write_text(text, encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class CompareOpened:
+    """A comparison that can begin."""
+
+    request: CompareRequest
+    plan: Plan
+
+    def check(self) -> None:
+        """Refuse a folder that could not be written, or holds another comparison.
+
+        Raises:
+            UserError: says why.
+        """
+        if self.request.out is not None:
+            given = None if self.request.restart else partial(fingerprint, self.plan)
+            check_folder(self.request.out, given)
+
+
 def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
     """Merge by every method, measure the merges, and write what came out where ``out`` says.
 
@@ -98,6 +117,7 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
     plan, notes = make_plan(request)
     for note in notes:
         progress.note(note)
+    progress.plan(CompareOpened(request, plan))
     with (
         _folder(request) as folder,
         Results(folder, fingerprint(plan), request.restart) as results,

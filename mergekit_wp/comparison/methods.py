@@ -107,6 +107,8 @@ DEFAULT_METHODS = (
     "task_arithmetic+aim",
     "ties+aim",
 )
+#: of a first look
+QUICK_METHODS = (OURS, TASK_ARITHMETIC, "ties")
 SCALES = (0.3, 0.5, 0.7, 1.0)
 LAMBDAS = (0.5, 0.7, 1.0, 1.3)
 OMEGAS = (0.2, 0.4, 0.6)

@@ -13,9 +13,15 @@ import torch
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mergekit_wp.comparison.methods import DEFAULT_METHODS, Method, methods_of, read_grid
+from mergekit_wp.comparison.methods import (
+    DEFAULT_METHODS,
+    QUICK_METHODS,
+    Method,
+    methods_of,
+    read_grid,
+)
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
@@ -94,6 +100,11 @@ class CompareRequest(Request):
         default=False,
         description="Merge by every method's usual parameters only; needs no validation items.",
     )
+    quick: bool = Field(
+        default=False,
+        description=f"A first look: {', '.join(QUICK_METHODS)}, beside base and experts, all "
+        f"{option('untuned', True)}.",
+    )
     relative: bool = Field(
         default=False, description="Count each task relative to the expert that is best at it."
     )
@@ -121,15 +132,34 @@ class CompareRequest(Request):
     )
     restart: Restart = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _quickly(cls, given: Any) -> Any:
+        """A first look says itself which methods, and how."""
+        if not isinstance(given, dict) or not given.get("quick"):
+            return given
+        for name in ("methods", "grid"):
+            if given.get(name):
+                raise UserError(
+                    f"{option('quick', True)} chooses the methods, and tunes none; leave out "
+                    f"{option(name)}, or {option('quick', True)}"
+                )
+        return given | {"methods": QUICK_METHODS, "untuned": True}
 
-def make_plan(request: CompareRequest) -> tuple[Plan, list[str]]:
+
+def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, list[str]]:
     """The plan, and what the user should know of it.
+
+    Args:
+        request: what is compared.
+        fitted: whether the first recipe is ours; else it only names the experts that will be
+            fitted, for a plan that is not carried out.
 
     Raises:
         UserError: any mistake that shows before the first merge.
     """
     read = [recipes.read(given) for given in request.recipes]
-    first = _first(request, read)
+    first = _first(read) if fitted else read[0].config
     experts = Experts.of(first, read[0].path)
     fixed: dict[str, MergeConfiguration] = {}
     for other in read[1:]:
@@ -246,7 +276,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _first(request: CompareRequest, read: Sequence[recipes.Recipe]) -> MergeConfiguration:
+def _first(read: Sequence[recipes.Recipe]) -> MergeConfiguration:
     """Our own recipe: the first one given."""
     if not read[0].is_weight_patching:
         raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -29,7 +29,13 @@ from mergekit_wp.comparison.rows import (
     Setting,
 )
 from mergekit_wp.errors import DiskError, UserError, option
-from mergekit_wp.files.atomic import locked, naming_disk, written_whole
+from mergekit_wp.files.atomic import (
+    locked,
+    naming_disk,
+    refuse_locked,
+    refuse_unwritable,
+    written_whole,
+)
 from mergekit_wp.interrupts import Interrupted, unmasked
 from mergekit_wp.models.encoding import Clock, today
 from mergekit_wp.tasks.task import ItemScore, Task
@@ -130,31 +136,13 @@ class Results:
             self.path.unlink(missing_ok=True)
             self.costs_path.unlink(missing_ok=True)
             stated.unlink(missing_ok=True)
-        if stated.exists():
-            try:
-                earlier = _stated(stated.read_text())
-            except ValueError as error:
-                raise UserError(
-                    f"{stated} is damaged; add {option('restart', True)} to begin anew"
-                ) from error
-            if (date := earlier.pop(DATE, None)) is not None:
-                self.clock = Clock(str(date), self._write_inputs)
-                self.clock.was_read = True
-            changed = _changed(earlier, self.inputs)
-            for key in GROWING:
-                if key in earlier and key in self.inputs:
-                    self.inputs[key] = earlier[key] | self.inputs[key]
-            if changed:
-                raise UserError(
-                    f"{self.folder} holds a comparison with another configuration; changed: "
-                    f"{', '.join(changed)}; add {option('restart', True)} to begin anew, or "
-                    f"choose another {option('out')}"
-                )
-        elif self.path.exists():
-            raise UserError(
-                f"{self.path} is there without its comparison.json, so nobody knows what it "
-                f"belongs to; choose another {option('out')}, or add {option('restart', True)}"
-            )
+        earlier = _earlier(self.folder, self.inputs)
+        if (date := earlier.pop(DATE, None)) is not None:
+            self.clock = Clock(str(date), self._write_inputs)
+            self.clock.was_read = True
+        for key in GROWING:
+            if key in earlier and key in self.inputs:
+                self.inputs[key] = earlier[key] | self.inputs[key]
         self._write_inputs()
 
     def _write_inputs(self) -> None:
@@ -282,6 +270,54 @@ class Results:
             raise
 
 
+def _earlier(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of an earlier run in a folder, empty where there was none.
+
+    Raises:
+        UserError: they are others, damaged or missing.
+    """
+    stated = folder / "comparison.json"
+    if not stated.exists():
+        if (found := folder / "results.jsonl").exists():
+            raise UserError(
+                f"{found} is there without its comparison.json, so nobody knows what it "
+                f"belongs to; choose another {option('out')}, or add {option('restart', True)}"
+            )
+        return {}
+    try:
+        earlier = _stated(stated.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{stated} is damaged; add {option('restart', True)} to begin anew"
+        ) from error
+    if changed := _changed({k: v for k, v in earlier.items() if k != DATE}, inputs):
+        raise UserError(
+            f"{folder} holds a comparison with another configuration; changed: "
+            f"{', '.join(changed)}; add {option('restart', True)} to begin anew, or "
+            f"choose another {option('out')}"
+        )
+    return earlier
+
+
+def check_folder(folder: Path, inputs: Callable[[], Mapping[str, Any]] | None) -> None:
+    """Refuse what `Results` would, without making or changing any file.
+
+    Args:
+        folder: of the results.
+        inputs: everything that results depend on; asked only where an earlier run left something.
+            None where that will be thrown away.
+
+    Raises:
+        UserError: see `Results`; or the folder cannot be written to.
+    """
+    refuse_unwritable(folder / "results.jsonl", folder)
+    refuse_locked(folder / ".lock", f"another comparison is writing {folder}; wait for it")
+    if inputs is not None and folder.is_dir():
+        left = any((folder / name).exists() for name in ("comparison.json", "results.jsonl"))
+        if left:
+            _earlier(folder, inputs())
+
+
 def _damaged(path: Path, line: int) -> UserError:
     return UserError(f"{path}, line {line} is damaged; add {option('restart', True)} to begin anew")
 
@@ -302,7 +338,7 @@ def _stated(text: str) -> dict[str, Any]:
     return found
 
 
-def _changed(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the inputs that earlier results do not belong to."""
     found = []
     for key in sorted({*earlier, *now}):

@@ -149,6 +149,38 @@ def locked(path: Path) -> BaseFileLock | None:
     return lock
 
 
+def refuse_locked(path: Path, said: str) -> None:
+    """Refuse a lock file that another process holds; none is made.
+
+    Args:
+        path: the lock file.
+        said: the refusal.
+
+    Raises:
+        UserError: it is held.
+    """
+    if path.exists():
+        if (lock := locked(path)) is None:
+            raise UserError(said)
+        lock.release()
+
+
+def refuse_unwritable(path: Path, target: Path) -> None:
+    """Refuse a place where no file can be made, without making one.
+
+    Args:
+        path: of the file; folders above it may be missing.
+        target: what errors call it.
+
+    Raises:
+        UserError: says why.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
+        raise UserError(f"{target} cannot be written: {why}")
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside the target with the same last name, moved there on success.

@@ -8,6 +8,8 @@ recoveries, and one score file is written for each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,8 +29,15 @@ from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.references import References
-from mergekit_wp.runs.run import journal_of
+from mergekit_wp.runs.run import Opened, check_journal, journal_of
 from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_recoveries
+
+
+@dataclass(frozen=True)
+class CompanyOpened(Opened):
+    """Experts that can be scored together."""
+
+    request: CompanyRequest
 
 
 def score_company(request: CompanyRequest, progress: Progress) -> dict[str, ScoreFile]:
@@ -52,6 +61,8 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
     runs = {member.name: member.run for member in members}
     partition = members[0].pair.partition
     layout = Layout(partition, tuple(member.pair.changed for member in members))
+    check = partial(check_journal, request, runs, beside, restart=request.restart)
+    progress.plan(CompanyOpened(request, tuple(runs.values()), check))
     with journal_of(request, runs, beside, progress, restart=request.restart) as journal:
         references = [measure(member, journal) for member in members]
         size = max(batch.size for own in references for batch in own.batches)

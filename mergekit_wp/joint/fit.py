@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -34,8 +36,24 @@ from mergekit_wp.runs.cluster import check_cluster
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.run import check_norms, journal_of
+from mergekit_wp.runs.run import Opened, Run, check_journal, check_norms, journal_of
 from mergekit_wp.tasks.behaviors import plain_text
+
+
+@dataclass(frozen=True)
+class FitOpened(Opened):
+    """A fit that can begin.
+
+    Attributes:
+        guards: the models on the guards' prompts.
+        a_step: prompts of every behaviour in a step.
+        gates: of all experts.
+    """
+
+    request: FitRequest
+    guards: tuple[Run, ...]
+    a_step: int
+    gates: int
 
 
 def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
@@ -81,6 +99,9 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     runs = {member.name: member.run for member in members}
     size = request.prompts_a_step or a_step(min(len(m.prompts.prompts) for m in members))
     guarded = [members[0].run.asking(guard) for guard in guards]
+    check = partial(check_journal, request, runs, beside, restart=request.restart, **contents)
+    every = tuple(runs.values())
+    progress.plan(FitOpened(request, every, check, tuple(guarded), size, layout.size))
     with journal_of(
         request, runs, beside, progress, restart=request.restart, **contents
     ) as journal:

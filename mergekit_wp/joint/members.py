@@ -104,6 +104,7 @@ def measure(member: Member, journal: Journal, size: int | None = None) -> Refere
         lambda at_once: measure_references(resident, samples, ("kl",), size, at_once)
     )
     progress.advance(1)
+    resident.release()  # else it is held beside the next one until Python looks for cycles
     warn_of_references(references, progress, member.name)
     return references
 

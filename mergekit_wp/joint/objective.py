@@ -70,6 +70,7 @@ def guard_of(run: Run, journal: Journal, size: int, limit: float) -> Objective:
     at_once = AtOnce(size, progress.note)
     targets = at_once.run(lambda few: [Targets(logprobs(decoder, batch, few)) for batch in every])
     progress.advance(len(samples))
+    resident.release()
     return Objective(prompts.name, every, targets, limit)
 
 

@@ -31,7 +31,7 @@ from mergekit_wp.runs.references import (
     last_token_states,
     measure_references,
 )
-from mergekit_wp.runs.run import Run
+from mergekit_wp.runs.run import Opened, Run
 from mergekit_wp.statistics import Estimate, percentiles
 
 #: random halves, and resamples of prompts
@@ -68,6 +68,13 @@ class LayerAnchor:
         )
 
 
+@dataclass(frozen=True)
+class AnchorOpened(Opened):
+    """Anchors that can be looked for."""
+
+    request: AnchorRequest
+
+
 def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor]:
     """Every layer's anchor.
 
@@ -84,6 +91,7 @@ def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor
     prompts = replace(prompts, prompts=usable)
     run = Run.open(request, request.base, request.expert, prompts, progress)
     run.pair.partition.dims.require_map("anchor")
+    progress.plan(AnchorOpened(request, (run,), lambda: None))
     resident, texts = run.load(), run.texts
     samples = run.samples(resident, Unwritten())
     size = run.batch_size(samples)

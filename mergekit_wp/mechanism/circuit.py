@@ -7,6 +7,10 @@ supplier's weights from the expert, once with what it writes in the expert's run
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import torch
 
 from mergekit_wp.components import Partition
@@ -24,11 +28,27 @@ from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import anchor_of, measure_references
-from mergekit_wp.runs.run import Run, check_pair, check_scores, journal_of, scored_model
+from mergekit_wp.runs.run import (
+    Opened,
+    Run,
+    check_journal,
+    check_pair,
+    check_scores,
+    journal_of,
+    scored_model,
+)
 from mergekit_wp.terms import CriterionName, FineKind
 
 #: components whose suppliers are looked for
 TARGET_KINDS: tuple[FineKind, ...] = ("head", "neuron")
+
+
+@dataclass(frozen=True)
+class TraceOpened(Opened):
+    """A circuit that can be traced, to some targets."""
+
+    request: TraceRequest
+    targets: tuple[Place, ...]
 
 
 def trace(request: TraceRequest, progress: Progress) -> TraceFile:
@@ -56,9 +76,10 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     run = Run.open(request, base, expert, prompts, progress, date)
     check_pair(file, run.pair, request.file)
     check_traceable(run.pair.partition)
-    with journal_of(
-        request, run, request.out, progress, restart=request.restart, scores=file.digest()
-    ) as journal:
+    kept: dict[str, Any] = {"restart": request.restart, "scores": file.digest()}
+    check = partial(check_journal, request, run, request.out, **kept)
+    progress.plan(TraceOpened(request, (run,), check, tuple(targets)))
+    with journal_of(request, run, request.out, progress, **kept) as journal:
         resident = run.load()
         samples = run.samples(resident, journal)
         size, anchor = run.batch_size(samples), anchor_of(file, resident)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +32,15 @@ from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import anchor_of, logprobs, values_of
-from mergekit_wp.runs.run import Run, check_pair, check_scores, journal_of, scored_model
+from mergekit_wp.runs.run import (
+    Opened,
+    Run,
+    check_journal,
+    check_pair,
+    check_scores,
+    journal_of,
+    scored_model,
+)
 from mergekit_wp.statistics import Array, mib_sizes, percentiles
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.terms import CRITERIA, CriterionName, Direction, SetName
@@ -56,6 +65,22 @@ class Swap:
     def key(self) -> str:
         """Name of its block in the journal."""
         return f"{self.direction}.{self.set}.{self.size}.{self.draw}"
+
+
+@dataclass(frozen=True)
+class VerifyOpened(Opened):
+    """A curve that can be measured.
+
+    Attributes:
+        models: how many are measured: base, expert and every set.
+        criteria: by how many.
+        task: whose answers are checked.
+    """
+
+    request: VerifyRequest
+    models: int
+    criteria: int
+    task: JsonlTask | None
 
 
 def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -> Verification:
@@ -90,7 +115,11 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     run = Run.open(request, base, expert, prompts, progress, date)
     check_pair(file, run.pair, request.file)
     contents = {"scores": file.digest(), "task": task.fingerprint if task else None}
-    with journal_of(request, run, beside, progress, restart=request.restart, **contents) as journal:
+    kept: dict[str, Any] = {"restart": request.restart, **contents}
+    check = partial(check_journal, request, run, beside, **kept)
+    models = 2 + len(_swaps(sizes, request.draws))
+    progress.plan(VerifyOpened(request, (run,), check, models, len(file.manifest.criteria), task))
+    with journal_of(request, run, beside, progress, **kept) as journal:
         resident = run.load()
         if task is not None and (note := task.too_long(resident.model, run.tokenizer)):
             progress.note(note)

@@ -3,27 +3,57 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.atomic import disk_trouble, refuse_existing, staged_folder
+from mergekit_wp.files.atomic import (
+    disk_trouble,
+    refuse_existing,
+    refuse_unwritable,
+    staged_folder,
+)
 from mergekit_wp.merging import preflight
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note
-from mergekit_wp.merging.open_models import place_for_adapters, with_snapshots
+from mergekit_wp.merging.open_models import forget_adapters, place_for_adapters, with_snapshots
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.placement import check_device
+
+
+@dataclass(frozen=True)
+class MergeOpened:
+    """A merge that can begin.
+
+    Attributes:
+        stored: bytes of the weights of each model that is read.
+        parts: numbers of every tensor that is written.
+        width: bytes of one of them there.
+        file: one of the files that are read.
+    """
+
+    stored: tuple[int, ...]
+    parts: tuple[int, ...]
+    width: int
+    file: Path
+
+    def check(self) -> None:
+        """Nothing is left to refuse."""
+
 
 #: writes what belongs beside the weights, given the folder, the recipe and mergekit's plan of it
 Completion: TypeAlias = Callable[[Path, recipes.Recipe, Sequence[ExecuteMergeMethodTask]], None]
@@ -37,6 +67,7 @@ def merge(
     note: Callable[[str], None],
     *,
     overwrite: bool = False,
+    plan: Callable[[MergeOpened], None] = lambda _: None,
 ) -> None:
     """Merge into a folder, which appears only when it is complete.
 
@@ -49,21 +80,15 @@ def merge(
         complete: writes the model card, unless the options want none.
         note: told where the merge is not asked as an expert is.
         overwrite: replace a model that is there already.
+        plan: told what will be read and written, once all is checked.
 
     Raises:
         UserError: any mistake in the recipe, its score files and its models that shows before
             merging; a device that cannot be used; a folder that is a file or an input.
         DiskError: the disk is full.
     """
-    options.apply_global_options()
-    if options.device:
-        check_device(options.device)
-    if options.multi_gpu and not torch.accelerator.is_available():
-        raise UserError(f"{option('multi_gpu')} needs a GPU, and there is none here; leave it out")
     target = Path(os.path.abspath(out))
-    checked = recipes.read(recipe)
-    check_target(target, (model.model.path for model in checked.config.referenced_models()))
-    refuse_existing(target, overwrite)
+    checked = _checked(recipe, target, options, overwrite)
     models = checked.config.referenced_models()
     with (
         staged_folder(target) as folder,
@@ -73,12 +98,64 @@ def merge(
         tasks = preflight.check(checked, options)
         if options.copy_tokenizer and (line := difference_note(checked.config, options)):
             note(line)
+        plan(_opened(checked, tasks))
         # the card is written here: mergekit's asks the network about folders with one slash
         bare = options.model_copy(update={"write_model_card": False})
         config = with_snapshots(checked.config, bare)
         run_merge(config, str(folder), options=bare, config_source=checked.source)
         if options.write_model_card:
             complete(folder, checked, tasks)
+
+
+def look(
+    recipe: recipes.RecipeLike,
+    out: str | os.PathLike[str],
+    options: MergeOptions,
+    *,
+    overwrite: bool = False,
+) -> MergeOpened:
+    """What `merge` would read and write, after the same checks; nothing is written or merged.
+
+    Of an expert with an adapter, no tensors are compared with its score file: mergekit would have
+    to merge it first.
+
+    Raises:
+        UserError: see `merge`; or the folder cannot be written to.
+    """
+    target = Path(os.path.abspath(out))
+    checked = _checked(recipe, target, options, overwrite)
+    refuse_unwritable(target, target)
+    try:
+        return _opened(checked, preflight.check(checked, options, only_to_plan=True))
+    finally:
+        forget_adapters(checked)
+
+
+def _checked(
+    recipe: recipes.RecipeLike, target: Path, options: MergeOptions, overwrite: bool
+) -> recipes.Recipe:
+    """The recipe, if it can be merged here, and into the target."""
+    options.apply_global_options()
+    if options.device:
+        check_device(options.device)
+    if options.multi_gpu and not torch.accelerator.is_available():
+        raise UserError(f"{option('multi_gpu')} needs a GPU, and there is none here; leave it out")
+    checked = recipes.read(recipe)
+    check_target(target, (model.model.path for model in checked.config.referenced_models()))
+    refuse_existing(target, overwrite)
+    return checked
+
+
+def _opened(recipe: recipes.Recipe, tasks: Sequence[ExecuteMergeMethodTask]) -> MergeOpened:
+    models = recipe.config.referenced_models()
+    shapes = preflight.shapes_of(recipe.config.base_model or models[0])
+    dtype = recipe.config.out_dtype or recipe.config.dtype
+    stored = tuple(preflight.stored_bytes(model) for model in models)
+    parts = tuple(math.prod(shapes.get(task.output_weight.name, ())) for task in tasks)
+    width = dtype_from_name(dtype).itemsize if dtype else max(1, stored[0] // max(1, sum(parts)))
+    index = LoaderCache().get(models[0]).index
+    file = Path(index.base_path, index.shards[0].filename)
+    return MergeOpened(stored, parts, width, file)
 
 
 def recipe_of(

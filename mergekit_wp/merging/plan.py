@@ -92,13 +92,20 @@ def recipe_gates(path: Path) -> list[ExpertGates]:
     return found
 
 
-def plan(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
+def plan(
+    recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = False
+) -> list[ExecuteMergeMethodTask]:
     """Mergekit's plan of a recipe, every parameter validated for every tensor; reads no weights.
+
+    Args:
+        recipe: of any method.
+        options: of mergekit.
+        only_to_plan: see `open_models`.
 
     Raises:
         UserError: a model cannot be read, or a parameter is wrong.
     """
-    open_models(recipe, options)
+    open_models(recipe, options, only_to_plan=only_to_plan)
     return _dry_plan(recipe, options)
 
 

@@ -22,14 +22,21 @@ from mergekit_wp.merging.expert_scores import ExpertScores
 from mergekit_wp.merging.host import is_tied, shown, unwritten
 from mergekit_wp.merging.plan import plan, planned_gates, planned_source
 from mergekit_wp.merging.recipe import Recipe
-from mergekit_wp.models.refusals import headers
+from mergekit_wp.models.refusals import headers, width
 
 #: Tensors per expert that are read before the merge: the smallest, and evenly spaced layer tensors.
 SMALLEST, SPACED = 3, 2
 
 
-def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
+def check(
+    recipe: Recipe, options: MergeOptions, *, only_to_plan: bool = False
+) -> list[ExecuteMergeMethodTask]:
     """Refuse a recipe that would fail, or merge something else than meant.
+
+    Args:
+        recipe: of any method.
+        options: of mergekit.
+        only_to_plan: adapters are not merged, and no tensors of experts that have one are read.
 
     Returns:
         mergekit's plan: one task for every tensor that the merge will write.
@@ -37,7 +44,7 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
     Raises:
         UserError: one sentence naming the culprit.
     """
-    tasks = plan(recipe, options)
+    tasks = plan(recipe, options, only_to_plan=only_to_plan)
     if recipe.is_weight_patching:
         _refuse_shifted_layers(tasks)
         _refuse_missing_tensors(tasks)
@@ -45,8 +52,19 @@ def check(recipe: Recipe, options: MergeOptions) -> list[ExecuteMergeMethodTask]
         _refuse_lost_tensors(recipe, tasks)
         for task in tasks:
             planned_gates(task)  # refuses score files that do not fit
-        _sample(tasks)
+        _sample(tasks, only_to_plan)
     return tasks
+
+
+def shapes_of(model: ModelReference) -> dict[str, tuple[int, ...]]:
+    """Of an opened model's weights, by stored name; nothing for pickles."""
+    return {name: shape for name, (shape, _) in _headers(model).items()}
+
+
+def stored_bytes(model: ModelReference) -> int:
+    """Bytes of an opened model's weights; 0 for pickles, of which nobody knows."""
+    sizes = (math.prod(shape) * width(dtype) for shape, dtype in _headers(model).values())
+    return sum(sizes)
 
 
 def _inputs(
@@ -126,14 +144,14 @@ def _refuse_lost_tensors(recipe: Recipe, tasks: list[ExecuteMergeMethodTask]) ->
             )
 
 
-def _sample(tasks: list[ExecuteMergeMethodTask]) -> None:
+def _sample(tasks: list[ExecuteMergeMethodTask], without_adapters: bool) -> None:
     """Hold a few tensors of every expert against its score file."""
     names: dict[tuple[ModelReference, ModelReference, ExpertScores, str], list[str]] = {}
     for task in tasks:
         if task.output_weight.vocabulary_axis is not None:
             continue  # large, and a recipe's tokenizer settings may rearrange them
         for model in task.input_parameters:
-            if model != task.base_model:
+            if model != task.base_model and not (without_adapters and model.lora):
                 file = planned_source(task, model)
                 granularity = task.parameters["granularity"]
                 key = (task.base_model, model, file, granularity)

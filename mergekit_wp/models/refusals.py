@@ -6,6 +6,7 @@ Nothing is read but these: what is refused here is refused before the first tens
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -220,6 +221,12 @@ def refuse_quantised_weights(index: ShardedTensorIndex, name: str) -> None:
             raise UserError(
                 f"model '{name}': tensor {tensor} is stored as {dtype} (quantised?); {_WAY_OUT}"
             )
+
+
+def width(dtype: str) -> int:
+    """Bytes of one number of a stored dtype, as safetensors names it."""
+    bits = re.search(r"[0-9]+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 def headers(index: ShardedTensorIndex, name: str) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mergekit_wp.errors import DiskError, UserError, option
-from mergekit_wp.files.atomic import locked, naming_disk, synced
+from mergekit_wp.files.atomic import (
+    locked,
+    naming_disk,
+    refuse_locked,
+    refuse_unwritable,
+    synced,
+)
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
 from mergekit_wp.models.encoding import today
 
@@ -98,25 +104,7 @@ class Journal:
         if self.restart:
             stated.unlink(missing_ok=True)
         if stated.exists():
-            try:
-                header = json.loads(stated.read_text())
-                earlier, self.created = header["inputs"], header["created"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{stated} is damaged ({error}); add {option('restart', True)} to begin anew"
-                ) from error
-            keys = sorted(set(earlier) | set(self.inputs))
-            changed = [key for key in keys if earlier.get(key) != self.inputs.get(key)]
-            if changed:
-                what = ", ".join(
-                    f"{key} ({earlier.get(key)!s:.60} -> {self.inputs.get(key)!s:.60})"
-                    for key in changed
-                )
-                raise UserError(
-                    f"{self.folder} holds a run with other inputs; changed: {what}; "
-                    f"add {option('restart', True)} to begin anew, or choose another "
-                    f"{option('out')}"
-                )
+            self.created = _of_these_inputs(self.folder, self.inputs)
             return
         for block in self.folder.glob("*.safetensors"):  # nobody knows what they belong to
             block.unlink()
@@ -211,6 +199,53 @@ class Journal:
             shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
             self.folder.rename(gone)
             shutil.rmtree(gone)
+
+
+def _of_these_inputs(folder: Path, inputs: Mapping[str, Any]) -> str:
+    """The day on which the run began that is kept in a folder.
+
+    Raises:
+        UserError: it had other inputs, or says nothing that can be read.
+    """
+    stated = folder / "inputs.json"
+    try:
+        header = json.loads(stated.read_text())
+        earlier, created = header["inputs"], str(header["created"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{stated} is damaged ({error}); add {option('restart', True)} to begin anew"
+        ) from error
+    keys = sorted(set(earlier) | set(inputs))
+    changed = [key for key in keys if earlier.get(key) != inputs.get(key)]
+    if changed:
+        what = ", ".join(
+            f"{key} ({earlier.get(key)!s:.60} -> {inputs.get(key)!s:.60})" for key in changed
+        )
+        raise UserError(
+            f"{folder} holds a run with other inputs; changed: {what}; "
+            f"add {option('restart', True)} to begin anew, or choose another {option('out')}"
+        )
+    return created
+
+
+def check_output(output: Path, inputs: Callable[[], Mapping[str, Any]] | None) -> None:
+    """Refuse what a journal would, without making or changing any file.
+
+    Args:
+        output: the file the run will write.
+        inputs: everything the results depend on; asked only where an earlier run left something.
+            None where that will be thrown away.
+
+    Raises:
+        UserError: see `Journal`; or the folder cannot be written to.
+    """
+    if output.is_dir():
+        raise UserError(f"{output} cannot be written: it is a folder")
+    folder = _partial(output)
+    refuse_unwritable(folder, output)
+    refuse_locked(folder / "lock", f"another run is writing {output}; wait for it or stop it")
+    if inputs is not None and (folder / "inputs.json").exists():
+        _of_these_inputs(folder, inputs())
 
 
 class Unwritten(Journal):

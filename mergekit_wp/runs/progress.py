@@ -24,10 +24,15 @@ class BarProgress:
 
     Args:
         flags: how the user calls options, see `errors.spelled`.
+        forecast: what to say of the cost of what was opened, if anything; it may end the run.
     """
 
-    def __init__(self, flags: Mapping[str, str] | None = None) -> None:
-        self._flags = flags
+    def __init__(
+        self,
+        flags: Mapping[str, str] | None = None,
+        forecast: Callable[[object], str | None] = lambda _: None,
+    ) -> None:
+        self._flags, self._forecast = flags, forecast
         self._bar: tqdm | None = None
         self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._pace = {} if self._live else {"mininterval": inf, "delay": inf}  # `_say` does
@@ -77,6 +82,12 @@ class BarProgress:
         else:  # tqdm.write would draw the waiting bar as well
             print(line, file=sys.stderr, flush=True)
 
+    def plan(self, opened: object) -> None:
+        """Say what it will cost, where that is worth a line."""
+        self.close()
+        if (said := self._forecast(opened)) is not None:
+            self.note(said)
+
     def close(self) -> None:
         """Finish the present bar."""
         if self._bar is not None:
@@ -106,6 +117,9 @@ class NotesOnly:
     def advance(self, amount: float, *, resumed: bool = False) -> None:
         """Nothing."""
 
+    def plan(self, opened: object) -> None:
+        """Nothing."""
+
 
 class NoProgress:
     """Says nothing."""
@@ -117,6 +131,9 @@ class NoProgress:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def plan(self, opened: object) -> None:
         """Nothing."""
 
 
@@ -131,6 +148,13 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+    def plan(self, opened: object) -> None:
+        """All inputs are opened and checked, and nothing is computed or written yet.
+
+        Args:
+            opened: what is known of the run, see `runs.run.Opened`.
+        """
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptSet, Sample
-from mergekit_wp.runs.journal import Journal, Unwritten
+from mergekit_wp.runs.journal import Journal, Unwritten, check_output
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.request import DTYPES, RunRequest
 from mergekit_wp.runs.texts import (
@@ -175,6 +175,21 @@ class Run:
         return found
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a run has read and checked before it computes: all that its cost follows from.
+
+    Attributes:
+        request: what is asked for.
+        runs: one for each expert.
+        check: refuses an output that could not be written, as the journal will; writes nothing.
+    """
+
+    request: RunRequest
+    runs: tuple[Run, ...]
+    check: Callable[[], None]
+
+
 def depends_on(
     request: RunRequest, runs: Run | Mapping[str, Run], contents: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -236,6 +251,23 @@ def journal_of(
         if journal.resumed:
             progress.note(f"continuing the run in {journal.folder}")
         yield journal
+
+
+def check_journal(
+    request: RunRequest,
+    runs: Run | Mapping[str, Run],
+    out: Path | None,
+    *,
+    restart: bool,
+    **contents: Any,
+) -> None:
+    """Refuse what `journal_of` would, without writing anything.
+
+    Raises:
+        UserError: the output cannot be written, an earlier run had other inputs, or one is running.
+    """
+    if out is not None:
+        check_output(out, None if restart else partial(depends_on, request, runs, contents))
 
 
 def scored_model(model: ModelId) -> str:

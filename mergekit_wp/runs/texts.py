@@ -219,9 +219,14 @@ class Footprint:
         """Of a pair's model: what autograd keeps of every layer, and four copies of the logits."""
         shapes, config = pair.partition.shapes, pair.base.text_config
         size, dims = dtype.itemsize, pair.partition.dims
-        kept = 12 * int(config.hidden_size) + 4 * dims.n_neurons
+        kept = cls.per_layer(int(config.hidden_size), dims.n_neurons, size)
         logits = max(shape[0] for shape in shapes.values() if len(shape) == 2)
-        return cls(size * dims.n_layers * kept, 16 * logits)
+        return cls(dims.n_layers * kept, 16 * logits)
+
+    @staticmethod
+    def per_layer(hidden: int, neurons: int, width: int) -> int:
+        """Bytes of a token that autograd keeps of one layer, so many a number."""
+        return width * (12 * hidden + 4 * neurons)
 
     def of_sequences(self, samples: Sequence[Sample], count: int) -> int:
         """Bytes of activations of so many of the longest sequences."""

@@ -1,13 +1,17 @@
-"""Results that look like success and are none: what a run says of them, and what to do."""
+"""What a run says of its results: where they are none, what to do about it, and what they took."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mergekit_wp.errors import option
 from mergekit_wp.files.manifest import Manifest
+from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
+from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import Sample
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References
+from mergekit_wp.runs.texts import Footprint
 from mergekit_wp.terms import SLICED_KINDS
 
 #: nats a token below which two answers are taken for the same: what rounding to 8 bits changes
@@ -97,3 +101,30 @@ def warn_of_recoveries(recoveries: Mapping[str, float], progress: Progress) -> N
             f"{', '.join(poor)} comes back. Fit the experts instead (`mergekit-wp fit`), or give "
             f"more prompts or {option('path_steps')}; merge fewer experts where neither helps"
         )
+
+
+def memory_used(
+    before: int,
+    resident: ResidentModel,
+    footprint: Footprint,
+    samples: Sequence[Sample],
+    sequences: int,
+) -> str:
+    """What this process has taken at most, beside what it was meant to take.
+
+    Args:
+        before: bytes that Python and its libraries had taken when the run began.
+        resident: the model that was run.
+        footprint: of the model.
+        samples: that it ran on.
+        sequences: per forward pass.
+    """
+    found = f"peak memory {in_gib(peak_memory())}"
+    if (on_gpus := peak_on_gpus()) > 0:
+        found += f", on GPUs {in_gib(on_gpus)}"
+    budget = footprint.of_sequences(samples, sequences)
+    fetched = f"; {in_gib(resident.fetched)} of weights were fetched" if resident.fetched else ""
+    return (
+        f"{found} (weights {resident.where}, activation budget {in_gib(budget)}, "
+        f"Python and its libraries {in_gib(before)}){fetched}"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,7 @@ from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import (
     AtOnce,
     free_memory,
-    in_gib,
     is_out_of_memory,
-    peak_memory,
-    peak_on_gpus,
     resident_memory,
 )
 from mergekit_wp.models.pair import Pair
@@ -39,9 +38,10 @@ from mergekit_wp.runs.references import (
     contrast_batches,
     measure_references,
 )
-from mergekit_wp.runs.run import Run, journal_of
+from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
 from mergekit_wp.runs.texts import Footprint
 from mergekit_wp.runs.warnings import (
+    memory_used,
     tell_prompts_needed,
     warn_of_completeness,
     warn_of_references,
@@ -54,6 +54,14 @@ from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand, Kind, of_ac
 
 #: the journal's entry of how many sequences a forward pass takes
 BATCH_SIZE = "batch-size"
+
+
+@dataclass(frozen=True)
+class ScoreOpened(Opened):
+    """A score that can begin."""
+
+    request: ScoreRequest
+    criteria: Criteria
 
 
 def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
@@ -70,10 +78,13 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
     date = begun(request.out, request.restart)
     run = Run.open(request, request.base, request.expert, prompts, progress, date)
     request = _within_the_map(request, run.pair, progress)
-    identified = [_identity(name, functions.get(name)) for name in criteria]
-    with journal_of(
-        request, run, request.out, progress, restart=request.restart, criterion=identified
-    ) as journal:
+    kept: dict[str, Any] = {
+        "restart": request.restart,
+        "criterion": [_identity(name, functions.get(name)) for name in criteria],
+    }
+    check = partial(check_journal, request, run, request.out, **kept)
+    progress.plan(ScoreOpened(request, (run,), check, criteria))
+    with journal_of(request, run, request.out, progress, **kept) as journal:
         resident = run.load()
         if request.max_memory is not None:
             progress.note(f"weights: {resident.where}")
@@ -272,33 +283,6 @@ def _references(
     references = at_once.run(measured)
     journal.block(BATCH_SIZE, lambda: {"sequences": torch.tensor([at_once.size])})
     return at_once.size, references
-
-
-def memory_used(
-    before: int,
-    resident: ResidentModel,
-    footprint: Footprint,
-    samples: Sequence[Sample],
-    sequences: int,
-) -> str:
-    """What this process has taken at most, beside what it was meant to take.
-
-    Args:
-        before: bytes that Python and its libraries had taken when the run began.
-        resident: the model that was run.
-        footprint: of the model.
-        samples: that it ran on.
-        sequences: per forward pass.
-    """
-    found = f"peak memory {in_gib(peak_memory())}"
-    if (on_gpus := peak_on_gpus()) > 0:
-        found += f", on GPUs {in_gib(on_gpus)}"
-    budget = footprint.of_sequences(samples, sequences)
-    fetched = f"; {in_gib(resident.fetched)} of weights were fetched" if resident.fetched else ""
-    return (
-        f"{found} (weights {resident.where}, activation budget {in_gib(budget)}, "
-        f"Python and its libraries {in_gib(before)}){fetched}"
-    )
 
 
 def choose_criteria(

@@ -34,7 +34,7 @@ from mergekit_wp.terms import Split
 _SPLITS = ("valid", "test")
 _TEXT: TypeAdapter[Text] = TypeAdapter(Text)
 #: sequences and tokens of a batch, on the CPU and elsewhere
-_BATCH = {"cpu": (256, 16_384), "cuda": (512, 131_072)}
+AT_ONCE = {"cpu": (256, 16_384), "cuda": (512, 131_072)}
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,11 @@ class JsonlTask:
                 length = len(encode_prompt(tokenizer, item["prompt"]))
             except UserError as error:
                 raise UserError(f"{what}: {error}") from error
-            texts.append(TextLength(what, length, self._length(item)))
+            texts.append(TextLength(what, length, self.length(item)))
         return too_long(model, texts, "the model")
 
-    def _length(self, item: dict[str, Any]) -> int:
+    def length(self, item: dict[str, Any]) -> int:
+        """Most tokens of an item's answer."""
         return int(item.get("max_new_tokens", self.max_new_tokens))
 
     def evaluate(
@@ -159,7 +160,7 @@ class JsonlTask:
             model,
             asked,
             [item["prompt"] for item in items],
-            [self._length(item) for item in items],
+            [self.length(item) for item in items],
             self.batch_size,
             at_once,
         )
@@ -196,7 +197,7 @@ def answers(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (max_new_tokens[i], len(encoded[i])))
     found: dict[int, tuple[str, bool]] = {}
-    rows, tokens = _BATCH["cpu" if model.device.type == "cpu" else "cuda"]
+    rows, tokens = AT_ONCE["cpu" if model.device.type == "cpu" else "cuda"]
     start = 0
     while start < len(order):
         budget = max_new_tokens[order[start]]

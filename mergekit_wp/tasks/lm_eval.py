@@ -21,7 +21,7 @@ from mergekit_wp.terms import Split
 #: IFEval's first metric in the harness is its strict prompt-level accuracy, as is usual
 _OUTPUT = 2_000
 #: tokens that the harness lets a model write where a task states nothing
-_HARNESS_TOKENS = 256
+HARNESS_TOKENS = 256
 #: by this variable a user says that code which models write may be run; Hugging Face's own
 _MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"
 
@@ -105,7 +105,7 @@ class LmEvalTask:
         """
         if self.task.OUTPUT_TYPE != "generate_until":
             return
-        stated = (self.task.config.generation_kwargs or {}).get("max_gen_toks", _HARNESS_TOKENS)
+        stated = (self.task.config.generation_kwargs or {}).get("max_gen_toks", HARNESS_TOKENS)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and stated >= context:
             raise UserError(

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from mergekit_wp.comparison.request import CompareRequest
+from mergekit_wp.comparison.compare import CompareOpened
+from mergekit_wp.comparison.request import CompareRequest, make_plan
 from mergekit_wp.comparison.suites.suite import Suite
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
@@ -28,6 +30,8 @@ from mergekit_wp.terms import Split
 
 #: in the folder of results: names the experts; the fit; what the fit was asked for
 _EXPERTS, _FIT, _STATED = "experts.yml", "fit", "suite.json"
+#: what a suite says, and nobody beside it
+WHOLE = ("recipes", "tasks", "prompts")
 #: fields of a comparison that a fit has as well
 _SHARED = ("device", "restart")
 #: fields of a fit on which its result does not depend
@@ -58,7 +62,6 @@ def requested(
     Raises:
         UserError: both or neither is given, or any mistake in it.
     """
-    whole = ("recipes", "tasks", "prompts")
     if suite is None:
         if not given["recipes"] or not given["tasks"]:
             raise UserError(
@@ -66,21 +69,25 @@ def requested(
                 f"both, or {option('suite', 'FILE')}"
             )
         return CompareRequest.of(**given)
-    if any(given[name] for name in whole):
+    if any(given[name] for name in WHOLE):
         raise UserError(
             f"{option('suite', suite)} names the experts, their prompts and the tasks; give none "
             "beside it"
         )
-    return prepare(Path(suite), {k: v for k, v in given.items() if k not in whole}, progress)
+    return prepare(Path(suite), {k: v for k, v in given.items() if k not in WHOLE}, progress)
 
 
-def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> CompareRequest:
+def prepare(
+    path: Path, options: Mapping[str, Any], progress: Progress, *, only_to_plan: bool = False
+) -> CompareRequest:
     """The comparison of a suite, after its experts were fitted together.
 
     Args:
         path: the suite's file.
         options: fields of `CompareRequest` that override the suite's; ``out`` among them.
         progress: told how far the fit is.
+        only_to_plan: where there is no fit yet, `progress` ends the run when it is told of its
+            cost; what would be written before that goes elsewhere.
 
     Raises:
         UserError: any mistake in the suite or the options; the folder holds another suite's fit.
@@ -104,8 +111,31 @@ def prepare(path: Path, options: Mapping[str, Any], progress: Progress) -> Compa
             )
         return request
     check(path, suite, request)
+    if only_to_plan:
+        with TemporaryDirectory() as scratch:
+            elsewhere = fitting.model_copy(update={"recipe": Path(scratch, _EXPERTS)})
+            _fitted(suite, elsewhere, Path(scratch), stated, progress)
     _fitted(suite, fitting, out, stated, progress)
     return request
+
+
+def outlook(path: Path, options: Mapping[str, Any]) -> CompareOpened:
+    """The comparison that will follow the fit of a suite; nothing is fitted or written.
+
+    Args:
+        path: the suite's file.
+        options: see `prepare`.
+
+    Raises:
+        UserError: any mistake in the suite or the options.
+    """
+    suite = Suite.read(path)
+    with naming(path):
+        # by `fusion: path`, as a fit's recipe does
+        recipe = suite.recipe | {"parameters": {"fusion": "path"}}
+        request = suite.compare_request(recipe, **options)
+        plan, _ = make_plan(request, fitted=False)
+    return CompareOpened(request, plan)
 
 
 def check(path: Path, suite: Suite, request: CompareRequest) -> None:

@@ -173,11 +173,11 @@ class Suite(StrictModel):
         fields = own | {"guards": self.guards} | self.fit | options
         return FitRequest.of(recipe=recipe, prompts=self.prompts, out=out, **fields)
 
-    def compare_request(self, recipe: Path, **options: Any) -> CompareRequest:
+    def compare_request(self, recipe: Path | dict[str, Any], **options: Any) -> CompareRequest:
         """The comparison.
 
         Args:
-            recipe: that merges by the fit.
+            recipe: that merges by the fit, or the experts' own where there is none yet.
             options: fields that override the suite's, such as ``out``.
 
         Raises:
@@ -191,7 +191,10 @@ class Suite(StrictModel):
                 ("keep", self.keep),
             )
         }
-        fields = tasks | self.generation.model_dump() | self.compare | options
+        own = self.compare
+        if options.get("quick"):  # which chooses methods itself, whatever the suite does
+            own = {key: value for key, value in own.items() if key not in ("methods", "grid")}
+        fields = tasks | self.generation.model_dump() | own | options
         return CompareRequest.of(recipes=(recipe,), prompts=self.prompts, **fields)
 
 

@@ -1,0 +1,153 @@
+"""What scoring experts together, and fitting their gates, takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from mergekit_wp.costs import memory
+from mergekit_wp.costs.model_size import PairSize
+from mergekit_wp.costs.passes import TextBatch, Texts, forward, mixed, opening, slopes
+from mergekit_wp.costs.scoring import asking, referring
+from mergekit_wp.costs.work import Costs, Held, Stage, Work, fullest, total
+from mergekit_wp.joint.ascent import FEW, MOST
+from mergekit_wp.joint.company import CompanyOpened
+from mergekit_wp.joint.fit import FitOpened
+from mergekit_wp.joint.front import SHARE
+from mergekit_wp.joint.judging import LOOK
+from mergekit_wp.models.model_names import distinct_names
+from mergekit_wp.runs.request import DTYPES
+from mergekit_wp.runs.run import Opened, Run
+from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
+
+#: vectors of all gates, in float64, that a fit holds: where it stands, Adam's two means, what is
+#: kept, the slope, and those that one step makes of them
+GATES = 16
+
+
+def company(opened: CompanyOpened) -> Costs:
+    """The whole of `score` of several experts."""
+    request, pairs = opened.request, [PairSize.of(run.pair) for run in opened.runs]
+    texts = [Texts.of(run) for run in opened.runs]
+    sizes = [run.batch_size(own.samples) for run, own in zip(opened.runs, texts, strict=True)]
+    every = [own.batches(size) for own, size in zip(texts, sizes, strict=True)]
+    steps = [[batch for batch in group if batch is not None] for group in zip_longest(*every)]
+    step = total(slopes(pairs, terms) for terms in steps) + mixed(pairs)
+    whole = [batch for own in every for batch in own]
+    stages = [
+        *_begun(opened, pairs, texts, sizes),
+        Stage("guided path", step * request.path_steps, f"{request.path_steps} steps"),
+        Stage("behaviours at its end", mixed(pairs) + forward(pairs[0].size, whole)),
+    ]
+    gates = sum(_components(run) for run in opened.runs)
+    held = _held(pairs, texts, max(steps, key=_tokens), opened.runs[0], 8.0 * 8 * gates)
+    return Costs(tuple(stages), held, 8.0 * gates, passing=_journal(steps, pairs, opened.runs))
+
+
+def fit(opened: FitOpened) -> Costs:
+    """The whole of `fit`, with as many steps as it may take at most."""
+    request = opened.request
+    pairs = [PairSize.of(run.pair) for run in opened.runs]
+    texts = [Texts.of(run) for run in opened.runs]
+    guards = [Texts.of(run) for run in opened.guards]
+    every = [own.batches(opened.a_step) for own in (*texts, *guards)]
+    fitted, judged = [], []
+    for own in every:
+        train, aside = _split(own, request.held_out)
+        fitted.append(train)
+        judged += aside
+    size = pairs[0].size
+    step = slopes(pairs, [_mean(own) for own in fitted]) + mixed(pairs)
+    look = mixed(pairs) + forward(size, judged)
+    climbs = [request.steps, *[max(1, request.steps // SHARE)] * len(request.front)]
+    steps = sum(climbs)
+    looks = sum(1 + -(-most // LOOK) for most in climbs)
+    said = f"at most {steps:,} steps of {step.flops / 1e12:.3g} TFLOP"
+    base = pairs[0].base
+    guarding = forward(size, [b for own in every[len(texts) :] for b in own])
+    stages = [
+        *_begun(opened, pairs, texts, [opened.a_step] * len(pairs)),
+        *(s for own in guards for s in asking(pairs[0], own, None)),
+        *([Stage("base on guards", guarding + Work(read=base) * len(guards))] if guards else []),
+        Stage("fitting gates", step * steps, said),
+        Stage("judging gates", look * looks, f"every {LOOK} steps"),
+    ]
+    terms = [max(own, key=lambda batch: batch.tokens) for own in every]
+    held = _held(pairs, [*texts, *guards], terms, opened.runs[0], 8.0 * GATES * opened.gates)
+    state = 8.0 * 6 * opened.gates
+    notes = ("a fit ends earlier where nothing more is gained",)
+    return Costs(tuple(stages), held, 8.0 * opened.gates, passing=state, notes=notes)
+
+
+def _begun(
+    opened: Opened, pairs: Sequence[PairSize], texts: Sequence[Texts], sizes: Sequence[int]
+) -> list[Stage]:
+    """Opening all pairs, hashing, and base and expert on each one's prompts."""
+    # the experts' hashes tell whether two are the same, whether or not a journal is kept
+    opened_all = total(opening(pair) + Work(read=pair.files[1]) for pair in pairs)
+    base = pairs[0].files[0]
+    kept = getattr(opened.request, "out", None) is not None
+    found = [Stage("opening and comparing", opened_all, done=True)]
+    if kept:
+        found.append(Stage("hashing weights", Work(read=base, passed=base / 4)))
+    for run, pair, own, size in zip(opened.runs, pairs, texts, sizes, strict=True):
+        found += asking(pair, own, opened.request.batch_size)
+        work = referring(pair, own, size, pair.base + pair.expert)
+        [name] = distinct_names([run.pair.expert.name])
+        found.append(Stage(f"base and {name} on the prompts", work))
+    return found
+
+
+def _split(batches: Sequence[TextBatch], part: float) -> tuple[list[TextBatch], list[TextBatch]]:
+    """Batches to fit on and to judge by, as many as `Fitting` takes of each."""
+    n, prompts = len(batches), sum(batch.rows for batch in batches)
+    part = part if prompts >= FEW else 0.0
+    few = part * prompts if part else prompts
+    aside = max(1, round(min(few, MOST) / prompts * n))
+    mean = [_mean(batches)]
+    return mean * (n - aside if part else n), mean * aside
+
+
+def _mean(batches: Sequence[TextBatch]) -> TextBatch:
+    """The batch that stands for some, which are drawn at random."""
+    n = len(batches)
+    rows = sum(batch.rows for batch in batches)
+    width = sum(batch.tokens for batch in batches) / max(1, rows)
+    positions = sum(batch.positions for batch in batches)
+    return TextBatch(rows / n, width, positions / n)
+
+
+def _tokens(terms: Sequence[TextBatch]) -> float:
+    return sum(term.tokens for term in terms)
+
+
+def _components(run: Run) -> int:
+    partition, dims = run.pair.partition, run.pair.partition.dims
+    sliced = sum(dims.count(kind) for kind in FINE_KINDS if kind in SLICED_KINDS)
+    return dims.n_layers * (1 + sliced) + 2 * len(partition.tensor_names)
+
+
+def _journal(
+    steps: Sequence[Sequence[TextBatch]], pairs: Sequence[PairSize], runs: Sequence[Run]
+) -> float:
+    """Bytes of the slopes of one step, which are kept until the end."""
+    by_tensor = sum(layout.count for run in runs for layout in run.pair.partition.layouts.values())
+    return 8.0 * by_tensor * len(steps)
+
+
+def _held(
+    pairs: Sequence[PairSize],
+    texts: Sequence[Texts],
+    terms: Sequence[TextBatch],
+    run: Run,
+    gates: float,
+) -> tuple[Held, ...]:
+    """When memory is fullest: while slopes are taken."""
+    size, width = pairs[0].size, DTYPES[run.request.dtype].itemsize
+    held = [
+        memory.model(size, width),
+        memory.teachers(size, texts),
+        Held("gates", gates, on_device=False),
+        memory.recordings(size, terms, width),
+    ]
+    return fullest([*held, *memory.slopes_at_work(pairs, terms, width)])
