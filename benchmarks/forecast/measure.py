@@ -74,7 +74,7 @@ def commands(out: Path) -> dict[str, Callable[[Watching], object]]:
     scores = out / "math.safetensors"
     return {
         "score": lambda progress: wp.score(
-            base, experts["math"], out=scores, kinds="layer,kv_group",
+            base, experts["math"], out=scores, kinds="layer,head,kv_group,neuron",
             progress=progress, **one,
         ),
         "company": lambda progress: wp.score_together(
