@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from mergekit_wp.mechanism.anchors import find_anchors
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.mechanism.verify import verify
+from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.terms import Estimand
@@ -177,3 +181,41 @@ def test_answers_are_counted_as_long_as_they_may_be(
     [asked] = [stage for stage in found.costs.stages if stage.name == "expert answers"]
     assert asked.work.steps == 2 * 3 and asked.said == "6 answers of at most 4"
     assert found.flops <= found.costs.left.flops * (1 + CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("command", "stage"), [("company", "guided path"), ("fit", "fitting gates")]
+)
+def test_one_model_is_held_where_experts_are_together(
+    scored: Path, command: str, stage: str
+) -> None:
+    """As the plan says: those that answered before are let go, whenever Python looks for cycles."""
+    held = []
+
+    class Watching(Quiet):
+        def stage(self, name: str, total: float, unit: str) -> None:
+            if name == stage:
+                models = [o for o in gc.get_objects() if isinstance(o, ResidentModel)]
+                held.append(sum(not next(m.model.parameters()).is_meta for m in models))
+
+    options: dict[str, Any] = {"steps": 1} if command == "fit" else {"path_steps": 1}
+    gc.collect()
+    gc.disable()
+    try:
+        together(scored, command, **options)(Watching())
+    finally:
+        gc.enable()
+    assert held == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks as Linux keeps them")
+@pytest.mark.parametrize("command", ["score", "company", "fit"])
+def test_peak_memory_is_what_was_said(tmp_path: Path, command: str) -> None:
+    """Of models of 170 MB, without what Python and its libraries took."""
+    arguments = [sys.executable, "-m", "tests.costs_peak", command, str(tmp_path)]
+    done = subprocess.run(
+        arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    said, took = json.loads(done.stdout.splitlines()[-1])
+    assert said == pytest.approx(took, rel=0.25)

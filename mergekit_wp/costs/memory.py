@@ -42,6 +42,11 @@ def graph(size: ModelSize, batch: TextBatch, width: int, *, layers: int) -> floa
     return float(layers * batch.tokens * per_token)
 
 
+def passing(size: ModelSize, batch: TextBatch, width: int) -> float:
+    """Bytes that one layer takes without gradients: its input, what it writes, its neurons."""
+    return float(batch.tokens * width * (6 * size.hidden + 3 * size.inner))
+
+
 def logits(size: ModelSize, batch: TextBatch, copies: int = LOGITS) -> float:
     """Bytes of logits and what is made of them, at all positions of a batch."""
     return float(copies * _FLOAT * batch.positions * size.vocabulary)

@@ -118,12 +118,24 @@ class Sweep:
     def _noise(self) -> Work:
         """Heads for themselves in two layers, as many copies at once as patches will be."""
         layers, first = self.pair.size.layers, self._packed()[0]
-        widest = max(batch.width for batch in self.texts.batches(self.size))
-        copies = max(1, self.size * widest // first.tokens)
+        copies = self._copies(first)
         mlp = Work(forward=2.0 * first.tokens * self.pair.size.mlp)
         where = sorted({0, layers // 2})
         once = forward(self.pair.size, [first])
         return once + total((self._tail(first, layer) + mlp) * copies for layer in where)
+
+    def _copies(self, batch: TextBatch) -> int:
+        """Patches in one replay, as `Recordings.copies` says."""
+        widest = max(padded.width for padded in self.texts.batches(self.size))
+        return max(1, int(self.size * widest // batch.tokens))
+
+    def replayed(self) -> TextBatch:
+        """All rows of the largest replay: as many patches at once as the noise floor has."""
+        batches = [(batch, self._copies(batch)) for batch in self._packed()]
+        return max(
+            (TextBatch(n * b.rows, b.width, n * b.positions) for b, n in batches),
+            key=lambda batch: batch.positions,
+        )
 
     # --- how many -----------------------------------------------------------------------------
 
@@ -306,12 +318,13 @@ def scoring(opened: ScoreOpened) -> Costs:
     if anchored:
         alone = forward(size, texts.alone().batches(together), head=False)
         refer = refer + alone * (3 if run.texts.contrasts else 2)
+    sweep = Sweep(opened, pair, texts, together)
     stages = [
         Stage("opening and comparing", opening(pair), done=True),
         *hashing(pair, request.out is not None),
         *asking(pair, texts, request.batch_size),
         Stage("base and expert on the prompts", refer),
-        *Sweep(opened, pair, texts, together).stages(),
+        *sweep.stages(),
     ]
     held = [memory.model(size, width), memory.teachers(size, [texts])]
     changes = results(opened, pair)
@@ -324,9 +337,10 @@ def scoring(opened: ScoreOpened) -> Costs:
     if "share" in request.estimand or any(k in request.kinds for k in SLICED_KINDS):
         kept = memory.graph(size, widest, width, layers=size.layers)
         moments.append([*held, Held("activations for gradients", kept), reading])
-    swaps = [*held, record, changes, layer, reading]
-    swaps.append(Held("patched activations", 2 * memory.graph(size, widest, width, layers=1)))
-    moments.append(swaps)
+    many, swaps = sweep.replayed(), [*held, record, changes, layer]
+    moments.append([*swaps, Held("patched activations", memory.passing(size, many, width))])
+    read = width * many.positions * size.vocabulary + reading.size  # values, one patch at a time
+    moments.append([*swaps, Held("logits of patches", read)])
     disk = changes.size / len(texts.samples)
     return Costs(tuple(stages), fullest(*moments), disk, passing=changes.size)
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.forecast``: forecasts held against real runs of SmolLM2.
+"""``python -m benchmarks.forecast.bench``: forecasts held against real runs of SmolLM2.
 
 Needs the experts of `benchmarks.smollm2` (``make bench``). ``--paper`` prints what models would
 take that are too large to run here.
