@@ -30,7 +30,6 @@ from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.joint.spread import merged_model
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
-from mergekit_wp.runs.cluster import check_cluster
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
@@ -57,8 +56,6 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
         )
-    if request.ray:
-        check_cluster(request)
     check_folder(request)
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)

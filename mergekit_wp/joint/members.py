@@ -148,6 +148,7 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             device=request.device,
             device_map=request.device_map,
             max_memory=request.max_memory,
+            ray=request.ray,
             seed=request.seed,
             verify=0,
             share_steps=1,

@@ -15,7 +15,7 @@ from mergekit_wp.options import Argument, Option, Places
 from mergekit_wp.prompts import PromptSource, prompt_source
 from mergekit_wp.prompts.dataset import pinned_text
 from mergekit_wp.prompts.location import HUB
-from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Ray, Restart, RunRequest
+from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Restart, RunRequest
 from mergekit_wp.terms import GateGranularity
 
 
@@ -58,7 +58,6 @@ class MembersRequest(RunRequest):
     prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=SOURCE")] = (
         Field(description=PROMPTS_OF_EACH)
     )
-    ray: Ray = False
 
     @field_validator("recipe", mode="before")
     @classmethod
