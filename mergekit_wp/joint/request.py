@@ -59,6 +59,27 @@ class MembersRequest(RunRequest):
         Field(description=PROMPTS_OF_EACH)
     )
 
+    cache: Annotated[str | None, Option(metavar="SIZE", stored=False)] = Field(
+        default=None,
+        description="Main memory in which base and experts are kept, as much of them as fits, as "
+        "in 20GiB; else a step reads them from their files.",
+    )
+
+    @field_validator("cache")
+    @classmethod
+    def _size(cls, given: str | None) -> str | None:
+        if given is not None and _bytes(given) is None:
+            raise UserError(
+                f"{option('cache', given)}: expected a size in KiB, MiB, GiB, KB, MB or GB, as in "
+                "20GiB"
+            )
+        return given
+
+    @property
+    def cache_size(self) -> int | None:
+        """Bytes; None without a cache."""
+        return None if self.cache is None else _bytes(self.cache)
+
     @field_validator("recipe", mode="before")
     @classmethod
     def _listed(cls, given: Any) -> Any:
@@ -67,6 +88,12 @@ class MembersRequest(RunRequest):
             return given
         base, *experts = map(os.fspath, given)
         return NamedExperts.listed(base, experts) if experts else Path(base)
+
+
+def _bytes(text: str) -> int | None:
+    from mergekit_wp.models.placement import parse_size  # which takes long to import
+
+    return parse_size(text)
 
 
 class CompanyRequest(MembersRequest):

@@ -48,7 +48,7 @@ J = TypeVar("J", bound=ClusterJob)
 #: fields of requests that results do not depend on, or whose content is named beside them
 _BESIDE = frozenset(
     {"out", "restart", "file", "recipe", "prompts", "behavior", "builtin", "rules", "checkers"}
-) | {"overwrite", "ray", "device_map", "max_memory", "steps"}
+) | {"overwrite", "ray", "device_map", "max_memory", "cache", "steps"}
 
 
 @dataclass(frozen=True)
