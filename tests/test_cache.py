@@ -22,7 +22,7 @@ from mergekit_wp.models.streaming import Span
 from tests.joint_runs import COMMANDS, files, line, run
 from tests.local_ray import LocalRay, on
 from tests.models import make_model, save, write_prompts
-from tests.test_company import NAMES, make_world
+from tests.test_company import NAMES, load, make_world
 from tests.test_lora import change_weights, make_adapter
 from tests.test_scoring import Quiet
 
@@ -216,11 +216,31 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_budget_is_refused_before_anything_is_measured(
+    command: str, world: Path, tmp_path: Path
+) -> None:
+    said = Quiet()
+    with pytest.raises(UserError, match="one layer of the base and all experts takes"):
+        run(command, world, tmp_path / "out", said, cache="1KB")
+    assert {name for name, _ in said.stages} <= {"comparing checkpoints", "hashing weights"}
+
+
 def test_less_memory_than_the_budget(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = pairs_of(world)
     monkeypatch.setattr(cache, "free_memory", lambda _: 1000)
     with pytest.raises(UserError, match="fit into it, but only 0.00 GiB of main memory are free"):
         CachePlan.of(pairs, 2**30)
+
+
+def test_of_an_expert_only_what_differs_is_kept(world: Path, tmp_path: Path) -> None:
+    expert, changed = load(world / "base"), "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        expert.get_parameter(changed).add_(1)
+    save(expert, tmp_path / "one")
+    pairs = [open_pair(str(world / "base"), str(tmp_path / "one"), lambda *_: None)]
+    plan = CachePlan.of(pairs, 2**30)
+    assert [name for path, name in plan.chosen if path == str(tmp_path / "one")] == [changed]
 
 
 def test_one_layer_is_the_least(world: Path) -> None:
