@@ -1,19 +1,25 @@
-"""Run a comparison: merge, evaluate, choose on validation items, report on test items."""
+"""Run a comparison: merge, evaluate, choose on validation items, report on test items.
+
+On a cluster the same way is gone several times over. Whatever is not measured yet is noted instead,
+with all that does not depend on it, and measured by the workers; the last time nothing is missing.
+"""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_wp.comparison import select
-from mergekit_wp.comparison.failures import MAY_FAIL, why_failed
-from mergekit_wp.comparison.making import Making, Ready
+from mergekit_wp.comparison.evaluation import Evaluation, Found, ModelJobs, evaluate, memories
+from mergekit_wp.comparison.making import Making
 from mergekit_wp.comparison.methods import (
     OMEGAS,
     OURS,
@@ -25,12 +31,12 @@ from mergekit_wp.comparison.methods import (
 )
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import MERGE, Job, Results
-from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row, Setting
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, Cost, Row, Setting
 from mergekit_wp.errors import UserError
-from mergekit_wp.interrupts import finishing
 from mergekit_wp.models.checkpoint import Checkpoint
-from mergekit_wp.models.memory import UNBOUNDED, AtOnce
+from mergekit_wp.runs.cluster import Cluster
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.tasks.task import ItemScore, Task
 from mergekit_wp.terms import RowRole, Split
 
 
@@ -43,12 +49,14 @@ class Runner:
         results: finished jobs.
         progress: told of every job, and of every step back where memory runs out.
         options: of mergekit, for all merges.
+        workers: make and measure models, if not this process.
     """
 
     plan: Plan
     results: Results
     progress: Progress
     options: MergeOptions = field(default_factory=lambda: MergeOptions(quiet=True))
+    workers: Cluster | None = None
     chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
 
     def run(self) -> Comparison:
@@ -58,9 +66,15 @@ class Runner:
 
     def _run(self, scratch: Path) -> Comparison:
         plan = self.plan
-        # what fitted one model fits the next, but another task may have longer prompts
         every = (*plan.tasks, *plan.keep)
-        self.at_once = {task.name: AtOnce(UNBOUNDED, self.progress.note) for task in every}
+        self.at_once = memories(plan, self.progress.note)
+        self.ceiling: dict[str, dict[str, float]] = {}
+        #: what is to be measured; None where it is measured at once
+        self.wanted: list[ModelJobs] | None = None
+        self.waiting: set[str] = set()  # methods that nothing can be chosen of yet
+        #: jobs in the order in which one process does them
+        self.order: list[Job] = []
+        self.spread: set[Job] = set()  # what workers have done
         date = self.results.clock.date
         self.making = Making(plan, self.results.folder, scratch, date, self.progress, self.options)
         for task in every:
@@ -68,21 +82,11 @@ class Runner:
                 self.progress.note(note)
         splits: tuple[Split, ...] = ("valid", "test") if plan.tuned else ("test",)
         self.progress.stage("comparing", self._count_jobs(len(splits)), "job")
-        rows = [self._checkpoint_row("base", "base", self.making.base, splits)]
-        for name, reference in zip(plan.names, plan.experts, strict=True):
-            expert = Checkpoint(reference)
-            rows.append(self._checkpoint_row(f"expert {name}", "expert", expert, splits))
-        self.ceiling: dict[str, dict[str, float]] = {}
-        if plan.relative:
-            for split in splits:
-                experts = [self._scores(f"expert {n}", {}, 0, split) for n in plan.names]
-                known = [scores for scores in experts if scores is not None]
-                self.ceiling[split] = select.ceilings(known, self._task_names, split)
-        won: dict[str, Setting] = {}
-        for method in plan.methods:
-            rows += self._method_rows(method, won)
-        for name, config in plan.extra.items():
-            rows.append(self._recipe_row(name, config))
+        while self.workers is not None and (wanted := self._missing(splits)):
+            self._measured_by(self.workers, wanted)
+        rows = self._rows(splits)
+        if self.workers is not None:
+            self.results.settle(self.order)
         ours_named = [row.name for row in rows if row.role == "ours"]
         measured = [row.name for row in rows if row.failed is None]
         if not measured:
@@ -93,6 +97,60 @@ class Runner:
         # differences are from a row that has scores
         reference = next((name for name in ours_named if name in measured), measured[0])
         return Comparison(tuple(rows), tuple(self._task_names), plan.relative, reference)
+
+    def _rows(self, splits: Sequence[Split]) -> list[Row]:
+        """Everything, in the order of the table."""
+        plan = self.plan
+        rows = [self._checkpoint_row("base", "base", self.making.base, splits)]
+        for name, reference in zip(plan.names, plan.experts, strict=True):
+            rows.append(
+                self._checkpoint_row(f"expert {name}", "expert", Checkpoint(reference), splits)
+            )
+        known = not self._waits()
+        for split in splits if plan.relative and known else ():
+            experts = [self._scores(f"expert {n}", {}, 0, split) for n in plan.names]
+            scored = [scores for scores in experts if scores is not None]
+            self.ceiling[split] = select.ceilings(scored, self._task_names, split)
+        won: dict[str, Setting] = {}
+        for method in plan.methods:
+            rows += self._method_rows(method, won, chooses=known)
+        for name, config in plan.extra.items():
+            rows.append(self._recipe_row(name, config))
+        return rows
+
+    def _waits(self, before: int = 0) -> bool:
+        """Whether more is to be measured than before."""
+        return self.wanted is not None and len(self.wanted) > before
+
+    def _missing(self, splits: Sequence[Split]) -> list[ModelJobs]:
+        """All that has to be measured, and can be by what is known now."""
+        self.wanted, self.waiting = [], set()
+        self._rows(splits)
+        wanted, self.wanted, self.waiting = self.wanted, None, set()
+        return list(dict.fromkeys(wanted))
+
+    def _measured_by(self, workers: Cluster, wanted: Sequence[ModelJobs]) -> None:
+        """Have workers make and measure models; one that learns first is one worker's."""
+        learning = {m.name for m in self.plan.methods if m.peer is not None and m.peer.learns}
+        groups: dict[str, list[ModelJobs]] = {}
+        for number, jobs in enumerate(wanted):
+            model = jobs[0].model
+            groups.setdefault(model if model in learning else str(number), []).append(jobs)
+
+        def keep(evaluation: Evaluation, result: dict[str, Any]) -> None:
+            if result["dated"]:
+                self.results.clock.read()
+            for jobs, found in zip(evaluation.models, result["found"], strict=True):
+                kept = Kept(self, jobs[0])
+                if found.cost is not None:
+                    kept.add_cost(found.cost)
+                for job, scores in found.scores.items():
+                    kept.add(job, scores)
+                for job, reason in found.failed.items():
+                    kept.add_failure(job, reason)
+                self.spread.update(jobs)
+
+        workers.run([Evaluation(tuple(group)) for group in groups.values()], keep)
 
     @property
     def _task_names(self) -> list[str]:
@@ -111,16 +169,10 @@ class Runner:
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
     ) -> Row:
-        tokenizer = checkpoint.tokenizer()
-        if tokenizer is None:
-            if role == "expert":
-                self.progress.note(
-                    f"'{checkpoint.name}' has no tokenizer; that of the merges is used"
-                )
-            tokenizer = self.making.tokenizer
-        load = partial(self.making.checkpoint, checkpoint, tokenizer)
+        if role == "expert" and self.wanted is None and checkpoint.tokenizer() is None:
+            self.progress.note(f"'{checkpoint.name}' has no tokenizer; that of the merges is used")
         for split in splits:
-            self._measure(name, {}, 0, split, load)
+            self._measure(name, {}, 0, split)
         return self._row(name, role, name, {}, (0,), None)
 
     def _settings(self, method: Method) -> int:
@@ -129,32 +181,38 @@ class Runner:
             return 1 + len(self.plan.experts) * (len(method.grid) - 1)
         return len(method.grid) or len(OMEGAS)
 
-    def _method_rows(self, method: Method, won: dict[str, Setting]) -> list[Row]:
-        plan, make = self.plan, partial(self.making.by_method, method)
+    def _method_rows(
+        self, method: Method, won: dict[str, Setting], *, chooses: bool = True
+    ) -> list[Row]:
+        """Rows of a method; without `chooses` only what does not go by the experts' scores."""
+        plan = self.plan
         role: RowRole = "ours" if method.name == OURS else "peer"
         seeds = tuple(range(plan.seeds)) if method.draws else (0,)
         rows = []
         if role == "ours" or not plan.tuned:
             name = method.name + UNTUNED
-            rows = [self._test_row(name, role, method.name, method.untuned, seeds, make)]
+            rows = [self._test_row(name, role, method.name, method.untuned, seeds)]
             if (recipe := self.making.recipe(method, method.untuned)) is not None:
                 self.chosen[name] = recipe
             if not plan.tuned:
                 return rows
+        before = len(self.wanted or ())
         if under := method.on_top_of:
             if under not in won:
-                self._method_rows(peers(len(plan.experts))[under], won)
+                if under not in self.waiting:
+                    self._method_rows(peers(len(plan.experts))[under], won, chooses=chooses)
+                if under in self.waiting:
+                    return rows
                 won.setdefault(under, peers(len(plan.experts))[under].untuned)
             if method.aim:
                 method = with_aim(method, won[under])
-                make = partial(self.making.by_method, method)
         found: dict[str, tuple[Setting, float]] = {}
 
         def value(setting: Setting) -> float | None:
             """The objective on validation items, None where it failed."""
             if (known := found.get(repr(setting))) is not None:
                 return known[1]
-            self._measure(method.name, setting, 0, "valid", partial(make, setting, 0))
+            self._measure(method.name, setting, 0, "valid")
             scores = self._scores(method.name, setting, 0, "valid")
             if scores is None:
                 return None
@@ -162,6 +220,8 @@ class Runner:
             found[repr(setting)] = setting, reached
             return reached
 
+        if method.searched and self.wanted is not None:
+            return rows  # each try depends on the one before: this process makes them
         if method.searched:
             keys = weights_of(len(plan.experts))
             start = dict.fromkeys(keys, won[TASK_ARITHMETIC]["weight"])
@@ -169,11 +229,14 @@ class Runner:
         else:
             for setting in method.grid:
                 value(setting)
+        if self._waits(before) or not chooses:
+            self.waiting.add(method.name)
+            return rows
         if not found:
             return [Row(method.name, role, failed="no setting of its grid was evaluated"), *rows]
         setting, valid = select.best([*found.values()])
         won[method.name] = setting
-        tuned = self._test_row(method.name, role, method.name, setting, seeds, make, valid)
+        tuned = self._test_row(method.name, role, method.name, setting, seeds, valid)
         if (recipe := self.making.recipe(method, setting)) is not None:
             self.chosen[method.name] = recipe
         return [replace(tuned, tried=len(found)), *rows]
@@ -182,11 +245,7 @@ class Runner:
         """A further recipe, as it is written."""
         role: RowRole = "ours" if recipe.merge_method == OURS else "peer"
         self.chosen[name] = recipe
-
-        def make(_setting: Setting, seed: int) -> Ready:
-            return self.making.by_recipe(recipe, seed)
-
-        return self._test_row(name, role, name, {}, (0,), make)
+        return self._test_row(name, role, name, {}, (0,))
 
     def _test_row(
         self,
@@ -195,11 +254,10 @@ class Runner:
         model: str,
         setting: Setting,
         seeds: Sequence[int],
-        make: Callable[[Setting, int], Ready],
         valid: float | None = None,
     ) -> Row:
         for seed in seeds:
-            self._measure(model, setting, seed, "test", partial(make, setting, seed))
+            self._measure(model, setting, seed, "test")
         return self._row(name, role, model, setting, seeds, valid)
 
     def _row(
@@ -249,49 +307,46 @@ class Runner:
             found[task] = scores
         return found
 
-    def _measure(
-        self,
-        model: str,
-        setting: Setting,
-        seed: int,
-        split: Split,
-        load: Callable[[], Ready],
-    ) -> None:
+    def _measure(self, model: str, setting: Setting, seed: int, split: Split) -> None:
         """Evaluate one model on the tasks that are not done yet; record how merges fail."""
-        todo = []
-        tasks = (*self.plan.tasks, *(self.plan.keep if split == "test" else ()))
-        for task in tasks:
+        todo: list[tuple[Task, Job]] = []
+        done: list[tuple[Task, Job]] = []
+        for task in (*self.plan.tasks, *(self.plan.keep if split == "test" else ())):
             job = Job.of(model, setting, seed, task.name, split)
             self.results.drop_incomplete(job, task.count(split))
-            if self.results.scores(job) is None and job not in self.results.failed:
-                todo.append((task, job))
-        self.progress.advance(len(tasks) - len(todo), resumed=True)
-        if not todo:
+            missing = self.results.scores(job) is None and job not in self.results.failed
+            (todo if missing else done).append((task, job))
+        if self.wanted is not None:
+            self.wanted += [tuple(job for _, job in todo)] if todo else []
             return
-        try:
-            with load() as made:
-                if made.cost is not None:
-                    self.results.add_cost(model, setting, seed, made.cost)
-                for task, job in todo:
-                    try:
-                        with finishing():
-                            found = task.evaluate(
-                                made.model, made.asked, split, self.at_once[task.name]
-                            )
-                            self.results.add(job, found)
-                    except MAY_FAIL as error:
-                        self._record_failure(error, [job])
-                    else:
-                        self.progress.advance(1)
-        except MAY_FAIL as error:
-            self._record_failure(error, [job for _, job in todo])
+        self.order += [job for _, job in (*done, *todo)]
+        before = [job for _, job in done if job not in self.spread]
+        self.progress.advance(len(before), resumed=True)
+        if todo:
+            first = todo[0][1]
+            evaluate(partial(self.making.of_job, first), todo, self.at_once, Kept(self, first))
 
-    def _record_failure(self, error: Exception, jobs: Sequence[Job]) -> None:
-        """Record why jobs have no scores, or raise what is not the merge's fault."""
-        reason = why_failed(error)
-        if reason is None:
-            raise error
-        for job in jobs:
-            if job not in self.results.done and job not in self.results.failed:
-                self.results.add_failure(job, reason)
-                self.progress.advance(1)
+
+class Kept(Found):
+    """Results of one model, kept as they come."""
+
+    def __init__(self, runner: Runner, job: Job) -> None:
+        super().__init__()
+        self.runner, self.job = runner, job
+
+    def add_cost(self, cost: Cost) -> None:
+        """What the merge took."""
+        job = self.job
+        self.runner.results.add_cost(job.model, json.loads(job.setting), job.seed, cost)
+
+    def add(self, job: Job, scores: Sequence[ItemScore]) -> None:
+        """A job is done."""
+        self.runner.results.add(job, scores)
+        self.scores[job] = scores
+        self.runner.progress.advance(1)
+
+    def add_failure(self, job: Job, reason: str) -> None:
+        """A job has no scores."""
+        self.runner.results.add_failure(job, reason)
+        self.failed[job] = reason
+        self.runner.progress.advance(1)

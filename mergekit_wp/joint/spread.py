@@ -46,6 +46,7 @@ class StepPart:
 class Merges(Assignment):
     """The merge of some experts at any gates; see `MergedModel`."""
 
+    models: SentModels
     layout: Layout
     size: int
     together: int

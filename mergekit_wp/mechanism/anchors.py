@@ -197,6 +197,7 @@ class SteeredLayers:
 class Steered(Assignment):
     """The layers of one behaviour."""
 
+    models: SentModels
     steering: Steering
     batch_size: int
 

@@ -17,7 +17,7 @@ from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.memory import UNBOUNDED, AtOnce
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.runs.cluster import Assignment, moved
+from mergekit_wp.runs.cluster import Assignment, SentModels, moved
 from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.references import anchor_of, logprobs, values_of
 from mergekit_wp.tasks.items import JsonlTask
@@ -169,6 +169,7 @@ class SetMeasurement:
 class Sets(Assignment):
     """The sets of one score file."""
 
+    models: SentModels
     given: SetInputs
 
     def begin(self, told: Callable[[str], None]) -> Callable[[Whole | Swap], Result]:

@@ -23,7 +23,7 @@ from mergekit_wp.engine.paths import (
 from mergekit_wp.engine.replay import Receiver
 from mergekit_wp.engine.weight_swaps import written_anew
 from mergekit_wp.models.memory import AtOnce
-from mergekit_wp.runs.cluster import Assignment, moved
+from mergekit_wp.runs.cluster import Assignment, SentModels, moved
 from mergekit_wp.runs.recordings import Portion, Recordings, Result, in_portions
 from mergekit_wp.runs.references import References
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand, FineKind, Via
@@ -204,6 +204,7 @@ class Supplies:
 class Circuits(Assignment):
     """The parts of one circuit."""
 
+    models: SentModels
     references: References
     criterion: CriterionName
     targets: tuple[Place, ...]

@@ -58,6 +58,14 @@ Overwrite = Annotated[
     Option(stored=False),
     Field(description="Replace a finished score file or merged model that is there already."),
 ]
+Ray = Annotated[
+    bool,
+    Option(stored=False),
+    Field(
+        description="Compute on a Ray cluster: that of RAY_ADDRESS, a running one of this machine, "
+        "or a new one. pip install 'mergekit-wp[ray]'",
+    ),
+]
 CheckersFile = Annotated[
     Path | None,
     Field(description="Python file with checkers of your own: f(item, output) -> bool or score."),
@@ -104,11 +112,7 @@ class RunRequest(Request):
         description=f"With {option('device_map')}, most memory for weights on a GPU, by its "
         "number, or on cpu, as in 0=20GiB; once per device, others are not used.",
     )
-    ray: Annotated[bool, Option(stored=False)] = Field(
-        default=False,
-        description="Compute on a Ray cluster: that of RAY_ADDRESS, a running one of this machine, "
-        "or a new one. pip install 'mergekit-wp[ray]'",
-    )
+    ray: Ray = False
     seed: Seed = 0
     max_new_tokens: MaxNewTokens = 64
 
