@@ -67,6 +67,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = Family.make(root, llama_config(vocab_size=40))
     for model in (family.base, *family.experts):
         save_tokenizer(model.path)
+    dated = family.experts[1].path / "tokenizer_config.json"  # which only its own worker reads
+    template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    dated.write_text(json.dumps(json.loads(dated.read_text()) | {"chat_template": template}))
     (root / "recipe.yml").write_text(yaml.safe_dump(family.recipe()))
     other = family.recipe() | {"merge_method": "ties"}
     other["models"] = [
@@ -142,6 +145,7 @@ def test_any_number_of_workers_write_the_files_of_one_process(
     want = alone()
     summary = json.loads(want["summary.json"])
     assert len({row["mean"]["value"] for row in summary["rows"] if row["mean"]}) > 5
+    assert b"template date" in want["comparison.json"]
     assert b'"failed":"' in want["results.jsonl"], "a recipe that fails is among them"
     ray, said = on(monkeypatch, LocalRay(cpus)), Quiet()
     assert run(world, tmp_path, said, ray=True) == want

@@ -178,11 +178,13 @@ class Evaluations(Assignment):
         Raises:
             UserError: files are others than the driver's.
         """
-        os.chdir(self.directory)
+        if os.path.isdir(self.directory):  # else names that start from it are not found
+            os.chdir(self.directory)
         ensure_registered()
+        request = self.request.model_copy(update={"device": self.models.device})
         clock = Clock(self.date)
         with one_clock(clock):
-            plan, _ = make_plan(self.request)
+            plan, _ = make_plan(request)
             own = fingerprint(plan)
             if changed := [name for name in self.inputs if own[name] != self.inputs[name]]:
                 raise UserError(
