@@ -32,7 +32,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.terms import FineKind, GateGranularity, Kind
 
 Shape = torch.Size | tuple[int, ...]
-_IN_CACHE = 2**18  # entries whose product a CPU need not write to main memory: five times as fast
+_IN_CACHE = 2**18  # entries whose product stays in a CPU's cache, where it costs least
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 
@@ -42,8 +43,22 @@ def started(
 
 def workers_of(driver: int) -> Iterator[int]:
     """Processes that are at a job or idle, as Ray titles them, below a driver."""
+    return (pid for pid, name in _below(driver) if name.startswith("ray::Worker"))
+
+
+def killed(driver: subprocess.Popen[str]) -> str:
+    """End a driver at once, wait until its cluster has ended by itself, and say what it said."""
+    driver.kill()
+    _, said = driver.communicate()
+    while any("raylet" in name or "gcs_server" in name for _, name in _below(driver.pid)):
+        time.sleep(0.1)
+    return said
+
+
+def _below(driver: int) -> Iterator[tuple[int, str]]:
+    """Processes of a driver's session, with their command lines."""
     listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
     for line in listed.splitlines()[1:]:
         pid, session, name = line.split(None, 2)
-        if int(session) == driver and name.startswith("ray::Worker"):
-            yield int(pid)
+        if int(session) == driver and "<defunct>" not in name:
+            yield int(pid), name

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from mergekit_wp.runs.cluster import ATTEMPTS
 from tests.local_ray import LocalRay, on
 from tests.merging import Family, llama_config
 from tests.models import save_tokenizer, write_prompts
-from tests.ray_runs import ray_environment, started, workers_of
+from tests.ray_runs import killed, ray_environment, started, workers_of
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -88,6 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "rules.py").write_text(CHECKER)
     (root / "grid.yml").write_text(yaml.safe_dump(GRID))
     write_prompts(root / "calibration.jsonl", 3)
+    (root / "plain.txt").write_text("mnopqr" * 6)
     return root
 
 
@@ -100,6 +102,7 @@ def run(world: Path, out: Path, said: Quiet | None = None, **options: Any) -> di
         "grid": world / "grid.yml",
         "calibration": world / "calibration.jsonl",
         "checkers": world / "rules.py",
+        "keep": (str(world / "plain.txt"),),
         "relative": True,
         "repeats": 2,
         "max_new_tokens": 3,
@@ -145,6 +148,8 @@ def test_any_number_of_workers_write_the_files_of_one_process(
     want = alone()
     summary = json.loads(want["summary.json"])
     assert len({row["mean"]["value"] for row in summary["rows"] if row["mean"]}) > 5
+    again = [row for row in summary["rows"] if row["equal"] and row["valid"] is not None]
+    assert any(row["equal"]["setting"] != row["setting"] for row in again), "further tests"
     assert b"template date" in want["comparison.json"]
     assert b'"failed":"' in want["results.jsonl"], "a recipe that fails is among them"
     ray, said = on(monkeypatch, LocalRay(cpus)), Quiet()
@@ -216,6 +221,21 @@ def test_a_worker_refuses_other_files(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(evaluation.WORKER)]
 
 
+def test_what_a_killed_worker_leaves_is_cleared_away(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Left:
+        def __init__(self, prefix: str, dir: Path) -> None:
+            self.name = mkdtemp(prefix=prefix, dir=dir)
+            made.append(self.name)
+
+    made: list[str] = []
+    monkeypatch.setattr(evaluation, "TemporaryDirectory", Left)
+    on(monkeypatch, LocalRay(2))
+    run(world, tmp_path, ray=True, methods=("weight_patching",), untuned=True, grid=None)
+    assert len(made) == 2 and not any(Path(place).exists() for place in made)
+
+
 def line(world: Path, out: Path, *more: str) -> list[str]:
     tasks = [f"--task={world / name}.jsonl" for name in ("one", "two")]
     usual = ["--max-new-tokens=3", "--device=cpu", f"--checkers={world / 'rules.py'}"]
@@ -255,8 +275,7 @@ def test_two_workers_one_killed_then_the_driver(world: Path, tmp_path: Path) -> 
     await_lines(12)
     os.kill(victims[0], signal.SIGKILL)
     await_lines(60)
-    process.kill()
-    assert "a worker has ended; its part " in process.communicate()[1]
+    assert "a worker has ended; its part " in killed(process)
     again = started(line(world, spread, "--ray"), ray_environment())
     _, said = again.communicate()
     assert again.returncode == 0, said

@@ -22,7 +22,7 @@ from mergekit_wp.runs.cluster import ATTEMPTS
 from mergekit_wp.runs.journal import Journal
 from tests.joint_runs import COMMANDS, files, line, run
 from tests.local_ray import LocalRay, elsewhere, on
-from tests.ray_runs import ray_environment, started, workers_of
+from tests.ray_runs import killed, ray_environment, started, workers_of
 from tests.test_company import make_world
 from tests.test_scoring import Quiet
 
@@ -218,8 +218,7 @@ def test_two_workers_one_killed_mid_step_then_the_driver(
     last = await_change(await_change(0.0))
     os.kill(victims[0], signal.SIGKILL)
     await_change(await_change(last))
-    process.kill()
-    _, said = process.communicate()
+    said = killed(process)
     assert "a worker has ended; its part " in said
     again = started(line(command, world, spread, steps, "--ray"), ray_environment())
     _, said = again.communicate()

@@ -29,7 +29,7 @@ from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from tests.local_ray import LocalRay, elsewhere, on
 from tests.models import make_model, perturbed, save, write_prompts
-from tests.ray_runs import ray_environment, started, workers_of
+from tests.ray_runs import killed, ray_environment, started, workers_of
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -268,8 +268,7 @@ def test_two_workers_one_killed_then_the_driver(command: str, world: Path, tmp_p
     await_parts(4)
     os.kill(victims[0], signal.SIGKILL)
     await_parts(12)
-    process.kill()
-    assert "a worker has ended; its part " in process.communicate()[1]
+    assert "a worker has ended; its part " in killed(process)
     again = begun(spread, "--ray")
     _, said = again.communicate()
     assert again.returncode == 0 and "continuing the run in" in said, said

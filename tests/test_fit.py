@@ -267,9 +267,11 @@ def killed(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_a_killed_run_ends_where_it_is_told_to(world: Path, tmp_path: Path, killed: Path) -> None:
     """Three steps were kept: with fewer or as many, what they reached is written."""
     file = fitted(world, killed, steps=2)
-    whole = fitted(world, tmp_path / "whole", steps=3)
-    assert file.fit.history == whole.fit.history and len(file.fit.history) == 4
-    assert all(torch.equal(tensor, whole.tensors[key]) for key, tensor in file.tensors.items())
+    fitted(world, tmp_path / "whole", steps=3)
+    assert len(file.fit.history) == 4
+    for name in NAMES:  # with the command that repeats it
+        one, two = (folder / f"{name}.safetensors" for folder in (killed, tmp_path / "whole"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_a_killed_run_goes_on(world: Path, tmp_path: Path, killed: Path) -> None:

@@ -115,3 +115,37 @@ def test_a_score_passes_through_few_modules(tmp_path: Path) -> None:
     above = {m for m in every if not m.removesuffix(".py").startswith(FOUNDATION)}
     assert {"scoring/score.py", "runs/run.py", "engine/replay.py"} < above
     assert len(above) <= 24, sorted(above)
+
+
+BENCHMARKS = sorted((ROOT.parent / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: str(p.relative_to(ROOT.parent)))
+def test_a_benchmark_imports_only_what_there_is(path: Path) -> None:
+    """Benchmarks run seldom, and not all of what they need is installed here."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            ("benchmarks", "mergekit_wp")
+        ):
+            folder = ROOT.parent / str(node.module).replace(".", "/")
+            module = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+            assert module.exists(), node.module
+            here = {alias.name for alias in node.names} - names_in(module)
+            parts = {name for name in here if (folder / f"{name}.py").exists()}
+            parts |= {name for name in here if (folder / name / "__init__.py").exists()}
+            assert here == parts, f"{node.module} has no {', '.join(sorted(here - parts))}"
+
+
+def names_in(module: Path) -> set[str]:
+    """What a module defines or imports anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Constant) and module == ROOT / "__init__.py":
+            found.add(str(node.value))  # public names are given lazily, by their strings
+    return found

@@ -24,7 +24,7 @@ from mergekit_wp.mechanism.anchors import (
 )
 from mergekit_wp.mechanism.request import AnchorRequest
 from mergekit_wp.statistics import Estimate
-from tests.models import EOS, LETTERS, make_model, perturbed, save
+from tests.models import EOS, LETTERS, count_fetched, make_model, perturbed, save
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -115,6 +115,14 @@ def test_steering_equals_a_hook_on_the_whole_model(
         want = (torch.stack(steered).mean() - start) / (0 - start)
         assert layer.steering.value == pytest.approx(float(want), abs=1e-9)
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_weights_left_in_the_checkpoints_give_the_same_anchors(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, fetched = find_anchors(request_for(world), Quiet()), count_fetched(monkeypatch)
+    spread = request_for(world, device_map="auto", max_memory={"cpu": 0})
+    assert find_anchors(spread, Quiet()) == held and fetched
 
 
 def test_stability_sees_a_direction_and_its_absence() -> None:

@@ -1,8 +1,9 @@
-"""Sources, routers and executors of the SmolLM2 instruction expert.
+"""Sources, routers and executors of one expert: SmolLM2's instructions, or Gemma 3's reversal.
 
 ``python -m benchmarks.mechanism.bench`` runs every step that has not run yet and prints the tables
-of README.md; with names of steps it runs these alone. Everything resumes. The base and the expert
-come from ``python -m benchmarks.smollm2.experts``.
+of README.md; with names of steps it runs these alone, with ``--study gemma3`` on the other model.
+Everything resumes. Base and expert come from ``python -m benchmarks.smollm2.experts``, or
+``python -m benchmarks.gemma3.experts --only reversal``.
 """
 
 from __future__ import annotations
@@ -14,58 +15,44 @@ from pathlib import Path
 
 import click
 
+from benchmarks.files import command, local, read_jsonl, write_jsonl
 from benchmarks.mechanism import tables
-from benchmarks.mechanism.paths import (
-    BASE,
-    BEHAVIORS,
-    EXPERT,
-    HELD_OUT,
-    OTHER_SEED,
-    PROMPTS,
-    RANKINGS,
-    SCORES,
-    SKILL,
-    TASK,
-    TRACE,
-    WORK,
-    behavior_scores,
-    verified,
-)
-from benchmarks.smollm2.experts import build, train
-from benchmarks.smollm2.paths import BUILD, command, read_jsonl, write_jsonl
+from benchmarks.mechanism.paths import BEHAVIORS, RANKINGS, STUDIES, Study
 from mergekit_wp.runs.progress import BarProgress
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score as run_score
 
-#: scored on, and as many held out; items of which the answers are checked; of an anchor
-N_PROMPTS, N_ITEMS, N_ANCHOR = 8, 12, 8
+#: prompt pairs of an anchor, and prompts of a behaviour
+N_PAIRS = 8
 #: less than what `score` allows for exact swaps, so that heads are scored to first order and only
 #: the leaders and a sample verified
 EXACT = 64.0
 TOP = "1%,5%,20%"
-SCORED = ("--prompts", str(PROMPTS), "--max-prompts", str(N_PROMPTS))
 
 
-def prompts() -> None:
+def prompts(study: Study) -> None:
     """Prompts and items that are not scored on."""
-    lines = PROMPTS.read_text().splitlines(keepends=True)
-    WORK.mkdir(parents=True, exist_ok=True)
-    HELD_OUT.write_text("".join(lines[N_PROMPTS : 2 * N_PROMPTS]))
-    items = [row for row in read_jsonl(SKILL) if row["split"] == "test"][:N_ITEMS]
-    write_jsonl(TASK, [row | {"max_new_tokens": 32} for row in items])
+    study.work.mkdir(parents=True, exist_ok=True)
+    rows, items = read_jsonl(study.prompts), read_jsonl(study.skill)
+    others = rows[study.scored :]
+    if not others:
+        others = [{"prompt": row["prompt"]} for row in items if row["split"] == "valid"]
+    write_jsonl(study.others, others[: study.held_out])
+    tested = [row for row in items if row["split"] == "test"][: study.answered]
+    write_jsonl(study.items, [r | {"max_new_tokens": study.max_new_tokens} for r in tested])
 
 
-def score() -> None:
+def score(study: Study) -> None:
     """Weights and activations, gain and knockout, and shares."""
-    if not SCORES.exists():
+    if not study.scores.exists():
         request = ScoreRequest(
-            base=str(BASE),
-            expert=str(EXPERT),
-            prompts=PROMPTS,
-            out=SCORES,
-            max_prompts=N_PROMPTS,
+            base=str(study.base),
+            expert=str(study.expert),
+            prompts=study.prompts,
+            out=study.scores,
+            max_prompts=study.scored,
             estimand=("share", "gain", "activation_gain", "knockout", "activation_knockout"),
-            criterion=("kl", "anchor"),
+            criterion=study.criteria,
             kinds=("layer", "head", "kv_group", "neuron"),
             verify=24,
             exact_budget=EXACT,
@@ -73,86 +60,91 @@ def score() -> None:
         run_score(request, BarProgress())
 
 
-def trace() -> None:
+def trace(study: Study) -> None:
     """Who supplies the leading components."""
-    if not TRACE.exists():
+    if not study.trace.exists():
         command(
-            *("mergekit-wp", "trace", str(SCORES), *SCORED),
-            *("--criterion", "kl", "--out", str(TRACE)),
+            *("mergekit-wp", "trace", str(study.scores), "--prompts", str(study.prompts)),
+            *("--max-prompts", str(study.scored), "--criterion", "kl", "--out", str(study.trace)),
         )
 
 
-def verify() -> None:
+def verify(study: Study) -> None:
     """Sets of weights chosen by each ranking, on prompts that were not scored on."""
     for estimand in RANKINGS:
-        out = verified(estimand)
+        out = study.verified(estimand)
         if out.exists():
             continue
         working = out.with_suffix(".working")
         if not working.exists():
-            shutil.copy(SCORES, working)
-        answers = ("--task", str(TASK)) if estimand == "share" else ()
+            shutil.copy(study.scores, working)
+        answers = ("--task", str(study.items)) if estimand == "share" else ()
         command(
-            *("mergekit-wp", "verify", str(working), "--top", TOP, "--prompts", str(HELD_OUT)),
+            *("mergekit-wp", "verify", str(working), "--top", TOP, "--prompts", str(study.others)),
             *("--estimand", estimand, "--criterion", "kl", "--draws", "2", *answers),
         )
         os.replace(working, out)
 
 
-def anchors() -> None:
+def anchors(study: Study) -> None:
     """Every layer's anchor for the six built-in behaviours."""
-    for name in BEHAVIORS:
-        out = WORK / f"anchor-{name}.json"
+    for name in BEHAVIORS if study.builtin else ():
+        out = study.work / f"anchor-{name}.json"
         if not out.exists():
             found = command(
-                *("mergekit-wp", "anchor", str(BASE), str(EXPERT), "--builtin", name),
-                *("--max-prompts", str(N_ANCHOR), "--max-new-tokens", "32", "--json"),
+                *("mergekit-wp", "anchor", str(study.base), str(study.expert), "--builtin", name),
+                *("--max-prompts", str(N_PAIRS), "--max-new-tokens", "32", "--json"),
                 quiet=True,
             )
             out.write_text(found)
 
 
-def behaviors() -> None:
+def behaviors(study: Study) -> None:
     """Shares of the six built-in behaviours, and of the same behaviour on other prompts."""
-    for name in BEHAVIORS:
-        file = WORK / f"{name}.jsonl"
+    for name in BEHAVIORS if study.builtin else ():
+        file = study.work / f"{name}.jsonl"
         if not file.exists():
             command("mergekit-wp", "behaviors", name, "--out", str(file))
-        _shares(EXPERT, file, behavior_scores(name), name)
-    _shares(EXPERT, HELD_OUT, behavior_scores("other-prompts"), "instruction")
+        _shares(study, study.expert, file, study.shares(name), name)
+    _shares(study, study.expert, study.others, study.shares("other-prompts"), study.expert.name)
 
 
-def _shares(expert: Path, file: Path, out: Path, behavior: str) -> None:
+def _shares(study: Study, expert: Path, file: Path, out: Path, behavior: str) -> None:
     if not out.exists():
         command(
-            *("mergekit-wp", "score", str(BASE), str(expert), "--prompts", str(file)),
-            *("--max-prompts", str(N_PROMPTS), "--estimand", "share", "--criterion", "kl"),
-            *("--kinds", "layer,head,kv_group,neuron", "--behavior", behavior, "--out", str(out)),
-            *("--max-new-tokens", "32"),
+            *("mergekit-wp", "score", str(study.base), str(expert), "--prompts", str(file)),
+            *("--max-prompts", str(max(N_PAIRS, study.held_out)), "--estimand", "share"),
+            *("--criterion", "kl", "--kinds", "layer,head,kv_group,neuron"),
+            *("--behavior", behavior, "--out", str(out)),
+            *("--max-new-tokens", str(study.max_new_tokens)),
         )
 
 
-def seed() -> None:
-    """A second training seed of the expert, and its shares on the same prompts."""
-    if not (OTHER_SEED / "config.json").exists():
-        adapter = WORK / "adapter-seed1"
-        train("instruction", 1, BUILD / "data", adapter)
-        build(adapter, OTHER_SEED)
-    _shares(OTHER_SEED, PROMPTS, behavior_scores("other-seed"), "instruction")
+def seed(study: Study) -> None:
+    """Shares of the expert of a second training seed, on the same prompts."""
+    if study.other_seed is None:
+        return
+    if not (study.other_seed / "config.json").exists():
+        raise SystemExit(
+            f"{local(study.other_seed)} is not there: python -m benchmarks.smollm2.experts --seed 1"
+        )
+    other = study.shares("other-seed")
+    _shares(study, study.other_seed, study.prompts, other, study.expert.name)
 
 
-def stability() -> None:
+def stability(study: Study) -> None:
     """Compare the rankings, and draw the page."""
-    others = [behavior_scores(name) for name in ("other-prompts", *BEHAVIORS, "other-seed")]
-    file = verified("share")
+    names = ["other-prompts", *(BEHAVIORS if study.builtin else ())]
+    others = [study.shares(n) for n in [*names, *(["other-seed"] if study.other_seed else [])]]
+    file = study.verified("share")
     command("mergekit-wp", "stability", str(file), *map(str, others), quiet=True)
     command(
-        *("mergekit-wp", "plot", str(file), "--trace", str(TRACE)),
-        *("--out", str(WORK / "instruction.html")),
+        *("mergekit-wp", "plot", str(file), "--trace", str(study.trace)),
+        *("--out", str(study.work / f"{study.expert.name}.html"), "--overwrite"),
     )
 
 
-STEPS: dict[str, Callable[[], None]] = {
+STEPS: dict[str, Callable[[Study], None]] = {
     "prompts": prompts,
     "score": score,
     "trace": trace,
@@ -161,16 +153,17 @@ STEPS: dict[str, Callable[[], None]] = {
     "behaviors": behaviors,
     "seed": seed,
     "stability": stability,
-    "tables": lambda: click.echo(tables.everything()),
+    "tables": lambda study: click.echo(tables.everything(study)),
 }
 
 
 @click.command()
+@click.option("--study", type=click.Choice(list(STUDIES)), default="smollm2", show_default=True)
 @click.argument("steps", nargs=-1, type=click.Choice(list(STEPS)))
-def main(steps: tuple[str, ...]) -> None:
+def main(study: str, steps: tuple[str, ...]) -> None:
     """Run STEPS, or all of them in order."""
     for name in steps or STEPS:
-        STEPS[name]()
+        STEPS[name](STUDIES[study])
 
 
 if __name__ == "__main__":

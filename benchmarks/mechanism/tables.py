@@ -7,22 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from benchmarks.mechanism.paths import (
-    BEHAVIORS,
-    RANKINGS,
-    SCORES,
-    TRACE,
-    WORK,
-    verified,
-)
+from benchmarks.mechanism.paths import BEHAVIORS, RANKINGS, Study
 from mergekit_wp.files import circuitfile
 from mergekit_wp.files.manifest import SetPoint
 from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.mechanism.stability import compared
-from mergekit_wp.report.circuit_graph import sentences
-from mergekit_wp.report.mechanism import agreement_cells, agreement_label
+from mergekit_wp.report.mechanism import agreement_cells, agreement_label, circuit_sentences
 from mergekit_wp.report.verification import area, curve
-from mergekit_wp.report.weights_vs_activations import weights_vs_activations
+from mergekit_wp.report.weights_vs_activations import comparisons
 from mergekit_wp.report.words import KIND_WORDS
 
 
@@ -35,10 +27,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
     yield ""
 
 
-def everything() -> str:
+def everything(study: Study) -> str:
     """All tables."""
-    file = read(SCORES)
-    parts = [depths(file), both_sides(file), sets(), circuit(file), anchors(), stability()]
+    file = read(study.scores)
+    parts = [depths(file), both_sides(file), fidelity(file), sets(study), circuit(study, file)]
+    parts += [anchors(study)] if study.builtin else []
+    parts += [stability(study)]
     return "\n".join(line for part in parts for line in part)
 
 
@@ -62,6 +56,17 @@ def depths(file: ScoreFile) -> Iterator[str]:
     yield from markdown(head, rows)
 
 
+def fidelity(file: ScoreFile) -> Iterator[str]:
+    """How scores to first order agree with exact swaps."""
+    yield "### Fidelity\n"
+    rows = [
+        (key, found.method, f"{found.pearson:.3f}", f"{found.largest_missed:.4f}")
+        for key, found in file.manifest.fidelity.items()
+        if found.pearson is not None and found.largest_missed is not None
+    ]
+    yield from markdown(("score", "how", "Pearson with exact swaps", "largest missed"), rows)
+
+
 def both_sides(file: ScoreFile) -> Iterator[str]:
     """Weights against activations."""
     yield "### Weights against activations\n"
@@ -76,7 +81,7 @@ def both_sides(file: ScoreFile) -> Iterator[str]:
             f"{row.weights_only:,}",
             f"{row.activations_only:,}",
         )
-        for found in weights_vs_activations(file)
+        for found in comparisons(file)
         for row in found.rows
         if row.kind != "kv_group"
     ]
@@ -88,12 +93,12 @@ def _point(point: SetPoint) -> str:
     return f"{point.value:.2f} [{point.low:.2f}, {point.high:.2f}]"
 
 
-def sets() -> Iterator[str]:
+def sets(study: Study) -> Iterator[str]:
     """Sets of weights by every ranking."""
     yield "### Sets of weights chosen by different rankings, kl on held-out prompts\n"
     rows, behavior = [], []
     for estimand in RANKINGS:
-        found = read(verified(estimand)).manifest.verification
+        found = read(study.verified(estimand)).manifest.verification
         assert found is not None
         for direction in ("restoration", "knockout"):
             for measure, into in (("kl", rows), ("behavior", behavior)):
@@ -108,11 +113,11 @@ def sets() -> Iterator[str]:
     yield from markdown(head, behavior)
 
 
-def circuit(file: ScoreFile) -> Iterator[str]:
+def circuit(study: Study, file: ScoreFile) -> Iterator[str]:
     """Nodes with roles, and the strongest edges."""
-    trace = circuitfile.read(TRACE, file)
+    trace = circuitfile.read(study.trace, file)
     yield "### Circuit\n"
-    yield from (f"- {sentence}" for sentence in sentences(trace))
+    yield from (f"- {sentence}" for sentence in circuit_sentences(trace))
     yield ""
     arriving = {n.name: {e.source for e in trace.strong if e.target == n.name} for n in trace.nodes}
     rows = [
@@ -135,12 +140,12 @@ def circuit(file: ScoreFile) -> Iterator[str]:
     yield from markdown(("from", "to", "by", "supply"), strongest)
 
 
-def anchors() -> Iterator[str]:
+def anchors(study: Study) -> Iterator[str]:
     """The layer that separates best of those that are usable, behaviour by behaviour."""
     yield "### Anchors\n"
     rows = []
     for name in BEHAVIORS:
-        found = json.loads((WORK / f"anchor-{name}.json").read_text())
+        found = json.loads((study.work / f"anchor-{name}.json").read_text())
         layers, chosen = found["layers"], found["usable_layer"]
         usable = sum(layer["usable"] for layer in layers)
         steering = max(layers, key=lambda x: x["steering"]["value"])
@@ -161,10 +166,10 @@ def _estimate(found: dict[str, float]) -> str:
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
-def stability() -> Iterator[str]:
+def stability(study: Study) -> Iterator[str]:
     """Rankings across halves, prompts, behaviours and training seeds."""
     yield "### Stability of the rankings\n"
-    file = read(verified("share"))
+    file = read(study.verified("share"))
     rows = [
         (
             agreement_label(a).split(", ")[0],
@@ -176,12 +181,14 @@ def stability() -> Iterator[str]:
         if a.kind in ("head", "neuron")
     ]
     yield from markdown(("against", "score", "kind", "rank correlation", "overlap"), rows)
+    if not study.builtin:
+        return
     yield "Behaviours with each other, share/kl:\n"
-    files = {name: read(WORK / f"shares-{name}.safetensors") for name in BEHAVIORS}
+    files = {name: read(study.shares(name)) for name in BEHAVIORS}
     pairs = []
     for i, one in enumerate(BEHAVIORS):
         for two in BEHAVIORS[i + 1 :]:
-            found = {a.kind: a for a in compared(files[one], files[two], WORK / two, 0)}
+            found = {a.kind: a for a in compared(files[one], files[two], study.work / two, 0)}
             shown = (agreement_cells(found[kind]) for kind in ("head", "neuron"))
             pairs.append((one, two, *(cell for kind in shown for cell in kind)))
     head = ("", "", "heads", "overlap", "neurons", "overlap")

@@ -5,6 +5,7 @@ Which errors make a row of the table "failed": the merge's own, never a bug of o
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.making import Making, Ready
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
-from mergekit_wp.comparison.results import MERGE, Job
+from mergekit_wp.comparison.results import MERGE, Job, Results
 from mergekit_wp.comparison.rows import Cost
 from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
@@ -29,7 +30,7 @@ from mergekit_wp.merging.host import raised_by_mergekit
 from mergekit_wp.models.encoding import Clock, one_clock
 from mergekit_wp.models.memory import UNBOUNDED, AtOnce, is_out_of_memory
 from mergekit_wp.runs.cluster import Assignment
-from mergekit_wp.runs.progress import NotesOnly
+from mergekit_wp.runs.progress import NotesOnly, Progress
 from mergekit_wp.tasks.task import ItemScore, Task
 
 #: how mergekit refuses a merge, by torch or by itself
@@ -88,6 +89,41 @@ class Found:
         self.failed[job] = reason
 
 
+class Kept(Found):
+    """What came of the jobs of one model, kept as it comes."""
+
+    def __init__(self, results: Results, progress: Progress, job: Job) -> None:
+        """Of any of the jobs."""
+        super().__init__()
+        self.results, self.progress, self.job = results, progress, job
+
+    def take(self, found: Found) -> None:
+        """What came of them elsewhere."""
+        if found.cost is not None:
+            self.add_cost(found.cost)
+        for job, scores in found.scores.items():
+            self.add(job, scores)
+        for job, reason in found.failed.items():
+            self.add_failure(job, reason)
+
+    def add_cost(self, cost: Cost) -> None:
+        """What the merge took."""
+        job = self.job
+        self.results.add_cost(job.model, json.loads(job.setting), job.seed, cost)
+
+    def add(self, job: Job, scores: Sequence[ItemScore]) -> None:
+        """A job is done."""
+        self.results.add(job, scores)
+        super().add(job, scores)
+        self.progress.advance(1)
+
+    def add_failure(self, job: Job, reason: str) -> None:
+        """A job has no scores."""
+        self.results.add_failure(job, reason)
+        super().add_failure(job, reason)
+        self.progress.advance(1)
+
+
 def evaluate(
     load: Callable[[], Ready],
     jobs: Sequence[tuple[Task, Job]],
@@ -98,7 +134,7 @@ def evaluate(
 
     Args:
         load: makes it.
-        jobs: on which tasks; all on one split.
+        jobs: on which tasks.
         at_once: sequences that go through it together, by the name of the task.
         found: takes what comes of it.
 

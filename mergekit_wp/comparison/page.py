@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from mergekit_wp.comparison import table
 from mergekit_wp.comparison.resampling import Resampled, best_peer
-from mergekit_wp.comparison.rows import SampleItem
+from mergekit_wp.comparison.rows import Comparison, SampleItem
 from mergekit_wp.comparison.table import Line
 from mergekit_wp.report.figures import INK, PAPER, Drawing, drawing, legend_above
 from mergekit_wp.report.html import filled
@@ -41,7 +41,11 @@ def html_page(resampled: Resampled, title: str, samples: Sequence[SampleItem] = 
     found = table.lines(resampled)
     shown = [line for line in found if line.mean is not None]
     comparison = resampled.comparison
-    figures = [_bars(shown, comparison.relative), _differences(shown, comparison.reference)]
+    figures = [
+        _bars(shown, comparison.relative),
+        _differences(shown, comparison.reference),
+        _trials(shown, comparison),
+    ]
     return filled(
         "compare.html",
         title=title,
@@ -62,6 +66,8 @@ def html_page(resampled: Resampled, title: str, samples: Sequence[SampleItem] = 
         set_by=any(line.row.setting for line in found),
         costs=any(table.cost_words(line.row) for line in found),
         loss=lambda row: table.loss_words(row, comparison),
+        equals=None if comparison.bound is None else table.what_is_equal(comparison),
+        equal=table.equal_words,
     )
 
 
@@ -169,3 +175,32 @@ def _differences(shown: list[Line], reference: str) -> Drawing | None:
     size = (5.6, 0.24 * len(compared) + 1.4)
     alt = "Paired differences with 95% intervals; a filled point's interval excludes zero"
     return drawing(f"Paired differences from {reference}", alt, draw, "differences", size)
+
+
+def _trials(shown: list[Line], comparison: Comparison) -> Drawing | None:
+    """Every setting of every tuned method: what it keeps of the skills and of plain text."""
+    by_role: dict[RowRole, list[tuple[float, float]]] = {"peer": [], "ours": []}
+    for line in shown:
+        points = [(t.perplexity, t.value) for t in line.row.trials if t.perplexity is not None]
+        if points:
+            by_role[line.row.role] += points
+    if not any(by_role.values()):
+        return None
+    bound = comparison.bound
+
+    def draw(ax: Axes) -> None:
+        for role, points in by_role.items():
+            if points:
+                x, y = zip(*points, strict=True)
+                ax.plot(x, y, "o", color=COLOURS[role], ms=4, alpha=0.7, label=_ROLES[role])
+        if bound is not None:
+            ax.axvline(bound, color=INK, lw=0.8, ls="--", label="equal perplexity")
+        ax.set_xscale("log")
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("perplexity of plain text, times the base's; left: better")
+        ax.set_ylabel("mean over tasks, validation items")
+        legend_above(ax)
+
+    count = sum(map(len, by_role.values()))
+    alt = f"{count} settings by what they keep of plain text and of the tasks"
+    return drawing("Every setting that was tried", alt, draw, "trials", (5.6, 3.4))

@@ -25,7 +25,7 @@ class Plan:
         extra: further fixed recipes by name.
         methods: what to merge by.
         tasks: what to measure on.
-        keep: what a merge should not forget; nothing is chosen by it.
+        keep: what a merge should not forget; the best parameters are not chosen by it.
         dtype: of the peers' merges.
         device: that merges and evaluates.
         eval_dtype: of weights and activations while evaluating.

@@ -8,7 +8,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mergekit_wp.comparison.results import Job
-from mergekit_wp.comparison.rows import UNTUNED, Comparison, Cost, ResultLine, Row, Setting
+from mergekit_wp.comparison.rows import (
+    EQUAL,
+    UNTUNED,
+    Comparison,
+    Cost,
+    ResultLine,
+    Row,
+    Setting,
+    Trial,
+)
 from mergekit_wp.errors import UserError
 
 
@@ -39,12 +48,23 @@ def read_comparison(folder: Path) -> Comparison:
                 valid=row["valid"],
                 failed=row["failed"],
                 cost=row["cost"] and Cost.model_validate(row["cost"]),
-                tried=row["tried"],
+                trials=tuple(Trial(**trial) for trial in row["trials"]),
                 kept=row["kept"],
             )
             for row in summary["rows"]
         ]
-        return Comparison(tuple(rows), tasks, summary["relative"], summary["reference"])
+        equal = {
+            row["name"]: Row(
+                row["name"] + EQUAL,
+                row["role"],
+                row["equal"]["setting"],
+                _scores(row["name"], row["equal"]["setting"], tasks, found),
+            )
+            for row in summary["rows"]
+            if row["equal"]
+        }
+        named = summary["reference"]
+        return Comparison(tuple(rows), tasks, summary["relative"], named, summary["bound"], equal)
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(
             f"{folder} holds no finished comparison of 'mergekit-wp compare': "

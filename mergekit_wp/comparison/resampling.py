@@ -45,7 +45,7 @@ class Resampled:
     """A comparison under resampling.
 
     Args:
-        comparison: the rows; those that failed are left out.
+        comparison: the rows, and those at equal perplexity; what failed is left out.
         n: resamples.
         seed: of the draws; the same seed gives the same intervals. A task's draws depend on the
             seed and its name, so that comparisons that share a task resample its items alike.
@@ -57,6 +57,7 @@ class Resampled:
     def __init__(self, comparison: Comparison, n: int = RESAMPLES, seed: int = 0) -> None:
         self.comparison, self.n = comparison, n
         self.rows = {row.name: row for row in comparison.rows if row.failed is None}
+        self._every = self.rows | {row.name: row for row in comparison.equal.values()}
         self._counts: dict[str, Array] = {}
         self._draws: dict[tuple[str, str], Array] = {}
         if not self.rows:
@@ -70,7 +71,7 @@ class Resampled:
         rng = np.random.default_rng(seed)
         self._seeds = {
             name: rng.multinomial(s, np.full(s, 1 / s), size=n) / s
-            for name, row in self.rows.items()
+            for name, row in self._every.items()
             if (s := len(next(iter(row.scores.values())))) > 1
         }
 
@@ -89,11 +90,11 @@ class Resampled:
         return found
 
     def _raw(self, name: str, task: str) -> float:
-        return float(np.mean(self.rows[name].scores[task]))
+        return float(np.mean(self._every[name].scores[task]))
 
     def _raw_draws(self, name: str, task: str) -> Array:
         if (name, task) not in self._draws:
-            scores = np.asarray(self.rows[name].scores[task])
+            scores = np.asarray(self._every[name].scores[task])
             per_seed = self._counts[task] @ scores.T
             weights = self._seeds.get(name)
             drawn = per_seed.mean(1) if weights is None else (per_seed * weights).sum(1)
@@ -123,7 +124,7 @@ class Resampled:
 
     def task(self, name: str, task: str) -> Estimate:
         """A row on one task, with its interval."""
-        scores = self.rows[name].scores[task]
+        scores = self._every[name].scores[task]
         alone = len(scores) == 1 and not self.comparison.relative
         if alone and all(score in (0, 1) for score in scores[0]):
             return wilson(scores[0])

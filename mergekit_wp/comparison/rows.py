@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,6 +17,8 @@ Setting = dict[str, float | int | str | bool]
 
 #: what a row's name ends with when its parameters were not chosen on validation items
 UNTUNED = " (untuned)"
+#: and where they were chosen among those that leave plain text as good as the reference does
+EQUAL = " (at equal perplexity)"
 
 
 def recipe_name(row: str) -> str:
@@ -83,6 +86,34 @@ class ResultLine(BaseModel):
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One setting of a method on the validation items.
+
+    Attributes:
+        setting: its parameters.
+        value: mean over tasks, what parameters are chosen by.
+        perplexity: of plain text, times the base's; None where no text is measured.
+    """
+
+    setting: Setting
+    value: float
+    perplexity: float | None = None
+
+
+def perplexity(own: Mapping[str, float], base: Mapping[str, float]) -> float | None:
+    """Of plain text, times the base's: the geometric mean over texts, None without any.
+
+    Args:
+        own: mean scores by task; those of texts are nats a token, below 0.
+        base: the base's.
+    """
+    texts = [text for text, score in base.items() if score < 0 and text in own]
+    if not texts:
+        return None
+    return math.exp(sum(base[text] - own[text] for text in texts) / len(texts))
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of the comparison: a model on the test items.
 
@@ -94,7 +125,7 @@ class Row:
         valid: mean over tasks on the validation items, None for untuned rows.
         failed: why there are no scores.
         cost: of the merge, the dearest of its seeds; None where nothing is merged.
-        tried: settings that were evaluated on the validation items.
+        trials: every setting that was evaluated on the validation items.
         kept: mean score on each task that a merge should not forget; of texts nats a token, < 0.
     """
 
@@ -105,13 +136,22 @@ class Row:
     valid: float | None = None
     failed: str | None = None
     cost: Cost | None = field(default=None, compare=False)  # another run takes other seconds
-    tried: int = 0
+    trials: tuple[Trial, ...] = ()
     kept: dict[str, float] = field(default_factory=dict)
 
     @property
     def measured_as(self) -> str:
         """What its lines of results call it: a method has one name, tuned and untuned."""
         return self.name.removesuffix(UNTUNED)
+
+    @property
+    def tried(self) -> int:
+        """How many settings were evaluated on the validation items."""
+        return len(self.trials)
+
+    def perplexity(self, base: Row) -> float | None:
+        """Of plain text, times the base's: the geometric mean over texts, None without any."""
+        return perplexity(self.kept, base.kept)
 
     def losses(self, base: Row) -> dict[str, float]:
         """What part of the base's score is lost, by task; below 0 where something is gained.
@@ -129,6 +169,12 @@ class Row:
         return found
 
 
+def reference_of(rows: Sequence[Row]) -> str:
+    """The row that differences are from: our first one that has scores, else any."""
+    measured = [row for row in rows if row.failed is None]
+    return next((row for row in measured if row.role == "ours"), measured[0]).name
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All rows of a comparison, ours first among equals.
@@ -138,12 +184,22 @@ class Comparison:
         tasks: names, in the order asked for.
         relative: whether a task's score is divided by its best expert's.
         reference: name of the row that the others are compared with.
+        bound: of the perplexity in `equal`, times the base's; None where no text was measured.
+        equal: by the name of a row, the same method with the best of its parameters that leave
+            plain text within ``bound``; without those of which none does.
     """
 
     rows: tuple[Row, ...]
     tasks: tuple[str, ...]
     relative: bool
     reference: str
+    bound: float | None = None
+    equal: Mapping[str, Row] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Row | None:
+        """The base's row."""
+        return next((row for row in self.rows if row.role == "base"), None)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ with all that does not depend on it, and measured by the workers; the last time 
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_wp.comparison import select
-from mergekit_wp.comparison.evaluation import Evaluation, Found, ModelJobs, evaluate, memories
+from mergekit_wp.comparison.evaluation import Evaluation, Kept, ModelJobs, evaluate, memories
 from mergekit_wp.comparison.making import Making
 from mergekit_wp.comparison.methods import (
     OMEGAS,
@@ -31,12 +30,22 @@ from mergekit_wp.comparison.methods import (
 )
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import MERGE, Job, Results
-from mergekit_wp.comparison.rows import UNTUNED, Comparison, Cost, Row, Setting
+from mergekit_wp.comparison.rows import (
+    EQUAL,
+    UNTUNED,
+    Comparison,
+    Row,
+    Setting,
+    Trial,
+    perplexity,
+    reference_of,
+)
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.runs.cluster import Cluster
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.tasks.task import ItemScore, Task
+from mergekit_wp.tasks.plain_text import PlainText
+from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import RowRole, Split
 
 
@@ -58,6 +67,8 @@ class Runner:
     options: MergeOptions = field(default_factory=lambda: MergeOptions(quiet=True))
     workers: Cluster | None = None
     chosen: dict[str, MergeConfiguration] = field(default_factory=dict)
+    #: by the name of a tuned row, how it is measured with other parameters on test items
+    _again: dict[str, Callable[[Trial], Row]] = field(default_factory=dict)
 
     def run(self) -> Comparison:
         """Everything, in the order of the table."""
@@ -74,7 +85,7 @@ class Runner:
         self.waiting: set[str] = set()  # methods that nothing can be chosen of yet
         #: jobs in the order in which one process does them
         self.order: list[Job] = []
-        self.spread: set[Job] = set()  # what workers have done
+        self.spread: set[Job] = set()  # what workers have just done
         date = self.results.clock.date
         self.making = Making(plan, self.results.folder, scratch, date, self.progress, self.options)
         for task in every:
@@ -85,18 +96,48 @@ class Runner:
         while self.workers is not None and (wanted := self._missing(splits)):
             self._measured_by(self.workers, wanted)
         rows = self._rows(splits)
-        if self.workers is not None:
-            self.results.settle(self.order)
-        ours_named = [row.name for row in rows if row.role == "ours"]
-        measured = [row.name for row in rows if row.failed is None]
-        if not measured:
+        if all(row.failed is not None for row in rows):
             raise UserError(
                 f"nothing could be compared, for every model failed; {rows[0].name}: "
                 f"{rows[0].failed}"
             )
-        # differences are from a row that has scores
-        reference = next((name for name in ours_named if name in measured), measured[0])
-        return Comparison(tuple(rows), tuple(self._task_names), plan.relative, reference)
+        reference = reference_of(rows)
+        bound, equal = self._at_equal_perplexity(rows, reference)
+        if self.workers is not None:
+            self.results.settle(self.order)
+        names = tuple(self._task_names)
+        return Comparison(tuple(rows), names, plan.relative, reference, bound, equal)
+
+    def _at_equal_perplexity(
+        self, rows: Sequence[Row], reference: str
+    ) -> tuple[float | None, dict[str, Row]]:
+        """Each method with the best parameters that leave plain text as good as the reference does.
+
+        Returns:
+            The bound, which is at least 1, and rows by the name of the method's.
+        """
+        base, by_name = rows[0], {row.name: row for row in rows}
+        reached = by_name[reference].perplexity(base)
+        if base.failed is not None or reached is None:
+            return None, {}
+        bound, equal, again = max(1.0, reached), {}, []
+        for row in rows:
+            if row.failed is not None or row.role not in ("ours", "peer"):
+                continue
+            own = row.perplexity(base)
+            if row.valid is None or row.name == reference:
+                if own is not None and own <= bound:
+                    equal[row.name] = replace(row, name=row.name + EQUAL)
+            elif fit := select.within(row.trials, bound):
+                again.append((row, select.best(fit)))
+        if self.wanted is None:
+            self.progress.stage("the best at equal perplexity", len(again), "method")
+        for row, trial in again:
+            found = self._again[row.name](trial)
+            equal[row.name] = replace(found, name=row.name + EQUAL)
+            if self.wanted is None:
+                self.progress.advance(1)
+        return bound, {name: row for name, row in equal.items() if row.failed is None}
 
     def _rows(self, splits: Sequence[Split]) -> list[Row]:
         """Everything, in the order of the table."""
@@ -125,9 +166,16 @@ class Runner:
     def _missing(self, splits: Sequence[Split]) -> list[ModelJobs]:
         """All that has to be measured, and can be by what is known now."""
         self.wanted, self.waiting = [], set()
-        self._rows(splits)
+        rows = self._rows(splits)
+        if not self.wanted and any(row.failed is None for row in rows):
+            self._at_equal_perplexity(rows, reference_of(rows))
         wanted, self.wanted, self.waiting = self.wanted, None, set()
-        return list(dict.fromkeys(wanted))
+        found, seen = list[ModelJobs](), set[Job]()
+        for jobs in wanted:  # a text is asked of a setting for two reasons
+            if new := tuple(job for job in jobs if job not in seen):
+                found.append(new)
+                seen.update(new)
+        return found
 
     def _measured_by(self, workers: Cluster, wanted: Sequence[ModelJobs]) -> None:
         """Have workers make and measure models; one that learns first is one worker's."""
@@ -141,13 +189,7 @@ class Runner:
             if result["dated"]:
                 self.results.clock.read()
             for jobs, found in zip(evaluation.models, result["found"], strict=True):
-                kept = Kept(self, jobs[0])
-                if found.cost is not None:
-                    kept.add_cost(found.cost)
-                for job, scores in found.scores.items():
-                    kept.add(job, scores)
-                for job, reason in found.failed.items():
-                    kept.add_failure(job, reason)
+                Kept(self.results, self.progress, jobs[0]).take(found)
                 self.spread.update(jobs)
 
         workers.run([Evaluation(tuple(group)) for group in groups.values()], keep)
@@ -164,7 +206,15 @@ class Runner:
             tests = draws * (2 if plan.tuned and method.name == OURS else 1)
             models += tests + (self._settings(method) if plan.tuned else 0)
             tested += tests
-        return models * len(plan.tasks) + tested * len(plan.keep)
+        validated = 0
+        if plan.tuned:
+            validated = 1 + len(plan.experts) + sum(self._settings(m) for m in plan.methods)
+        return models * len(plan.tasks) + tested * len(plan.keep) + validated * len(self._texts)
+
+    @property
+    def _texts(self) -> list[PlainText]:
+        """What is measured of every setting, beside the validation items."""
+        return [task for task in self.plan.keep if isinstance(task, PlainText)]
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
@@ -206,18 +256,18 @@ class Runner:
                 won.setdefault(under, peers(len(plan.experts))[under].untuned)
             if method.aim:
                 method = with_aim(method, won[under])
-        found: dict[str, tuple[Setting, float]] = {}
+        found: dict[str, Trial] = {}
 
         def value(setting: Setting) -> float | None:
             """The objective on validation items, None where it failed."""
             if (known := found.get(repr(setting))) is not None:
-                return known[1]
+                return known.value
             self._measure(method.name, setting, 0, "valid")
             scores = self._scores(method.name, setting, 0, "valid")
             if scores is None:
                 return None
             reached = select.objective(scores, self.ceiling.get("valid"))
-            found[repr(setting)] = setting, reached
+            found[repr(setting)] = Trial(setting, reached, self._perplexity(method.name, setting))
             return reached
 
         if method.searched and self.wanted is not None:
@@ -234,12 +284,23 @@ class Runner:
             return rows
         if not found:
             return [Row(method.name, role, failed="no setting of its grid was evaluated"), *rows]
-        setting, valid = select.best([*found.values()])
-        won[method.name] = setting
-        tuned = self._test_row(method.name, role, method.name, setting, seeds, valid)
-        if (recipe := self.making.recipe(method, setting)) is not None:
+        trials = tuple(found.values())
+
+        def tested(trial: Trial) -> Row:
+            name, setting = method.name, trial.setting
+            return self._test_row(name, role, name, setting, seeds, trial.value)
+
+        self._again[method.name] = tested
+        best = select.best(trials)
+        won[method.name] = best.setting
+        tuned = tested(best)
+        if (recipe := self.making.recipe(method, best.setting)) is not None:
             self.chosen[method.name] = recipe
-        return [replace(tuned, tried=len(found)), *rows]
+        return [replace(tuned, trials=trials), *rows]
+
+    def _perplexity(self, model: str, setting: Setting) -> float | None:
+        """Of plain text, times the base's, None where it was not measured."""
+        return perplexity(self._kept(model, setting, (0,)), self._kept("base", {}, (0,)))
 
     def _recipe_row(self, name: str, recipe: MergeConfiguration) -> Row:
         """A further recipe, as it is written."""
@@ -309,44 +370,25 @@ class Runner:
 
     def _measure(self, model: str, setting: Setting, seed: int, split: Split) -> None:
         """Evaluate one model on the tasks that are not done yet; record how merges fail."""
+        asked: list[tuple[Task, Split]] = [(task, split) for task in self.plan.tasks]
+        # texts have no validation items: of every setting they are measured as they are
+        asked += [(task, "test") for task in (self.plan.keep if split == "test" else self._texts)]
         todo: list[tuple[Task, Job]] = []
-        done: list[tuple[Task, Job]] = []
-        for task in (*self.plan.tasks, *(self.plan.keep if split == "test" else ())):
-            job = Job.of(model, setting, seed, task.name, split)
-            self.results.drop_incomplete(job, task.count(split))
-            missing = self.results.scores(job) is None and job not in self.results.failed
-            (todo if missing else done).append((task, job))
+        done: list[Job] = []
+        for task, items in asked:
+            job = Job.of(model, setting, seed, task.name, items)
+            self.results.drop_incomplete(job, task.count(items))
+            if self.results.scores(job) is None and job not in self.results.failed:
+                todo.append((task, job))
+            else:
+                done.append(job)
         if self.wanted is not None:
             self.wanted += [tuple(job for _, job in todo)] if todo else []
             return
-        self.order += [job for _, job in (*done, *todo)]
-        before = [job for _, job in done if job not in self.spread]
-        self.progress.advance(len(before), resumed=True)
+        self.order += [*done, *(job for _, job in todo)]
+        self.progress.advance(len([job for job in done if job not in self.spread]), resumed=True)
+        self.spread.difference_update(done)  # they are counted
         if todo:
             first = todo[0][1]
-            evaluate(partial(self.making.of_job, first), todo, self.at_once, Kept(self, first))
-
-
-class Kept(Found):
-    """Results of one model, kept as they come."""
-
-    def __init__(self, runner: Runner, job: Job) -> None:
-        super().__init__()
-        self.runner, self.job = runner, job
-
-    def add_cost(self, cost: Cost) -> None:
-        """What the merge took."""
-        job = self.job
-        self.runner.results.add_cost(job.model, json.loads(job.setting), job.seed, cost)
-
-    def add(self, job: Job, scores: Sequence[ItemScore]) -> None:
-        """A job is done."""
-        self.runner.results.add(job, scores)
-        self.scores[job] = scores
-        self.runner.progress.advance(1)
-
-    def add_failure(self, job: Job, reason: str) -> None:
-        """A job has no scores."""
-        self.runner.results.add_failure(job, reason)
-        self.failed[job] = reason
-        self.runner.progress.advance(1)
+            kept = Kept(self.results, self.progress, first)
+            evaluate(partial(self.making.of_job, first), todo, self.at_once, kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from mergekit_wp.comparison.rows import Setting
+from mergekit_wp.comparison.rows import Setting, Trial
 from mergekit_wp.errors import UserError, option
 
 #: by task: scores of the items
@@ -39,9 +39,14 @@ def objective(scores: ByTask, ceiling: Mapping[str, float] | None) -> float:
     return mean([mean(values) / (ceiling[t] if ceiling else 1) for t, values in scores.items()])
 
 
-def best(found: Sequence[tuple[Setting, float]]) -> tuple[Setting, float]:
+def best(trials: Sequence[Trial]) -> Trial:
     """The setting with the highest objective, the first of equals."""
-    return max(found, key=lambda pair: pair[1])
+    return max(trials, key=lambda trial: trial.value)
+
+
+def within(trials: Sequence[Trial], bound: float) -> list[Trial]:
+    """Settings that leave plain text at a perplexity of at most so many times the base's."""
+    return [t for t in trials if t.perplexity is not None and t.perplexity <= bound]
 
 
 def coordinate_search(

@@ -19,6 +19,7 @@ class Line:
     tasks: dict[str, Estimate]
     mean: Estimate | None
     difference: Difference | None
+    equal: Estimate | None = None
 
 
 def lines(resampled: Resampled) -> list[Line]:
@@ -36,6 +37,7 @@ def lines(resampled: Resampled) -> list[Line]:
                 {task: resampled.task(row.name, task) for task in comparison.tasks},
                 resampled.mean(row.name),
                 resampled.difference(row.name, comparison.reference) if merged else None,
+                resampled.mean(equal.name) if (equal := comparison.equal.get(row.name)) else None,
             )
         )
     given = [line for line in found if line.row.role in ("base", "expert")]
@@ -59,7 +61,7 @@ def setting_words(row: Row) -> str:
 
 def loss_words(row: Row, comparison: Comparison) -> str:
     """What was lost most, as a part of what the base has: ``0.12 of wiki``."""
-    base = next((r for r in comparison.rows if r.role == "base"), None)
+    base = comparison.base
     losses = {} if base is None or row is base else row.losses(base)
     if not losses:
         return ""
@@ -92,6 +94,23 @@ def what(comparison: Comparison, resampled: Resampled) -> str:
     return f"test items: {', '.join(counts)}; mean over tasks{relative}; 95% intervals"
 
 
+def equal_words(line: Line) -> str:
+    """A merge's mean at equal perplexity; base and experts have none."""
+    if line.row.role in ("base", "expert"):
+        return ""
+    return "none" if line.equal is None else interval(line.equal)
+
+
+def what_is_equal(comparison: Comparison) -> str:
+    """What the column at equal perplexity is, in one sentence."""
+    assert comparison.bound is not None
+    return (
+        f"at equal perplexity: with the best parameters (on validation items) that leave plain "
+        f"text at no more than {comparison.bound:.2f} times the base's perplexity, as "
+        f"{comparison.reference} does; none: no parameters of the grid do"
+    )
+
+
 def terminal_table(resampled: Resampled) -> str:
     """Columns of at most 100 characters for three tasks of short names."""
     comparison = resampled.comparison
@@ -108,10 +127,13 @@ def terminal_table(resampled: Resampled) -> str:
             against, counts = signed(d.estimate), f"{d.won}/{d.lost}"
             counts += "" if d.verdict == "unclear" else f" {d.verdict}"
         lost = [loss_words(line.row, comparison)] if keeps else []
+        lost += [equal_words(line)] if comparison.bound is not None else []
         rows.append([line.row.name, *means, interval(line.mean), against, counts, *lost])
     head = ["method", *comparison.tasks, "mean", "difference", "won/lost"]
     head += ["worst loss"] if keeps else []
+    head += ["at equal perplexity"] if comparison.bound is not None else []
     said = f"{what(comparison, resampled)}; differences from {comparison.reference}"
+    said += f"; {what_is_equal(comparison)}" if comparison.bound is not None else ""
     return "\n".join([said, "", columns(head, rows), *failed])
 
 
@@ -120,7 +142,9 @@ def markdown_table(resampled: Resampled) -> str:
     comparison = resampled.comparison
     head = ["method", *comparison.tasks, "mean", f"against {comparison.reference}", "won / lost"]
     keeps = any(row.kept for row in comparison.rows)
-    head += [*(["worst loss"] if keeps else []), "cost"]
+    equals = comparison.bound is not None
+    head += ["worst loss"] if keeps else []
+    head += [*(["at equal perplexity"] if equals else []), "cost"]
     rows = []
     for line in lines(resampled):
         cells = [line.row.name]
@@ -132,9 +156,12 @@ def markdown_table(resampled: Resampled) -> str:
             d = line.difference
             cells += ["", ""] if d is None else [_verdict(d), f"{d.won} / {d.lost}"]
             cells += [loss_words(line.row, comparison)] if keeps else []
+            cells += [equal_words(line)] if equals else []
             cells.append(cost_words(line.row))
         rows.append(cells)
-    return f"{markdown(head, rows, 1)}\n{what(comparison, resampled)}.\n"
+    said = f"{what(comparison, resampled)}"
+    said += f"; {what_is_equal(comparison)}" if equals else ""
+    return f"{markdown(head, rows, 1)}\n{said}.\n"
 
 
 def summary(resampled: Resampled) -> dict[str, Any]:
@@ -148,14 +175,17 @@ def summary(resampled: Resampled) -> dict[str, Any]:
         "tasks": list(comparison.tasks),
         "relative": comparison.relative,
         "reference": comparison.reference,
+        "bound": comparison.bound,
         "rows": [
             {
                 "name": line.row.name,
                 "role": line.row.role,
                 "setting": line.row.setting,
                 "valid": line.row.valid,
-                "tried": line.row.tried,
+                "trials": [vars(trial) for trial in line.row.trials],
                 "kept": line.row.kept,
+                "equal": line.equal
+                and {**numbers(line.equal), "setting": comparison.equal[line.row.name].setting},
                 "cost": line.row.cost and line.row.cost.model_dump(),
                 "failed": line.row.failed,
                 "tasks": {task: numbers(found) for task, found in line.tasks.items()},
@@ -181,8 +211,8 @@ def records(resampled: Resampled) -> list[dict[str, Any]]:
         for task in resampled.comparison.tasks:
             record[task] = row["tasks"][task]["value"] if task in row["tasks"] else None
         cost = row["cost"] or dict.fromkeys(Cost.model_fields)
-        record |= {"tried": row["tried"], **cost, **row["kept"]}
-        for key in ("mean", "difference"):
+        record |= {"tried": len(row["trials"]), **cost, **row["kept"]}
+        for key in ("mean", "difference", "equal"):
             estimate = row[key] or {"value": None, "low": None, "high": None}
             record |= {key: estimate["value"]}
             record |= {f"{key}_{end}": estimate[end] for end in ("low", "high")}

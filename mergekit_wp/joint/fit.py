@@ -102,12 +102,17 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
             completeness={},
             finer=None if request.granularity == "component" else layout.unflat(state.kept),
             fit=how,
-            command=command_of(request),
+            command=command_of(_repeating(request, state)),
             created=journal.created,
         )
         write_company(request.out, found, kept_settings(request.recipe))
         journal.discard()
     return found
+
+
+def _repeating(request: FitRequest, state: FitState) -> FitRequest:
+    """What a fit is asked for that ends where this one did, which may have been stopped before."""
+    return request.model_copy(update={"steps": max(request.steps, state.climb.steps)})
 
 
 def a_step(prompts: int) -> int:
