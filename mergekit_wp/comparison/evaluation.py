@@ -63,7 +63,7 @@ def why_failed(error: Exception) -> str | None:
 
 
 @dataclass
-class Found:
+class Outcome:
     """What came of the jobs of one model.
 
     Attributes:
@@ -89,7 +89,7 @@ class Found:
         self.failed[job] = reason
 
 
-class Kept(Found):
+class Kept(Outcome):
     """What came of the jobs of one model, kept as it comes."""
 
     def __init__(self, results: Results, progress: Progress, job: Job) -> None:
@@ -97,7 +97,7 @@ class Kept(Found):
         super().__init__()
         self.results, self.progress, self.job = results, progress, job
 
-    def take(self, found: Found) -> None:
+    def take(self, found: Outcome) -> None:
         """What came of them elsewhere."""
         if found.cost is not None:
             self.add_cost(found.cost)
@@ -128,7 +128,7 @@ def evaluate(
     load: Callable[[], Ready],
     jobs: Sequence[tuple[Task, Job]],
     at_once: Mapping[str, AtOnce],
-    found: Found,
+    found: Outcome,
 ) -> None:
     """Make one model and measure it.
 
@@ -175,7 +175,7 @@ ModelJobs: TypeAlias = tuple[Job, ...]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationJob:
     """Models that one worker makes and measures, one after the other."""
 
     models: tuple[ModelJobs, ...]
@@ -208,7 +208,7 @@ class Evaluations(Assignment):
     options: MergeOptions
     directory: str
 
-    def begin(self, told: Callable[[str], None]) -> Callable[[Evaluation], dict[str, Any]]:
+    def begin(self, told: Callable[[str], None]) -> Callable[[EvaluationJob], dict[str, Any]]:
         """Read the request, and hold one model.
 
         Raises:
@@ -234,11 +234,11 @@ class Evaluations(Assignment):
         tasks = {task.name: task for task in (*plan.tasks, *plan.keep)}
         at_once = memories(plan, told)
 
-        def compute(evaluation: Evaluation, _place: object = place) -> dict[str, Any]:
+        def compute(evaluation: EvaluationJob, _place: object = place) -> dict[str, Any]:
             every = []
             with one_clock(clock):
                 for jobs in evaluation.models:
-                    load, found = partial(making.of_job, jobs[0]), Found()
+                    load, found = partial(making.of_job, jobs[0]), Outcome()
                     evaluate(load, [(tasks[job.task], job) for job in jobs], at_once, found)
                     every.append(found)
             return {"found": every, "dated": clock.was_read}

@@ -17,7 +17,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_wp.comparison import select
-from mergekit_wp.comparison.evaluation import Evaluation, Kept, ModelJobs, evaluate, memories
+from mergekit_wp.comparison.evaluation import EvaluationJob, Kept, ModelJobs, evaluate, memories
 from mergekit_wp.comparison.making import Making
 from mergekit_wp.comparison.methods import (
     OMEGAS,
@@ -185,14 +185,14 @@ class Runner:
             model = jobs[0].model
             groups.setdefault(model if model in learning else str(number), []).append(jobs)
 
-        def keep(evaluation: Evaluation, result: dict[str, Any]) -> None:
+        def keep(evaluation: EvaluationJob, result: dict[str, Any]) -> None:
             if result["dated"]:
                 self.results.clock.read()
             for jobs, found in zip(evaluation.models, result["found"], strict=True):
                 Kept(self.results, self.progress, jobs[0]).take(found)
                 self.spread.update(jobs)
 
-        workers.run([Evaluation(tuple(group)) for group in groups.values()], keep)
+        workers.run([EvaluationJob(tuple(group)) for group in groups.values()], keep)
 
     @property
     def _task_names(self) -> list[str]:
