@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
+import torch
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
@@ -214,6 +215,7 @@ class Evaluations(Assignment):
         Raises:
             UserError: files are others than the driver's.
         """
+        torch.set_num_threads(self.models.threads)
         if os.path.isdir(self.directory):  # else names that start from it are not found
             os.chdir(self.directory)
         ensure_registered()
