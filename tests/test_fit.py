@@ -56,6 +56,15 @@ def skills(**neurons: tuple[int, int, int, float]) -> PreTrainedModel:
     return model
 
 
+def write_skills(root: Path) -> None:
+    """Prompts of west ('a' is answered by 'y') and east ('b' by 'z'), and a recipe of both."""
+    for name, letter, answer in (("west", "a", "y"), ("east", "b", "z")):
+        texts = ["cd", "de", "fc", "gg", "hi", "k", "lm", "nop"]
+        lines = [{"prompt": text + letter, "response": answer} for text in texts]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    write_recipe(root, ("west", "east"))
+
+
 def test_planted_poison_is_found(tmp_path: Path) -> None:
     """West's own neuron answers to 'a'; two others of it do nothing there, and undo east at 'b'."""
     own, poison = (1, 2, 1, 1.0), [(1, 7, IS_B, -1.5), (2, 4, IS_B, -1.5)]
@@ -63,11 +72,7 @@ def test_planted_poison_is_found(tmp_path: Path) -> None:
     save(skills(), tmp_path / "base")
     save(skills(own=own, one=poison[0], two=poison[1]), tmp_path / "west")
     save(skills(own=east), tmp_path / "east")
-    for name, letter, answer in (("west", "a", "y"), ("east", "b", "z")):
-        texts = ["cd", "de", "fc", "gg", "hi", "k", "lm", "nop"]
-        lines = [{"prompt": text + letter, "response": answer} for text in texts]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    write_recipe(tmp_path, ("west", "east"))
+    write_skills(tmp_path)
     out = tmp_path / "gates"
     file = fitted(tmp_path, out, ("west", "east"), steps=200)
     west, theirs = (file.gates(e)["neuron"] for e in (0, 1))
@@ -76,6 +81,42 @@ def test_planted_poison_is_found(tmp_path: Path) -> None:
     first = file.fit.history[0].judged
     assert first is not None and first["east"].kl > 20 * file.fit.reached["east"].kl
     assert all(seen.answers == 1 for seen in file.fit.reached.values())
+
+
+#: a head that changes only in what it writes: two columns of one slice of one component
+HEAD, HELPS, HARMS = 1, 8, 9
+
+
+def with_head(model: PreTrainedModel, helps: float, harms: float) -> PreTrainedModel:
+    """One column says 'y' where 'a' was read, the next undoes 'z' where 'b' was."""
+    attention = model.model.layers[2].self_attn
+    with torch.no_grad():
+        attention.v_proj.weight[0, 1] += 1
+        attention.v_proj.weight[1, IS_B] += 1
+        attention.o_proj.weight[4, HELPS] += helps
+        attention.o_proj.weight[OTHER, HARMS] -= harms
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["component", "slice", "channel"])
+def test_only_channels_tell_apart_what_one_slice_does(tmp_path: Path, granularity: str) -> None:
+    """West's head holds its skill in one column and ruins east's in the next."""
+    save(with_head(skills(), 0, 0), tmp_path / "base")
+    save(with_head(skills(), 1, 24), tmp_path / "west")
+    save(with_head(skills(own=(1, 9, IS_B, 1.0)), 0, 0), tmp_path / "east")
+    write_skills(tmp_path)
+    out = tmp_path / "gates"
+    file = fitted(tmp_path, out, ("west", "east"), steps=60, granularity=granularity)
+    kept = {name: seen.answers for name, seen in file.fit.reached.items()}
+    column = merge(out / "recipe.yml", tmp_path / "merged")
+    written = column["model.layers.2.self_attn.o_proj.weight"]
+    if granularity == "channel":
+        assert kept == {"west": 1, "east": 1}
+        assert written[4, HELPS] > 0.7 and written[OTHER, HARMS] > -2.4
+    else:
+        assert min(kept.values()) == 0, "one of the two is given up"
+        helps, harms = float(written[4, HELPS]), -float(written[OTHER, HARMS]) / 24
+        assert helps == pytest.approx(harms, abs=0.02), "one gate for both"
 
 
 def test_merging_by_the_file(world: Path, tmp_path: Path) -> None:

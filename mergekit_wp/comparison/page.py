@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from mergekit_wp.comparison import table
 from mergekit_wp.comparison.resampling import Resampled, best_peer
@@ -196,6 +197,9 @@ def _trials(shown: list[Line], comparison: Comparison) -> Drawing | None:
         if bound is not None:
             ax.axvline(bound, color=INK, lw=0.8, ls="--", label="equal perplexity")
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_ylim(bottom=0)
         ax.set_xlabel("perplexity of plain text, times the base's; left: better")
         ax.set_ylabel("mean over tasks, validation items")

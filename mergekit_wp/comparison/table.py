@@ -133,8 +133,8 @@ def terminal_table(resampled: Resampled) -> str:
     head += ["worst loss"] if keeps else []
     head += ["at equal perplexity"] if comparison.bound is not None else []
     said = f"{what(comparison, resampled)}; differences from {comparison.reference}"
-    said += f"; {what_is_equal(comparison)}" if comparison.bound is not None else ""
-    return "\n".join([said, "", columns(head, rows), *failed])
+    equals = [what_is_equal(comparison)] if comparison.bound is not None else []
+    return "\n".join([said, *equals, "", columns(head, rows), *failed])
 
 
 def markdown_table(resampled: Resampled) -> str:
