@@ -5,8 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
+
+from mergekit_wp.runs import cluster
+from tests.models import make_model, perturbed, save
 
 
 class Lost(Exception):
@@ -88,3 +94,21 @@ class LocalRay:
     def get(self, job: Any) -> Any:
         """Run it now."""
         return pickle.loads(job())
+
+
+def on(monkeypatch: pytest.MonkeyPatch, ray: LocalRay) -> LocalRay:
+    """Have commands use it."""
+    monkeypatch.setattr(cluster, "installed", lambda: ray)
+    return ray
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, other: Path) -> None:
+    """Have workers find another first expert than the driver's."""
+    save(perturbed(make_model("llama-tied"), seed=9), other)
+    of = cluster.SentModels.of
+
+    def sent(*args: Any) -> Any:
+        found = of(*args)
+        return type(found)(**(vars(found) | {"experts": (str(other), *found.experts[1:])}))
+
+    monkeypatch.setattr(cluster.SentModels, "of", sent)

@@ -27,13 +27,15 @@ def ray_environment() -> dict[str, str]:
     return environment
 
 
-def started(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """A command that runs."""
+def started(
+    arguments: list[str], environment: dict[str, str], *, shown: bool = False
+) -> subprocess.Popen[str]:
+    """A command that runs; what it prints can be read where it is to be shown."""
     return subprocess.Popen(
         [sys.executable, "-m", "mergekit_wp.cli", *arguments],
         env=environment,
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if shown else subprocess.DEVNULL,
         text=True,
         start_new_session=True,
     )

@@ -24,7 +24,8 @@ from mergekit_wp.joint.request import CompanyRequest, FitRequest
 from mergekit_wp.mechanism.anchors import find_anchors
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
-from mergekit_wp.mechanism.verify import BEHAVIOR, verify
+from mergekit_wp.mechanism.set_values import BEHAVIOR
+from mergekit_wp.mechanism.verify import verify
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import Prompt

@@ -18,12 +18,10 @@ from mergekit_wp.engine.slopes import Term
 from mergekit_wp.errors import OutOfMemory, UserError
 from mergekit_wp.joint import merged_model
 from mergekit_wp.joint.spread import SpreadModel
-from mergekit_wp.runs import cluster
 from mergekit_wp.runs.cluster import ATTEMPTS
 from mergekit_wp.runs.journal import Journal
 from tests.joint_runs import COMMANDS, files, line, run
-from tests.local_ray import LocalRay
-from tests.models import make_model, perturbed, save
+from tests.local_ray import LocalRay, elsewhere, on
 from tests.ray_runs import killed, ray_environment, started, workers_of
 from tests.test_company import make_world
 from tests.test_scoring import Quiet
@@ -39,11 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def same_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-
-
-def on(monkeypatch: pytest.MonkeyPatch, ray: LocalRay) -> LocalRay:
-    monkeypatch.setattr(cluster, "installed", lambda: ray)
-    return ray
 
 
 @pytest.fixture(scope="module")
@@ -156,21 +149,9 @@ def test_a_worker_refuses_other_weights(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on(monkeypatch, LocalRay(1))
-    monkeypatch.setattr(
-        cluster.SentModels, "of", _elsewhere(cluster.SentModels.of, world, tmp_path / "other")
-    )
+    elsewhere(monkeypatch, tmp_path / "other")
     with pytest.raises(UserError, match="other' has other weights on .* same checkpoints"):
         run("company", world, tmp_path / "out", ray=True)
-
-
-def _elsewhere(of: Any, world: Path, other: Path) -> Any:
-    save(perturbed(make_model("llama-tied"), seed=9), other)
-
-    def sent(*args: Any) -> Any:
-        found = of(*args)
-        return type(found)(**(vars(found) | {"experts": (str(other), *found.experts[1:])}))
-
-    return sent
 
 
 def test_longest_terms_first_each_to_whom_has_least() -> None:

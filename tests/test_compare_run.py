@@ -19,7 +19,8 @@ from mergekit.config import MergeConfiguration
 from mergekit_wp import interrupts
 from mergekit_wp.cli import cli
 from mergekit_wp.comparison.compare import compare
-from mergekit_wp.comparison.methods import methods_of
+from mergekit_wp.comparison.making import Making
+from mergekit_wp.comparison.methods import methods_of, peers
 from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest
@@ -524,6 +525,33 @@ def test_samples_are_items_on_which_merges_differ_with_everybodys_answers(tmp_pa
     }
     page = html_page(Resampled(comparison, n=100), "some", samples)
     assert page.count("<details") == 3 and "<td>ties 2 &lt;i&gt;</td><td>right</td>" in page
+
+
+@pytest.mark.parametrize("name", ["ties", "ram"])
+def test_a_recipe_may_be_called_as_a_method(family: Family, tmp_path: Path, name: str) -> None:
+    """What is measured under a name, with its setting, says which of the two it is."""
+    half = family.recipe() | {"merge_method": "task_arithmetic"}
+    half["models"] = [
+        {"model": m["model"], "parameters": {"weight": w}}
+        for m, w in zip(half["models"], (0.25, 0.75), strict=True)
+    ]
+    recipe = MergeConfiguration.model_validate(half)
+    plan = make_plan(family, Distance("near", torch.ones(1)), ("ties", "ram"))
+    making = Making(
+        replace(plan, extra={name: recipe}), tmp_path, tmp_path, "2026-01-01", NoProgress()
+    )
+    asked = {"recipe": Job.of(name, {}, 0, "near", "test")}
+    method = peers(2)[name]
+    asked["method"] = Job.of(name, method.untuned, 0, "near", "test")
+    norms = {}
+    for what, job in asked.items():
+        with making.of_job(job) as made:
+            norms[what] = made.model.model.norm.weight.clone()
+    with making.by_method(method, method.untuned, 0) as made:
+        want = made.model.model.norm.weight
+        assert torch.equal(norms["method"], want)
+        # a method without parameters and a recipe of its name were one before they are made
+        assert torch.equal(norms["recipe"], want) is (name == "ram")
 
 
 @pytest.fixture

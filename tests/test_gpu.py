@@ -12,13 +12,15 @@ import torch
 from mergekit.io.tasks import LoaderCache
 from transformers import LlamaConfig
 
+from mergekit_wp.joint.cache import keep_weights
 from mergekit_wp.models.checkpoint import Checkpoint as OpenCheckpoint
 from mergekit_wp.models.memory import peak_on_gpus
+from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.placement import DISK
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.merging import Checkpoint, Family, add, llama_config, random_state
-from tests.models import save_tokenizer
+from tests.models import make_model, perturbed, save, save_tokenizer
 from tests.test_merge_command import done, write
 from tests.test_resident import elsewhere, world
 from tests.test_scoring import Quiet
@@ -178,3 +180,18 @@ def test_a_full_gpu_is_no_end(tmp_path: Path, wide_vocabulary: dict[str, object]
     assert any(note.startswith("out of memory; going on with") for note in said.notes), said.notes
     for key, tensor in files[32].tensors.items():
         torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+# --- experts together -----------------------------------------------------------------------------
+
+
+def test_weights_that_are_kept_for_a_gpu_are_pinned_and_the_same(tmp_path: Path) -> None:
+    base = make_model("llama-tied")
+    folders = [save(model, tmp_path / str(i)) for i, model in enumerate((base, perturbed(base)))]
+    pair = open_pair(*map(str, folders), lambda *_: None)
+    read = {name: pair.delta(name, torch.float32, "cuda") for name in pair.changed}
+    keep_weights([pair], 2**30, "cuda", lambda _: None)
+    kept = [*pair.base.kept.values(), *pair.expert.kept.values()]
+    assert kept and all(tensor.is_pinned() for tensor in kept)
+    for name, delta in read.items():
+        assert torch.equal(pair.delta(name, torch.float32, "cuda"), delta)

@@ -37,7 +37,7 @@ from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.models import hub
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.pair import open_pair
-from mergekit_wp.runs.run import scored_model
+from mergekit_wp.runs.scored import scored_model
 from tests.fitting import fitted
 from tests.gating import gate, gated_merge, gated_recipe
 from tests.merging import Family, llama_config

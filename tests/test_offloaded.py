@@ -51,7 +51,7 @@ def away() -> tuple[nn.Sequential, Store]:
     """The same network with all weights elsewhere."""
     model, store = network(), Store()
     weights = {
-        name: Offloaded.of(p.shape, p.dtype, partial(store.fetch, name, p.detach()))
+        name: Offloaded.of(p.shape, p.dtype, partial(store.fetch, name, p.detach()), "cpu")
         for name, p in model.named_parameters()
     }
     model.load_state_dict(weights, assign=True)

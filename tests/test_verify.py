@@ -223,10 +223,11 @@ def test_planted_components_are_the_whole_difference(world: Path, tmp_path: Path
 def test_weights_left_in_the_checkpoints_restore_the_same(
     world: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = verify(request_for(world, file), None, Quiet())
+    task = JsonlTask.read(world / "items.jsonl", Checkers.load(None))
+    held = verify(request_for(world, file), task, Quiet())
     fetched = count_fetched(monkeypatch)
     spread = request_for(world, file, device_map="auto", max_memory={"cpu": 0})
-    assert verify(spread, None, Quiet()).points == held.points and fetched
+    assert verify(spread, task, Quiet()).points == held.points and fetched
 
 
 def test_sets() -> None:

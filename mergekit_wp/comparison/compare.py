@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_wp.autoload import ensure_registered
+from mergekit_wp.comparison.evaluation import WORKER, Evaluations
 from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
@@ -29,6 +32,7 @@ from mergekit_wp.merging.model_references import yaml_of
 from mergekit_wp.merging.open_models import merge_adapters, place_for_adapters
 from mergekit_wp.models.encoding import one_clock
 from mergekit_wp.report.table import frame
+from mergekit_wp.runs.cluster import Cluster, Machine, cluster, installed
 from mergekit_wp.runs.progress import Progress
 
 
@@ -113,15 +117,15 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
         UserError: any mistake that shows before the first merge, or memory that does not suffice.
         DiskError: the disk is full; what is done is kept.
     """
+    if request.ray:
+        installed()
     ensure_registered()
     plan, notes = make_plan(request)
     for note in notes:
         progress.note(note)
     progress.plan(CompareOpened(request, plan))
-    with (
-        _folder(request) as folder,
-        Results(folder, fingerprint(plan), request.restart) as results,
-    ):
+    inputs = fingerprint(plan)
+    with _folder(request) as folder, Results(folder, inputs, request.restart) as results:
         models = [ModelReference.parse(expert) for expert in plan.experts]
         adapters = folder / f"{MERGE}adapters"
         with (
@@ -130,13 +134,43 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
         ):
             merge_adapters(models, options)
             runner = Runner(plan, results, progress, options)
-            comparison = runner.run()
+            with _workers(request, inputs, results, options, progress) as runner.workers:
+                comparison = runner.run()
             samples = results.samples(comparison, plan.tasks)
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
     found = ComparisonResult(comparison, title, runner.chosen, samples)
     if request.out is not None:
         found.write(request.out)
     return found
+
+
+@contextmanager
+def _workers(
+    request: CompareRequest,
+    inputs: Mapping[str, Any],
+    results: Results,
+    options: MergeOptions,
+    progress: Progress,
+) -> Iterator[Cluster | None]:
+    """Those of a cluster, if they were asked for."""
+    if not request.ray:
+        yield None
+        return
+    assignment = Evaluations(
+        Machine.like_here(request.device),
+        request,
+        inputs,
+        results.clock.date,
+        results.folder.absolute(),
+        options,
+        os.getcwd(),
+    )
+    try:
+        with cluster(assignment, progress) as workers:
+            yield workers
+    finally:
+        for place in results.folder.glob(f"{WORKER}*"):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

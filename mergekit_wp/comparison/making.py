@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +37,7 @@ from mergekit_wp.comparison.peers.merging import PeerMerges
 from mergekit_wp.comparison.peers.prompted import PromptedExperts
 from mergekit_wp.comparison.peers.sources import Sources
 from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.results import Job
 from mergekit_wp.comparison.rows import Cost, Setting
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
@@ -122,10 +124,23 @@ class Making:
             open_prompts=opened,
         )
 
+    def of_job(self, job: Job) -> Ready:
+        """The model that a job measures."""
+        plan, setting = self.plan, json.loads(job.setting)
+        checkpoints = {"base": plan.base}
+        checkpoints |= {f"expert {n}": e for n, e in zip(plan.names, plan.experts, strict=True)}
+        if job.model in checkpoints:
+            return self.checkpoint(Checkpoint(checkpoints[job.model]))
+        known = peers(len(plan.experts)) | {method.name: method for method in plan.methods}
+        method = known.get(job.model)
+        if job.model in plan.extra and (method is None or setting != method.untuned):
+            return self.by_recipe(plan.extra[job.model], job.seed)
+        return self.by_method(known[job.model], setting, job.seed)
+
     @contextmanager
-    def checkpoint(self, checkpoint: Checkpoint, tokenizer: Any) -> Iterator[Made]:
-        """A checkpoint as it is."""
-        asked = TextInterface.of(checkpoint.path, tokenizer)
+    def checkpoint(self, checkpoint: Checkpoint) -> Iterator[Made]:
+        """A checkpoint as it is, with the tokenizer of the merges where it has none."""
+        asked = TextInterface.of(checkpoint.path, checkpoint.tokenizer() or self.tokenizer)
         yield Made(self.evaluation.load_checkpoint(checkpoint), asked, None)
 
     def recipe(self, method: Method, setting: Setting) -> MergeConfiguration | None:

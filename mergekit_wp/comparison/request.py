@@ -41,6 +41,7 @@ from mergekit_wp.runs.request import (
     CheckersFile,
     Device,
     MaxNewTokens,
+    Ray,
     Restart,
 )
 from mergekit_wp.tasks.checkers import Checkers
@@ -130,6 +131,7 @@ class CompareRequest(Request):
         f"folder in {option('out')} that is removed after evaluation. AIM's are always made in "
         "memory.",
     )
+    ray: Ray = False
     restart: Restart = False
 
     @model_validator(mode="before")

@@ -185,8 +185,8 @@ class Results:
 
     def _rewrite(self) -> None:
         with written_whole(self.path) as temporary:
-            lines = [x.model_dump_json(exclude_none=True) for xs in self.done.values() for x in xs]
-            temporary.write_text("".join(line + "\n" for line in lines))
+            lines = [line for of_job in self.done.values() for line in of_job]
+            temporary.write_text(_text(lines), encoding="utf-8")
 
     def drop_incomplete(self, job: Job, count: int) -> None:
         """Forget a job that a killed run left with fewer items than the task has."""
@@ -256,8 +256,35 @@ class Results:
         self._append(self.path, [job.line(failed=reason)])
         self.failed[job] = reason
 
+    def settle(self, order: Sequence[Job]) -> None:
+        """Write the files anew, in the order in which one process writes them.
+
+        Args:
+            order: of this run's jobs; what an earlier one did beside them stays before them.
+        """
+        ours = dict.fromkeys(order)
+        jobs = [job for job in self.done if job not in ours] + list(ours)
+        lines = [line for job in jobs for line in self._lines(job)]
+        merges = {_merge_of(job.model, json.loads(job.setting), job.seed): None for job in jobs}
+        costs = [merge for merge in self.costs if merge not in merges] + [
+            merge for merge in merges if merge in self.costs
+        ]
+        spent = [
+            CostLine(model=m.model, setting=json.loads(m.setting), seed=m.seed, cost=self.costs[m])
+            for m in costs
+        ]
+        for path, found in ((self.path, lines), (self.costs_path, spent)):
+            if path.exists():
+                with written_whole(path) as temporary:
+                    temporary.write_text(_text(found), encoding="utf-8")
+
+    def _lines(self, job: Job) -> list[ResultLine]:
+        if job in self.failed:
+            return [job.line(failed=self.failed[job])]
+        return self.done.get(job, [])
+
     def _append(self, path: Path, lines: Sequence[BaseModel]) -> None:
-        text = "".join(line.model_dump_json(exclude_none=True) + "\n" for line in lines)
+        text = _text(lines)
         size = path.stat().st_size if path.exists() else 0
         try:
             with naming_disk(path), open(path, "a", encoding="utf-8") as handle:
@@ -316,6 +343,10 @@ def check_folder(folder: Path, inputs: Callable[[], Mapping[str, Any]] | None) -
         left = any((folder / name).exists() for name in ("comparison.json", "results.jsonl"))
         if left:
             _earlier(folder, inputs())
+
+
+def _text(lines: Sequence[BaseModel]) -> str:
+    return "".join(line.model_dump_json(exclude_none=True) + "\n" for line in lines)
 
 
 def _damaged(path: Path, line: int) -> UserError:

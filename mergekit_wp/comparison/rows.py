@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -167,6 +167,12 @@ class Row:
             elif before > 0:
                 found[task] = 1 - own / before
         return found
+
+
+def reference_of(rows: Sequence[Row]) -> str:
+    """The row that differences are from: our first one that has scores, else any."""
+    measured = [row for row in rows if row.failed is None]
+    return next((row for row in measured if row.role == "ours"), measured[0]).name
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mergekit_wp.costs.scoring import asking, hashing, referring
 from mergekit_wp.costs.work import Costs, Held, Stage, Work, fullest
 from mergekit_wp.mechanism.anchors import AnchorOpened
 from mergekit_wp.mechanism.circuit import TraceOpened
-from mergekit_wp.mechanism.tracer import SUPPLIER_KINDS
+from mergekit_wp.mechanism.supplies import SUPPLIER_KINDS
 from mergekit_wp.mechanism.verify import VerifyOpened
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Opened

@@ -23,7 +23,6 @@ from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.merged_model import VALUES, MergedModel, slopes_of
 from mergekit_wp.joint.request import CompanyRequest
 from mergekit_wp.joint.spread import SpreadModel, merged_model
-from mergekit_wp.runs.cluster import check_cluster
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
@@ -52,8 +51,6 @@ def score_company(request: CompanyRequest, progress: Progress) -> dict[str, Scor
     Raises:
         UserError: any mistake in the inputs, before anything is written.
     """
-    if request.ray:
-        check_cluster(request)
     check_folder(request)
     beside = None if request.out is None else request.out / "company"
     date = begun(beside, request.restart)

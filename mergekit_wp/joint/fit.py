@@ -32,11 +32,11 @@ from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.joint.spread import merged_model
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
-from mergekit_wp.runs.cluster import check_cluster
 from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.run import Opened, Run, check_journal, check_norms, journal_of
+from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
+from mergekit_wp.runs.scored import check_norms
 from mergekit_wp.tasks.behaviors import plain_text
 
 
@@ -75,8 +75,6 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
         )
-    if request.ray:
-        check_cluster(request)
     check_folder(request)
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_wp.errors import UserError, option
+from mergekit_wp.joint.cache import CachePlan
 from mergekit_wp.joint.request import MembersRequest, NamedExperts
 from mergekit_wp.merging.interface import differences, note_of
 from mergekit_wp.merging.recipe import Experts
@@ -66,10 +67,12 @@ def open_members(
 
     Raises:
         UserError: prompts that fit no expert, or several; two experts of one name or with the
-            same weights; any mistake in a checkpoint or prompt file.
+            same weights; any mistake in a checkpoint or prompt file; a cache that cannot be.
     """
     members = [_open(name, r, progress, date) for name, r in _requests(request, folder).items()]
     _check_alike(members)
+    if request.cache_size is not None:
+        CachePlan.of([member.pair for member in members], request.cache_size)
     config = (
         None if isinstance(request.recipe, NamedExperts) else Experts.read(request.recipe).config
     )
@@ -149,6 +152,7 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             device=request.device,
             device_map=request.device_map,
             max_memory=request.max_memory,
+            ray=request.ray,
             seed=request.seed,
             verify=0,
             share_steps=1,

@@ -15,7 +15,7 @@ from mergekit_wp.options import Argument, Option, Places
 from mergekit_wp.prompts import PromptSource, prompt_source
 from mergekit_wp.prompts.dataset import pinned_text
 from mergekit_wp.prompts.location import HUB
-from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Ray, Restart, RunRequest
+from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Restart, RunRequest
 from mergekit_wp.terms import GateGranularity
 
 
@@ -58,7 +58,27 @@ class MembersRequest(RunRequest):
     prompts: Annotated[tuple[tuple[str, PromptSource], ...], Option(metavar="EXPERT=SOURCE")] = (
         Field(description=PROMPTS_OF_EACH)
     )
-    ray: Ray = False
+
+    cache: Annotated[str | None, Option(metavar="SIZE", stored=False)] = Field(
+        default=None,
+        description="Main memory in which base and experts are kept, as much of them as fits, as "
+        "in 20GiB; else a step reads them from their files.",
+    )
+
+    @field_validator("cache")
+    @classmethod
+    def _size(cls, given: str | None) -> str | None:
+        if given is not None and _bytes(given) is None:
+            raise UserError(
+                f"{option('cache', given)}: expected a size in KiB, MiB, GiB, KB, MB or GB, as in "
+                "20GiB"
+            )
+        return given
+
+    @property
+    def cache_size(self) -> int | None:
+        """Bytes; None without a cache."""
+        return None if self.cache is None else _bytes(self.cache)
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -68,6 +88,12 @@ class MembersRequest(RunRequest):
             return given
         base, *experts = map(os.fspath, given)
         return NamedExperts.listed(base, experts) if experts else Path(base)
+
+
+def _bytes(text: str) -> int | None:
+    from mergekit_wp.models.placement import parse_size  # which takes long to import
+
+    return parse_size(text)
 
 
 class CompanyRequest(MembersRequest):

@@ -15,6 +15,7 @@ import torch
 
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.slopes import Term
+from mergekit_wp.joint.cache import keep_weights
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.merged_model import MergedModel
@@ -45,14 +46,18 @@ class StepPart:
 class Merges(Assignment):
     """The merge of some experts at any gates; see `MergedModel`."""
 
+    models: SentModels
     layout: Layout
     size: int
     together: int
+    cache: int | None
 
     def begin(self, told: Callable[[str], None]) -> Callable[..., Result]:
         """Open the models."""
         pairs, at_once = self.models.opened(), AtOnce(self.size, told)
         resident = self.models.loaded(pairs[0])
+        if self.cache is not None:
+            keep_weights(pairs, self.cache, resident.device, told)
         model = MergedModel(resident, pairs, self.layout, at_once, self.together)
         present: torch.Tensor | None = None
 
@@ -154,13 +159,16 @@ def merged_model(
         progress: told of steps back.
 
     Raises:
-        UserError: there is no such cluster.
+        UserError: there is no such cluster, or a cache that cannot be.
     """
     pairs = [member.pair for member in members]
+    cache = request.cache_size
     if request.ray:
         models = SentModels.of(request, *pairs)
-        with cluster(Merges(models, layout, size, together), progress) as workers:
+        with cluster(Merges(models, layout, size, together, cache), progress) as workers:
             yield SpreadModel(workers)
         return
+    if cache is not None:
+        keep_weights(pairs, cache, request.device, progress.note)
     at_once = AtOnce(size, progress.note)
     yield MergedModel(members[0].run.load(), pairs, layout, at_once, together)

@@ -6,7 +6,7 @@ between halves of the prompts, and whether adding it to the base brings the expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,8 +21,10 @@ from mergekit_wp.mechanism.request import AnchorRequest
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample, batches, read_prompts
+from mergekit_wp.runs.cluster import Assignment, SentModels, moved
 from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.references import (
     Contrast,
     References,
@@ -103,25 +105,26 @@ def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor
     vectors = (contrast.towards - contrast.away).mean(0)
     separations = held_out_separation(contrast)
     assert separations is not None
-    resident.move_to(0.0)
     reference = references.values["kl"]
-    found = []
-    progress.stage("layers", len(vectors), "layer")
-    for layer, vector in enumerate(vectors):
-        added = partial(steered, resident, references, layer, request.strength * vector)
-        values = at_once.run(added)
-        found.append(
+    steering = Steering(references, request.strength * vectors)
+    work = SteeredLayers(resident, steering, at_once)
+
+    def assignment(models: SentModels) -> Steered:
+        return Steered(models, moved(steering, "cpu"), at_once.size)
+
+    with run.jobs(Unwritten(), resident, assignment) as jobs:
+        every = [SteeredLayer(layer) for layer in range(len(vectors))]
+        return [
             LayerAnchor(
-                layer,
-                float(separations[layer]),
-                direction_stability(
-                    contrast.towards[:, layer] - contrast.away[:, layer], request.seed
+                layer=job.layer,
+                separation=float(separations[job.layer]),
+                stability=direction_stability(
+                    contrast.towards[:, job.layer] - contrast.away[:, job.layer], request.seed
                 ),
-                recovered(values, reference, request.seed),
+                steering=recovered(values["values"], reference, request.seed),
             )
-        )
-        progress.advance(1)
-    return found
+            for job, values in jobs.finished("layers", "layer", every, work)
+        ]
 
 
 def _states(
@@ -141,37 +144,77 @@ def _states(
     return Contrast(towards, away, last_token_states(decoder, with_it, n), True)
 
 
-@torch.no_grad()
-def steered(
-    resident: ResidentModel,
-    references: References,
-    layer: int,
-    vector: torch.Tensor,
-    at_once: int,
-) -> torch.Tensor:
-    """``kl`` values ``[prompts]`` with a vector added after a layer, at the last prompt token.
+@dataclass(frozen=True)
+class Steering:
+    """What is added, and measured on.
+
+    Attributes:
+        references: prompts with responses.
+        vectors: ``[layers, hidden]``.
+    """
+
+    references: References
+    vectors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SteeredLayer:
+    """The vector of one layer, added there."""
+
+    layer: int
+
+    @property
+    def key(self) -> str:
+        """What it is called."""
+        return f"layer {self.layer}"
+
+
+class SteeredLayers:
+    """Measures the base with a vector added after a layer, at the last prompt token.
 
     That is where it was read. Added at the positions of the answer as well it took SmolLM2 further
     from the expert, not nearer.
-
-    Args:
-        resident: the model, at the base.
-        references: prompts with responses.
-        layer: where it is added.
-        vector: ``[hidden]``.
-        at_once: prompts per forward.
     """
-    decoder = Decoder(resident.model)
-    found = torch.empty(len(references.values["kl"].base), dtype=torch.float64)
-    pairs = zip(references.batches, references.targets, strict=True)
-    for batch, target in (part for pair in pairs for part in split(*pair, at_once)):
-        receiver = Receiver(decoder, record(decoder, batch), ("kl",), target)
-        hidden = receiver.recording.residual(layer)
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        there = positions[None] == batch.last[:, None]
-        moved = hidden + there[..., None] * vector.to(hidden)
-        found[batch.members] = receiver.replay(moved[None], layer)["kl"][0].double().cpu()
-    return found
+
+    def __init__(self, resident: ResidentModel, steering: Steering, at_once: AtOnce) -> None:
+        self.resident, self.steering, self.at_once = resident, steering, at_once
+
+    def __call__(self, job: SteeredLayer) -> Result:
+        """``kl`` values ``[prompts]``."""
+        self.resident.move_to(0.0)
+        return self.at_once.run(partial(self._steered, job.layer))
+
+    @torch.no_grad()
+    def _steered(self, layer: int, at_once: int) -> Result:
+        references = self.steering.references
+        vector, decoder = self.steering.vectors[layer], Decoder(self.resident.model)
+        found = torch.empty(len(references.values["kl"].base), dtype=torch.float64)
+        pairs = zip(references.batches, references.targets, strict=True)
+        for batch, target in (part for pair in pairs for part in split(*pair, at_once)):
+            receiver = Receiver(decoder, record(decoder, batch), ("kl",), target)
+            hidden = receiver.recording.residual(layer)
+            positions = torch.arange(hidden.shape[1], device=hidden.device)
+            there = positions[None] == batch.last[:, None]
+            moved_there = hidden + there[..., None] * vector.to(hidden)
+            values = receiver.replay(moved_there[None], layer)["kl"][0]
+            found[batch.members] = values.double().cpu()
+        return {"values": found}
+
+
+@dataclass(frozen=True)
+class Steered(Assignment):
+    """The layers of one behaviour."""
+
+    models: SentModels
+    steering: Steering
+    batch_size: int
+
+    def begin(self, told: Callable[[str], None]) -> Callable[[SteeredLayer], Result]:
+        """Open the models."""
+        [pair] = self.models.opened()
+        resident = self.models.loaded(pair)
+        steering = moved(self.steering, resident.device)
+        return SteeredLayers(resident, steering, AtOnce(self.batch_size, told))
 
 
 def direction_stability(differences: torch.Tensor, seed: int) -> Estimate:

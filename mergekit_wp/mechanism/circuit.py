@@ -20,23 +20,18 @@ from mergekit_wp.files import circuitfile, scorefile
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import TraceRequest
+from mergekit_wp.mechanism.supplies import Circuits, Supplies
 from mergekit_wp.mechanism.tracer import Tracer
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import read_prompts
+from mergekit_wp.runs.cluster import SentModels, moved
 from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import anchor_of, measure_references
-from mergekit_wp.runs.run import (
-    Opened,
-    Run,
-    check_journal,
-    check_pair,
-    check_scores,
-    journal_of,
-    scored_model,
-)
+from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
+from mergekit_wp.runs.scored import check_pair, check_scores, scored_model
 from mergekit_wp.terms import CriterionName, FineKind
 
 #: components whose suppliers are looked for
@@ -91,8 +86,14 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
         )
         recordings = Recordings(resident, references, (criterion,))
         at_once.forget = recordings.forget
-        tracer = Tracer(request, recordings, at_once, criterion, targets, journal, progress)
-        nodes, edges, screen = tracer.circuit()
+
+        def assignment(models: SentModels) -> Circuits:
+            sent = moved(references, "cpu")
+            return Circuits(models, sent, criterion, tuple(targets), at_once.size)
+
+        with run.jobs(journal, resident, assignment) as jobs:
+            supplies = Supplies(recordings, at_once, targets)
+            nodes, edges, screen = Tracer(request, supplies, jobs).circuit()
         result = TraceFile(
             behavior=file.manifest.behavior,
             base=base,

@@ -11,60 +11,41 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
-from mergekit_wp.criteria import Targets
-from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import SetPoint, Verification
-from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
-from mergekit_wp.mechanism.sets import Members, extreme, matched, swapped
-from mergekit_wp.models.generation import TextInterface
-from mergekit_wp.models.memory import UNBOUNDED, AtOnce
-from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import PromptBatch, batches, read_prompts
-from mergekit_wp.runs.command import command_of, versions
-from mergekit_wp.runs.journal import Journal, begun
-from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.references import anchor_of, logprobs, values_of
-from mergekit_wp.runs.run import (
-    Opened,
-    Run,
-    check_journal,
-    check_pair,
-    check_scores,
-    journal_of,
-    scored_model,
+from mergekit_wp.mechanism.set_values import (
+    BEHAVIOR,
+    SetInputs,
+    SetMeasurement,
+    Sets,
+    Swap,
+    Whole,
+    set_criteria,
+    set_targets,
+    swaps,
 )
+from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.prompts import batches, read_prompts
+from mergekit_wp.runs.cluster import SentModels
+from mergekit_wp.runs.command import command_of, versions
+from mergekit_wp.runs.journal import begun
+from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.recordings import Result
+from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
+from mergekit_wp.runs.scored import check_pair, check_scores, scored_model
 from mergekit_wp.statistics import Array, mib_sizes, percentiles
 from mergekit_wp.tasks.items import JsonlTask
-from mergekit_wp.terms import CRITERIA, CriterionName, Direction, SetName
+from mergekit_wp.terms import CRITERIA, Direction, SetName
 
 RESAMPLES = 2000
 #: what stands for the sizes of MIB's circuits
 MIB = "mib"
-#: what behaviour is called among the measures
-BEHAVIOR: Literal["behavior"] = "behavior"
-
-
-@dataclass(frozen=True)
-class Swap:
-    """One model to measure: which set of which size comes from the other checkpoint."""
-
-    direction: Direction
-    set: SetName
-    size: int
-    draw: int
-
-    @property
-    def key(self) -> str:
-        """Name of its block in the journal."""
-        return f"{self.direction}.{self.set}.{self.size}.{self.draw}"
 
 
 @dataclass(frozen=True)
@@ -117,8 +98,10 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     contents = {"scores": file.digest(), "task": task.fingerprint if task else None}
     kept: dict[str, Any] = {"restart": request.restart, **contents}
     check = partial(check_journal, request, run, beside, **kept)
-    models = 2 + len(_swaps(sizes, request.draws))
-    progress.plan(VerifyOpened(request, (run,), check, models, len(file.manifest.criteria), task))
+    wanted: list[Whole | Swap] = [Whole("base"), Whole("expert")]
+    wanted += swaps(sizes, request.draws)
+    by = len(file.manifest.criteria)
+    progress.plan(VerifyOpened(request, (run,), check, len(wanted), by, task))
     with journal_of(request, run, beside, progress, **kept) as journal:
         resident = run.load()
         if task is not None and (note := task.too_long(resident.model, run.tokenizer)):
@@ -129,8 +112,24 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
         at_once = AtOnce(size, progress.note)
         if unknown := [c for c in file.manifest.criteria if c not in CRITERIA]:
             progress.note(f"no curve by '{unknown[0]}': a caller's function is not in its file")
-        meter = SetMeasurement(resident, every, len(samples), file, task, run.interface, at_once)
-        ends, found = _measure(request, sizes, fine, meter, journal, progress)
+        inputs = SetInputs(
+            fine=fine,
+            seed=request.seed,
+            batches=every,
+            targets=set_targets(resident, every, file, at_once),
+            criteria=set_criteria(file),
+            task=task,
+            asked=run.interface,
+            at_once=at_once.size,
+        )
+        work = SetMeasurement(resident, inputs, progress.note)
+
+        def assignment(models: SentModels) -> Sets:
+            return Sets(models, inputs.on("cpu"))
+
+        with run.jobs(journal, resident, assignment) as jobs:
+            found = dict(jobs.finished("sets", "set", wanted, work))
+        ends = found[Whole("base")], found[Whole("expert")]
         for measure, value in ends[0].items():
             if float(value.mean()) == float(ends[1][measure].mean()):
                 progress.note(f"'{measure}' is alike at base and expert, so it has no curve")
@@ -154,112 +153,11 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     return verification
 
 
-class SetMeasurement:
-    """Measures the resident model: every criterion by prompt, and answers by item."""
-
-    def __init__(
-        self,
-        resident: ResidentModel,
-        every: Sequence[PromptBatch],
-        n: int,
-        file: ScoreFile,
-        task: JsonlTask | None,
-        asked: TextInterface,
-        at_once: AtOnce,
-    ) -> None:
-        self.resident, self.every, self.n = resident, every, n
-        self.task, self.asked = task, asked
-        self.criteria: tuple[CriterionName, ...] = tuple(
-            dict.fromkeys(("kl", *(c for c in file.manifest.criteria if c in CRITERIA)))
-        )
-        resident.move_to(1.0)
-        anchor = anchor_of(file, resident)
-        decoder = Decoder(resident.model)
-        self.at_once = at_once
-        # answers take other memory than one pass does
-        self.answered_at_once = AtOnce(UNBOUNDED, at_once.told)
-        self.targets = at_once.run(
-            lambda size: [Targets(logprobs(decoder, batch, size), anchor) for batch in every]
-        )
-
-    @torch.no_grad()
-    def __call__(self) -> dict[str, torch.Tensor]:
-        """SetValues ``[prompts]`` by criterion, and ``[items]`` of the behaviour."""
-        decoder = Decoder(self.resident.model)
-        values = self.at_once.run(
-            lambda size: values_of(decoder, self.every, self.targets, self.criteria, self.n, size)
-        )
-        found: dict[str, torch.Tensor] = {name: v.double() for name, v in values.items()}
-        if self.task is not None:
-            scores = self.task.evaluate(
-                self.resident.model, self.asked, "test", self.answered_at_once
-            )
-            found[BEHAVIOR] = torch.tensor([x.score for x in scores], dtype=torch.float64)
-        return found
-
-
-SetValues = dict[str, torch.Tensor]
-
-
-def _measure(
-    request: VerifyRequest,
-    sizes: Sequence[int],
-    fine: Mapping[Any, torch.Tensor],
-    meter: SetMeasurement,
-    journal: Journal,
-    progress: Progress,
-) -> tuple[tuple[SetValues, SetValues], dict[Swap, SetValues]]:
-    """SetValues at base and expert, and of every swap; kept block by block."""
-    resident, pair = meter.resident, meter.resident.pair
-
-    def of(checkpoint: Any) -> Any:
-        return lambda name: checkpoint.tensor(name, resident.dtype, resident.device)
-
-    def kept(key: str, weight_of: Any) -> SetValues:
-        def run() -> SetValues:
-            resident.fill(lambda name, out: out.copy_(weight_of(name)))
-            return meter()
-
-        values, resumed = journal.block(key, run)
-        progress.advance(1, resumed=resumed)
-        return values
-
-    swaps = list(_swaps(sizes, request.draws))
-    progress.stage("sets", len(swaps) + 2, "set")
-    ends = (kept("base", of(pair.base)), kept("expert", of(pair.expert)))
-    found = {}
-    for swap in swaps:
-        members = _members(fine, swap, request.seed)
-        inside, outside = of(pair.expert), of(pair.base)
-        if swap.direction == "knockout":
-            inside, outside = outside, inside
-        found[swap] = kept(swap.key, swapped(pair.partition, members, inside, outside))
-    return ends, found
-
-
-def _swaps(sizes: Sequence[int], draws: int) -> list[Swap]:
-    found = []
-    directions: tuple[Direction, ...] = ("restoration", "knockout")
-    for direction in directions:
-        for size in sizes:
-            found += [Swap(direction, "top", size, 0), Swap(direction, "bottom", size, 0)]
-            found += [Swap(direction, "random", size, draw) for draw in range(draws)]
-    return found
-
-
-def _members(fine: Mapping[Any, torch.Tensor], swap: Swap, seed: int) -> Members:
-    top = extreme(fine, swap.size, largest=swap.set != "bottom")
-    if swap.set != "random":
-        return top
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + swap.size) * 1_009 + swap.draw)
-    return matched(top, generator)
-
-
 def _points(
     sizes: Sequence[int],
     request: VerifyRequest,
-    ends: tuple[SetValues, SetValues],
-    found: Mapping[Swap, SetValues],
+    ends: tuple[Result, Result],
+    found: Mapping[Whole | Swap, Result],
 ) -> list[SetPoint]:
     points = []
     names: tuple[SetName, ...] = ("top", "bottom", "random")

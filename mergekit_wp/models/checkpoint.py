@@ -80,6 +80,8 @@ class Checkpoint:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"model '{reference}': {error}") from error
         self.path = self._resolve()
+        #: tensors of the model, as they are stored, that are in memory; see `keep`
+        self.kept: dict[str, torch.Tensor] = {}
         self.loader = LazyTensorLoader(self._index(), lazy_unpickle=False)
         self.adapter = None
         if self.ref.lora is not None:
@@ -240,13 +242,28 @@ class Checkpoint:
             rows: of it.
             pin: in pinned memory, if they are read from the file as they are.
         """
-        stored = self.stored.name(name)
-        if stored is None:
-            part = self.stored.read(name, self.loader.get_tensor)[rows]
-            self.loader.flush()
-        else:
-            part = self._spans[stored].read(rows, pin=pin)
+        kept = self.kept.get(name)
+        part = self._read(name, rows, pin=pin) if kept is None else kept[rows]
         return part if self.adapter is None else self.adapter.changed(name, part, rows)
+
+    def _read(self, name: str, rows: Rows, *, pin: bool) -> torch.Tensor:
+        """Rows of one parameter of the model, before an adapter changes it."""
+        stored = self.stored.name(name)
+        if stored is not None:
+            return self._spans[stored].read(rows, pin=pin)
+        part = self.stored.read(name, self.loader.get_tensor)[rows]
+        self.loader.flush()
+        return part
+
+    def keep(self, name: str, *, pin: bool) -> None:
+        """Read one parameter of the model for the last time.
+
+        Args:
+            name: of the parameter.
+            pin: in pinned memory, from which copies to a GPU go on beside other work.
+        """
+        whole = self._read(name, ..., pin=pin)
+        self.kept[name] = whole.pin_memory() if pin and not whole.is_pinned() else whole
 
     def on_device(
         self, name: str, device: torch.device | str, pieces: Pieces | None = None

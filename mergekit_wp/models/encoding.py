@@ -70,9 +70,14 @@ class Clock:
             # no part of this date is the same, of whatever parts a template writes
             other = _dated(moment + timedelta(days=405))
             if plain(*given, chat_template=other + template, **options) != found:
-                self.was_read = True
-                self._on_read()
+                self.read()
         return found
+
+    def read(self) -> None:
+        """A template has written something of it, here or elsewhere."""
+        if not self.was_read:
+            self.was_read = True
+            self._on_read()
 
 
 # by which templates ask for the time in a form of `strftime`; transformers hands them no function

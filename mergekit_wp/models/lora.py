@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from types import EllipsisType
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import parse_json
@@ -90,6 +91,7 @@ class Adapter:
     config: dict[str, Any]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     saved: dict[str, tuple[int, ...]]
+    _kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str, revision: str | None) -> Adapter:
@@ -161,16 +163,14 @@ class Adapter:
     ) -> torch.Tensor:
         """Rows of a parameter with the adapter's change, at least in fp32; others as they are."""
         if name in self.saved:
-            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-                whole: torch.Tensor = file.get_tensor(f"base_model.model.{name}")[rows]
-            return whole.to(torch.promote_types(weight.dtype, torch.float32))
+            [whole] = self._tensors(f"base_model.model.{name}")
+            return whole[rows].to(torch.promote_types(weight.dtype, torch.float32))
         if name not in self.shapes:
             return weight
         key = f"base_model.model.{name.removesuffix('.weight')}"
         wide = torch.promote_types(weight.dtype, torch.float32)
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            a = file.get_tensor(f"{key}.lora_A.weight").to(wide)
-            b = file.get_tensor(f"{key}.lora_B.weight").to(wide)
+        sides = self._tensors(f"{key}.lora_A.weight", f"{key}.lora_B.weight")
+        a, b = (side.to(wide) for side in sides)
         rank = a.shape[0]  # of this tensor: a rank pattern is honoured
         if not rank:  # so mergekit-extract-lora writes a weight in which its models do not differ
             return weight
@@ -178,6 +178,21 @@ class Adapter:
         scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
         delta = a.T[rows] @ b.T if self._transposed else b[rows] @ a
         return torch.add(weight.to(wide), delta, alpha=scale)
+
+    def _tensors(self, *keys: str) -> list[torch.Tensor]:
+        if self._kept:
+            return [self._kept[key] for key in keys]
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            return [file.get_tensor(key) for key in keys]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file."""
+        return (self.folder / WEIGHTS).stat().st_size
+
+    def keep(self) -> None:
+        """Read everything for the last time; low-rank changes stay as they are stored."""
+        self._kept.update(load_file(self.folder / WEIGHTS))
 
     def _alpha(self, name: str) -> float:
         """Of the first pattern that the end of a tensor's name matches, as peft looks it up."""

@@ -22,23 +22,35 @@ class Offloaded(nn.Parameter):
 
     Attributes:
         fetch: makes a tensor of its present numbers on the device that computes.
+        computes_on: that device.
     """
 
     fetch: Callable[[], torch.Tensor]
+    computes_on: torch.device
 
     @classmethod
     def of(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, fetch: Callable[[], torch.Tensor]
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        fetch: Callable[[], torch.Tensor],
+        device: str,
     ) -> Offloaded:
-        """A weight of a shape and dtype."""
+        """A weight of a shape and dtype, fetched to a device."""
         weight = cls(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-        weight.fetch = fetch
+        weight.fetch, weight.computes_on = fetch, torch.device(device)
         return weight
 
 
 def here(weight: torch.Tensor) -> torch.Tensor:
     """A weight to compute with: itself, or what is fetched for it."""
     return weight.fetch() if isinstance(weight, Offloaded) else weight
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, wherever its weights are kept."""
+    weight = next(model.parameters())
+    return weight.computes_on if isinstance(weight, Offloaded) else weight.device
 
 
 def fetch_when_called(model: nn.Module) -> None:

@@ -26,6 +26,11 @@ MaxMemory = Mapping[str, int]
 _SIZE = re.compile(r"\d+(\.\d+)?([KMG]i?B)")
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of a size as a user writes it, as in 20GiB; None where it is none."""
+    return convert_file_size_to_int(text) if _SIZE.fullmatch(text) else None
+
+
 def parse_max_memory(texts: Iterable[str], device: str) -> dict[str, int]:
     """Limits as a user writes them: ``0=20GiB``, ``cpu=60GiB``.
 
@@ -38,8 +43,9 @@ def parse_max_memory(texts: Iterable[str], device: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for text in texts:
-        name, equals, size = text.partition("=")
-        if not equals or not _SIZE.fullmatch(size) or not (name == "cpu" or name.isdecimal()):
+        name, equals, written = text.partition("=")
+        size = parse_size(written)
+        if not equals or size is None or not (name == "cpu" or name.isdecimal()):
             raise UserError(
                 f"{option('max_memory', text)}: expected DEVICE=SIZE with 'cpu' or the number of "
                 "a GPU, and KiB, MiB, GiB, KB, MB or GB, as in 0=20GiB or cpu=60GiB"
@@ -53,7 +59,7 @@ def parse_max_memory(texts: Iterable[str], device: str) -> dict[str, int]:
                     "kept on the cpu or read from the checkpoints"
                 )
             check_device(f"cuda:{name}")
-        found[name] = convert_file_size_to_int(size)
+        found[name] = size
     return found
 
 

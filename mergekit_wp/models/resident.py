@@ -77,7 +77,7 @@ class ResidentModel:
             return torch.empty(shape, dtype=self.dtype, device=place)
         kept = None if place == DISK else torch.empty(shape, dtype=self.dtype, device=place)
         self._elsewhere[name] = kept
-        return Offloaded.of(shape, self.dtype, partial(self._fetch, name, shape))
+        return Offloaded.of(shape, self.dtype, partial(self._fetch, name, shape), self.device)
 
     @torch.no_grad()
     def _fetch(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

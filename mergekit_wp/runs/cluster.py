@@ -36,7 +36,6 @@ from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.placement import MaxMemory
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.request import DTYPES, RunRequest
 
 #: a job that has ended so many workers is given up
@@ -62,7 +61,20 @@ J = TypeVar("J", bound=ClusterJob)
 
 
 @dataclass(frozen=True)
-class SentModels:
+class Machine:
+    """What a worker takes of its machine: a device, cpu or cuda, or so many threads."""
+
+    device: str
+    threads: int
+
+    @classmethod
+    def like_here(cls, device: str) -> Machine:
+        """As this process does."""
+        return cls(str(torch.device(device).type), torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class SentModels(Machine):
     """A base and experts, by their paths and hashes, and how they are run: what a worker opens."""
 
     base: str
@@ -71,15 +83,14 @@ class SentModels:
     partition: Partition
     delta_norms: tuple[dict[str, float], ...]
     dtype: torch.dtype
-    device: str
     max_memory: MaxMemory | None
-    threads: int
 
     @classmethod
     def of(cls, request: RunRequest, *pairs: Pair) -> SentModels:
         """The driver's own."""
         base, first = pairs[0].base, pairs[0]
         return cls(
+            **vars(Machine.like_here(request.device)),
             base=absolute(base.name),
             experts=tuple(absolute(pair.expert.name) for pair in pairs),
             weights_sha256=tuple(
@@ -88,9 +99,7 @@ class SentModels:
             partition=first.partition,
             delta_norms=tuple(pair.delta_norm for pair in pairs),
             dtype=DTYPES[request.dtype],
-            device=str(torch.device(request.device).type),
             max_memory=request.max_memory,
-            threads=torch.get_num_threads(),
         )
 
     def opened(self) -> list[Pair]:
@@ -123,17 +132,17 @@ class SentModels:
 class Assignment(ABC):
     """Everything a worker needs to compute the driver's jobs; tensors are on the CPU."""
 
-    models: SentModels
+    models: Machine
 
     @abstractmethod
-    def begin(self, told: Callable[[str], None]) -> Callable[..., Result]:
+    def begin(self, told: Callable[[str], None]) -> Callable[..., dict[str, Any]]:
         """Open the models.
 
         Args:
             told: of every step back where memory runs out.
 
         Returns:
-            What computes a job, with what it shares with others.
+            What computes a job, with what it shares with others; mostly a `Result`.
         """
 
 
@@ -158,9 +167,9 @@ class Worker:
     def __init__(self, assignment: Assignment) -> None:
         """Nothing is opened yet: a mistake is told by the first job, as it is."""
         self.assignment = assignment
-        self._compute: Callable[..., Result] | None = None
+        self._compute: Callable[..., dict[str, Any]] | None = None
 
-    def run(self, job: ClusterJob, *shared: Any) -> Result:
+    def run(self, job: ClusterJob, *shared: Any) -> dict[str, Any]:
         """Compute one job.
 
         Args:
@@ -169,7 +178,7 @@ class Worker:
         """
         if self._compute is None:
             self._compute = self.assignment.begin(logging.getLogger(__name__).warning)
-        return {name: value.cpu() for name, value in self._compute(job, *shared).items()}
+        return moved(self._compute(job, *shared), "cpu")
 
 
 class Cluster:
@@ -206,7 +215,7 @@ class Cluster:
     def run(
         self,
         jobs: Sequence[J],
-        on_result: Callable[[J, Result], None],
+        on_result: Callable[[J, dict[str, Any]], None],
         shared: Callable[[J], Sequence[Any]] = lambda _: (),
         *,
         whole: bool = False,

@@ -166,7 +166,8 @@ def anchor_of(file: ScoreFile, resident: ResidentModel) -> AnchorDirection | Non
     """The anchor of a score file, where a model is."""
     if file.manifest.anchor is None:
         return None
-    vector = file.tensors["anchor/vector"].to(resident.device)
+    # a copy: products by a vector that lies anywhere in a file's bytes round differently
+    vector = file.tensors["anchor/vector"].to(resident.device, copy=True)
     precise = torch.promote_types(resident.dtype, torch.float32)
     return AnchorDirection(vector.to(precise), file.manifest.anchor.layer)
 

@@ -112,6 +112,7 @@ class RunRequest(Request):
         description=f"With {option('device_map')}, most memory for weights on a GPU, by its "
         "number, or on cpu, as in 0=20GiB; once per device, others are not used.",
     )
+    ray: Ray = False
     seed: Seed = 0
     max_new_tokens: MaxNewTokens = 64
 

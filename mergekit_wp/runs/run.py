@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from mergekit_wp.errors import UserError, option
-from mergekit_wp.files.fingerprint import NORM_TOLERANCE
-from mergekit_wp.files.manifest import ModelId
-from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.models.encoding import Clock, set_clock, today
 from mergekit_wp.models.generation import TextInterface, greedy
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import PromptSet, Sample
+from mergekit_wp.runs.cluster import (
+    Assignment,
+    Cluster,
+    ClusterJob,
+    SentModels,
+    check_cluster,
+    cluster,
+)
 from mergekit_wp.runs.journal import Journal, Unwritten, check_output
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.request import DTYPES, RunRequest
 from mergekit_wp.runs.texts import (
     Encoded,
@@ -32,13 +37,65 @@ from mergekit_wp.runs.texts import (
     find_tokenizer,
     refuse_other_tokens,
 )
-from mergekit_wp.terms import CriterionName, Estimand
 from mergekit_wp.version import __version__
 
+J = TypeVar("J", bound=ClusterJob)
 #: fields of requests that results do not depend on, or whose content is named beside them
 _BESIDE = frozenset(
     {"out", "restart", "file", "recipe", "prompts", "behavior", "builtin", "rules", "checkers"}
-) | {"overwrite", "ray", "device_map", "max_memory", "steps"}
+) | {"overwrite", "ray", "device_map", "max_memory", "cache", "steps"}
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Where a run's jobs are computed, and kept as soon as they are.
+
+    Attributes:
+        journal: keeps them.
+        progress: told of each.
+        workers: compute them, if not this process.
+    """
+
+    journal: Journal
+    progress: Progress
+    workers: Cluster | None = None
+
+    def finished(
+        self,
+        stage: str,
+        unit: str,
+        jobs: Iterable[J],
+        work: Callable[[J], Result],
+        cost: Callable[[J], float] = lambda _: 1.0,
+    ) -> Iterator[tuple[J, Result]]:
+        """Every job with its result, computed now or by an earlier run; in the order of the jobs.
+
+        Args:
+            stage: what they are together.
+            unit: of their costs.
+            jobs: whose keys are their names in the journal.
+            work: computes one in this process.
+            cost: of each.
+        """
+        listed = list(jobs)
+        costs = {job: cost(job) for job in listed}
+        if listed:
+            self.progress.stage(stage, sum(costs.values()), unit)
+        computed = set[J]()
+        if self.workers is not None:
+            missing = [job for job in listed if not self.journal.has(job.key)]
+            computed = set(missing)
+
+            def keep(job: J, result: Result) -> None:
+                self.journal.save(job.key, result)
+                self.progress.advance(costs[job])
+
+            self.workers.run(missing, keep)
+        for job in listed:
+            result, resumed = self.journal.block(job.key, partial(work, job))
+            yield job, result
+            if job not in computed:
+                self.progress.advance(costs[job], resumed=resumed)
 
 
 @dataclass(frozen=True)
@@ -84,8 +141,11 @@ class Run:
             date: on which the run began, see `journal.begun`; None for today.
 
         Raises:
-            UserError: checkpoints that cannot be scored, or prompts that fit no tokens of theirs.
+            UserError: checkpoints that cannot be scored, prompts that fit no tokens of theirs, or
+                workers that cannot do what is asked.
         """
+        if request.ray:
+            check_cluster(request)
 
         def compared(done: int, total: int) -> None:
             if done == 1:
@@ -127,6 +187,31 @@ class Run:
         """The model that is run, as large as one of the checkpoints, where the request wants it."""
         dtype, device = DTYPES[self.request.dtype], self.request.device
         return ResidentModel(self.pair, dtype, device, self.request.max_memory)
+
+    @contextmanager
+    def jobs(
+        self,
+        journal: Journal,
+        resident: ResidentModel,
+        assignment: Callable[[SentModels], Assignment],
+    ) -> Iterator[Jobs]:
+        """Jobs on a cluster, where the request wants it, else in this process.
+
+        Args:
+            journal: keeps them.
+            resident: the model in memory; it is the workers' from then on.
+            assignment: makes theirs.
+
+        Raises:
+            UserError: there is no such cluster.
+        """
+        if not self.request.ray:
+            yield Jobs(journal, self.progress)
+            return
+        sent = assignment(SentModels.of(self.request, self.pair))
+        with cluster(sent, self.progress) as workers:
+            resident.release()
+            yield Jobs(journal, self.progress, workers)
 
     def samples(
         self, resident: ResidentModel, journal: Journal, prefix: str = "", position: float = 1.0
@@ -268,60 +353,3 @@ def check_journal(
     """
     if out is not None:
         check_output(out, None if restart else partial(depends_on, request, runs, contents))
-
-
-def scored_model(model: ModelId) -> str:
-    """The checkpoint a score file was made from, at its commit where it is on the Hub."""
-    pinned = "@" in model.reference.rpartition("+")[2] or model.revision is None
-    return model.reference if pinned else f"{model.reference}@{model.revision}"
-
-
-def check_scores(
-    file: ScoreFile, path: Path, estimands: Sequence[Estimand], criterion: CriterionName
-) -> None:
-    """Refuse a score file that lacks scores.
-
-    Raises:
-        UserError: names them and says which it has.
-    """
-    manifest = file.manifest
-    have = [f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria]
-    for estimand in estimands:
-        if f"{estimand}/{criterion}" not in have:
-            raise UserError(
-                f"score file {path} has no '{estimand}/{criterion}' scores; it has "
-                f"{', '.join(have)}; `score` with {option('estimand', ','.join(estimands))} "
-                f"{option('criterion', criterion)} makes them"
-            )
-
-
-def check_pair(file: ScoreFile, pair: Pair, path: Path) -> None:
-    """Refuse checkpoints a score file was not made from.
-
-    Raises:
-        UserError: names the first tensor whose task vector has another norm.
-    """
-    way_out = f"give the right ones as {option('base')} and {option('expert')}"
-    check_norms(file.delta_norm, pair, f"score file {path}", way_out)
-
-
-def check_norms(scored: Mapping[str, float], pair: Pair, source: str, way_out: str) -> None:
-    """Refuse checkpoints whose task vector is not the one a file was made for.
-
-    Args:
-        scored: the file's norm of each tensor of the task vector.
-        pair: the checkpoints.
-        source: what the error calls the file.
-        way_out: what to do about it.
-
-    Raises:
-        UserError: names the first tensor whose task vector has another norm.
-    """
-    if list(scored) != list(pair.delta_norm):
-        raise UserError(f"{source} is of another architecture than {pair.expert.name}")
-    for name, norm in pair.delta_norm.items():
-        if abs(norm - scored[name]) > NORM_TOLERANCE * scored[name]:
-            raise UserError(
-                f"tensor {name}: {pair.expert.name} differs from {pair.base.name} by {norm:.6g}, "
-                f"but {source} was made for {scored[name]:.6g}: these are other models; {way_out}"
-            )

@@ -40,7 +40,7 @@ from mergekit_wp.engine.weight_swaps import (
     swap_whole,
 )
 from mergekit_wp.models.memory import AtOnce
-from mergekit_wp.runs.cluster import Assignment, moved
+from mergekit_wp.runs.cluster import Assignment, SentModels, moved
 from mergekit_wp.runs.recordings import (
     Portion,
     Recordings,
@@ -88,6 +88,7 @@ def measure(block: Block, recordings: Recordings, at_once: AtOnce) -> Result:
 class Blocks(Assignment):
     """Blocks of the sweeps of one expert."""
 
+    models: SentModels
     references: References
     criteria: Criteria
     batch_size: int

@@ -11,7 +11,7 @@ from mergekit_wp.criteria import SMALL_GAP, CriterionFunction, criterion_words
 from mergekit_wp.errors import option
 from mergekit_wp.options import INTERNAL, Option
 from mergekit_wp.prompts.request import Prompts
-from mergekit_wp.runs.request import Overwrite, PairRequest, Ray, Restart
+from mergekit_wp.runs.request import Overwrite, PairRequest, Restart
 from mergekit_wp.terms import (
     CRITERIA,
     KINDS,
@@ -80,7 +80,6 @@ class ScoreRequest(PairRequest):
         "exactly and write how well they agree.",
     )
     share_steps: int = Field(default=5, ge=1, description="Midpoints of the share integral.")
-    ray: Ray = False
     restart: Restart = False
     overwrite: Overwrite = False
     exact_budget: Annotated[float, INTERNAL] = EXACT_BUDGET

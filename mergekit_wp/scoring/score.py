@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from mergekit_wp.models.memory import (
 from mergekit_wp.models.pair import Pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Prompt, PromptBatch, Sample, read_prompts
-from mergekit_wp.runs.cluster import Cluster, SentModels, check_cluster, cluster, moved
+from mergekit_wp.runs.cluster import SentModels, moved
 from mergekit_wp.runs.command import command_of, versions
 from mergekit_wp.runs.journal import Journal, begun
 from mergekit_wp.runs.progress import Progress
@@ -100,8 +99,13 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         warn_of_references(references, progress)
         recordings = Recordings(resident, references, criteria)
         at_once = AtOnce(size, progress.note, recordings.forget)
-        with _spread(request, recordings, at_once, progress) as workers:
-            sweeps = Sweeps(request, recordings, at_once, journal, progress, workers)
+
+        def assignment(models: SentModels) -> Blocks:
+            sent = moved(references, "cpu")
+            return Blocks(models, sent, recordings.criteria, at_once.size)
+
+        with run.jobs(journal, resident, assignment) as jobs:
+            sweeps = Sweeps(request, recordings, at_once, jobs)
             _tell_of_left_out(sweeps)
             sweeps.all()
         warn_of_completeness(sweeps.completeness, "share_steps", progress)
@@ -113,22 +117,6 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         journal.discard()
     progress.note(memory_used(before, resident, footprint, samples, at_once.size))
     return result
-
-
-@contextmanager
-def _spread(
-    request: ScoreRequest, recordings: Recordings, at_once: AtOnce, progress: Progress
-) -> Iterator[Cluster | None]:
-    """Workers, if they were asked for; the model is theirs then."""
-    if not request.ray:
-        yield None
-        return
-    models = SentModels.of(request, recordings.pair)
-    references = moved(recordings.references, "cpu")
-    blocks = Blocks(models, references, recordings.criteria, at_once.size)
-    with cluster(blocks, progress) as workers:
-        recordings.resident.release()
-        yield workers
 
 
 def score_tensors(sweeps: Sweeps) -> dict[str, torch.Tensor]:
@@ -311,8 +299,6 @@ def _check_request(
     progress: Progress,
 ) -> None:
     """Refuse what would fail or surprise after hours of work."""
-    if request.ray:
-        check_cluster(request)
     if request.anchor_layer is not None and "anchor" not in criteria:
         raise UserError(
             f"{option('anchor_layer')} is set, but the anchor is not scored: add "
@@ -372,7 +358,7 @@ def _tell_of_left_out(sweeps: Sweeps) -> None:
         if members:
             numbers = ", ".join(str(member + 1) for member in members[:8])
             numbers += " and others" if len(members) > 8 else ""
-            sweeps.progress.note(
+            sweeps.jobs.progress.note(
                 f"'{name}' by prompt leaves {len(members)} of {sweeps.recordings.n_prompts} "
                 f"prompts out, {numbers}: base and expert differ there by less than "
                 f"{SMALL_GAP:.0%} of what they do on the mean"

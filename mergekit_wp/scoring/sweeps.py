@@ -11,10 +11,8 @@ import torch
 from mergekit_wp.criteria import fisher_at_expert, has_gap, per_prompt, recovery
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.models.memory import AtOnce
-from mergekit_wp.runs.cluster import Cluster
-from mergekit_wp.runs.journal import Journal
-from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Recordings, Result
+from mergekit_wp.runs.run import Jobs
 from mergekit_wp.scoring.blocks import (
     Block,
     Selected,
@@ -48,9 +46,7 @@ class Sweeps:
         request: what to measure.
         recordings: of its models on its prompts.
         at_once: how many sequences go through the model together.
-        journal: keeps finished blocks.
-        progress: told of every block.
-        cluster: computes them, if not this process.
+        jobs: where blocks are computed and kept.
     """
 
     def __init__(
@@ -58,12 +54,10 @@ class Sweeps:
         request: ScoreRequest,
         recordings: Recordings,
         at_once: AtOnce,
-        journal: Journal,
-        progress: Progress,
-        cluster: Cluster | None = None,
+        jobs: Jobs,
     ) -> None:
-        self.request, self.recordings, self.at_once = request, recordings, at_once
-        self.journal, self.progress, self.cluster = journal, progress, cluster
+        self.request, self.recordings = request, recordings
+        self.at_once, self.jobs = at_once, jobs
         self.criteria, self.partition = recordings.criteria, recordings.partition
         self.changes: dict[tuple[Estimand, CriterionName, Kind], torch.Tensor] = {}
         self.fidelity: dict[str, Fidelity] = {}
@@ -85,26 +79,9 @@ class Sweeps:
 
     def _finished(self, name: str, blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
         """Compute a sweep's blocks, or take them from the journal; in the sweep's order."""
-        listed = list(blocks)
-        costs = {b: b.cost(self.recordings, self.at_once.size) for b in listed}
-        if listed:
-            self.progress.stage(name, sum(costs.values()), "forward")
-        computed = set()
-        if self.cluster is not None:
-            missing = [block for block in listed if not self.journal.has(block.key)]
-            computed = set(missing)
-
-            def keep(block: Block, result: Result) -> None:
-                self.journal.save(block.key, result)
-                self.progress.advance(costs[block])
-
-            self.cluster.run(missing, keep)
-        for block in listed:
-            run = partial(measure, block, self.recordings, self.at_once)
-            result, resumed = self.journal.block(block.key, run)
-            yield block, result
-            if block not in computed:
-                self.progress.advance(costs[block], resumed=resumed)
+        work = partial(measure, recordings=self.recordings, at_once=self.at_once)
+        cost = partial(Block.cost, recordings=self.recordings, at_once=self.at_once.size)
+        return self.jobs.finished(name, "forward", blocks, work, cost)
 
     def _by_kind(self, result: Result) -> Iterator[tuple[CriterionName, Kind, torch.Tensor]]:
         for c in self.criteria:

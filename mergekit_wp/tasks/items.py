@@ -23,6 +23,7 @@ from mergekit_wp.files.untrusted import complaint
 from mergekit_wp.models.encoding import TextLength, encode_prompt, too_long
 from mergekit_wp.models.generation import TextInterface, greedy
 from mergekit_wp.models.memory import AtOnce
+from mergekit_wp.models.offloaded import device_of
 from mergekit_wp.prompts import Text
 from mergekit_wp.prompts.location import Location
 from mergekit_wp.prompts.read import take
@@ -197,7 +198,8 @@ def answers(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (max_new_tokens[i], len(encoded[i])))
     found: dict[int, tuple[str, bool]] = {}
-    rows, tokens = AT_ONCE["cpu" if model.device.type == "cpu" else "cuda"]
+    device = device_of(model)
+    rows, tokens = AT_ONCE["cpu" if device.type == "cpu" else "cuda"]
     start = 0
     while start < len(order):
         budget = max_new_tokens[order[start]]
@@ -209,9 +211,7 @@ def answers(
                 break
             size += 1
         members = order[start : start + size]
-        continued = partial(
-            greedy, model, [encoded[i] for i in members], budget, ends, model.device
-        )
+        continued = partial(greedy, model, [encoded[i] for i in members], budget, ends, device)
         rows_out = at_once.run(continued, size) if at_once else continued(size)
         for i, ids in zip(members, rows_out, strict=True):
             ended = bool(ids) and ids[-1] in ends

@@ -58,3 +58,8 @@ class Peer:
     learn: Callable[[Sources, Setting], dict[str, torch.Tensor]] = nothing
     depends_on: tuple[str, ...] = ()
     needs_prompts: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it learns anything before it merges."""
+        return self.learn is not nothing
