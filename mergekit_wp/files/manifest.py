@@ -69,14 +69,22 @@ class Anchor(StrictModel):
     n_contrasts: int
 
 
-class Fidelity(StrictModel):
+class Fidelity(Omitting):
     """How the scores of one estimand/criterion/kind were computed, and how far to trust them.
 
-    For first-order scores, ``verified_top`` leaders and ``verified_random`` uniformly drawn
+    For estimates from gradients, ``verified_top`` leaders and ``verified_random`` uniformly drawn
     components were swapped exactly; the correlations are between the two, over all verified
     components and over the random ones alone, and ``largest_missed`` is the largest exact
     |score| among random components that are not leaders.
+
+    ``swapped`` are the places, flat, of all components whose scores are exact, for the file has
+    what their swap gave; all others are estimates. ``largest_error`` is the largest difference of
+    the two among leaders and random ones. ``bound`` is that added to the largest |estimate| of the
+    others: no exact |score| among them is expected to be larger. None where nothing was swapped, or
+    everything.
     """
+
+    omitted: ClassVar = ("swapped", "largest_error", "bound")
 
     method: ScoringMethod
     steps: int | None = None
@@ -86,6 +94,14 @@ class Fidelity(StrictModel):
     spearman: float | None = None
     pearson_random: float | None = None
     largest_missed: float | None = None
+    swapped: tuple[NonNegativeInt, ...] | None = None
+    largest_error: float | None = None
+    bound: float | None = None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether scores are estimates from gradients, but for those of ``swapped`` components."""
+        return self.method in ("first-order", "second-order")
 
 
 class Scale(StrictModel):
