@@ -12,6 +12,7 @@ from typing import Any
 
 from mergekit_wp.criteria import criterion_words
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import fit_history, mechanism, weights_vs_activations, words
 from mergekit_wp.report.ranking import (
@@ -55,7 +56,7 @@ def render(
         for listed in lists:
             if not listed.aside:
                 yield ""
-                yield from _rows(listed.rows, width)
+                yield from _rows(listed.rows, manifest, width)
     if selection == select(score_file):  # nothing was filtered out
         yield from _sides(score_file)
 
@@ -83,6 +84,8 @@ def _facts(
         facts.append(("spread", words.portrait(score_file, estimand, criterion).spread))
     rows = words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds)
     facts += [("method", f"{', '.join(row.kinds)}: {row.words}") for row in rows]
+    if any(row.fidelity is not None and row.fidelity.swapped for row in rows):
+        facts.append(("method", "scores marked ~ are estimates, all others those of exact swaps"))
     facts += [
         ("stability", mechanism.agreement_sentence(group))
         for group in mechanism.agreement_groups(score_file.manifest.stability, estimand, criterion)
@@ -111,7 +114,15 @@ def _in_line(rows: list[RankedComponent]) -> str:
     return ", ".join(f"{words.clean(row.name)} {score(row.score)}" for row in rows)
 
 
-def _rows(rows: list[RankedComponent], width: int | None) -> Iterator[str]:
+def _estimated(row: RankedComponent, manifest: Manifest) -> bool:
+    """Whether a score is an estimate, in a file that has exact ones of the same scores."""
+    found = manifest.fidelity.get(f"{row.estimand}/{row.criterion}/{row.kind}")
+    if found is None or found.swapped is None or row.layer is None:
+        return False
+    return row.layer * manifest.shape(row.kind)[1] + row.index not in found.swapped
+
+
+def _rows(rows: list[RankedComponent], manifest: Manifest, width: int | None) -> Iterator[str]:
     if not rows:
         yield "  no components"
         return
@@ -122,7 +133,7 @@ def _rows(rows: list[RankedComponent], width: int | None) -> Iterator[str]:
             row.kind,
             "-" if row.layer is None else str(row.layer),
             str(row.index),
-            score(row.score),
+            ("~" if _estimated(row, manifest) else "") + score(row.score),
             "" if row.se is None else score(row.se, sign=""),
             words.clean(row.name),
         )
