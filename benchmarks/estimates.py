@@ -25,7 +25,6 @@ from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.runs.recordings import Portion, receiver_position
-from mergekit_wp.scoring.blocks import flat
 from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
@@ -34,11 +33,20 @@ from mergekit_wp.terms import CriterionName, LoneEstimand
 BUILD = REPO / "build" / "estimates"
 ESTIMANDS: tuple[LoneEstimand, ...] = ("gain", "activation_gain", "knockout")
 CRITERIA: tuple[CriterionName, ...] = ("kl", "logprob", "anchor")
-#: leaders and random components swapped, as by default; leaders of SmolLM2 that are the truth
-SWAPS, TRUTH = 32, 128
+#: scores of the table that have a second order, and those that it changes nothing of: by the anchor
+#: there is none, and of a knockout by ``kl`` there is nothing else
+CURVED: tuple[tuple[LoneEstimand, CriterionName], ...] = (
+    ("gain", "kl"),
+    ("activation_gain", "kl"),
+    ("knockout", "logprob"),
+)
+OTHERS: tuple[tuple[LoneEstimand, CriterionName], ...] = (("knockout", "kl"), ("gain", "anchor"))
+#: leaders, and as many random components, that are swapped: by default, so many fewer as probes
+#: cost, and for the truth on SmolLM2
+SWAPS, LESS, TRUTH = 32, 24, 96
 FIRST, FLAG, CORRECTION = "first order", "two gradients, flag", "two gradients, correction"
-OURS = "as scored"
-ROWS = (FIRST, FLAG, CORRECTION, OURS)
+OURS, FEWER = "as scored", "as scored, 24 swaps each"
+ROWS = (FIRST, FLAG, CORRECTION, FEWER, OURS)
 
 
 @dataclass(frozen=True)
@@ -100,37 +108,34 @@ def scored(case: Case, name: str, n_prompts: int, **options: Any) -> ScoreFile:
     return read(out)
 
 
-def differences(inputs: Inputs, estimand: LoneEstimand) -> dict[CriterionName, torch.Tensor]:
+def differences(inputs: Inputs, estimand: LoneEstimand, c: CriterionName) -> torch.Tensor:
     """How the gradient differs where all neurons of the layer are exchanged, along each change.
 
     Returns:
-        ``[layers, neurons]`` of every criterion but the anchor, means over prompts.
+        ``[layers, neurons]``, means over prompts.
     """
-    criteria: tuple[CriterionName, ...] = ("kl", "logprob")
-    recordings = inputs.recordings(criteria)
+    recordings = inputs.recordings((c,))
     dims = recordings.partition.dims
-    found = {c: torch.zeros((dims.n_layers, dims.n_neurons)).double() for c in criteria}
+    found = torch.zeros((dims.n_layers, dims.n_neurons)).double()
     for number, every in enumerate(inputs.references.batches):
         recordings.resident.move_to(receiver_position(estimand))
         batch, targets = recordings.prompts(Portion(number, 0, every.size, every.size))
         recording = record_with_gradients(recordings.decoder, batch)
-        receiver = Receiver(recordings.decoder, recording, criteria, targets)
-        start = criterion_gradients(receiver)
+        receiver = Receiver(recordings.decoder, recording, (c,), targets)
+        start = criterion_gradients(receiver)[c]
         for layer in range(dims.n_layers):
             call = recording.calls[layer]
             with torch.no_grad():
                 change = recordings.changes(estimand, layer, receiver, ["neuron"])["neuron"]
                 whole = change.changes(range(dims.n_neurons)).sum(0, keepdim=True)
-            for c in criteria:
-                moved = (call.mlp.detach() + whole).requires_grad_()
-                attention = call.attention.detach().unsqueeze(0)
-                hidden = receiver.layer_output(layer, attention=attention, mlp=moved)
-                value = receiver.replay(hidden, layer)[c].sum()
-                (end,) = torch.autograd.grad(value, moved)
-                own = start[c].of("neuron", layer)
-                assert own is not None
-                found[c][layer] += change.project(end[0] - own).sum(0).double()
-    return {c: total / recordings.n_prompts for c, total in found.items()}
+            moved = (call.mlp.detach() + whole).requires_grad_()
+            attention = call.attention.detach().unsqueeze(0)
+            hidden = receiver.layer_output(layer, attention=attention, mlp=moved)
+            (end,) = torch.autograd.grad(receiver.replay(hidden, layer)[c].sum(), moved)
+            own = start.of("neuron", layer)
+            assert own is not None
+            found[layer] += change.project(end[0] - own).sum(0).double()
+    return found / recordings.n_prompts
 
 
 def of_expert(
@@ -141,35 +146,34 @@ def of_expert(
         case, "exact", n_prompts, estimand=ESTIMANDS, criterion=CRITERIA, exact_budget=math.inf
     )
     inputs = open_case(case, n_prompts, torch.float32, "cpu")
-    for estimand in ESTIMANDS:
-        bent = differences(inputs, estimand)
-        for c in CRITERIA:
-            key = f"{estimand}/{c}/neuron"
-            truth = exact.tensors[key].flatten().double()
-            options = {"estimand": (estimand,), "criterion": (c,), "exact_budget": -1.0}
-            for row, curvature in ((FIRST, False), (OURS, True)):
-                name = f"{row}-{estimand}-{c}"
-                file = scored(case, name, n_prompts, curvature=curvature, **options)
-                found = file.tensors[key].flatten().double()
-                yield estimand, c, row, Outcome.of(truth, found, file.manifest.fidelity[key])
-            if c not in bent or flat(estimand, c):
-                continue
-            plain = scored(
-                case, f"plain-{estimand}-{c}", n_prompts, curvature=False, verify=0, **options
-            )
-            first, scale = plain.tensors[key].flatten().double(), exact.manifest.scale[c]
-            sign = -1 if estimand == "knockout" else 1
-            half = sign * bent[c].flatten() / (scale.expert - scale.base) / 2
-            trapezoid = first + half
-            for row, estimate, doubtful in (
-                (FLAG, first, first.abs() + half.abs()),
-                (CORRECTION, trapezoid, trapezoid),
-            ):
-                top = leaders(doubtful, SWAPS)
-                random = uniform_sample(torch.ones_like(truth, dtype=torch.bool), SWAPS, 0)
-                stated = verdict(estimate, truth, top, random, "first-order")
-                stated = stated.model_copy(update={"swapped": tuple({*top, *random})})
-                yield estimand, c, row, Outcome.of(truth, estimate, stated)
+    for estimand, c in CURVED + OTHERS:
+        key, label = f"{estimand}/{c}/neuron", f"{estimand}-{c}"
+        truth = exact.tensors[key].flatten().double()
+        options = {"estimand": (estimand,), "criterion": (c,), "exact_budget": -1.0}
+        ways = (
+            {FIRST: SWAPS, FEWER: LESS, OURS: SWAPS} if (estimand, c) in CURVED else {OURS: SWAPS}
+        )
+        for row, swaps in ways.items():
+            way = {"verify": swaps, "curvature": row != FIRST}
+            file = scored(case, f"{row}-{label}", n_prompts, **way, **options)
+            found = file.tensors[key].flatten().double()
+            yield estimand, c, row, Outcome.of(truth, found, file.manifest.fidelity[key])
+        if (estimand, c) in OTHERS:
+            continue
+        plain = scored(case, f"plain-{label}", n_prompts, curvature=False, verify=0, **options)
+        first, scale = plain.tensors[key].flatten().double(), exact.manifest.scale[c]
+        distance = (scale.expert - scale.base) * (-1 if estimand == "knockout" else 1)
+        half = differences(inputs, estimand, c).flatten() / distance / 2
+        trapezoid = first + half
+        for row, estimate, doubtful in (
+            (FLAG, first, first.abs() + half.abs()),
+            (CORRECTION, trapezoid, trapezoid),
+        ):
+            top = leaders(doubtful, SWAPS)
+            random = uniform_sample(torch.ones_like(truth, dtype=torch.bool), SWAPS, 0)
+            stated = verdict(estimate, truth, top, random, "first-order")
+            stated = stated.model_copy(update={"swapped": tuple({*top, *random})})
+            yield estimand, c, row, Outcome.of(truth, estimate, stated)
 
 
 def zoo(seeds: list[int], n_prompts: int) -> str:
@@ -191,9 +195,9 @@ def zoo(seeds: list[int], n_prompts: int) -> str:
         "sum of errors | stated bound | holds |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for (estimand, c, row), outcomes in sorted(
-        found.items(), key=lambda item: (item[0][:2], ROWS.index(item[0][2]))
-    ):
+    order = [(*pair, row) for pair in CURVED + OTHERS for row in ROWS]
+    for estimand, c, row in [key for key in order if key in found]:
+        outcomes = found[estimand, c, row]
         n = len(outcomes)
         numbers = (
             sum(getattr(one, name) for one in outcomes) / n
@@ -213,8 +217,8 @@ def smollm2(skill: str, n_prompts: int) -> str:
         "holds |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for key in ("gain/kl/neuron", "knockout/kl/neuron", "knockout/logprob/neuron"):
-        estimand, c, _ = key.split("/")
+    for estimand, c in (("gain", "kl"), ("knockout", "logprob")):
+        key = f"{estimand}/{c}/neuron"
         options = {"estimand": (estimand,), "criterion": (c,), "exact_budget": -1.0}
         known = scored(case, f"truth-{estimand}-{c}", n_prompts, verify=TRUTH, **options)
         swapped = torch.tensor(known.manifest.fidelity[key].swapped)
