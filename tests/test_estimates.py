@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.components import Component
-from mergekit_wp.files.manifest import Fidelity
+from mergekit_wp.files.manifest import Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import table, words
 from mergekit_wp.report.ranking import select
 from mergekit_wp.scoring import sweeps
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from tests.factory import make_score_file
 from tests.models import DEVICE, EOS, LETTERS, finetuned, make_model, perturbed, save, write_prompts
 from tests.oracle import Sequences, layers_of, swapped, values
 from tests.test_scoring import Quiet, partition_of
@@ -175,6 +176,16 @@ def test_the_anchor_stays_first_order(tmp_path) -> None:
             c: found.manifest.fidelity[f"{estimand}/{c}/neuron"].method for c in ("kl", "anchor")
         }
         assert methods == {"kl": "second-order", "anchor": "first-order"}
+
+
+def test_a_swapped_place_that_is_none_is_refused() -> None:
+    manifest = make_score_file(estimands=("gain",), criteria=("kl",)).manifest
+    said = manifest.model_dump()
+    said["fidelity"]["gain/kl/head"] = {"method": "first-order", "swapped": [0, 10**6]}
+    with pytest.raises(
+        ValueError, match="fidelity of 'gain/kl/head': a swapped place is not below"
+    ):
+        Manifest.model_validate(said)
 
 
 def test_nothing_is_said_of_others_where_there_are_none() -> None:

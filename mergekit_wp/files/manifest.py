@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
@@ -277,6 +278,10 @@ class Manifest(Omitting):
         if self.fit is not None:
             self._check_fit(self.fit)
         self._check_gates()
+        for key in set(self.score_keys()) & set(self.fidelity):
+            count = prod(self.shape(key.split("/")[2]))  # type: ignore[arg-type]
+            if any(place >= count for place in self.fidelity[key].swapped or ()):
+                raise ValueError(f"fidelity of '{key}': a swapped place is not below {count}")
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
             raise ValueError(f"the anchor lies in layer {self.anchor.layer} of {self.n_layers}")
         for name in self.tensor_names:

@@ -114,12 +114,15 @@ def _in_line(rows: list[RankedComponent]) -> str:
     return ", ".join(f"{words.clean(row.name)} {score(row.score)}" for row in rows)
 
 
-def _estimated(row: RankedComponent, manifest: Manifest) -> bool:
-    """Whether a score is an estimate, in a file that has exact ones of the same scores."""
-    found = manifest.fidelity.get(f"{row.estimand}/{row.criterion}/{row.kind}")
-    if found is None or found.swapped is None or row.layer is None:
-        return False
-    return row.layer * manifest.shape(row.kind)[1] + row.index not in found.swapped
+def _estimated(rows: Sequence[RankedComponent], manifest: Manifest) -> Iterator[bool]:
+    """Whether each score is an estimate, in a file that has exact ones of the same scores."""
+    swapped = {key: set(f.swapped) for key, f in manifest.fidelity.items() if f.swapped is not None}
+    for row in rows:
+        exact = swapped.get(f"{row.estimand}/{row.criterion}/{row.kind}")
+        if exact is None or row.layer is None:
+            yield False
+        else:
+            yield row.layer * manifest.shape(row.kind)[1] + row.index not in exact
 
 
 def _rows(rows: list[RankedComponent], manifest: Manifest, width: int | None) -> Iterator[str]:
@@ -133,11 +136,13 @@ def _rows(rows: list[RankedComponent], manifest: Manifest, width: int | None) ->
             row.kind,
             "-" if row.layer is None else str(row.layer),
             str(row.index),
-            ("~" if _estimated(row, manifest) else "") + score(row.score),
+            ("~" if estimated else "") + score(row.score),
             "" if row.se is None else score(row.se, sign=""),
             words.clean(row.name),
         )
-        for number, row in enumerate(rows, 1)
+        for number, (row, estimated) in enumerate(
+            zip(rows, _estimated(rows, manifest), strict=True), 1
+        )
     ]
     table: list[tuple[str, ...]] = [
         ("#", "kind", "layer", "index", "score", "± se", "name"),
