@@ -20,6 +20,7 @@ from mergekit_wp.scoring.blocks import (
     Selected,
     exact_blocks,
     first_order_blocks,
+    flat,
     noise_blocks,
     share_blocks,
 )
@@ -267,15 +268,37 @@ class Sweeps:
         for kind in kinds:
             for c in self.criteria:
                 key = estimand, c, kind
-                method: ScoringMethod = "second-order" if key in self.curvature else "first-order"
-                predicted = self.scores(*key)[0]
                 found = self._recovered(estimand, c, exact[c, kind])[0].flatten()
+                method = self._closer(estimand, c, kind, found, chosen[kind])
+                predicted = self.scores(*key)[0]
                 stated = verdict(predicted, found, top[c, kind], random[kind], method)
                 if chosen[kind]:
                     stated = stated.model_copy(update={"swapped": tuple(chosen[kind])})
                     at = torch.tensor(chosen[kind])
                     self.changes[key].flatten(1)[:, at] = exact[c, kind].flatten(1)[:, at]
                 self.fidelity["/".join(key)] = stated
+
+    def _closer(
+        self,
+        estimand: Estimand,
+        c: CriterionName,
+        kind: Kind,
+        exact: torch.Tensor,
+        swapped: list[int],
+    ) -> ScoringMethod:
+        """Leave the second order out where estimates come closer to what swaps gave without it."""
+        key = estimand, c, kind
+        if key not in self.curvature:
+            return "first-order"
+        first = self.changes[key] - self.curvature[key]
+        errors = [
+            (self._recovered(estimand, c, change)[0].flatten() - exact)[swapped].abs().sum()
+            for change in (first, self.changes[key])
+        ]
+        if errors[0] < errors[1] and not flat(estimand, c):
+            self.changes[key] = first
+            return "first-order"
+        return "second-order"
 
     def _swapped(
         self, estimand: Estimand, selected: Selected, sweep: Literal["exact", "verify"]
