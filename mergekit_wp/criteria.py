@@ -125,14 +125,17 @@ class Criterion:
         words: what it is, for reports.
         values: from logits ``[..., P, vocabulary]``, their batch and its targets to ``[..., n]``.
         needs_expert: whether it reads the expert's distribution among the targets.
-        fisher_at_expert: whether the expert is its maximum and what a small change loses there
-            half the Fisher form, as of ``kl``: knockouts are then scored to second order.
+        log_probability: whether it is a mean of log-probabilities, but for a constant: a change of
+            logits then costs half its variance under the model's own distribution besides what
+            the gradient says, and estimates are made to second order.
+        maximal_at_expert: whether the expert is its maximum, so that the gradient vanishes there.
     """
 
     words: str
     values: Callable[[torch.Tensor, PromptBatch, Targets], torch.Tensor]
     needs_expert: bool = False
-    fisher_at_expert: bool = False
+    log_probability: bool = False
+    maximal_at_expert: bool = False
 
 
 #: by name: every built-in criterion but the anchor, which is read from the residual stream
@@ -141,9 +144,12 @@ OUTPUT: dict[CriterionName, Criterion] = {
         "closeness to the expert's next-token distribution over the response",
         kl_values,
         needs_expert=True,
-        fisher_at_expert=True,
+        log_probability=True,
+        maximal_at_expert=True,
     ),
-    "logprob": Criterion("mean log-probability of the response", logprob_values),
+    "logprob": Criterion(
+        "mean log-probability of the response", logprob_values, log_probability=True
+    ),
 }
 
 
@@ -159,9 +165,14 @@ def needs_expert(criteria: Criteria) -> bool:
     return any(name in OUTPUT and OUTPUT[name].needs_expert for name in criteria)
 
 
-def fisher_at_expert(name: CriterionName) -> bool:
-    """Whether knockouts are scored to second order by it, see `Criterion`."""
-    return name in OUTPUT and OUTPUT[name].fisher_at_expert
+def log_probability(name: CriterionName) -> bool:
+    """Whether estimates by it are made to second order, see `Criterion`."""
+    return name in OUTPUT and OUTPUT[name].log_probability
+
+
+def maximal_at_expert(name: CriterionName) -> bool:
+    """Whether its gradient vanishes at the expert, see `Criterion`."""
+    return name in OUTPUT and OUTPUT[name].maximal_at_expert
 
 
 def logit_values(

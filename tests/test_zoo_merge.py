@@ -45,7 +45,7 @@ def test_first_order_against_exact(tmp_path, expert) -> None:
     options = {"estimand": ("gain",), "kinds": ("head", "neuron"), "max_prompts": 32}
     first = scored(expert, tmp_path / "first.safetensors", exact_budget=0, verify=40, **options)
     neurons = first.manifest.fidelity["gain/kl/neuron"]
-    assert neurons.method == "first-order"
+    assert neurons.method == "second-order"
     assert neurons.pearson > 0.95
     assert first.manifest.fidelity["gain/kl/head"].verified_top == 16
     assert first.manifest.fidelity["gain/kl/head"].pearson > 0.9

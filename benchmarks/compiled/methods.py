@@ -59,7 +59,7 @@ def scores(
     for who, state in pair.states.items():
         pair.save(folder / who, state)
     exact = scored(pair, folder, EXACT, math.inf)
-    screened = scored(pair, folder, FIRST_ORDER, -1.0)
+    screened = scored(pair, folder, FIRST_ORDER, -1.0, curvature=False)
     finer = scored(pair, folder, ("share",), math.inf, share_steps=MIDPOINTS)
     by_prompt = scored(pair, folder, ("gain",), math.inf, normalise="prompt")
     found = {estimand: _of(exact, estimand, live) for estimand in EXACT}

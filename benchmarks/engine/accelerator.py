@@ -135,7 +135,9 @@ def run(
             run_all(lambda recordings: exact_blocks(recordings, "gain", heads))
 
         def first_order() -> None:
-            run_all(lambda recordings: first_order_blocks(recordings, "gain", SLICED_KINDS, 0))
+            run_all(
+                lambda recordings: first_order_blocks(recordings, "gain", SLICED_KINDS, 0, False)
+            )
 
         def share() -> None:
             run_all(lambda recordings: share_blocks(recordings, 1))

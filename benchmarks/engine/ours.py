@@ -44,7 +44,7 @@ def exact(inputs: Inputs, components: Sequence[Component], criteria: Criteria) -
 def first_order(inputs: Inputs, criteria: Criteria) -> None:
     """First-order gains of all heads, K/V groups and neurons."""
     recordings = inputs.recordings(criteria)
-    blocks = first_order_blocks(recordings, "gain", SLICED_KINDS, 0)
+    blocks = first_order_blocks(recordings, "gain", SLICED_KINDS, 0, curvature=False)
     for _ in _computed(inputs, recordings, blocks):
         pass
 

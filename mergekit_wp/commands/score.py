@@ -47,7 +47,7 @@ def score(context: click.Context, /, dry_run: bool, **options: Any) -> None:
 
     Start the same command again after a crash: it continues. Cost is counted in forward passes
     over all prompts; the heads of a model are swapped one by one for about half as many passes as
-    it has heads, all neurons to first order for a handful.
+    it has heads, all neurons are estimated by a dozen.
 
     To merge several experts, score them in each other's company: what restores a behaviour in the
     base is not what survives beside another expert. All experts then move from the base at once,

@@ -1,9 +1,10 @@
 """First-order scores: exact-local change times linear downstream.
 
 The block's own output change is exact (`block_changes`); what the rest of the model makes of it is
-linearised at the receiving model. Where the first order vanishes — ``kl`` at the expert, its own
-minimum — the second order is used: KL is then half the variance of the change in log-probability
-under the expert, estimated with random probes (the Fisher / Gauss-Newton form).
+linearised at the receiving model. Log-probabilities bend: a change of the logits adds to one its
+first order, less half the variance of the change under the model's own distribution. This second
+order is estimated with random probes (the Fisher / Gauss-Newton form), for all components at once.
+Where the first order vanishes — ``kl`` at the expert, its own minimum — it is all there is.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from mergekit_wp.engine.replay import Receiver, Recording, record
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.terms import CriterionName, FineKind
 
-#: random probes of the second-order estimate; its relative error is sqrt(2 / (probes * prompts))
-PROBES = 16
+#: random probes of the second order, fewer where it only corrects a first order; its relative
+#: error is sqrt(2 / (probes * prompts))
+PROBES, CORRECTING_PROBES = 16, 4
 #: of these are held at once; every such group reads the donor's layers anew
 PROBES_AT_ONCE = 4
 
@@ -83,7 +85,7 @@ def criterion_gradients(receiver: Receiver) -> dict[CriterionName, BlockGradient
         return {name: _gradients(v.sum(), receiver.recording) for name, v in values.items()}
 
 
-def probe_gradients(receiver: Receiver, seed: int) -> Iterator[BlockGradients]:
+def probe_gradients(receiver: Receiver, seed: int, probes: int) -> Iterator[BlockGradients]:
     """Gradients of random probes whose squared directional derivative averages to 2 KL.
 
     With p the model's own distribution at the m positions of a prompt and xi standard normal, the
@@ -96,7 +98,7 @@ def probe_gradients(receiver: Receiver, seed: int) -> Iterator[BlockGradients]:
         logprobs = torch.log_softmax(wide(receiver.decoder.logits(final)), -1)
         counts = torch.bincount(batch.rows, minlength=batch.size)[batch.rows]
         scale = (logprobs.detach().exp() / counts.unsqueeze(-1)).sqrt()
-        for probe in range(PROBES):
+        for probe in range(probes):
             weights = _noise(batch, logprobs, seed, probe) * scale
             yield _gradients((weights * logprobs).sum(), recording)
 

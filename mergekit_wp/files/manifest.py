@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
@@ -69,14 +70,22 @@ class Anchor(StrictModel):
     n_contrasts: int
 
 
-class Fidelity(StrictModel):
+class Fidelity(Omitting):
     """How the scores of one estimand/criterion/kind were computed, and how far to trust them.
 
-    For first-order scores, ``verified_top`` leaders and ``verified_random`` uniformly drawn
+    For estimates from gradients, ``verified_top`` leaders and ``verified_random`` uniformly drawn
     components were swapped exactly; the correlations are between the two, over all verified
     components and over the random ones alone, and ``largest_missed`` is the largest exact
     |score| among random components that are not leaders.
+
+    ``swapped`` are the places, flat, of all components whose scores are exact, for the file has
+    what their swap gave; all others are estimates. ``largest_error`` is the largest difference of
+    the two among leaders and random ones. ``bound`` is that added to the largest |estimate| of the
+    others: no exact |score| among them is expected to be larger. None where nothing was swapped, or
+    everything.
     """
+
+    omitted: ClassVar = ("swapped", "largest_error", "bound")
 
     method: ScoringMethod
     steps: int | None = None
@@ -86,6 +95,14 @@ class Fidelity(StrictModel):
     spearman: float | None = None
     pearson_random: float | None = None
     largest_missed: float | None = None
+    swapped: tuple[NonNegativeInt, ...] | None = None
+    largest_error: float | None = None
+    bound: float | None = None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether scores are estimates from gradients, but for those of ``swapped`` components."""
+        return self.method in ("first-order", "second-order")
 
 
 class Scale(StrictModel):
@@ -261,6 +278,10 @@ class Manifest(Omitting):
         if self.fit is not None:
             self._check_fit(self.fit)
         self._check_gates()
+        for key in set(self.score_keys()) & set(self.fidelity):
+            count = prod(self.shape(key.split("/")[2]))  # type: ignore[arg-type]
+            if any(place >= count for place in self.fidelity[key].swapped or ()):
+                raise ValueError(f"fidelity of '{key}': a swapped place is not below {count}")
         if self.anchor is not None and not 0 <= self.anchor.layer < self.n_layers:
             raise ValueError(f"the anchor lies in layer {self.anchor.layer} of {self.n_layers}")
         for name in self.tensor_names:

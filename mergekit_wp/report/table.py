@@ -12,6 +12,7 @@ from typing import Any
 
 from mergekit_wp.criteria import criterion_words
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import fit_history, mechanism, weights_vs_activations, words
 from mergekit_wp.report.ranking import (
@@ -55,7 +56,7 @@ def render(
         for listed in lists:
             if not listed.aside:
                 yield ""
-                yield from _rows(listed.rows, width)
+                yield from _rows(listed.rows, manifest, width)
     if selection == select(score_file):  # nothing was filtered out
         yield from _sides(score_file)
 
@@ -83,6 +84,8 @@ def _facts(
         facts.append(("spread", words.portrait(score_file, estimand, criterion).spread))
     rows = words.fidelity_rows(score_file.manifest, estimand, criterion, selection.kinds)
     facts += [("method", f"{', '.join(row.kinds)}: {row.words}") for row in rows]
+    if any(row.fidelity is not None and row.fidelity.swapped for row in rows):
+        facts.append(("method", "scores marked ~ are estimates, all others those of exact swaps"))
     facts += [
         ("stability", mechanism.agreement_sentence(group))
         for group in mechanism.agreement_groups(score_file.manifest.stability, estimand, criterion)
@@ -111,7 +114,18 @@ def _in_line(rows: list[RankedComponent]) -> str:
     return ", ".join(f"{words.clean(row.name)} {score(row.score)}" for row in rows)
 
 
-def _rows(rows: list[RankedComponent], width: int | None) -> Iterator[str]:
+def _estimated(rows: Sequence[RankedComponent], manifest: Manifest) -> Iterator[bool]:
+    """Whether each score is an estimate, in a file that has exact ones of the same scores."""
+    swapped = {key: set(f.swapped) for key, f in manifest.fidelity.items() if f.swapped is not None}
+    for row in rows:
+        exact = swapped.get(f"{row.estimand}/{row.criterion}/{row.kind}")
+        if exact is None or row.layer is None:
+            yield False
+        else:
+            yield row.layer * manifest.shape(row.kind)[1] + row.index not in exact
+
+
+def _rows(rows: list[RankedComponent], manifest: Manifest, width: int | None) -> Iterator[str]:
     if not rows:
         yield "  no components"
         return
@@ -122,11 +136,13 @@ def _rows(rows: list[RankedComponent], width: int | None) -> Iterator[str]:
             row.kind,
             "-" if row.layer is None else str(row.layer),
             str(row.index),
-            score(row.score),
+            ("~" if estimated else "") + score(row.score),
             "" if row.se is None else score(row.se, sign=""),
             words.clean(row.name),
         )
-        for number, row in enumerate(rows, 1)
+        for number, (row, estimated) in enumerate(
+            zip(rows, _estimated(rows, manifest), strict=True), 1
+        )
     ]
     table: list[tuple[str, ...]] = [
         ("#", "kind", "layer", "index", "score", "± se", "name"),

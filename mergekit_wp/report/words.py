@@ -148,8 +148,7 @@ def fidelity_words(fidelity: Fidelity | None) -> str:
     words = method_words(fidelity)
     swaps = fidelity.verified_top + fidelity.verified_random
     if not swaps:
-        unchecked = fidelity.method in ("first-order", "second-order")
-        return f"{words}; not verified by exact swaps" if unchecked else words
+        return f"{words}; not verified by exact swaps" if fidelity.estimated else words
     words += (
         f"; against {count(swaps, 'exact swap')} ({count(fidelity.verified_top, 'leader')}, "
         f"{fidelity.verified_random:,} random)"
@@ -165,7 +164,14 @@ def fidelity_words(fidelity: Fidelity | None) -> str:
     ]
     if fidelity.largest_missed is not None:
         figures.append(f"largest missed {fidelity.largest_missed:.2g}")
-    return f"{words}: {', '.join(figures)}" if figures else words
+    words = f"{words}: {', '.join(figures)}" if figures else words
+    if fidelity.bound is None:
+        return words
+    return (
+        f"{words}; the largest error seen among these is {fidelity.largest_error:.2g}, so among "
+        f"the others nothing larger than {fidelity.bound:.2g} is expected, by a random check of "
+        f"{fidelity.verified_random:,}"
+    )
 
 
 @dataclass(frozen=True)

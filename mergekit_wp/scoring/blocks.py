@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mergekit_wp.engine.gradients import PROBES
+from mergekit_wp.criteria import Criteria, log_probability, maximal_at_expert
+from mergekit_wp.engine.gradients import CORRECTING_PROBES, PROBES
 from mergekit_wp.runs.recordings import Recordings
-from mergekit_wp.terms import Estimand, FineKind, Kind, SweepName, of_knockout
+from mergekit_wp.terms import CriterionName, Estimand, FineKind, Kind, SweepName, of_knockout
 
 #: components of a layer to swap, by kind; all of the kind where none are named
 Chosen = tuple[tuple[Kind, tuple[int, ...]], ...]
@@ -34,7 +35,9 @@ class Block:
             block is of all layers.
         chosen: components.
         step: of the share integral, and how many it has.
-        seed: of random probes.
+        curved: criteria that the second order is estimated of.
+        probes: random ones it is estimated with.
+        seed: of these.
     """
 
     sweep: SweepName
@@ -43,6 +46,8 @@ class Block:
     layer: int | None = None
     chosen: Chosen = ()
     step: tuple[int, int] | None = None
+    curved: Criteria = ()
+    probes: int = 0
     seed: int = 0
 
     @property
@@ -71,8 +76,7 @@ class Block:
         if self.step is not None:
             return (2 + 2 * criteria) * share
         if self.layer is None:
-            probes = 2 * PROBES if of_knockout(self.estimand) else 0
-            return (3 + 2 * criteria + probes) * share
+            return (3 + 2 * criteria + 2 * self.probes) * share
         inside = self.layer < recordings.partition.dims.n_layers
         depth = recordings.depth(self.layer) if inside else 1.0
         swaps = sum(len(indices) for _, indices in self.chosen)
@@ -86,13 +90,38 @@ def share_blocks(recordings: Recordings, steps: int) -> Iterator[Block]:
             yield Block("share", "share", batch, step=(step, steps))
 
 
+def flat(estimand: Estimand, criterion: CriterionName) -> bool:
+    """Whether the gradient vanishes at the receiver: the second order is all there is."""
+    return of_knockout(estimand) and maximal_at_expert(criterion)
+
+
 def first_order_blocks(
-    recordings: Recordings, estimand: Estimand, kinds: Sequence[FineKind], seed: int
+    recordings: Recordings,
+    estimand: Estimand,
+    kinds: Sequence[FineKind],
+    seed: int,
+    curvature: bool,
 ) -> Iterator[Block]:
-    """Exact-local, linear-downstream changes of whole kinds."""
+    """Exact-local changes of whole kinds, and what is made of them downstream to first order.
+
+    Args:
+        recordings: of the sweep.
+        estimand: what is measured.
+        kinds: of component.
+        seed: of random probes.
+        curvature: to second order where the criterion is a log-probability; else only where the
+            first order vanishes.
+    """
     chosen: Chosen = tuple((kind, ()) for kind in kinds)
+    curved: Criteria = tuple(
+        c for c in recordings.criteria if flat(estimand, c) or (curvature and log_probability(c))
+    )
+    alone = any(flat(estimand, c) for c in curved)
+    probes = (PROBES if alone else CORRECTING_PROBES) if curved else 0
     for batch in range(len(recordings.references.batches)):
-        yield Block("first-order", estimand, batch, chosen=chosen, seed=seed)
+        yield Block(
+            "first-order", estimand, batch, chosen=chosen, curved=curved, probes=probes, seed=seed
+        )
 
 
 def exact_blocks(

@@ -1,4 +1,4 @@
-"""How well first-order scores predict exact ones: selection of what to verify, and the verdict."""
+"""How well estimates predict exact scores: selection of what to verify, and the verdict."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ def verdict(
 ) -> Fidelity:
     """Compare predictions with exact scores.
 
+    Leaders are swapped because much may be wrong with them: the largest error seen there and among
+    random components bounds that of the others.
+
     Args:
-        predicted: first-order scores of a kind.
+        predicted: estimated scores of a kind.
         exact: exact scores, flat; read at `top` and `random` only.
         top: the leaders.
         random: the uniform sample.
@@ -55,6 +58,9 @@ def verdict(
     pairs = torch.stack([predicted.flatten(), exact.flatten()]).double().numpy()
     both, drawn = pairs[:, sorted({*top, *random})], pairs[:, random]
     missed = [abs(float(exact[i])) for i in set(random) - set(top)]
+    errors = np.abs(both[0] - both[1])
+    largest = float(errors.max()) if errors.size else None
+    others = np.delete(np.abs(pairs[0]), sorted({*top, *random}))
     return Fidelity(
         method=method,
         verified_top=len(top),
@@ -63,4 +69,6 @@ def verdict(
         spearman=_correlation("spearman", *both),
         pearson_random=_correlation("pearson", *drawn),
         largest_missed=max(missed, default=None),
+        largest_error=largest,
+        bound=None if largest is None or not others.size else float(others.max()) + largest,
     )

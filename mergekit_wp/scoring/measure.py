@@ -13,11 +13,10 @@ from itertools import islice
 import torch
 
 from mergekit_wp.components import Partition
-from mergekit_wp.criteria import Criteria, fisher_at_expert
+from mergekit_wp.criteria import Criteria
 from mergekit_wp.engine.activation_swaps import put_layer, put_modules, put_outside_layers
 from mergekit_wp.engine.donor import Donor
 from mergekit_wp.engine.gradients import (
-    PROBES,
     PROBES_AT_ONCE,
     BlockGradients,
     criterion_gradients,
@@ -49,14 +48,16 @@ from mergekit_wp.runs.recordings import (
     receiver_position,
 )
 from mergekit_wp.runs.references import References
-from mergekit_wp.scoring.blocks import Block
+from mergekit_wp.scoring.blocks import Block, flat
 from mergekit_wp.terms import (
     SLICED_KINDS,
     CriterionName,
     Kind,
     of_activations,
-    of_knockout,
 )
+
+#: how names of results end that hold a first-order pass's second order
+CURVATURE = "/curvature"
 
 
 def measure(block: Block, recordings: Recordings, at_once: AtOnce) -> Result:
@@ -64,7 +65,8 @@ def measure(block: Block, recordings: Recordings, at_once: AtOnce) -> Result:
 
     Returns:
         Under ``criterion/kind``: changes ``[C, n]`` of patches, ``[layers, n, count]`` of a
-        first-order pass; contributions ``[n, layers, count]`` or ``[n, tensors]`` of a step of the
+        first-order pass, and under `CURVATURE` behind it its second order, which is in them;
+        contributions ``[n, layers, count]`` or ``[n, tensors]`` of a step of the
         share integral. Of the noise floor ``[1, n]`` under ``criterion``.
 
     Raises:
@@ -194,7 +196,7 @@ def _noise(block: Block, recordings: Recordings, portion: Portion) -> Result:
 
 
 def _first_order(block: Block, recordings: Recordings, portion: Portion) -> Result:
-    """The component's own change exactly, all that is downstream of it linearly."""
+    """The component's own change exactly, all downstream of it to first or second order."""
     estimand, dims = block.estimand, recordings.partition.dims
     kinds = [kind for kind in SLICED_KINDS if kind in dict(block.chosen)]
     recordings.resident.move_to(receiver_position(estimand))
@@ -202,9 +204,11 @@ def _first_order(block: Block, recordings: Recordings, portion: Portion) -> Resu
     recording = record_with_gradients(decoder, batch)
     receiver = Receiver(decoder, recording, recordings.criteria, targets)
     found: Result = {
-        f"{c}/{kind}": torch.zeros((dims.n_layers, batch.size, dims.count(kind))).double()
+        f"{c}/{kind}{end}": torch.zeros((dims.n_layers, batch.size, dims.count(kind))).double()
         for kind in kinds
         for c in recordings.criteria
+        for end in ("", CURVATURE)
+        if not end or c in block.curved
     }
     for terms in _gradient_terms(block, receiver):
         with torch.no_grad():
@@ -217,9 +221,10 @@ def _first_order(block: Block, recordings: Recordings, portion: Portion) -> Resu
                 for criterion, gradients, squared in terms:
                     for kind, change in project(gradients, wanted, layer, batch.size).items():
                         change = change.cpu().double()
-                        # KL is half the probes' mean square, and v = -KL
-                        term = -change.square() / (2 * PROBES) if squared else change
-                        found[f"{criterion}/{kind}"][layer] += term
+                        if squared:  # half the variance is half the probes' mean square
+                            change = -change.square() / (2 * block.probes)
+                            found[f"{criterion}/{kind}{CURVATURE}"][layer] += change
+                        found[f"{criterion}/{kind}"][layer] += change
                 del inputs, wanted  # the donor's weights of one layer at a time
     return found
 
@@ -228,17 +233,14 @@ def _gradient_terms(
     block: Block, receiver: Receiver
 ) -> Iterator[list[tuple[CriterionName, BlockGradients, bool]]]:
     """Criterion, gradients and whether the projection is squared, a few at a time for memory."""
-    second_order: Criteria = tuple(
-        c for c in receiver.criteria if of_knockout(block.estimand) and fisher_at_expert(c)
-    )
-    linear: Criteria = tuple(c for c in receiver.criteria if c not in second_order)
+    linear: Criteria = tuple(c for c in receiver.criteria if not flat(block.estimand, c))
     if linear:
         gradients = criterion_gradients(replace(receiver, criteria=linear))
         yield [(c, gradient, False) for c, gradient in gradients.items()]
-    if second_order:
-        probes = probe_gradients(receiver, block.seed)
+    if block.curved:
+        probes = probe_gradients(receiver, block.seed, block.probes)
         while some := list(islice(probes, PROBES_AT_ONCE)):
-            yield [(c, probe, True) for c in second_order for probe in some]
+            yield [(c, probe, True) for c in block.curved for probe in some]
 
 
 # --- shares -----------------------------------------------------------------------------------

@@ -76,10 +76,12 @@ class ScoreRequest(PairRequest):
     verify: Annotated[int, Option(metavar="K")] = Field(
         default=32,
         ge=0,
-        description="Where a kind is scored to first order, swap the top K and K random ones "
-        "exactly and write how well they agree.",
+        description="Where a kind is estimated from gradients, swap the top K and K random ones "
+        "exactly, take their scores from that and write how well the estimates agree.",
     )
     share_steps: int = Field(default=5, ge=1, description="Midpoints of the share integral.")
     restart: Restart = False
     overwrite: Overwrite = False
     exact_budget: Annotated[float, INTERNAL] = EXACT_BUDGET
+    #: whether first-order scores by a log-probability are made second-order ones
+    curvature: Annotated[bool, INTERNAL] = True

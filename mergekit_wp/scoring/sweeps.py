@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from mergekit_wp.criteria import fisher_at_expert, has_gap, per_prompt, recovery
+from mergekit_wp.criteria import has_gap, per_prompt, recovery
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.recordings import Recordings, Result
@@ -18,11 +18,12 @@ from mergekit_wp.scoring.blocks import (
     Selected,
     exact_blocks,
     first_order_blocks,
+    flat,
     noise_blocks,
     share_blocks,
 )
 from mergekit_wp.scoring.fidelity import leaders, uniform_sample, verdict
-from mergekit_wp.scoring.measure import measure
+from mergekit_wp.scoring.measure import CURVATURE, measure
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.terms import (
     KINDS,
@@ -40,7 +41,8 @@ from mergekit_wp.terms import (
 class Sweeps:
     """The sweeps of one request, and the changes they found.
 
-    ``changes[estimand, criterion, kind]`` is ``[prompts, *shape of the kind]``.
+    ``changes[estimand, criterion, kind]`` is ``[prompts, *shape of the kind]``; ``curvature`` is
+    the part of estimated ones that is their second order, where there is one.
 
     Args:
         request: what to measure.
@@ -60,6 +62,7 @@ class Sweeps:
         self.at_once, self.jobs = at_once, jobs
         self.criteria, self.partition = recordings.criteria, recordings.partition
         self.changes: dict[tuple[Estimand, CriterionName, Kind], torch.Tensor] = {}
+        self.curvature: dict[tuple[Estimand, CriterionName, Kind], torch.Tensor] = {}
         self.fidelity: dict[str, Fidelity] = {}
         self.noise: dict[CriterionName, float] = {}
         self.completeness: dict[str, float] = {}
@@ -192,18 +195,36 @@ class Sweeps:
         if not kinds:
             return
         self._zeros(estimand, kinds)
-        blocks = first_order_blocks(self.recordings, estimand, kinds, self.request.seed)
+        request = self.request
+        blocks = first_order_blocks(
+            self.recordings, estimand, kinds, request.seed, request.curvature
+        )
         for block, result in self._finished(f"{estimand}, first-order", blocks):
             members = self._members(block)
             for c, kind, value in self._by_kind(result):
-                self.changes[estimand, c, kind][members] = value.transpose(0, 1).double()
+                key = estimand, c, kind
+                self.changes[key][members] = value.transpose(0, 1).double()
+                bent = result.get(f"{c}/{kind}{CURVATURE}")
+                if bent is not None:
+                    whole = self.curvature.setdefault(key, torch.zeros_like(self.changes[key]))
+                    whole[members] = bent.transpose(0, 1).double()
         self._verify(estimand, kinds)
 
+    def _doubtful(self, estimand: Estimand, c: CriterionName, kind: Kind) -> torch.Tensor:
+        """How large an estimate may be: the sizes of first and second order, which may cancel."""
+        changes = self.changes[estimand, c, kind]
+        bent = self.curvature.get((estimand, c, kind))
+        if bent is None:
+            return self._recovered(estimand, c, changes)[0].abs()
+        parts = (changes - bent, bent)
+        return sum((self._recovered(estimand, c, part)[0].abs() for part in parts), torch.zeros(()))
+
     def _verify(self, estimand: Estimand, kinds: list[FineKind]) -> None:
-        """Swap the leaders and a uniform sample exactly, and compare."""
+        """Swap the leaders and a uniform sample exactly, compare, and keep what swaps gave."""
         recordings, k = self.recordings, self.request.verify
         top: dict[tuple[str, str], list[int]] = {}
         random: dict[str, list[int]] = {}
+        chosen: dict[str, list[int]] = {}
         selected: dict[Kind, list[list[int]]] = {}
         n_layers = self.partition.dims.n_layers
         for kind in kinds:
@@ -212,22 +233,49 @@ class Sweeps:
             candidates = changed.unsqueeze(-1).expand(n_layers, count)
             random[kind] = uniform_sample(candidates, k, self.request.seed)
             for c in self.criteria:
-                top[c, kind] = leaders(self.scores(estimand, c, kind)[0], k)
-            chosen = {*random[kind], *(i for c in self.criteria for i in top[c, kind])}
+                top[c, kind] = leaders(self._doubtful(estimand, c, kind), k)
+            chosen[kind] = sorted(
+                {*random[kind], *(i for c in self.criteria for i in top[c, kind])}
+            )
             selected[kind] = [
-                sorted(i % count for i in chosen if i // count == layer)
+                [i % count for i in chosen[kind] if i // count == layer]
                 for layer in range(n_layers)
             ]
         exact = self._swapped(estimand, selected, "verify")
         for kind in kinds:
             for c in self.criteria:
-                second = of_knockout(estimand) and fisher_at_expert(c)
-                method: ScoringMethod = "second-order" if second else "first-order"
-                predicted = self.scores(estimand, c, kind)[0]
+                key = estimand, c, kind
                 found = self._recovered(estimand, c, exact[c, kind])[0].flatten()
-                self.fidelity[f"{estimand}/{c}/{kind}"] = verdict(
-                    predicted, found, top[c, kind], random[kind], method
-                )
+                method = self._closer(estimand, c, kind, found, chosen[kind])
+                predicted = self.scores(*key)[0]
+                stated = verdict(predicted, found, top[c, kind], random[kind], method)
+                if chosen[kind]:
+                    stated = stated.model_copy(update={"swapped": tuple(chosen[kind])})
+                    at = torch.tensor(chosen[kind])
+                    self.changes[key].flatten(1)[:, at] = exact[c, kind].flatten(1)[:, at]
+                self.fidelity["/".join(key)] = stated
+
+    def _closer(
+        self,
+        estimand: Estimand,
+        c: CriterionName,
+        kind: Kind,
+        exact: torch.Tensor,
+        swapped: list[int],
+    ) -> ScoringMethod:
+        """Leave the second order out where estimates come closer to what swaps gave without it."""
+        key = estimand, c, kind
+        if key not in self.curvature:
+            return "first-order"
+        first = self.changes[key] - self.curvature[key]
+        errors = [
+            (self._recovered(estimand, c, change)[0].flatten() - exact)[swapped].abs().sum()
+            for change in (first, self.changes[key])
+        ]
+        if errors[0] < errors[1] and not flat(estimand, c):
+            self.changes[key] = first
+            return "first-order"
+        return "second-order"
 
     def _swapped(
         self, estimand: Estimand, selected: Selected, sweep: Literal["exact", "verify"]
