@@ -195,7 +195,7 @@ def test_one_model_is_held_where_experts_are_together(
     class Watching(Quiet):
         def stage(self, name: str, total: float, unit: str) -> None:
             if name == stage:
-                models = [o for o in gc.get_objects() if isinstance(o, ResidentModel)]
+                models = [o for o in gc.get_objects() if type(o) is ResidentModel]
                 held.append(sum(not next(m.model.parameters()).is_meta for m in models))
 
     options: dict[str, Any] = {"steps": 1} if command == "fit" else {"path_steps": 1}
