@@ -61,7 +61,7 @@ class Speeds:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Timed:
     """What is timed.
 
     Attributes:
@@ -89,20 +89,20 @@ def roughly(layers: int, work: Work, device: str) -> float:
     return work.flops / flops + (work.read + work.written) / 3e9 + work.passed / 4e9 + steps
 
 
-def calibrate(trial: Trial, budget: float = LONGEST) -> Speeds:
+def calibrate(timed: Timed, budget: float = LONGEST) -> Speeds:
     """Time one of each.
 
     Args:
-        trial: what is timed.
+        timed: what is timed.
         budget: seconds that it may take, about.
     """
-    clock = _Clock(budget, trial.device)
-    size = trial.size
-    model, layer = _one_layer(trial)
-    read, passed = _reading(trial, model, layer, clock)
-    rows = max(1, round(trial.batch.rows))
-    batch = TextBatch(rows, max(1, round(trial.batch.width)), 0)
-    hidden, kwargs = _called(model, layer, trial, batch)
+    clock = _Clock(budget, timed.device)
+    size = timed.size
+    model, layer = _one_layer(timed)
+    read, passed = _reading(timed, model, layer, clock)
+    rows = max(1, round(timed.batch.rows))
+    batch = TextBatch(rows, max(1, round(timed.batch.width)), 0)
+    hidden, kwargs = _called(model, layer, timed, batch)
     with torch.no_grad():
         ahead = clock.quickest(lambda: layer(hidden, **kwargs))
     weights = [p for p in layer.parameters() if p.is_floating_point()]
@@ -110,12 +110,12 @@ def calibrate(trial: Trial, budget: float = LONGEST) -> Speeds:
     # weights' gradients as well as inputs': every product twice, attention's two and a half times
     back = 4.0 * batch.tokens * size.active + 2.5 * attended(size, batch)
     flops = layer_flops(size, batch)
-    token, more = _called(model, layer, trial, TextBatch(trial.rows, 1, 0))
+    token, more = _called(model, layer, timed, TextBatch(timed.rows, 1, 0))
     with torch.no_grad():
         one = clock.quickest(lambda: layer(token, **more))
-        head = _unembedding(trial, trial.rows)
+        head = _unembedding(timed, timed.rows)
         last = clock.quickest(lambda: head(gradient=False))
-    unembedding = _unembedding(trial, _POSITIONS)
+    unembedding = _unembedding(timed, _POSITIONS)
     reading = clock.quickest(lambda: unembedding(gradient=True))
     return Speeds(
         forward=flops / ahead,
@@ -175,30 +175,30 @@ class _Clock:
             torch.cuda.synchronize(self.device)
 
 
-def _reading(trial: Trial, model: Any, layer: nn.Module, clock: _Clock) -> tuple[float, float]:
+def _reading(timed: Timed, model: Any, layer: nn.Module, clock: _Clock) -> tuple[float, float]:
     """Bytes read a second, and numbers gone through a second: of the layer's largest tensor."""
     inside = {id(weight) for weight in layer.parameters()}
     names = [name for name, weight in model.named_parameters() if id(weight) in inside]
-    name = max(names, key=lambda name: math.prod(trial.checkpoint.header(name)[0]))
-    shape, stored = trial.checkpoint.header(name)
-    wide = torch.promote_types(trial.dtype, torch.float32)
-    out = torch.zeros(shape, dtype=wide, device=trial.device)
+    name = max(names, key=lambda name: math.prod(timed.checkpoint.header(name)[0]))
+    shape, stored = timed.checkpoint.header(name)
+    wide = torch.promote_types(timed.dtype, torch.float32)
+    out = torch.zeros(shape, dtype=wide, device=timed.device)
     other = torch.ones_like(out)
-    seconds = clock.quickest(lambda: trial.checkpoint.read(name, out))
+    seconds = clock.quickest(lambda: timed.checkpoint.read(name, out))
     mixing = clock.quickest(lambda: torch.lerp(out, other, 0.5))
     return math.prod(shape) * width(stored) / seconds, math.prod(shape) / mixing
 
 
-def _one_layer(trial: Trial) -> tuple[Any, nn.Module]:
+def _one_layer(timed: Timed) -> tuple[Any, nn.Module]:
     """The model's first layer with weights, in a model that has no other."""
-    config = copy.deepcopy(text_config(trial.checkpoint.config))
-    model: Any = skeleton(config, trial.checkpoint.name)
+    config = copy.deepcopy(text_config(timed.checkpoint.config))
+    model: Any = skeleton(config, timed.checkpoint.name)
     layers = Decoder(model).layers
     layer: nn.Module = layers[0]
     del layers[1:]
     for holder in (model.config, model.base_model.config):
         holder.num_hidden_layers = 1
-    embedding = nn.Embedding(1, trial.size.hidden, dtype=trial.dtype, device=trial.device)
+    embedding = nn.Embedding(1, timed.size.hidden, dtype=timed.dtype, device=timed.device)
     model.set_input_embeddings(embedding)
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -206,16 +206,16 @@ def _one_layer(trial: Trial) -> tuple[Any, nn.Module]:
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":
-                made = torch.empty(parameter.shape, dtype=trial.dtype, device=trial.device)
+                made = torch.empty(parameter.shape, dtype=timed.dtype, device=timed.device)
                 made.uniform_(-0.05, 0.05)
                 module.register_parameter(name, nn.Parameter(made, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(trial.device)
+            module._buffers[name] = buffer.to(timed.device)
     return model, layer
 
 
 def _called(
-    model: Any, layer: nn.Module, trial: Trial, batch: TextBatch
+    model: Any, layer: nn.Module, timed: Timed, batch: TextBatch
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """What the layer is called with, in a batch of one token over and over."""
     found: list[tuple[torch.Tensor, dict[str, Any]]] = []
@@ -225,7 +225,7 @@ def _called(
         hidden = args[0] if args else given.pop("hidden_states")
         found.append((hidden, given))
 
-    ids = torch.zeros((int(batch.rows), int(batch.width)), dtype=torch.long, device=trial.device)
+    ids = torch.zeros((int(batch.rows), int(batch.width)), dtype=torch.long, device=timed.device)
     with torch.no_grad(), hooked([layer.register_forward_pre_hook(before, with_kwargs=True)]):
         model.base_model(input_ids=ids, use_cache=False)
     return found[0]
@@ -243,11 +243,11 @@ def _back(
         torch.autograd.grad(output, [entering, *weights], output.detach(), allow_unused=True)
 
 
-def _unembedding(trial: Trial, positions: int) -> Callable[..., None]:
+def _unembedding(timed: Timed, positions: int) -> Callable[..., None]:
     """Logits of some positions and a divergence of them, with its gradient or without."""
-    size, device = trial.size, trial.device
-    weight = torch.full((size.vocabulary, size.hidden), 0.01, dtype=trial.dtype, device=device)
-    hidden = torch.ones((positions, size.hidden), dtype=trial.dtype, device=device)
+    size, device = timed.size, timed.device
+    weight = torch.full((size.vocabulary, size.hidden), 0.01, dtype=timed.dtype, device=device)
+    hidden = torch.ones((positions, size.hidden), dtype=timed.dtype, device=device)
 
     def run(*, gradient: bool) -> None:
         with torch.set_grad_enabled(gradient):

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_wp.comparison.compare import CompareOpened
 from mergekit_wp.costs import calibration
-from mergekit_wp.costs.calibration import Speeds, Trial, calibrate, of_reading, roughly
+from mergekit_wp.costs.calibration import Speeds, Timed, calibrate, of_reading, roughly
 from mergekit_wp.costs.comparison import comparing
 from mergekit_wp.costs.joint import company, fit
 from mergekit_wp.costs.mechanism import anchoring, tracing, verifying
@@ -100,8 +100,8 @@ def forecast(opened: object, costs: Costs, budget: float = calibration.LONGEST) 
     libraries = float(resident_memory())
     if isinstance(opened, MergeOpened):
         return Forecast(costs, of_reading(opened.file, budget), "cpu", libraries)
-    trial = _trial(opened)
-    return Forecast(costs, calibrate(trial, budget), trial.device, libraries)
+    timed = _timed(opened)
+    return Forecast(costs, calibrate(timed, budget), timed.device, libraries)
 
 
 def worth_a_line(opened: object, costs: Costs) -> float | None:
@@ -111,17 +111,17 @@ def worth_a_line(opened: object, costs: Costs) -> float | None:
     """
     device, layers = "cpu", 0
     if not isinstance(opened, MergeOpened):
-        trial = _trial(opened)
-        device, layers = trial.device, trial.size.layers
+        timed = _timed(opened)
+        device, layers = timed.device, timed.size.layers
     least = roughly(layers, costs.left, device)
     return None if least < WORTH else min(calibration.LONGEST, calibration.SHARE * least)
 
 
-def _trial(opened: object) -> Trial:
+def _timed(opened: object) -> Timed:
     """What is to be timed: the model at the rows and tokens that the command runs."""
     if isinstance(opened, CompareOpened):
         plan, base = opened.plan, Checkpoint(opened.plan.base)
-        return Trial(base, ModelSize.of_checkpoint(base), plan.eval_dtype, plan.device, _USUAL)
+        return Timed(base, ModelSize.of_checkpoint(base), plan.eval_dtype, plan.device, _USUAL)
     assert isinstance(opened, Opened)
     request, run = opened.request, opened.runs[0]
     texts = Texts.of(run)
@@ -136,4 +136,4 @@ def _trial(opened: object) -> Trial:
     size = ModelSize.of(run.pair.partition.dims, run.pair.partition.shapes, run.pair.base.config)
     rows = min(request.batch_size or 32, max(1, len(texts.asked)))
     base = run.pair.base
-    return Trial(base, size, DTYPES[request.dtype], request.device, typical, rows)
+    return Timed(base, size, DTYPES[request.dtype], request.device, typical, rows)

@@ -21,14 +21,14 @@ from mergekit_wp.costs.passes import (
     opening,
 )
 from mergekit_wp.costs.work import NOTHING, Costs, Held, Stage, Work, fullest, total
-from mergekit_wp.criteria import fisher_at_expert
-from mergekit_wp.engine.gradients import PROBES, PROBES_AT_ONCE
+from mergekit_wp.engine.gradients import PROBES_AT_ONCE
 from mergekit_wp.engine.packing import TokenCost, packed
 from mergekit_wp.models.memory import free_memory
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Run
 from mergekit_wp.runs.texts import Footprint
+from mergekit_wp.scoring.blocks import flat, second_order
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import ScoreOpened
 from mergekit_wp.terms import (
@@ -266,10 +266,11 @@ class Sweep:
     def _first_order(self, estimand: Estimand, kinds: Sequence[FineKind]) -> Work:
         """Gradients of what every block writes, dotted with every component's change."""
         pair, size, padded = self.pair, self.pair.size, self.texts.batches(self.size)
-        second = [c for c in self.opened.criteria if of_knockout(estimand) and fisher_at_expert(c)]
-        linear = len(self.opened.criteria) - len(second)
-        groups = (1 if linear else 0) + (PROBES // PROBES_AT_ONCE if second else 0)
-        backs = linear + (PROBES if second else 0)
+        criteria = self.opened.criteria
+        curved, probes = second_order(criteria, estimand, self.request.curvature)
+        linear = sum(not flat(estimand, c) for c in criteria)
+        groups = (1 if linear else 0) + probes // PROBES_AT_ONCE
+        backs = linear + probes
         width = {"head": size.heads, "kv_group": size.heads, "neuron": size.inner}
         changed = {kind: len(self._layers(estimand, kind)) for kind in kinds}
         found = gradients(size, padded, backs)
@@ -286,7 +287,7 @@ class Sweep:
             )
             read = pair.expert / size.parameters * size.layer * size.layers
             again = Work(forward=local, read=read, passed=DELTA * size.layer * size.layers)
-            products = linear + PROBES * len(second)
+            products = linear + probes * len(curved)
             found = found + again * groups + Work(forward=dotted * products)
         return found
 

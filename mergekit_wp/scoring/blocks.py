@@ -95,6 +95,15 @@ def flat(estimand: Estimand, criterion: CriterionName) -> bool:
     return of_knockout(estimand) and maximal_at_expert(criterion)
 
 
+def second_order(criteria: Criteria, estimand: Estimand, curvature: bool) -> tuple[Criteria, int]:
+    """Criteria of which the second order is estimated, and by how many random probes."""
+    curved: Criteria = tuple(
+        c for c in criteria if flat(estimand, c) or (curvature and log_probability(c))
+    )
+    alone = any(flat(estimand, c) for c in curved)
+    return curved, (PROBES if alone else CORRECTING_PROBES) if curved else 0
+
+
 def first_order_blocks(
     recordings: Recordings,
     estimand: Estimand,
@@ -113,11 +122,7 @@ def first_order_blocks(
             first order vanishes.
     """
     chosen: Chosen = tuple((kind, ()) for kind in kinds)
-    curved: Criteria = tuple(
-        c for c in recordings.criteria if flat(estimand, c) or (curvature and log_probability(c))
-    )
-    alone = any(flat(estimand, c) for c in curved)
-    probes = (PROBES if alone else CORRECTING_PROBES) if curved else 0
+    curved, probes = second_order(recordings.criteria, estimand, curvature)
     for batch in range(len(recordings.references.batches)):
         yield Block(
             "first-order", estimand, batch, chosen=chosen, curved=curved, probes=probes, seed=seed
