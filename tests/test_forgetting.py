@@ -96,10 +96,10 @@ def test_what_is_kept_is_measured_on_test_rows_and_chooses_nothing(
     found = run(plan, tmp_path / "out")
     rows = {row.name: row for row in found.rows}
     assert rows["task_arithmetic"].setting == {"weight": 0.8}
-    assert (
-        set(other.asked) == {"test"} and len(other.asked) == 3 + 2 + 1
-    )  # no setting that lost, but for
-    assert len(found.equal) == 1  # the one at equal perplexity
+    # each row of the table and TIES at equal perplexity, but no setting that lost
+    assert set(other.asked) == {"test"} and len(other.asked) == 3 + 2 + 1
+    assert found.equal["ties"].setting != rows["ties"].setting
+    assert found.equal["task_arithmetic"].setting == {"weight": 0.8}
     assert set(rows["ties"].kept) == {"other", "plain"} and set(rows["ties"].scores) == {"near"}
     assert rows["base"].kept["other"] == pytest.approx(1, abs=1e-5)
     away = rows["task_arithmetic"].kept["other"]
