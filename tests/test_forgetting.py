@@ -105,7 +105,7 @@ def test_what_is_kept_is_measured_on_test_rows_and_chooses_nothing(
     away = rows["task_arithmetic"].kept["other"]
     assert rows["task_arithmetic"].losses(rows["base"])["other"] == pytest.approx(1 - away)
     resampled = Resampled(found)
-    assert "| worst loss | cost |" in markdown_table(resampled)
+    assert "| worst loss | at equal perplexity | cost |" in markdown_table(resampled)
     assert " of other" in terminal_table(resampled) or " of plain" in terminal_table(resampled)
     assert {"other", "plain"} <= set(records(resampled)[0])
     assert run(plan, tmp_path / "out") == found

@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_wp.comparison.methods import Method
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.prompts import Prompt, PromptSource
+from mergekit_wp.tasks.plain_text import PlainText
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import Split
 
@@ -55,6 +56,11 @@ class Plan:
     prompts: tuple[tuple[str, PromptSource], ...] = ()
     max_new_tokens: int = 64
     in_memory: bool | None = None
+
+    @property
+    def texts(self) -> list[PlainText]:
+        """What is measured of every setting, beside the validation items."""
+        return [task for task in self.keep if isinstance(task, PlainText)]
 
     def check(self) -> None:
         """Refuse what would fail after hours.

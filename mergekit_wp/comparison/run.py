@@ -44,7 +44,6 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.runs.cluster import Cluster
 from mergekit_wp.runs.progress import Progress
-from mergekit_wp.tasks.plain_text import PlainText
 from mergekit_wp.tasks.task import Task
 from mergekit_wp.terms import RowRole, Split
 
@@ -209,12 +208,7 @@ class Runner:
         validated = 0
         if plan.tuned:
             validated = 1 + len(plan.experts) + sum(self._settings(m) for m in plan.methods)
-        return models * len(plan.tasks) + tested * len(plan.keep) + validated * len(self._texts)
-
-    @property
-    def _texts(self) -> list[PlainText]:
-        """What is measured of every setting, beside the validation items."""
-        return [task for task in self.plan.keep if isinstance(task, PlainText)]
+        return models * len(plan.tasks) + tested * len(plan.keep) + validated * len(self.plan.texts)
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
@@ -372,7 +366,9 @@ class Runner:
         """Evaluate one model on the tasks that are not done yet; record how merges fail."""
         asked: list[tuple[Task, Split]] = [(task, split) for task in self.plan.tasks]
         # texts have no validation items: of every setting they are measured as they are
-        asked += [(task, "test") for task in (self.plan.keep if split == "test" else self._texts)]
+        asked += [
+            (task, "test") for task in (self.plan.keep if split == "test" else self.plan.texts)
+        ]
         todo: list[tuple[Task, Job]] = []
         done: list[Job] = []
         for task, items in asked:

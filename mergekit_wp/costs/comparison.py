@@ -56,6 +56,8 @@ def merges(plan: Plan) -> MergeCount:
         under = {m.on_top_of for m in plan.methods if m.on_top_of} - names
         chosen += sum(settings(peers(len(plan.experts))[name], len(plan.experts)) for name in under)
         tested += len(under)
+        if plan.texts:  # each but ours once more at equal perplexity, at most
+            tested += sum(method.name != OURS for method in plan.methods)
     return MergeCount(chosen, tested)
 
 
@@ -128,8 +130,10 @@ def _said(plan: Plan, made: MergeCount, answers: int, disk: float) -> str:
 
 def _asked(size: ModelSize, plan: Plan, split: Split, tokenizer: Any) -> Asking:
     found = Asking()
-    for task in (*plan.tasks, *(plan.keep if split == "test" else ())):
+    for task in plan.tasks:
         found = found.and_then(asked(size, task, split, tokenizer, plan.device))
+    for task in plan.keep if split == "test" else plan.texts:
+        found = found.and_then(asked(size, task, "test", tokenizer, plan.device))
     return found
 
 
