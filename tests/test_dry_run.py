@@ -90,6 +90,9 @@ def test_it_stops_before_anything_is_done(
     assert done.exit_code == 0, done.output
     assert "in all" in done.stdout and "memory when it is fullest" in done.stdout
     assert "nothing was computed or written" in done.stdout
+    head, first, *_ = done.stdout[done.stdout.index("stage ") :].splitlines()
+    column = head.index("time here") + len("time here")
+    assert first[:column].endswith(("s", "done")), "numbers stand under their heads"
     assert files(here) == before
 
 

@@ -61,7 +61,7 @@ def watched(run: Callable[[Watching], object]) -> Ratio:
     found = watching.found
     assert found is not None
     said = sum(part.size for part in found.memory)
-    return Ratio((found.seconds, took), (said, float(peak_memory())), table(found))
+    return Ratio((found.seconds, took), (said, float(peak_memory())), table(found, str))
 
 
 def commands(out: Path) -> dict[str, Callable[[Watching], object]]:

@@ -64,8 +64,8 @@ def show_plan(opened: Any, more: Costs | None = None) -> NoReturn:
 
     costs = counted(opened)
     found = forecast(opened, costs if more is None else costs.then(more))
-    spelt = flags(click.get_current_context().command)
-    click.echo("\n".join(spelled(said, spelt) for said in table(found).splitlines()))
+    flagged = flags(click.get_current_context().command)
+    click.echo(table(found, lambda said: spelled(said, flagged)))
     click.get_current_context().exit()
 
 

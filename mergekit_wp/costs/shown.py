@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mergekit_wp.costs.forecast import Forecast
 from mergekit_wp.costs.work import Held, Work
@@ -10,17 +10,22 @@ from mergekit_wp.costs.work import Held, Work
 GIB = 2**30
 
 
-def table(forecast: Forecast) -> str:
-    """The whole plan."""
+def table(forecast: Forecast, spelt: Callable[[str], str]) -> str:
+    """The whole plan.
+
+    Args:
+        forecast: of a command.
+        spelt: makes one printable line of what names models and options.
+    """
     costs, speeds = forecast.costs, forecast.speeds
     rows = [("stage", "FLOPs", "read", "written", "time here", "")]
     for stage in costs.stages:
         took = "done" if stage.done else duration(speeds.seconds(stage.work))
-        rows.append((stage.name, *_counts(stage.work), took, stage.said))
+        rows.append((spelt(stage.name), *_counts(stage.work), took, spelt(stage.said)))
     rows.append(("in all", *_counts(costs.work), duration(forecast.seconds), ""))
     lines = [_aligned(rows), "", _memory(forecast), "", f"disk: {_disk(forecast)}"]
-    lines += [costs.said] if costs.said else []
-    lines += [f"note: {note}" for note in costs.notes]
+    lines += [spelt(costs.said)] if costs.said else []
+    lines += [f"note: {spelt(note)}" for note in costs.notes]
     lines.append("nothing was computed or written; leave out --dry-run to begin")
     return "\n".join(lines)
 
