@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mergekit_wp.costs.forecast import Forecast
 from mergekit_wp.costs.work import Held, Work
+from mergekit_wp.errors import option
 
 GIB = 2**30
 
@@ -26,7 +27,8 @@ def table(forecast: Forecast, spelt: Callable[[str], str]) -> str:
     lines = [_aligned(rows), "", _memory(forecast), "", f"disk: {_disk(forecast)}"]
     lines += [spelt(costs.said)] if costs.said else []
     lines += [f"note: {spelt(note)}" for note in costs.notes]
-    lines.append("nothing was computed or written; leave out --dry-run to begin")
+    without = spelt(f"leave out {option('dry_run')} to begin")
+    lines.append(f"nothing was computed or written; {without}")
     return "\n".join(lines)
 
 
