@@ -99,6 +99,7 @@ class LocalRay:
 def on(monkeypatch: pytest.MonkeyPatch, ray: LocalRay) -> LocalRay:
     """Have commands use it."""
     monkeypatch.setattr(cluster, "installed", lambda: ray)
+    monkeypatch.setattr("mergekit_wp.comparison.compare.installed", lambda: ray)
     return ray
 
 
