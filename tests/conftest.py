@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shlex
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,20 @@ def deprecations_in_logs_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
         _warning(self, message, *args, **options)
 
     monkeypatch.setattr(logging.Logger, "warning", warning)
+
+
+@pytest.fixture(autouse=True)
+def one_cluster_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two Ray clusters that start at once on one machine end each other's workers.
+
+    xdist 3.8 should keep a group in one process; with pytest 9.2 it does not.
+    """
+    if request.node.get_closest_marker("xdist_group") is None:
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / "mergekit-wp-ray.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _caller_of_transformers() -> int:

