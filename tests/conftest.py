@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shlex
 import sys
-import tempfile
 import warnings
-from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +39,6 @@ def deprecations_in_logs_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
         _warning(self, message, *args, **options)
 
     monkeypatch.setattr(logging.Logger, "warning", warning)
-
-
-@pytest.fixture(autouse=True)
-def one_cluster_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Two Ray clusters that start at once on one machine end each other's workers.
-
-    xdist 3.8 should keep a group in one process; with pytest 9.2 it does not.
-    """
-    if request.node.get_closest_marker("xdist_group") is None:
-        yield
-        return
-    with open(Path(tempfile.gettempdir()) / "mergekit-wp-ray.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where Ray itself ended every worker before it began, a test says nothing of ours."""
-    report = yield
-    by_ray = item.get_closest_marker("xdist_group") is not None and call.excinfo is not None
-    if by_ray and report.failed and "never ran" in str(call.excinfo and call.excinfo.value):
-        report.outcome = "skipped"
-        report.wasxfail = "Ray ended its workers before they began"
-    return report
 
 
 def _caller_of_transformers() -> int:

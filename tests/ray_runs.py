@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 
@@ -18,6 +17,8 @@ def ray_environment() -> dict[str, str]:
     pytest.importorskip("ray", reason="pip install 'mergekit-wp[ray]'")
     # Ray's own processes use what is deprecated, and would end by our filters
     ours = {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    # a cluster of its own: one that another test holds on this machine ends with that test
+    ours["RAY_ADDRESS"] = "local"
     environment = os.environ | ours
     # Ray gives up after 30 s, which its first start from a cold disk may take beside other tests
     start = [sys.executable, "-c", "import ray; ray.init(include_dashboard=False)"]
@@ -43,22 +44,14 @@ def started(
 
 def workers_of(driver: int) -> Iterator[int]:
     """Processes that are at a job or idle, as Ray titles them, below a driver."""
-    return (pid for pid, name in _below(driver) if name.startswith("ray::Worker"))
-
-
-def killed(driver: subprocess.Popen[str]) -> str:
-    """End a driver at once, wait until its cluster has ended by itself, and say what it said."""
-    driver.kill()
-    _, said = driver.communicate()
-    while any("raylet" in name or "gcs_server" in name for _, name in _below(driver.pid)):
-        time.sleep(0.1)
-    return said
-
-
-def _below(driver: int) -> Iterator[tuple[int, str]]:
-    """Processes of a driver's session, with their command lines."""
     listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
     for line in listed.splitlines()[1:]:
         pid, session, name = line.split(None, 2)
-        if int(session) == driver and "<defunct>" not in name:
-            yield int(pid), name
+        if int(session) == driver and name.startswith("ray::Worker"):
+            yield int(pid)
+
+
+def killed(driver: subprocess.Popen[str]) -> str:
+    """End a driver at once, and say what it said."""
+    driver.kill()
+    return driver.communicate()[1]

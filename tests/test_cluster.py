@@ -22,8 +22,7 @@ from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
-from mergekit_wp.runs import cluster as cluster_module
-from mergekit_wp.runs.cluster import ATTEMPTS, STARTS, Cluster, SentModels, Worker, moved
+from mergekit_wp.runs.cluster import ATTEMPTS, Cluster, SentModels, Worker, moved
 from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import measure_references
 from mergekit_wp.runs.request import RunRequest
@@ -121,8 +120,6 @@ class Task:
 class FakeRay:
     """Ray's calls, one after the other in this process; ``kills`` says how often a block's dies."""
 
-    died = "died"
-
     def __init__(self, cpus: int, kills: dict[str, int]) -> None:
         self.cpus, self.kills, self.at_once, self.started = cpus, kills, 0, 0
         self.exceptions = type("E", (), {"RayTaskError": Wrong, "RayActorError": Lost})
@@ -158,7 +155,7 @@ class FakeRay:
         key = "abcdefw"[task.block.layer]
         if self.kills.get(key, 0) > 0:
             self.kills[key] -= 1
-            raise Lost(f"{key} {self.died}")
+            raise Lost(f"{key} died")
         if key == "w":
             raise Wrong(UserError("told as it is"))
         return {key: torch.ones(1)}
@@ -194,27 +191,6 @@ def test_a_killed_workers_block_is_computed_again(world: Path) -> None:
 def test_a_block_that_kills_its_workers_is_given_up(world: Path) -> None:
     with pytest.raises(ChildProcessError, match=r"^noise.*layer0001 ended 3 workers; .* b died"):
         on(FakeRay(2, {"b": ATTEMPTS}), "abc", world)
-
-
-class SlowToBegin(FakeRay):
-    """Workers are ended before they began."""
-
-    died = "died. The actor never ran - it was cancelled before it started running."
-
-
-def test_workers_that_never_began_are_no_fault_of_a_block(
-    world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster_module, "PATIENCE", 0.0)
-    found, _ = on(SlowToBegin(2, {"b": ATTEMPTS + 1}), "abcde", world)
-    assert sorted(found) == list("abcde")
-    apart = dict.fromkeys(
-        "ab", STARTS - 1
-    )  # in all they are more than STARTS, in a row they are not
-    found, _ = on(SlowToBegin(1, apart), "abcde", world)
-    assert sorted(found) == list("abcde")
-    with pytest.raises(ChildProcessError, match=r"^Ray ended 10 workers before .* b died"):
-        on(SlowToBegin(2, {"b": STARTS}), "abc", world)
 
 
 def test_a_mistake_in_a_worker_is_told_as_it_is(world: Path) -> None:
@@ -358,6 +334,7 @@ def test_an_interrupted_run_goes_on_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_a_running_cluster_of_two_machines(
     world: Path,
     tmp_path: Path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import signal
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,6 @@ from mergekit_wp.models.load import load_folder
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
-from mergekit_wp.tasks.plain_text import PlainText
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 from tests.merging import Family, llama_config
@@ -135,59 +133,6 @@ def test_the_planted_setting_is_chosen_and_reported(
     ]
     away = float((family.base.state[NORM] - task.goal).abs().mean())
     assert rows["base"].scores["near"][0][0] == pytest.approx(1 / (1 + away), rel=1e-5)
-
-
-@dataclass(frozen=True)
-class Prose(PlainText):
-    """A text that is the harder, the further one weight is from the base's."""
-
-    goal: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
-
-    def evaluate(
-        self, model: Any, asked: TextInterface, split: Split, at_once: AtOnce | None = None
-    ) -> list[ItemScore]:
-        assert split == "test", "a text has no validation items"
-        return [ItemScore("text", -1 - self.away(model.model.norm.weight))]
-
-    def away(self, weight: torch.Tensor) -> float:
-        return 5 * float((weight - self.goal).abs().mean())
-
-
-@pytest.mark.parametrize("easiest", [0.0, 0.2])
-def test_at_equal_perplexity_the_best_setting_within_the_references_is_reported(
-    family: Family, tmp_path: Path, easiest: float
-) -> None:
-    start = family.base.state[NORM]
-    task = Distance("near", planted(family, 0.8))
-    prose = Prose("prose", "1", "", planted(family, easiest))
-    plan = make_plan(family, task, ("weight_patching", "task_arithmetic", "ram"), keep=(prose,))
-    found = run(plan, tmp_path)
-    rows, base = {row.name: row for row in found.rows}, found.rows[0]
-
-    def ratio(weight: torch.Tensor) -> float:
-        return math.exp(prose.away(weight) - prose.away(start))
-
-    tuned = rows["task_arithmetic"]
-    assert tuned.setting == {"weight": 0.8} and tuned.tried == len(tuned.trials) == 7
-    for trial in tuned.trials:
-        at = planted(family, float(trial.setting["weight"]))
-        assert trial.perplexity == pytest.approx(ratio(at), rel=1e-4)
-    bound = max(1.0, rows["weight_patching"].perplexity(base) or 0)
-    assert found.bound == bound
-    fit = [t for t in tuned.trials if (t.perplexity or 0) <= bound]
-    assert 0 < len(fit) < 7, "the bound leaves out some, the one of 0.8 among them"
-    best, equal = max(fit, key=lambda t: t.value), found.equal["task_arithmetic"]
-    assert equal.setting == best.setting and equal.setting != {"weight": 0.8}
-    away = float((planted(family, float(best.setting["weight"])) - task.goal).abs().mean())
-    assert equal.scores["near"][0][0] == pytest.approx(1 / (1 + away), rel=1e-5)
-    assert found.equal["weight_patching"].scores == rows["weight_patching"].scores
-    text = terminal_table(Resampled(found, 500))
-    assert f"no more than {bound:.2f} times the base's perplexity" in text.replace("\n", " ")
-    page = html_page(Resampled(found, 500), "merges")
-    assert page.count("<svg") == 3 and "Every setting that was tried" in page
-    count = len(task.asked)
-    again = run(plan, tmp_path)
-    assert again == found and len(task.asked) == count, "nothing is measured twice"
 
 
 def test_untuned_needs_no_validation(family: Family, tmp_path: Path) -> None:
@@ -456,21 +401,6 @@ def test_tables_carry_the_numbers() -> None:
     assert rows["ties"]["difference"]["value"] == pytest.approx(-0.6)
     assert rows["sce"]["failed"] == "no <memory>" and rows["base"]["difference"] is None
     json.dumps(summary(made))
-
-
-def test_a_method_without_parameters_at_equal_perplexity_says_none() -> None:
-    rows = tuple(
-        Row(name, role, scores={"t": [[1.0, 0.0, 1.0, 1.0]]}, valid=0.7, kept={"prose": -score})
-        for name, role, score in (("base", "base", 1.0), ("ours", "ours", 1.0), ("ties", "peer", 2))
-    )
-    equal = {"ours": replace(rows[1], name="ours (at equal perplexity)")}
-    made = Resampled(Comparison(rows, ("t",), False, "ours", 1.0, equal), 500)
-    lines = terminal_table(made).splitlines()
-    assert lines[-1].startswith("ties") and lines[-1].endswith(" none")
-    assert lines[-2].startswith("ours") and re.search(r"0\.75 \[0\.\d\d, [01]\.\d\d\]$", lines[-2])
-    assert "| at equal perplexity |" in markdown_table(made)
-    told = {row["name"]: row["equal"] for row in summary(made)["rows"]}
-    assert told["ties"] is None and told["ours"]["value"] == 0.75
 
 
 def test_the_page_is_offline_escaped_and_the_same_twice() -> None:

@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.components import Component
+from mergekit_wp.engine.gradients import CORRECTING_PROBES, PROBES
 from mergekit_wp.files.manifest import Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import table, words
 from mergekit_wp.report.ranking import select
 from mergekit_wp.scoring import sweeps
+from mergekit_wp.scoring.blocks import second_order
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from tests.factory import make_score_file
@@ -179,6 +181,13 @@ def test_the_anchor_stays_first_order(tmp_path) -> None:
             c: found.manifest.fidelity[f"{estimand}/{c}/neuron"].method for c in ("kl", "anchor")
         }
         assert methods == {"kl": "second-order", "anchor": "first-order"}
+    # the choice by the swaps would hide a second order of the anchor that does not belong there
+    assert second_order(("anchor", "kl", "logprob"), "gain", True) == (
+        ("kl", "logprob"),
+        CORRECTING_PROBES,
+    )
+    assert second_order(("anchor", "kl"), "knockout", False) == (("kl",), PROBES)
+    assert second_order(("anchor", "kl"), "gain", False) == ((), 0)
 
 
 def test_a_swapped_place_that_is_none_is_refused() -> None:

@@ -71,6 +71,12 @@ class Method:
         """Whether it is made with the experts' prompts."""
         return self.peer is not None and self.peer.needs_prompts
 
+    def tries(self, n_experts: int) -> int:
+        """About how many settings of it are evaluated, where it is tuned."""
+        if self.searched:
+            return 1 + n_experts * (len(self.grid) - 1)
+        return len(self.grid) or len(OMEGAS)
+
     @property
     def aim(self) -> bool:
         """Whether AIM post-processes the merge."""

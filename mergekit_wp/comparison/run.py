@@ -20,7 +20,6 @@ from mergekit_wp.comparison import select
 from mergekit_wp.comparison.evaluation import EvaluationJob, Kept, ModelJobs, evaluate, memories
 from mergekit_wp.comparison.making import Making
 from mergekit_wp.comparison.methods import (
-    OMEGAS,
     OURS,
     TASK_ARITHMETIC,
     Method,
@@ -198,17 +197,17 @@ class Runner:
         return [task.name for task in self.plan.tasks]
 
     def _count_jobs(self, n_splits: int) -> int:
-        plan, models = self.plan, n_splits * (1 + len(self.plan.experts)) + len(self.plan.extra)
-        tested = len(plan.experts) + 1 + len(plan.extra)
+        plan, n = self.plan, len(self.plan.experts)
+        models, tested = n_splits * (1 + n) + len(plan.extra), n + 1 + len(plan.extra)
+        validated = 1 + n if plan.tuned else 0
         for method in plan.methods:
             draws = plan.seeds if method.draws else 1
             tests = draws * (2 if plan.tuned and method.name == OURS else 1)
-            models += tests + (self._settings(method) if plan.tuned else 0)
+            tries = method.tries(n) if plan.tuned else 0
+            models += tests + tries
             tested += tests
-        validated = 0
-        if plan.tuned:
-            validated = 1 + len(plan.experts) + sum(self._settings(m) for m in plan.methods)
-        return models * len(plan.tasks) + tested * len(plan.keep) + validated * len(self.plan.texts)
+            validated += tries
+        return models * len(plan.tasks) + tested * len(plan.keep) + validated * len(plan.texts)
 
     def _checkpoint_row(
         self, name: str, role: RowRole, checkpoint: Checkpoint, splits: Sequence[Split]
@@ -218,12 +217,6 @@ class Runner:
         for split in splits:
             self._measure(name, {}, 0, split)
         return self._row(name, role, name, {}, (0,), None)
-
-    def _settings(self, method: Method) -> int:
-        """About how many settings of a method are tried."""
-        if method.searched:
-            return 1 + len(self.plan.experts) * (len(method.grid) - 1)
-        return len(method.grid) or len(OMEGAS)
 
     def _method_rows(
         self, method: Method, won: dict[str, Setting], *, chooses: bool = True

@@ -9,7 +9,7 @@ from mergekit.common import dtype_from_name
 
 from mergekit_wp.comparison.compare import CompareOpened
 from mergekit_wp.comparison.merging import IN_MEMORY
-from mergekit_wp.comparison.methods import OMEGAS, OURS, QUICK_METHODS, Method, peers
+from mergekit_wp.comparison.methods import OURS, QUICK_METHODS, peers
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.costs import memory
 from mergekit_wp.costs.answering import Asking, asked
@@ -47,25 +47,19 @@ class MergeCount(NamedTuple):
 
 def merges(plan: Plan) -> MergeCount:
     """How many merges by every method and further recipe; of a search about so many."""
+    n = len(plan.experts)
     chosen, tested, names = 0, len(plan.extra), {method.name for method in plan.methods}
     for method in plan.methods:
         draws = plan.seeds if method.draws else 1
         tested += draws * (2 if plan.tuned and method.name == OURS else 1)
-        chosen += settings(method, len(plan.experts)) if plan.tuned else 0
+        chosen += method.tries(n) if plan.tuned else 0
     if plan.tuned:  # what others go on from is tuned first, and reported by none
         under = {m.on_top_of for m in plan.methods if m.on_top_of} - names
-        chosen += sum(settings(peers(len(plan.experts))[name], len(plan.experts)) for name in under)
+        chosen += sum(peers(n)[name].tries(n) for name in under)
         tested += len(under)
         if plan.texts:  # each but ours once more at equal perplexity, at most
             tested += sum(method.name != OURS for method in plan.methods)
     return MergeCount(chosen, tested)
-
-
-def settings(method: Method, experts: int) -> int:
-    """About how many settings of a method are tried."""
-    if method.searched:
-        return 1 + experts * (len(method.grid) - 1)
-    return len(method.grid) or len(OMEGAS)
 
 
 def comparing(opened: CompareOpened) -> Costs:

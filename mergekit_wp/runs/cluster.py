@@ -15,7 +15,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +39,6 @@ from mergekit_wp.runs.request import DTYPES, RunRequest
 
 #: a job that has ended so many workers is given up
 ATTEMPTS = 3
-#: so many workers in a row that Ray let go before they began are no mishap
-STARTS = 10
 #: seconds between looks at whether the user wants to stop
 PATIENCE = 0.5
 
@@ -206,7 +203,6 @@ class Cluster:
         self._assignment = ray.put(assignment)
         self._actor = ray.remote(Worker).options(max_restarts=0, **needs)
         self._idle: list[Any] = []
-        self._unstarted = 0
 
     def share(self, value: object) -> Any:
         """Put a value where every worker finds it, once, for as long as the result is kept."""
@@ -232,7 +228,7 @@ class Cluster:
 
         Raises:
             Interrupted: after them.
-            ChildProcessError: a job ended several workers, or none can be started.
+            ChildProcessError: a job ended several workers.
         """
         waiting, attempts = deque(jobs), dict.fromkeys(jobs, 0)
         busy: dict[Any, tuple[J, Any]] = {}
@@ -250,29 +246,14 @@ class Cluster:
                     except self.ray.exceptions.RayTaskError as error:
                         raise error.cause from None
                     except self.ray.exceptions.RayActorError as error:
-                        attempts[job] -= self._not_started(error)
                         self._lost(job.key, attempts[job], error)
                         waiting.appendleft(job)
                         continue
-                    self._unstarted = 0
                     self._idle.append(worker)
                     on_result(job, result)
 
     def _start(self) -> Any:
         return self._actor.remote(self._assignment)
-
-    def _not_started(self, error: Exception) -> bool:
-        """Whether Ray ended a worker before it began, as it does at times on busy machines."""
-        if "never ran" not in str(error):
-            return False
-        self._unstarted += 1
-        if self._unstarted == STARTS:
-            raise ChildProcessError(
-                f"Ray ended {STARTS} workers before they began; what is done is kept; start the "
-                f"same command again when the machine is less busy; last: {error}"
-            ) from error
-        time.sleep(PATIENCE)
-        return True
 
     def _lost(self, key: str, attempts: int, error: Exception) -> None:
         if attempts == ATTEMPTS:
