@@ -32,7 +32,6 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.terms import FineKind, GateGranularity, Kind
 
 Shape = torch.Size | tuple[int, ...]
-_IN_CACHE = 2**18  # entries whose product stays in a CPU's cache, where it costs least
 
 
 @dataclass(frozen=True)
@@ -162,25 +161,15 @@ class TensorLayout:
         """Gates of several experts over the tensor; see `OwnGates.spread`."""
         return (torch.stack([self.expand(gate, shape) for gate in gates]),)
 
-    def dotted(self, gradient: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """Sum gradient * delta by component, ``[count]``."""
-        (sums,) = _products(gradient, delta, (self.dims,))
-        return self.reduce(sums.reshape(-1) if self.whole else sums)
+    @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """See `OwnGates`."""
+        return (self.dims,)
 
-
-def _products(
-    gradient: torch.Tensor, delta: torch.Tensor, parts: Sequence[tuple[int, ...]]
-) -> list[torch.Tensor]:
-    """Sums of gradient * delta over all dimensions but those of each part."""
-    gradient, delta = torch.atleast_1d(gradient, delta)
-    left = [[d for d in range(gradient.dim()) if d not in dims] for dims in parts]
-    found: list[tuple[list[torch.Tensor], list[int]]] = [([], others) for others in left]
-    rows = len(gradient) if gradient.is_cuda else -(-_IN_CACHE // gradient[0].numel())
-    for few, its in zip(gradient.split(rows), delta.split(rows), strict=True):
-        product = few * its
-        for sums, others in found:
-            sums.append(product.sum(others) if others else product)
-    return [torch.stack(sums).sum(0) if 0 in others else torch.cat(sums) for sums, others in found]
+    def collect(self, sums: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sums over all but the dimensions of each of `parts` into components, ``[count]``."""
+        (own,) = sums
+        return self.reduce(own.reshape(-1) if self.whole else own)
 
 
 @lru_cache(maxsize=64)
@@ -246,13 +235,12 @@ class OwnGates:
             found.append(part.repeat_interleave(self.block, -1).reshape(-1, *sizes))
         return tuple(found)
 
-    def dotted(self, gradient: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """Sum gradient * delta over what every gate covers, ``[count]``."""
-        every = _products(gradient, delta, self.parts)
-        return torch.cat([sums.reshape(-1, self.block).sum(-1) for sums in every])
+    def collect(self, sums: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sums over all but the dimensions of each of `parts` into gates, ``[count]``."""
+        return torch.cat([own.reshape(-1, self.block).sum(-1) for own in sums])
 
 
-#: how the gates of one tensor lie; both have ``count``, ``spread`` and ``dotted``
+#: how the gates of one tensor lie; both have ``count``, ``parts``, ``spread`` and ``collect``
 GateLayout = TensorLayout | OwnGates
 
 

@@ -20,6 +20,7 @@ from benchmarks.components import components, fine_components, part_of, slices
 from mergekit_wp.architectures import Dims
 from mergekit_wp.architectures.families import LLAMA
 from mergekit_wp.components import Partition, layout_of
+from mergekit_wp.engine.products import products
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.load import parameter_names, skeleton
 from mergekit_wp.terms import KINDS
@@ -149,10 +150,11 @@ def test_a_size_that_does_not_fit_is_refused() -> None:
 def test_products_in_pieces_are_those_of_the_whole(
     dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_layouts, "_IN_CACHE", 30)  # two of five rows at a time
+    monkeypatch.setattr("mergekit_wp.engine.products._IN_CACHE", 30)  # two of five rows at a time
     torch.manual_seed(0)
     gradient, delta = torch.randn(2, 5, 4, 6, dtype=torch.float64)
     letters = "abc"
     want = torch.einsum(f"abc,abc->{''.join(letters[d] for d in dims)}", gradient, delta)
     layout = gate_layouts.OwnGates("w", (5, 4, 6), (dims,))
-    assert layout.dotted(gradient, delta).tolist() == pytest.approx(want.flatten().tolist())
+    found = layout.collect(products(gradient, delta, layout.parts))
+    assert found.tolist() == pytest.approx(want.flatten().tolist())

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mergekit_wp.components import gate_layouts
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
 from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.joint.ascent import Fitting
-from mergekit_wp.joint.merged_model import MergedModel
+from mergekit_wp.joint.merged_model import MergedModel, fitting, slopes_of
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
-from mergekit_wp.prompts import batches
+from mergekit_wp.prompts import Sample, batches
 from mergekit_wp.runs.references import logprobs
 from mergekit_wp.terms import FINE_KINDS
 from tests.fitting import divergence, fitted, layout_of, load, merged, sequences
 from tests.models import FAMILIES, make_model, perturbed, save
 from tests.test_company import NAMES, make_world, write_task
+from tests.test_fit_granularity import FINER
+from tests.test_lora import make_adapter
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -97,8 +101,11 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     [apart] = contributions(decoder, batch, pair.partition, [vector], ("kl",), targets)["kl"]
     terms = [Term(batch, targets, 1.0), Term(batch, targets, 0.5)]
     [values, _], every = slopes(decoder, terms, pair.partition.layouts, [vector])
-    for term, [found] in zip(terms, every, strict=True):
+    [keeping, _], same = slopes(decoder, terms, pair.partition.layouts, [vector], kept=[1])
+    assert torch.equal(keeping, values)
+    for term, [found], [kept] in zip(terms, every, same, strict=True):
         assert found.keys() == apart.keys() and len(found) > 12
+        assert all(torch.equal(kept[name], found[name]) for name in found)
         for name, each in apart.items():
             want = term.weight * each.sum(0)
             torch.testing.assert_close(found[name], want, rtol=1e-5, atol=1e-7)
@@ -111,6 +118,81 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     wrong = same[batch.rows, batch.cols] != targets.expert_logprobs.argmax(-1)  # type: ignore[union-attr]
     whole = [not wrong[batch.owners == i].any() for i in range(batch.size)]
     assert values[1].tolist() == [float(each) for each in whole]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_factors_of_adapters_are_as_good_as_whole_differences(tmp_path: Path, family: str) -> None:
+    """One expert is an adapter, which is asked for its factors alone; one is whole.
+
+    The difference of a whole adapter is rounded to float32, as the merge method has it.
+    """
+    conv = family == "gpt2"
+    targets = ["c_attn", "c_proj", "c_fc"] if conv else ["q_proj", "v_proj", "o_proj", "up_proj"]
+    base = make_model(family)
+    save(base, tmp_path / "base", torch.float32)
+    save(perturbed(base), tmp_path / "whole", torch.float32)
+    make_adapter(tmp_path / "base", tmp_path, target_modules=targets, fan_in_fan_out=conv)
+    experts = (tmp_path / "whole", f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    pairs = [open_pair(str(tmp_path / "base"), str(expert), lambda *_: None) for expert in experts]
+    resident = ResidentModel(pairs[1], torch.float64, "cpu")
+    resident.move_to(0.4)
+    decoder, expert = Decoder(resident.model), Decoder(load(tmp_path / "merged"))
+    write_task(tmp_path / "task.jsonl", "abc")
+    [batch] = batches(sequences(tmp_path / "task.jsonl"), 9, "cpu")
+    terms = [Term(batch, Targets(logprobs(expert, batch)), weight) for weight in (1.0, 0.5)]
+    vectors = [TaskVector.of(pair, torch.float64, "cpu") for pair in pairs]
+    without = [replace(vector, factors_of=lambda _name: None) for vector in vectors]
+    partition, asked = pairs[0].partition, []
+
+    def read(name: str) -> torch.Tensor:
+        asked.append(name)
+        return vectors[1].delta_of(name)
+
+    with_factors = [vectors[0], replace(vectors[1], delta_of=read)]
+    for granularity in ("component", *FINER):
+        layouts = gate_layouts(partition.dims, partition.shapes, granularity)
+        _, want = slopes(decoder, terms, layouts, without)
+        for kept in ((), (0, 1)):
+            _, found = slopes(decoder, terms, layouts, with_factors, kept=kept)
+            for ours, theirs in zip(found, want, strict=True):
+                for own, other in zip(ours, theirs, strict=True):
+                    assert own.keys() == other.keys()
+                    for name in own:
+                        torch.testing.assert_close(own[name], other[name], rtol=1e-5, atol=1e-7)
+    assert not asked and len(want[0][1]) > 3
+    alone = [replace(vectors[1], delta_of=read)]  # no weight gradient of anything at all
+    _, [[found], _] = slopes(decoder, terms, layouts, alone)
+    for name, own in found.items():
+        torch.testing.assert_close(own, want[0][1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_packed_prompts_have_the_same_slopes(world: Path) -> None:
+    pairs, layout = layout_of(world)
+    resident = ResidentModel(pairs[0], torch.float64, "cpu")
+    resident.move_to(0.4)
+    decoder, expert = Decoder(resident.model), Decoder(load(world / NAMES[0]))
+    samples = [
+        Sample((1, 2, 3, 4, 5, *s.prompt_ids), s.response_ids)
+        for s in sequences(world / f"{NAMES[0]}.jsonl")
+    ]
+    [batch] = batches(samples, 16, "cpu")
+    term = Term(batch, Targets(logprobs(expert, batch)), 1.0)
+    model = MergedModel(resident, pairs, layout, AtOnce(16, print), 2)
+    assert model.packing.of(batch).n_rows < batch.n_rows
+    vectors = [TaskVector.of(pair, torch.float64, "cpu") for pair in pairs]
+    [values], [want] = slopes(decoder, [term], layout.layouts, vectors)
+    [[result]] = model.each([[term]])
+    torch.testing.assert_close(result["values"], values, rtol=1e-6, atol=1e-8)
+    for found, own in zip(slopes_of(result, len(pairs)), want, strict=True):
+        for name in own:
+            torch.testing.assert_close(found[name], own[name], rtol=1e-5, atol=1e-7)
+    [[looked]] = model.each([[replace(term, weight=0.0)]])
+    torch.testing.assert_close(looked["values"], values, rtol=1e-6, atol=1e-8)
+
+
+def test_activations_are_kept_as_far_as_memory_goes() -> None:
+    assert fitting([30, 60, 20], 200) == [0, 2]
+    assert fitting([30, 60], 100) == []
 
 
 def test_pieces_of_a_tensor_get_the_gates_of_their_rows(

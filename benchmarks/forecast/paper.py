@@ -89,7 +89,18 @@ def pair_of(size: ModelSize) -> PairSize:
     whole = 2.0 * size.parameters
     products = size.layers * size.active
     return PairSize(
-        size, whole, whole, (whole, whole), size.parameters, 2 * whole, products, True, True
+        size,
+        base=whole,
+        expert=whole,
+        files=(whole, whole),
+        changed=size.parameters,
+        difference=2 * whole,
+        matrices=products,
+        factored=0.0,
+        factors=0.0,
+        streamed=2 * whole,
+        head=True,
+        entrance=True,
     )
 
 
@@ -114,8 +125,8 @@ def together(
     held = [
         memory.model(size, 2),
         Held("teachers", 4.0 * terms * PROMPTS * ANSWER * size.vocabulary),
-        memory.recordings(size, some, 2),
-        *memory.slopes_at_work(pairs, some, 2),
+        memory.recordings(size, some, 2, each=1),
+        *memory.slopes_at_work(pairs, some, 2, free=0.0),
     ]
     step = slopes(pairs, whole, prompts // at_once) + mixed(pairs)
     return Job(name, at_once, steps, step, terms, held)

@@ -15,6 +15,7 @@ from mergekit_wp.joint.company import CompanyOpened
 from mergekit_wp.joint.fit import FitOpened
 from mergekit_wp.joint.front import SHARE
 from mergekit_wp.joint.judging import LOOK
+from mergekit_wp.models.memory import free_memory
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Opened, Run
@@ -30,9 +31,10 @@ def company(opened: CompanyOpened) -> Costs:
     request, pairs = opened.request, [PairSize.of(run.pair) for run in opened.runs]
     texts = [Texts.of(run) for run in opened.runs]
     sizes = [run.batch_size(own.samples) for run, own in zip(opened.runs, texts, strict=True)]
-    every = [own.batches(size) for own, size in zip(texts, sizes, strict=True)]
+    first = opened.runs[0].pair
+    every = [own.packed(size, first) for own, size in zip(texts, sizes, strict=True)]
     steps = [[batch for batch in group if batch is not None] for group in zip_longest(*every)]
-    step = total(slopes(pairs, terms) for terms in steps) + mixed(pairs)
+    step = total(_slopes(opened, pairs, terms) for terms in steps) + mixed(pairs)
     whole = [batch for own in every for batch in own]
     stages = [
         *_begun(opened, pairs, texts, sizes),
@@ -50,14 +52,15 @@ def fit(opened: FitOpened) -> Costs:
     pairs = [PairSize.of(run.pair) for run in opened.runs]
     texts = [Texts.of(run) for run in opened.runs]
     guards = [Texts.of(run) for run in opened.guards]
-    every = [own.batches(opened.a_step) for own in (*texts, *guards)]
+    first = opened.runs[0].pair
+    every = [own.packed(opened.a_step, first) for own in (*texts, *guards)]
     fitted, judged = [], []
     for own in every:
         train, aside = _split(own, request.held_out)
         fitted.append(train)
         judged += aside
     size = pairs[0].size
-    step = slopes(pairs, [_mean(own) for own in fitted]) + mixed(pairs)
+    step = _slopes(opened, pairs, [_mean(own) for own in fitted]) + mixed(pairs)
     look = mixed(pairs) + forward(size, judged)
     climbs = [request.steps, *[max(1, request.steps // SHARE)] * len(request.front)]
     steps = sum(climbs)
@@ -77,6 +80,13 @@ def fit(opened: FitOpened) -> Costs:
     state = 8.0 * 6 * opened.gates
     notes = ("a fit ends earlier where nothing more is gained",)
     return Costs(tuple(stages), held, 8.0 * opened.gates, passing=state, notes=notes)
+
+
+def _slopes(opened: Opened, pairs: Sequence[PairSize], terms: Sequence[TextBatch]) -> Work:
+    """Slopes of one step, with as much kept as there is memory for."""
+    request = opened.request
+    width, free = DTYPES[request.dtype].itemsize, free_memory(request.device)
+    return slopes(pairs, terms, kept=memory.kept(pairs[0].size, terms, width, free))
 
 
 def _begun(
@@ -148,6 +158,7 @@ def _held(
         memory.model(size, width),
         memory.teachers(size, texts),
         Held("gates", gates, on_device=False),
-        memory.recordings(size, terms, width),
+        memory.recordings(size, terms, width, each=1),
     ]
-    return fullest([*held, *memory.slopes_at_work(pairs, terms, width)])
+    free = free_memory(run.request.device)
+    return fullest([*held, *memory.slopes_at_work(pairs, terms, width, free)])

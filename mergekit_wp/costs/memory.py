@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from mergekit_wp.costs.model_size import ModelSize, PairSize
 from mergekit_wp.costs.passes import TextBatch, Texts
 from mergekit_wp.costs.work import Held
+from mergekit_wp.joint.merged_model import fitting
 from mergekit_wp.runs.texts import Footprint
 
 #: logits of the hungriest pass, in copies of float32: logits, log-probabilities, their gradients
@@ -30,10 +31,15 @@ def teachers(size: ModelSize, texts: Iterable[Texts]) -> Held:
     return Held("teachers' log-probabilities", float(_FLOAT * positions * size.vocabulary))
 
 
-def recordings(size: ModelSize, batches: Sequence[TextBatch], width: int) -> Held:
-    """What both blocks of every layer and the layer itself return, for some batches at once."""
+def recordings(
+    size: ModelSize, batches: Sequence[TextBatch], width: int, each: int = 3
+) -> Held:
+    """What both blocks of every layer and the layer itself return, for some batches at once.
+
+    Only the layer itself where ``each`` is 1.
+    """
     tokens = sum(batch.tokens for batch in batches)
-    return Held("recordings", float(3 * size.layers * tokens * size.hidden * width))
+    return Held("recordings", float(each * size.layers * tokens * size.hidden * width))
 
 
 def graph(size: ModelSize, batch: TextBatch, width: int, *, layers: int) -> float:
@@ -52,18 +58,29 @@ def logits(size: ModelSize, batch: TextBatch, copies: int = LOGITS) -> float:
     return float(copies * _FLOAT * batch.positions * size.vocabulary)
 
 
+def kept(size: ModelSize, terms: Sequence[TextBatch], width: int, free: float) -> list[int]:
+    """Numbers of the terms whose activations `MergedModel` keeps, of so much free memory."""
+    sizes = [graph(size, term, width, layers=size.layers) for term in terms]
+    return fitting(sizes, free - model(size, width).size)
+
+
 def slopes_at_work(
-    pairs: Sequence[PairSize], terms: Sequence[TextBatch], width: int
+    pairs: Sequence[PairSize], terms: Sequence[TextBatch], width: int, free: float
 ) -> tuple[Held, ...]:
     """The fuller of two moments: the layers' gradients by term, or the unembedding's.
 
     Weight gradients of every term are kept apart until they are dotted with the differences.
     """
     size, one = pairs[0].size, max(terms, key=lambda term: term.tokens)
+    whole = any(pair.matrices > pair.factored for pair in pairs)
+    of_kept = [terms[number] for number in kept(size, terms, width, free)]
+    activations = sum(graph(size, term, width, layers=size.layers) for term in of_kept)
+    gradients = float(_FLOAT * len(terms) * size.layer) if whole else 0.0
     in_layer = (
-        Held("gradients of a layer by behaviour", float(_FLOAT * len(terms) * size.layer)),
-        Held("activations of a layer", graph(size, one, width, layers=1)),
-        Held("difference of a tensor", float(3 * _FLOAT * size.largest)),
+        Held("gradients of a layer by behaviour", gradients),
+        Held("activations", max(activations, graph(size, one, width, layers=1))),
+        Held("difference of a tensor", float(3 * _FLOAT * size.largest) if whole else 0.0),
+        Held("factors of adapters", float(_FLOAT * sum(pair.factors for pair in pairs))),
     )
     moved = any(pair.head for pair in pairs)
     wordiest = max(terms, key=lambda term: term.positions)
@@ -72,6 +89,6 @@ def slopes_at_work(
         Held("gradients of the unembedding by behaviour", float(_FLOAT * len(terms) * size.head)),
         Held("difference of the unembedding", float(3 * _FLOAT * size.head)),
     )
-    reading = Held("logits", logits(size, wordiest))
-    moments = [in_layer, (*(at_head if moved else ()), reading)]
+    reading = Held("logits", logits(size, wordiest)), Held("activations", activations)
+    moments = [in_layer, (*(at_head if moved else ()), *reading)]
     return max(moments, key=lambda parts: sum(part.size for part in parts))

@@ -123,6 +123,9 @@ class PairSize:
         changed: numbers that may differ.
         difference: bytes of these in both checkpoints.
         matrices: numbers among them that a token is multiplied with, in all layers.
+        factored: numbers among these whose differences are products of factors.
+        factors: numbers of the factors.
+        streamed: bytes, in both checkpoints, of differences that are not.
         head: whether the unembedding is among them.
         entrance: whether the embedding is.
     """
@@ -134,6 +137,9 @@ class PairSize:
     changed: float
     difference: float
     matrices: float
+    factored: float
+    factors: float
+    streamed: float
     head: bool
     entrance: bool
 
@@ -151,6 +157,7 @@ class PairSize:
             ]
 
         changed = [name for name in shapes if name in pair.changed]
+        low_rank = {name: found for name in changed if (found := pair.factors(name)) is not None}
         matrices = 0.0
         routed = _routed(text_config(pair.base.config))
         for name in changed:
@@ -167,6 +174,9 @@ class PairSize:
             changed=float(sum(math.prod(shapes[name]) for name in changed)),
             difference=sum(stored(changed)),
             matrices=matrices,
+            factored=float(sum(math.prod(shapes[name]) for name in low_rank)),
+            factors=float(sum(a.numel() + b.numel() for a, b, _ in low_rank.values())),
+            streamed=sum(stored([name for name in changed if name not in low_rank])),
             head=head in pair.changed,
             entrance=any(module_of(name) == architecture.embedding for name in changed),
         )

@@ -6,13 +6,15 @@ of either side. Attention is counted over whole rows, as kernels are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.costs.model_size import ModelSize, PairSize
 from mergekit_wp.costs.work import Work, total
-from mergekit_wp.prompts import PromptBatch, Sample, batches
+from mergekit_wp.engine.packing import TokenCost, packed
+from mergekit_wp.models.pair import Pair
+from mergekit_wp.prompts import Sample, batches
 from mergekit_wp.prompts.batching import together
 from mergekit_wp.runs.run import Run
 
@@ -83,11 +85,21 @@ class Texts:
             for members in together(lengths, size, self.side)
         ]
 
-    def packed(self, size: int, pack: Callable[[PromptBatch], PromptBatch]) -> list[TextBatch]:
-        """The same, with what texts begin with alike in one row once; see `engine.packing`."""
+    def packed(self, size: int, pair: Pair) -> list[TextBatch]:
+        """The same, with what texts begin with alike in one row once; see `engine.packing`.
+
+        Padded where a sliding window is shorter than the longest.
+        """
+        config, partition = pair.base.text_config, pair.partition
+        window = getattr(config, "sliding_window", None)
+        longest = max(len(sample.input_ids) for sample in self.samples)
+        sliding = getattr(config, "use_sliding_window", True) and window and window < longest
+        if sliding or not partition.dims.architecture.mapped:
+            return self.batches(size)
+        cost = TokenCost.in_layer(partition, int(config.hidden_size))
         found = []
         for batch in batches(self.samples, size, "cpu", self.side):
-            rows, width = pack(batch).ids.shape
+            rows, width = packed(batch, cost).ids.shape
             found.append(TextBatch(rows, width, len(batch.targets)))
         return found
 
@@ -174,33 +186,45 @@ def differences(pair: PairSize) -> Work:
     return Work(read=pair.difference, passed=DELTA * pair.changed) * (1.0 + again)
 
 
-def slopes(pairs: Sequence[PairSize], terms: Sequence[TextBatch], parts: int = 1) -> Work:
-    """Layers forward twice and back once, with weight gradients; dotted with every difference.
+def slopes(
+    pairs: Sequence[PairSize],
+    terms: Sequence[TextBatch],
+    parts: int = 1,
+    kept: Collection[int] = (),
+) -> Work:
+    """Layers forward and back, with weight gradients; dotted with every difference.
 
     Args:
         pairs: the experts; differences are read once for all terms.
         terms: of one step.
         parts: so often they are read, where memory lets fewer prompts through at once.
+        kept: numbers of those whose layers do not run forward a second time.
     """
-    size, matrices = pairs[0].size, max(pair.matrices for pair in pairs)
-    head = any(pair.head for pair in pairs)
+    size, matrices = pairs[0].size, max(pair.matrices - pair.factored for pair in pairs)
+    head, factors = any(pair.head for pair in pairs), sum(pair.factors for pair in pairs)
     found = [
         Work(
-            forward=2 * size.layers * layer_flops(size, term),
-            backward=_layers_back(size, term) + 2.0 * term.tokens * matrices,
+            forward=(1 if number in kept else 2) * size.layers * layer_flops(size, term),
+            backward=_layers_back(size, term) + 2.0 * term.tokens * (matrices + factors),
             head=(3 if head else 2) * head_flops(size, term),
         )
-        for term in terms
+        for number, term in enumerate(terms)
     ]
     for pair in pairs:
-        dotted = Work(passed=PRODUCT * len(terms) * pair.changed)
-        found.append((differences(pair) + dotted) * parts)
+        whole = pair.changed - pair.factored
+        again = pair.size.head / pair.changed if pair.size.tied and pair.head else 0.0
+        read = Work(read=pair.streamed, passed=DELTA * whole) * (1.0 + again)
+        found.append((read + Work(passed=PRODUCT * len(terms) * whole)) * parts)
     return total(found)
 
 
 def mixed(pairs: Sequence[PairSize]) -> Work:
-    """The merge at some gates, written from the base and every expert."""
-    read = pairs[0].base + sum(p.expert * p.changed / p.size.parameters for p in pairs)
+    """The merge at some gates, written from the base and every expert.
+
+    An expert that is an adapter is read with the base.
+    """
+    whole = [pair for pair in pairs if not pair.factored]
+    read = pairs[0].base + sum(p.expert * p.changed / p.size.parameters for p in whole)
     return Work(read=read, passed=pairs[0].size.parameters + MIX * sum(p.changed for p in pairs))
 
 

@@ -22,9 +22,7 @@ from mergekit_wp.costs.passes import (
 )
 from mergekit_wp.costs.work import NOTHING, Costs, Held, Stage, Work, fullest, total
 from mergekit_wp.engine.gradients import PROBES_AT_ONCE
-from mergekit_wp.engine.packing import TokenCost, packed
 from mergekit_wp.models.memory import free_memory
-from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Run
 from mergekit_wp.runs.texts import Footprint
@@ -188,18 +186,7 @@ class Sweep:
 
     def _packed(self) -> list[TextBatch]:
         """Batches as exact swaps see them: what prompts begin with alike is there once."""
-        size, config = self.pair.size, self.run.pair.base.text_config
-        window = getattr(config, "sliding_window", None)
-        longest = max(len(sample.input_ids) for sample in self.texts.samples)
-        sliding = getattr(config, "use_sliding_window", True) and window and window < longest
-        if sliding or not self.run.pair.partition.dims.architecture.mapped:
-            return self.texts.batches(self.size)
-        cost = TokenCost(2.0 * size.active, 4.0 * size.hidden)
-
-        def pack(batch: PromptBatch) -> PromptBatch:
-            return packed(batch, cost)
-
-        return self.texts.packed(self.size, pack)
+        return self.texts.packed(self.size, self.run.pair)
 
     def _tail(self, batch: TextBatch, layer: int) -> Work:
         """Replaying the layers after one; the last one's MLP runs where a response is predicted."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.criteria import Criteria, Targets
 from mergekit_wp.engine.decoder import Decoder, first, hooked
 from mergekit_wp.engine.gradients import record_with_gradients
+from mergekit_wp.engine.products import Factors
 from mergekit_wp.engine.replay import Receiver, record_whole
 from mergekit_wp.engine.writers import contribution, is_mixture
 from mergekit_wp.models.pair import Pair
@@ -35,15 +37,32 @@ TensorContributions = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TaskVector:
-    """Δ = expert − base, streamed; tensors that are not ``changed`` are zero and never read."""
+    """Δ = expert − base, streamed; tensors that are not ``changed`` are zero and never read.
+
+    Attributes:
+        delta_of: reads one tensor.
+        changed: tensors that are not zero.
+        factors_of: the factors of one matrix where it has them, which stay in memory.
+    """
 
     delta_of: Callable[[str], torch.Tensor]
     changed: frozenset[str]
+    factors_of: Callable[[str], Factors | None] = lambda _name: None
 
     @classmethod
     def of(cls, pair: Pair, dtype: torch.dtype, device: str) -> TaskVector:
         """That of a pair, in a dtype on a device."""
-        return cls(lambda name: pair.delta(name, dtype, device), pair.changed)
+
+        @cache
+        def factors_of(name: str) -> Factors | None:
+            found = pair.factors(name)
+            if found is None:
+                return None
+            left, right, scale = found
+            # in a wide dtype already: the scale is no power of two
+            return Factors((left.to(device, dtype) * scale), right.to(device, dtype))
+
+        return cls(lambda name: pair.delta(name, dtype, device), pair.changed, factors_of)
 
 
 def _sum_per_prompt(values: torch.Tensor, batch: PromptBatch) -> torch.Tensor:

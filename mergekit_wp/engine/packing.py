@@ -3,17 +3,21 @@
 Under causal attention the tokens that samples begin with alike (a chat template's system prompt)
 have the same activations in every one of them, patched or not. A packed row holds such a prefix
 once and the rests of its samples behind it; positions and an attention mask say which token
-belongs where. It serves sweeps, which only read values; sums of gradients over a sample's own
-positions need `PromptBatch.of`, for a shared position belongs to no sample alone.
+belongs where. It serves what reads values, or sums gradients over all samples; sums over a sample's
+own positions need `PromptBatch.of`, for a shared position belongs to no sample alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from mergekit_wp.components import Partition
+from mergekit_wp.engine.decoder import Decoder
+from mergekit_wp.engine.replay import record
 from mergekit_wp.prompts import PromptBatch
 
 
@@ -27,6 +31,52 @@ class TokenCost:
     def of(self, rows: int, width: int) -> float:
         """Cost of a batch."""
         return rows * width * (self.weights + width * self.attention)
+
+    @classmethod
+    def in_layer(cls, partition: Partition, hidden: int) -> TokenCost:
+        """Of a model by its first layer and the width of its residual stream."""
+        shapes = [partition.shapes[name] for name in partition.layer_tensors(0)]
+        return cls(2.0 * sum(math.prod(shape) for shape in shapes), 4.0 * hidden)
+
+
+@dataclass
+class Packing:
+    """Packs the batches of one model, where its attention allows that.
+
+    Attributes:
+        decoder: the model.
+        cost: of its tokens.
+    """
+
+    decoder: Decoder
+    cost: TokenCost
+    _causal: int = 0  # widest batch whose tokens are known to see all before them
+    _other: float = field(default=math.inf)  # narrowest of which it is known that they do not
+
+    def of(self, batch: PromptBatch) -> PromptBatch:
+        """A padded batch packed, or itself."""
+        return packed(batch, self.cost) if self._plainly_causal(batch) else batch
+
+    def _plainly_causal(self, batch: PromptBatch) -> bool:
+        """Whether every token sees all tokens before it, so that a mask can say who they are.
+
+        A sliding window shorter than the prompts, or attention biased by distance, comes to the
+        layers as a mask of its own. Of a model without a map nothing is known.
+        """
+        width = batch.ids.shape[1]
+        if not self.decoder.architecture.mapped or width >= self._other:
+            return False
+        if width > self._causal:
+            with torch.no_grad():
+                calls = record(self.decoder, batch.part(0, 1)).calls
+            if any(
+                call.kwargs.get("attention_mask", "unknown") is not None or "alibi" in call.kwargs
+                for call in calls
+            ):
+                self._other = width
+                return False
+            self._causal = width
+        return True
 
 
 def packed(batch: PromptBatch, cost: TokenCost) -> PromptBatch:

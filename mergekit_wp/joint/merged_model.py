@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,14 +11,17 @@ import torch
 from mergekit_wp.criteria import split
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector
+from mergekit_wp.engine.packing import Packing, TokenCost
 from mergekit_wp.engine.slopes import Slopes, Term, slopes
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.objective import closeness
 from mergekit_wp.merging.fusion import fuse, take_rows
-from mergekit_wp.models.memory import AtOnce
-from mergekit_wp.models.pair import Pair, common_pieces
+from mergekit_wp.models.memory import AtOnce, free_memory
+from mergekit_wp.models.pair import Pair, adapter_of, common_pieces
 from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.runs.recordings import Result
+from mergekit_wp.runs.texts import Footprint
 
 #: the entry of a term's values, ``[2, n]``; see `slopes`
 VALUES = "values"
@@ -45,11 +49,18 @@ def mix(resident: ResidentModel, pairs: Sequence[Pair], layout: Layout, flat: to
             first.base.read(name, out)
             return
         parts = layout.layouts[name].spread(torch.stack(list(moving.values())), out.shape)
-        sides = (first.base, *moving)
+        adapters = [adapter_of(first.base, expert) for expert in moving]
+        others = [e for e, own in zip(moving, adapters, strict=True) if own is None]
+        sides = (first.base, *others)
         pieces = common_pieces(name, *sides)
         for found in zip(*(s.on_device(name, out.device, pieces) for s in sides), strict=True):
             rows = found[0][0]
-            base, *experts = (part.to(wide) for _, part in found)
+            stored, *read = (part for _, part in found)
+            left = iter(read)
+            experts = [
+                next(left) if own is None else own.changed(name, stored, rows) for own in adapters
+            ]
+            base, *experts = (part.to(wide) for part in (stored, *experts))
             out[rows] = fuse(base, experts, *take_rows(parts, rows))
 
     resident.fill(write)
@@ -78,6 +89,10 @@ class MergedModel:
         self.at_once, self.together = at_once, together
         wide = torch.promote_types(resident.dtype, torch.float32)
         self.vectors = [TaskVector.of(pair, wide, resident.device) for pair in pairs]
+        self.decoder, first = Decoder(resident.model), pairs[0]
+        hidden = int(first.base.text_config.hidden_size)
+        self.packing = Packing(self.decoder, TokenCost.in_layer(first.partition, hidden))
+        self.footprint = Footprint.of(first, resident.dtype)
 
     def move_to(self, flat: torch.Tensor) -> None:
         """The merge as the method would write it with some gates."""
@@ -115,16 +130,36 @@ class MergedModel:
         return found
 
     def _measured(self, terms: Sequence[Term]) -> list[Result]:
-        decoder = Decoder(self.resident.model)
+        terms = [replace(term, batch=self.packing.of(term.batch)) for term in terms]
         if not any(term.weight for term in terms):
             with torch.no_grad():
-                return [{VALUES: closeness(decoder, term.batch, term.targets)} for term in terms]
-        values, found = slopes(decoder, terms, self.layout.layouts, self.vectors)
+                return [
+                    {VALUES: closeness(self.decoder, term.batch, term.targets)} for term in terms
+                ]
+        kept = self._kept([term.batch for term in terms])
+        values, found = slopes(self.decoder, terms, self.layout.layouts, self.vectors, kept)
         return [
             {VALUES: own.cpu()}
             | {f"{e}/{name}": slope for e, of in enumerate(every) for name, slope in of.items()}
             for own, every in zip(values, found, strict=True)
         ]
+
+    def _kept(self, batches: Sequence[PromptBatch]) -> list[int]:
+        """Numbers of the batches whose activations fit into memory that can be spared."""
+        if self.resident.offloaded:  # autograd would keep weights that are fetched
+            return []
+        sizes = [batch.ids.numel() * self.footprint.per_token for batch in batches]
+        return fitting(sizes, free_memory(self.resident.device))
+
+
+def fitting(sizes: Sequence[float], free: float) -> list[int]:
+    """Numbers of those that fit into a quarter of the free memory together, in their order."""
+    found, left = [], free / 4
+    for number, size in enumerate(sizes):
+        if size <= left:
+            found.append(number)
+            left -= size
+    return found
 
 
 def slopes_of(result: Result, experts: int) -> list[Slopes]:

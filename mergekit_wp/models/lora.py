@@ -162,22 +162,29 @@ class Adapter:
         self, name: str, weight: torch.Tensor, rows: slice | EllipsisType = ...
     ) -> torch.Tensor:
         """Rows of a parameter with the adapter's change, at least in fp32; others as they are."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
         if name in self.saved:
             [whole] = self._tensors(f"base_model.model.{name}")
-            return whole[rows].to(torch.promote_types(weight.dtype, torch.float32))
-        if name not in self.shapes:
+            return whole[rows].to(weight.device, wide)
+        found = self.factors(name)
+        if found is None:
             return weight
+        left, right, scale = found
+        left, right = (side.to(weight.device, wide) for side in (left, right))
+        delta = left[rows] @ right
+        return torch.add(weight.to(wide), delta, alpha=scale)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Its change of a parameter: ``scale * left @ right``; None where it has no such change."""
+        if name not in self.shapes:
+            return None
         key = f"base_model.model.{name.removesuffix('.weight')}"
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        sides = self._tensors(f"{key}.lora_A.weight", f"{key}.lora_B.weight")
-        a, b = (side.to(wide) for side in sides)
+        a, b = self._tensors(f"{key}.lora_A.weight", f"{key}.lora_B.weight")
         rank = a.shape[0]  # of this tensor: a rank pattern is honoured
         if not rank:  # so mergekit-extract-lora writes a weight in which its models do not differ
-            return weight
-        alpha = self._alpha(name)
-        scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-        delta = a.T[rows] @ b.T if self._transposed else b[rows] @ a
-        return torch.add(weight.to(wide), delta, alpha=scale)
+            return None
+        scale = self._alpha(name) / (rank**0.5 if self.config.get("use_rslora") else rank)
+        return (a.T, b.T, scale) if self._transposed else (b, a, scale)
 
     def _tensors(self, *keys: str) -> list[torch.Tensor]:
         if self._kept:

@@ -16,6 +16,7 @@ from mergekit_wp.components import Partition
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.load import parameter_names, skeleton
+from mergekit_wp.models.lora import Adapter
 from mergekit_wp.models.refusals import FLOATS
 from mergekit_wp.models.streaming import WHOLE, Pieces, Rows
 from mergekit_wp.terms import SLICED_KINDS, Kind
@@ -69,6 +70,14 @@ class Pair:
             difference[rows] -= part.to(wide)
         return difference.to(dtype)
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """One matrix of the task vector as ``scale * left @ right``.
+
+        None where the expert is no LoRA adapter of the base itself, or has no such change.
+        """
+        adapter = adapter_of(self.base, self.expert)
+        return None if adapter is None else adapter.factors(name)
+
     def between(self, name: str, position: float, out: torch.Tensor) -> None:
         """Write base + position * (expert - base) into a tensor, computed at least in fp32."""
         wide = torch.promote_types(out.dtype, torch.float32)
@@ -76,6 +85,11 @@ class Pair:
         sides = (side.on_device(name, out.device, pieces) for side in (self.base, self.expert))
         for (rows, base), (_, expert) in zip(*sides, strict=True):
             out[rows] = torch.lerp(base.to(wide), expert.to(wide), position)
+
+
+def adapter_of(base: Checkpoint, expert: Checkpoint) -> Adapter | None:
+    """The adapter with which the base itself is an expert; None where it is another model."""
+    return expert.adapter if base.adapter is None and expert.path == base.path else None
 
 
 def common_pieces(name: str, *sides: Checkpoint) -> Pieces:

@@ -91,6 +91,11 @@ class ResidentModel:
         self.fetched += found.nbytes
         return found
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether some weights are kept elsewhere than on the device."""
+        return bool(self._elsewhere)
+
     def _read(self, position: float, name: str, out: torch.Tensor) -> None:
         if position == 1.0:
             self.pair.expert.read(name, out)

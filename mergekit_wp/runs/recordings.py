@@ -18,7 +18,7 @@ from mergekit_wp.engine.activation_swaps import activation_inputs
 from mergekit_wp.engine.block_changes import Changes, block_inputs
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.donor import Donor
-from mergekit_wp.engine.packing import TokenCost, packed
+from mergekit_wp.engine.packing import Packing, TokenCost
 from mergekit_wp.engine.replay import Receiver, last_layer, record
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import Pair
@@ -108,7 +108,7 @@ class Recordings:
             self._receiver = None
             batch, targets = self.prompts(portion)
             if packs:
-                batch = self._packed(batch)
+                batch = self._packing.of(batch)
             with torch.no_grad():
                 recording = record(self.decoder, batch)
             copies = self.copies(batch, portion.at_once)
@@ -152,31 +152,10 @@ class Recordings:
         last = last_layer(self.decoder, self.criteria, self.references.targets[0])
         return max(0, last - layer + 1) / self.partition.dims.n_layers
 
-    def _packed(self, batch: PromptBatch) -> PromptBatch:
-        if not self._plainly_causal:
-            return batch
-        shapes = self.partition.shapes
-        matrices = [shapes[name] for name in self.partition.layer_tensors(0)]
-        weights = 2.0 * sum(math.prod(shape) for shape in matrices)
-        hidden = int(self.pair.base.text_config.hidden_size)
-        return packed(batch, TokenCost(weights, 4.0 * hidden))
-
     @cached_property
-    def _plainly_causal(self) -> bool:
-        """Whether every token sees all tokens before it, so that a mask can say who they are.
-
-        A sliding window shorter than the prompts, or attention biased by distance, comes to the
-        layers as a mask of its own. Of a model without a map nothing is known.
-        """
-        if not self.mapped:
-            return False
-        widest = max(self.references.batches, key=lambda batch: batch.ids.shape[1])
-        with torch.no_grad():
-            calls = record(self.decoder, widest.part(0, 1)).calls
-        return all(
-            call.kwargs.get("attention_mask", "unknown") is None and "alibi" not in call.kwargs
-            for call in calls
-        )
+    def _packing(self) -> Packing:
+        hidden = int(self.pair.base.text_config.hidden_size)
+        return Packing(self.decoder, TokenCost.in_layer(self.partition, hidden))
 
 
 def receiver_position(estimand: Estimand) -> float:
