@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
 from mergekit_wp.mechanism.anchors import find_anchors
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
@@ -27,6 +28,7 @@ from mergekit_wp.scoring.score import score
 from mergekit_wp.terms import Estimand
 from tests.costs import real
 from tests.models import EOS, LETTERS, make_model, perturbed, save, write_prompts
+from tests.test_lora import make_adapter
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -115,6 +117,44 @@ def test_experts_together_take_what_was_said(
     if command == "fit" and "front" in options:
         options = options | {"guards": (world / "open.jsonl",)}
     found = real(together(world, command, **options), monkeypatch)
+    assert found.costs.left.flops == pytest.approx(found.flops, rel=CLOSE)
+    assert found.costs.left.read == pytest.approx(found.read, rel=CLOSE)
+
+
+@pytest.mark.parametrize("command", ["company", "fit"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_adapters_together_take_what_was_said(
+    tmp_path: Path, command: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No weight gradient, and a second run forward only where memory is short."""
+    base = save(make_model("llama-tied"), tmp_path / "base", torch.float32)
+    adapters = {}
+    for name in ("east", "west"):
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        folder, _ = make_adapter(base, tmp_path / name, target_modules=targets)
+        weights = load_file(folder / "adapter_model.safetensors")
+        if name == "west":
+            save_file({k: 0.5 * v for k, v in weights.items()}, folder / "adapter_model.safetensors")
+        adapters[name] = folder
+        write_prompts(tmp_path / f"{name}.jsonl", 6, response=True)
+    if not kept:
+        for module in ("costs.joint", "joint.merged_model"):
+            monkeypatch.setattr(f"mergekit_wp.{module}.free_memory", lambda _device: 0)
+    settings: dict[str, Any] = {
+        "recipe": NamedExperts(
+            base=str(base), experts=tuple((n, f"{base}+{a}") for n, a in adapters.items())
+        ),
+        "prompts": tuple((name, tmp_path / f"{name}.jsonl") for name in adapters),
+        "device": "cpu",
+    }
+    if command == "company":
+        found = real(
+            lambda said: score_company(CompanyRequest(batch_size=3, path_steps=3, **settings), said),
+            monkeypatch,
+        )
+    else:
+        options = {"prompts_a_step": 2, "steps": 6, "unguarded": True}
+        found = real(lambda said: fit(FitRequest(**options, **settings), said), monkeypatch)
     assert found.costs.left.flops == pytest.approx(found.flops, rel=CLOSE)
     assert found.costs.left.read == pytest.approx(found.read, rel=CLOSE)
 
