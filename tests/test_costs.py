@@ -134,7 +134,9 @@ def test_adapters_together_take_what_was_said(
         folder, _ = make_adapter(base, tmp_path / name, target_modules=targets)
         weights = load_file(folder / "adapter_model.safetensors")
         if name == "west":
-            save_file({k: 0.5 * v for k, v in weights.items()}, folder / "adapter_model.safetensors")
+            save_file(
+                {k: 0.5 * v for k, v in weights.items()}, folder / "adapter_model.safetensors"
+            )
         adapters[name] = folder
         write_prompts(tmp_path / f"{name}.jsonl", 6, response=True)
     if not kept:
@@ -149,7 +151,9 @@ def test_adapters_together_take_what_was_said(
     }
     if command == "company":
         found = real(
-            lambda said: score_company(CompanyRequest(batch_size=3, path_steps=3, **settings), said),
+            lambda said: score_company(
+                CompanyRequest(batch_size=3, path_steps=3, **settings), said
+            ),
             monkeypatch,
         )
     else:

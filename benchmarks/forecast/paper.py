@@ -7,7 +7,7 @@ takes 8 prompts a step. Weights and activations are bfloat16, criteria float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mergekit_wp.costs import memory
@@ -23,6 +23,8 @@ PATH, STEPS, SHARE = 10, 200, 5
 PRODUCTS, REACHED, CARD = 989e12, 0.3, 80e9
 #: part of it that may be taken beside weights
 ROOM = 0.9
+#: of an adapter
+RANK = 16
 #: a node: cards, bytes of main memory, bytes a second from there to the cards, and from its disk
 CARDS, MAIN, BUS, DISK = 8, 2e12, 50e9, 5e9
 
@@ -68,6 +70,7 @@ class Job:
         steps: that follow one another.
         step: work of one.
         parts: of a step that are done side by side.
+        checkpoints: bytes of the base and whatever experts are whole models.
         memory: of a worker, by what for; the weights first.
     """
 
@@ -76,6 +79,7 @@ class Job:
     steps: int
     step: Work
     parts: int
+    checkpoints: float
     memory: Sequence[Held]
 
     @property
@@ -104,6 +108,21 @@ def pair_of(size: ModelSize) -> PairSize:
     )
 
 
+def adapter_of(size: ModelSize) -> PairSize:
+    """A base and its LoRA adapter of all matrices, of keys and values as wide as queries."""
+    widths = 4 * (size.hidden + size.heads) + 3 * (size.hidden + size.inner)
+    pair = pair_of(size)
+    return replace(
+        pair,
+        changed=pair.matrices,
+        factored=pair.matrices,
+        factors=float(RANK * size.layers * widths),
+        streamed=0.0,
+        head=False,
+        entrance=False,
+    )
+
+
 def alone(size: ModelSize, at_once: int) -> Job:
     """Shares of one expert: all midpoints and batches can be done side by side."""
     pair, batch = pair_of(size), TextBatch(at_once, TOKENS, at_once * ANSWER)
@@ -112,14 +131,12 @@ def alone(size: ModelSize, at_once: int) -> Job:
     logits = Held("logits", memory.logits(size, batch))
     count = SHARE * PROMPTS // at_once
     held = [memory.model(size, 2), kept, logits]
-    return Job("score, share", at_once, 1, step * count, count, held)
+    return Job("score, share", at_once, 1, step * count, count, pair.base + pair.expert, held)
 
 
-def together(
-    size: ModelSize, name: str, steps: int, prompts: int, guards: int, at_once: int
-) -> Job:
+def together(pair: PairSize, name: str, steps: int, prompts: int, guards: int, at_once: int) -> Job:
     """One step of every behaviour and guard, each by a worker of its own, and then the next."""
-    pairs, terms = [pair_of(size)] * EXPERTS, EXPERTS + guards
+    size, pairs, terms = pair.size, [pair] * EXPERTS, EXPERTS + guards
     whole = [TextBatch(prompts, TOKENS, prompts * ANSWER)] * terms
     some = [TextBatch(at_once, TOKENS, at_once * ANSWER)]
     held = [
@@ -129,7 +146,8 @@ def together(
         *memory.slopes_at_work(pairs, some, 2, free=0.0),
     ]
     step = slopes(pairs, whole, prompts // at_once) + mixed(pairs)
-    return Job(name, at_once, steps, step, terms, held)
+    checkpoints = pair.base + (0.0 if pair.factored else EXPERTS * pair.expert)
+    return Job(name, at_once, steps, step, terms, checkpoints, held)
 
 
 def fitting(make: Callable[[int], Job], prompts: int) -> Job:
@@ -141,11 +159,16 @@ def fitting(make: Callable[[int], Job], prompts: int) -> Job:
 
 def jobs(size: ModelSize) -> list[Job]:
     """Scoring alone and in company, and a fit."""
-    return [
+    whole = pair_of(size)
+    found = [
         fitting(partial(alone, size), PROMPTS),
-        fitting(partial(together, size, "score together", PATH, PROMPTS, 0), PROMPTS),
-        fitting(partial(together, size, "fit", STEPS, A_STEP, 1), A_STEP),
+        fitting(partial(together, whole, "score together", PATH, PROMPTS, 0), PROMPTS),
+        fitting(partial(together, whole, "fit", STEPS, A_STEP, 1), A_STEP),
     ]
+    if size.layer == size.active + 2 * size.hidden:  # matrices, not stacks of experts
+        make = partial(together, adapter_of(size), "fit of LoRA adapters", STEPS, A_STEP, 1)
+        found.append(fitting(make, A_STEP))
+    return found
 
 
 def times(size: ModelSize, job: Job, cards: int) -> dict[str, float]:
@@ -158,7 +181,7 @@ def times(size: ModelSize, job: Job, cards: int) -> dict[str, float]:
     a_node = -(-workers // (cards // CARDS))
     weights = 2.0 * size.parameters
     beyond = max(0.0, weights - max(0.0, CARD - job.besides))
-    speed = BUS if (EXPERTS + 1) * weights <= MAIN else DISK
+    speed = BUS if job.checkpoints <= MAIN else DISK
     # a step's parts are split among workers; terms are read for by each, batches by one of them
     read = job.step.read * (1 / workers if job.steps == 1 else 1.0)
     turns = job.parts / workers if job.steps == 1 else A_STEP // min(A_STEP, job.at_once)
@@ -193,6 +216,8 @@ def paper() -> str:
     lines += [row(name, job, size) for name, size in MODELS.items() for job in jobs(size)]
     lines += ["", "| model | held by a worker of a fit |", "|---|---|"]
     for name, size in MODELS.items():
-        parts = ", ".join(f"{part.name} {amount(part.size)}" for part in jobs(size)[-1].memory)
+        parts = ", ".join(
+            f"{part.name} {amount(part.size)}" for part in jobs(size)[2].memory if part.size
+        )
         lines.append(f"| {name} | {parts} |")
     return "\n".join(lines)

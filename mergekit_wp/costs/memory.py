@@ -31,9 +31,7 @@ def teachers(size: ModelSize, texts: Iterable[Texts]) -> Held:
     return Held("teachers' log-probabilities", float(_FLOAT * positions * size.vocabulary))
 
 
-def recordings(
-    size: ModelSize, batches: Sequence[TextBatch], width: int, each: int = 3
-) -> Held:
+def recordings(size: ModelSize, batches: Sequence[TextBatch], width: int, each: int = 3) -> Held:
     """What both blocks of every layer and the layer itself return, for some batches at once.
 
     Only the layer itself where ``each`` is 1.

@@ -127,4 +127,5 @@ class Costs:
 
 def fullest(*moments: Iterable[Held]) -> tuple[Held, ...]:
     """What is held at the moment at which it is most."""
-    return max((tuple(m) for m in moments), key=lambda parts: sum(part.size for part in parts))
+    held = (tuple(part for part in moment if part.size) for moment in moments)
+    return max(held, key=lambda parts: sum(part.size for part in parts))
