@@ -5,7 +5,6 @@ What is recorded serves all patches of a block, and of the blocks that follow on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
