@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from benchmarks.files import REPO
+from benchmarks.files import REPO, local
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,20 @@ class Family:
     def expert(self, skill: str) -> Path:
         """An expert's checkpoint."""
         return self.folder / "experts" / skill
+
+    def adapter(self, skill: str) -> Path:
+        """Its LoRA adapter, if it is one: of seed 0 the committed one, where there is one."""
+        committed = REPO / self.here / "adapters" / skill
+        if self.seed == 0 and committed.exists():
+            return committed
+        return self.folder / "adapters" / skill
+
+    def reference(self, skill: str) -> str:
+        """What commands are given for an expert: base and adapter, or the checkpoint."""
+        adapter = self.adapter(skill)
+        if not adapter.exists():
+            return local(self.expert(skill))
+        return f"{local(self.base)}+{local(adapter)}"
 
     def prompts(self, skill: str) -> Path:
         """Prompts to score and fit on, with the responses that were learnt."""

@@ -91,7 +91,7 @@ class FitTable:
         """A recipe that names the experts."""
         path = self.folder / "experts" / f"{'-'.join(experts)}.yml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        models = [{"model": local(self.family.expert(e))} for e in experts]
+        models = [{"model": self.family.reference(e)} for e in experts]
         data = {"merge_method": "task_arithmetic", "base_model": local(self.family.base)}
         path.write_text(yaml.safe_dump(data | {"models": models}))
         return path

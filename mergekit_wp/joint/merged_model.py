@@ -88,6 +88,9 @@ class MergedModel:
         self.resident, self.pairs, self.layout = resident, pairs, layout
         self.at_once, self.together = at_once, together
         wide = torch.promote_types(resident.dtype, torch.float32)
+        for pair in pairs:
+            if pair.expert.adapter is not None:
+                pair.expert.adapter.keep()
         self.vectors = [TaskVector.of(pair, wide, resident.device) for pair in pairs]
         self.decoder, first = Decoder(resident.model), pairs[0]
         hidden = int(first.base.text_config.hidden_size)
