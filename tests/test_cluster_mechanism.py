@@ -94,7 +94,7 @@ def run(command: str, world: Path, out: Path, said: Quiet | None = None, **optio
     if not file.exists():
         file.write_bytes((world / "scores.safetensors").read_bytes())
     task = JsonlTask.read(world / "items.jsonl", Checkers.load(world / "checkers.py"))
-    verify(VerifyRequest(file=file, top=("3", "25%"), draws=2, **settings), task, said)
+    verify(VerifyRequest(file=file, top=("3",), draws=2, **settings), task, said)
     return file.read_bytes()
 
 
