@@ -9,9 +9,7 @@ import re
 import shlex
 import subprocess
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
 import mergekit.card
 import pytest
@@ -20,6 +18,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_wp.cli import main
+from tests.local_ray import LocalRay, on
 
 ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
@@ -67,12 +66,21 @@ def commands(code: str) -> list[str]:
 class Shell:
     """Runs shell blocks in one folder: our commands in this process, the rest by `sh -e`.
 
-    Programs that would leave the machine, or take it for long, only note their arguments.
+    Programs that would leave the machine, or take it for long, only note their arguments. Workers
+    of `--ray` are in this process, too (`tests.local_ray`).
+
+    Args:
+        folder: where they run.
+        monkeypatch: of the test.
+        steps: of a fit at most, where the page says no number; None for as many as it takes.
     """
 
     NOTED = ("pip", "hf", "make", "python")
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int | None = None
+    ) -> None:
+        self.steps = steps
         self.folder, self.noted = folder, folder.with_name(f"{folder.name}-noted")
         programs = folder.with_name(f"{folder.name}-programs")
         programs.mkdir()
@@ -84,6 +92,7 @@ class Shell:
         monkeypatch.chdir(folder)
         LoaderCache.loaders.clear()  # it knows checkpoints by relative paths
         monkeypatch.setattr(mergekit.card, "is_hf", lambda path: False)  # asks the Hub
+        on(monkeypatch, LocalRay(2))
         # the numbers on a page are a CPU's
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -108,16 +117,15 @@ class Shell:
 
     def _ours(self, block: Block, line: str) -> str:
         program, *arguments = shlex.split(line, comments=True)
-        if "--ray" in arguments and find_spec("ray") is None:
-            return ""  # tests/test_cluster.py runs it where Ray is installed
+        fits = arguments[0] == "fit" or (arguments[0] == "merge" and "--prompts" in arguments)
+        if program == "mergekit-wp" and fits and self.steps and "--steps" not in arguments:
+            arguments += ["--steps", str(self.steps)]
         if program == "mergekit-wp" and arguments[0] in ("score", "fit", "merge", "aim"):
             arguments.append("--overwrite")  # pages show several ways to one result
         out, err = io.StringIO(), io.StringIO()
         with contextlib.ExitStack() as during:
             during.enter_context(contextlib.redirect_stdout(out))
             during.enter_context(contextlib.redirect_stderr(err))
-            if "--ray" in arguments:  # Ray's own processes would end by our filters
-                during.enter_context(patch.dict(os.environ, PYTHONWARNINGS=""))
             try:
                 if program == "mergekit-yaml":
                     mergekit_yaml(arguments)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -138,13 +139,43 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[],
     return made
 
 
+@dataclass
+class Spread:
+    """A comparison by some workers: its files, and what was made of it in the driver."""
+
+    files: dict[str, bytes]
+    ray: LocalRay
+    done: float
+    here: set[str]
+
+
+@pytest.fixture(scope="module")
+def spread(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Spread]:
+    """By so many workers."""
+    found: dict[int, Spread] = {}
+
+    def of(cpus: int) -> Spread:
+        if cpus in found:
+            return found[cpus]
+        here, evaluate = set[str](), running.evaluate
+
+        def seen(load: Any, jobs: Any, *rest: Any) -> None:
+            here.add(jobs[0][1].model)
+            evaluate(load, jobs, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(running, "evaluate", seen)
+            ray, said = on(patch, LocalRay(cpus)), Quiet()
+            written = run(world, tmp_path_factory.mktemp("spread"), said, ray=True)
+        found[cpus] = Spread(written, ray, said.done, here)
+        return found[cpus]
+
+    return of
+
+
 @pytest.mark.parametrize("cpus", [1, 4])
 def test_any_number_of_workers_write_the_files_of_one_process(
-    cpus: int,
-    world: Path,
-    alone: Callable[[], dict[str, bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cpus: int, alone: Callable[[], dict[str, bytes]], spread: Callable[[int], Spread]
 ) -> None:
     want = alone()
     summary = json.loads(want["summary.json"])
@@ -153,18 +184,11 @@ def test_any_number_of_workers_write_the_files_of_one_process(
     assert any(row["equal"]["setting"] != row["setting"] for row in again), "further tests"
     assert b"template date" in want["comparison.json"]
     assert b'"failed":"' in want["results.jsonl"], "a recipe that fails is among them"
-    ray, said = on(monkeypatch, LocalRay(cpus)), Quiet()
-    here, evaluate = set(), running.evaluate
-
-    def seen(load: Any, jobs: Any, *rest: Any) -> None:
-        here.add(jobs[0][1].model)
-        evaluate(load, jobs, *rest)
-
-    monkeypatch.setattr(running, "evaluate", seen)
-    assert run(world, tmp_path, said, ray=True) == want
-    assert here == {"task_arithmetic_per_expert"}, "all else is the workers'"
-    assert ray.at_once == cpus
-    assert said.done == DONE[0]
+    found = spread(cpus)
+    assert found.files == want
+    assert found.here == {"task_arithmetic_per_expert"}, "all else is the workers'"
+    assert found.ray.at_once == cpus
+    assert found.done == DONE[0]
 
 
 def test_a_killed_workers_models_are_made_again(
@@ -182,6 +206,7 @@ def test_a_killed_workers_models_are_made_again(
 def test_a_killed_driver_goes_on(
     world: Path,
     alone: Callable[[], dict[str, bytes]],
+    spread: Callable[[int], Spread],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -197,15 +222,13 @@ def test_a_killed_driver_goes_on(
         if count == 11:  # of two tasks, one
             raise Killed
 
-    whole = on(monkeypatch, LocalRay(2))
-    run(world, tmp_path / "whole", ray=True)
     on(monkeypatch, LocalRay(2))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Results, "add", die)
         run(world, tmp_path / "out", ray=True)
     ray = on(monkeypatch, LocalRay(2))
     assert run(world, tmp_path / "out", ray=True) == alone()
-    assert ray.jobs < whole.jobs
+    assert ray.jobs < spread(4).ray.jobs
 
 
 def test_a_model_that_ends_its_workers_is_given_up(

@@ -94,7 +94,7 @@ def run(command: str, world: Path, out: Path, said: Quiet | None = None, **optio
     if not file.exists():
         file.write_bytes((world / "scores.safetensors").read_bytes())
     task = JsonlTask.read(world / "items.jsonl", Checkers.load(world / "checkers.py"))
-    verify(VerifyRequest(file=file, top=("3", "25%"), draws=2, **settings), task, said)
+    verify(VerifyRequest(file=file, top=("3",), draws=2, **settings), task, said)
     return file.read_bytes()
 
 
@@ -111,21 +111,47 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return of
 
 
+@pytest.fixture(scope="module")
+def spread(
+    world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], tuple[bytes, LocalRay]]:
+    """What some workers find, and they."""
+    found: dict[tuple[str, int], tuple[bytes, LocalRay]] = {}
+
+    def of(command: str, cpus: int) -> tuple[bytes, LocalRay]:
+        if (key := (command, cpus)) not in found:
+            with pytest.MonkeyPatch.context() as patch:
+                ray = on(patch, LocalRay(cpus))
+                found[key] = run(command, world, tmp_path_factory.mktemp(command), ray=True), ray
+        return found[key]
+
+    return of
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("cpus", [1, 3])
-@pytest.mark.parametrize("limits", [{}, {"device_map": "auto", "max_memory": {"cpu": 0}}])
 def test_any_number_of_workers_find_what_one_process_does(
     command: str,
     cpus: int,
-    limits: dict[str, Any],
+    alone: Callable[[str], bytes],
+    spread: Callable[[str, int], tuple[bytes, LocalRay]],
+) -> None:
+    found, ray = spread(command, cpus)
+    assert found == alone(command)
+    assert ray.at_once == min(cpus, 2 if command == "anchor" else 3)  # of two layers
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_workers_may_fetch_all_weights(
+    command: str,
     world: Path,
     alone: Callable[[str], bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ray = on(monkeypatch, LocalRay(cpus))
+    on(monkeypatch, LocalRay(3))
+    limits = {"device_map": "auto", "max_memory": {"cpu": 0}}
     assert run(command, world, tmp_path, ray=True, **limits) == alone(command)
-    assert ray.at_once == min(cpus, 2 if command == "anchor" else 3)  # of two layers
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -147,6 +173,7 @@ def test_a_killed_driver_goes_on_from_the_journal(
     command: str,
     world: Path,
     alone: Callable[[str], bytes],
+    spread: Callable[[str, int], tuple[bytes, LocalRay]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -162,8 +189,6 @@ def test_a_killed_driver_goes_on_from_the_journal(
         if count == 4:
             raise Killed
 
-    whole = on(monkeypatch, LocalRay(2))
-    run(command, world, tmp_path / "whole", ray=True)
     on(monkeypatch, LocalRay(2))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Journal, "save", die)
@@ -171,6 +196,7 @@ def test_a_killed_driver_goes_on_from_the_journal(
     ray, said = on(monkeypatch, LocalRay(2)), Quiet()
     assert run(command, world, tmp_path / "out", said, ray=True) == alone(command)
     assert any(note.startswith("continuing the run") for note in said.notes)
+    _, whole = spread(command, 3)
     assert ray.jobs == whole.jobs - 4
 
 

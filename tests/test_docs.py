@@ -68,6 +68,10 @@ def make_world(folder: Path) -> None:
         scorefile.write(make_score_file(seed=seed), folder / f"{name}.safetensors")
 
 
+#: of fits of the random models of `make_world`, whose answers no page shows
+STEPS = 12
+
+
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     (tmp_path / "world").mkdir()
@@ -124,6 +128,7 @@ def test_a_page_runs_as_it_stands(page: Path, shell: Shell) -> None:
         Path("benchmarks").symlink_to(ROOT / "benchmarks")
     else:
         make_world(shell.folder)
+        shell.steps = STEPS
     follow(page, shell)
     for line in shell.noted.read_text().splitlines():
         program, *arguments = line.split()

@@ -204,7 +204,7 @@ def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path)
     lines = (tmp_path / "plain.jsonl").read_text().splitlines()
     kept = [json.dumps({"prompt": json.loads(line)["prompt"][::-1] + "q"}) for line in lines]
     (tmp_path / "plain.jsonl").write_text("\n".join(kept) + "\n")
-    options: dict[str, Any] = {"steps": 40, "rate": 0.1, "max_new_tokens": 3}
+    options: dict[str, Any] = {"steps": 20, "rate": 0.1, "max_new_tokens": 3}
     free = fitted(world, tmp_path / "free", **options)
     options |= {"guards": (tmp_path / "plain.jsonl",)}
     wide = fitted(world, tmp_path / "wide", limit=100.0, **options)
@@ -232,7 +232,7 @@ def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path)
     loose = away(free)
     assert wide.fit.reached["plain"].kl == pytest.approx(loose, rel=5e-3)
     limit = math.exp(loose / 4)
-    held = fitted(world, tmp_path / "held", limit=limit, **(options | {"steps": 200}))
+    held = fitted(world, tmp_path / "held", limit=limit, **(options | {"steps": 100}))
     assert held.fit.held("plain") and held.fit.reached["plain"].kl <= 1.1 * loose / 4
     assert away(held) == pytest.approx(held.fit.reached["plain"].kl, rel=1e-4)
     assert held.fit.guards[0].price > 0

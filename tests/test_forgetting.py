@@ -23,9 +23,9 @@ from mergekit_wp.tasks import plain_text
 from mergekit_wp.tasks.plain_text import PlainText
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
+from tests.comparing import NORM, Distance, make_plan, planted, run
 from tests.merging import Family, llama_config
 from tests.models import save_tokenizer
-from tests.test_compare_run import NORM, Distance, make_plan, planted, run
 
 torch.set_num_threads(1)
 

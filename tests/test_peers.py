@@ -23,9 +23,9 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.models import checkpoint as models
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
+from tests.comparing import Distance, make_plan, planted, run
 from tests.merging import Checkpoint, Family, llama_config, random_state
 from tests.models import save_tokenizer
-from tests.test_compare_run import Distance, make_plan, planted, run
 
 torch.set_num_threads(1)
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.engine.measure import counted, profiled, timed
+from benchmarks.engine.measure import counted, profiling, timed
+from benchmarks.engine.synthetic import SIZES, config_of, matmul_throughput, write_models
 from mergekit_wp.models.memory import AtOnce, in_gib, peak_memory, peak_on_gpus
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
@@ -31,44 +31,6 @@ from mergekit_wp.runs.texts import auto_batch_size
 from mergekit_wp.scoring.blocks import Block, exact_blocks, first_order_blocks, share_blocks
 from mergekit_wp.scoring.measure import measure
 from mergekit_wp.terms import SLICED_KINDS, Kind
-
-_LLAMA = {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None}
-#: hidden, MLP, layers, heads, groups, vocabulary, tied
-_SIZES = {
-    "tiny": (64, 176, 4, 4, 2, 512, True),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, False),
-    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, False),
-}
-
-
-def config_of(shape: str) -> LlamaConfig:
-    """The configuration of a shape."""
-    hidden, mlp, layers, heads, groups, vocabulary, tied = _SIZES[shape]
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=hidden // heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        **_LLAMA,
-    )
-
-
-def synthetic_pair(shape: str, device: str, dtype: torch.dtype, folder: Path) -> tuple[str, str]:
-    """A random base and an expert that differs a little everywhere, in files."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
-    model.save_pretrained(folder / "base", max_shard_size="4GB")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.002)
-    model.save_pretrained(folder / "expert", max_shard_size="4GB")
-    return str(folder / "base"), str(folder / "expert")
 
 
 def samples(count: int, length: int, response: int, vocabulary: int) -> list[Sample]:
@@ -85,14 +47,6 @@ def samples(count: int, length: int, response: int, vocabulary: int) -> list[Sam
     ]
 
 
-def matmul_throughput(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product, the best of ten."""
-    n = 8192 if torch.device(device).type == "cuda" else 1024
-    x = torch.randn((n, n), device=device).to(dtype)
-    _, seconds, _ = timed(lambda: x @ x, 10)
-    return 2 * n**3 / seconds
-
-
 def run(
     shape: str,
     device: str,
@@ -100,18 +54,18 @@ def run(
     count: int,
     length: int,
     layers: int,
-    profiling: bool = False,
+    profile: bool = False,
 ) -> None:
     """Measure one shape and print it, with a profile of each sweep if asked."""
     peak = matmul_throughput(device, dtype)
     print(f"{shape} on {device} ({dtype}): {peak / 1e12:.3g} TFLOP/s in one matrix product")
     with tempfile.TemporaryDirectory() as folder:
-        names = synthetic_pair(shape, device, dtype, Path(folder))
+        config, names = config_of(shape), [str(Path(folder, n)) for n in ("base", "expert")]
+        write_models(config, device, dtype, Path(folder), ["expert"])
         pair, opening, _ = timed(lambda: open_pair(*names, lambda *_: None))
         resident = ResidentModel(pair, dtype, device)
         _, reading, _ = timed(lambda: resident.move_to(0.0))
         print(f"  both files compared in {opening:.3g} s, the base read in {reading:.3g} s")
-        config = config_of(shape)
         prompts = samples(count, length, max(1, length // 8), config.vocab_size)
         size = auto_batch_size(prompts, config.vocab_size, device)
         references = measure_references(resident, prompts, ("kl",), size)
@@ -154,8 +108,9 @@ def run(
                 f"{flops / seconds / peak:.0%} of the matrix product's throughput",
                 flush=True,
             )
-            if profiling:
-                print(profiled(work), flush=True)
+            if profile:
+                with profiling():
+                    work()
     print(f"  peak: process {in_gib(peak_memory())}, GPUs {in_gib(peak_on_gpus())}")
 
 
@@ -207,7 +162,7 @@ def _time(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=[*_SIZES], default="tiny")
+    parser.add_argument("--shape", choices=[*SIZES], default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--n-prompts", type=int, default=16)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from benchmarks.engine.measure import (
     Cost,
     counted,
     floor_formula,
-    profiled,
+    profiling,
     restart_formula,
     timed,
 )
@@ -193,7 +192,8 @@ def main() -> None:
         inputs = open_case(case, options.n_prompts, getattr(torch, options.dtype), options.device)
         components = heads_and_neurons(inputs.partition, options.neurons)
         if options.profile:
-            print(profiled(partial(ours.exact, inputs, components, ("kl",))))
+            with profiling():
+                ours.exact(inputs, components, ("kl",))
             continue
         if options.inference_mode is not None:
             print(table([inference_row(inputs, components, options.inference_mode)]))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    flop_registry,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -83,14 +86,32 @@ def counted(run: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def profiled(run: Callable[[], object]) -> str:
-    """The largest slices of a run, of the processor's time and of a GPU's where there is one."""
+class Counting(TorchDispatchMode):
+    """FLOPs of all products; torch's own counter hooks modules, which autograd.grad refuses."""
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        packet = function._overloadpacket
+        if (attention := ATTENTION.get(packet)) is not None:
+            self.total += attention(*(getattr(a, "shape", a) for a in args))
+        elif (count := flop_registry.get(packet)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=made)
+        return made
+
+
+@contextmanager
+def profiling() -> Iterator[None]:
+    """Print what takes longest in the context, by the processor and by a GPU if there is one."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
-        run()
-    by = ["self_cpu_time_total", *(["self_device_time_total"] if on_gpu else [])]
-    return "\n".join(found.key_averages().table(sort_by=one, row_limit=18) for one in by)
+        yield
+    for by in ("self_cpu_time_total", *(["self_device_time_total"] if on_gpu else [])):
+        print(found.key_averages().table(sort_by=by, row_limit=18), flush=True)
 
 
 def layer_parameters(partition: Partition) -> int:
