@@ -21,7 +21,10 @@ STEP = re.compile(
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole experts", "adapters"])
 def test_all_of_a_tiny_shape(tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Counted is what `--dry-run` says, and of the time of a step mixing is a part."""
+    """Counted is what `--dry-run` says, and of the time of a step mixing is a part.
+
+    What is not said: one prompt goes forward first, to see whether attention allows packing.
+    """
     run("tiny", 2, rank, "cpu", "float32", Task(4, 16, 1, profile=not rank), tmp_path)
     said = capsys.readouterr().out
     found = STEP.findall(said)
@@ -29,7 +32,7 @@ def test_all_of_a_tiny_shape(tmp_path: Path, rank: int, capsys: pytest.CaptureFi
     for _, seconds, mixing, real, computed in found:
         assert 0 < float(mixing) < float(seconds)
         (flops, unit), (expected, same) = real.split(), computed.split()
-        assert unit == same and float(flops) == pytest.approx(float(expected), rel=0.02)
+        assert unit == same and float(flops) == pytest.approx(float(expected), rel=0.05)
     assert said.count("Self CPU time total") == (0 if rank else 2)
     assert "3 LoRA adapters of rank 2" in said if rank else "3 whole experts" in said
     assert ("merge: not of adapters" in said) == bool(rank)
@@ -89,4 +92,6 @@ def test_the_computed_table_reads_more_slowly_from_slower_files() -> None:
     ]
     # ten times 8.03e9 numbers of two bytes
     assert "150 GiB read, 1.5 s" in fast and "150 GiB read, 18 s" in slow
-    assert float(slow.split("|")[4].split()[0]) < float(fast.split("|")[4].split()[0]) == 450
+    assert float(slow.split("|")[5].split()[0]) < float(fast.split("|")[5].split()[0]) == 450
+    adapters = [line for line in table(32, 128, 450e12, 1e20).splitlines() if "rank 16" in line]
+    assert "15 GiB read" in adapters[1]  # only the base

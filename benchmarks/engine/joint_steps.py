@@ -44,7 +44,7 @@ from benchmarks.engine.synthetic import (
     write_models,
     write_tokenizer,
 )
-from benchmarks.forecast.paper import pair_of
+from benchmarks.forecast.paper import CARD, RANK, adapter_of, pair_of
 from mergekit_wp import api
 from mergekit_wp.architectures import Dims
 from mergekit_wp.costs import memory
@@ -262,7 +262,7 @@ def run(
 
 
 def table(count: int, length: int, throughput: float, reading: float) -> str:
-    """Computed cost of one step of three whole experts, nothing measured.
+    """Computed cost of one step of three experts on an H100, nothing measured.
 
     Args:
         count: prompts of every behaviour; a fit takes some of them a step, and of a guard as many.
@@ -272,34 +272,36 @@ def table(count: int, length: int, throughput: float, reading: float) -> str:
     """
     some = a_step(count)
     lines = [
-        f"Computed, not measured: three whole experts in bfloat16, prompts of {length} tokens, "
+        f"Computed, not measured: three experts in bfloat16, prompts of {length} tokens, "
         f"{throughput / 1e12:.0f} TFLOP/s, {reading / 1e9:.3g} GB/s from the files.",
         "",
-        f"| shape | one company step, {count} prompts of each | one fit step, {some} prompts of "
-        "each and of a guard | TFLOP/s of both | on the card at most |",
-        "|---|---|---|---:|---:|",
+        f"| shape | experts | one company step, {count} prompts of each | one fit step, {some} "
+        "prompts of each and of a guard | TFLOP/s of both | on the card at most |",
+        "|---|---|---|---|---:|---:|",
     ]
     for shape in [shape for shape in SIZES if shape != "tiny"]:
         size = size_of(config_of(shape))
-        pairs = [pair_of(size)] * len(EXPERTS)
-        cells, speeds, peaks = [], [], []
-        for each, terms in ((count, len(EXPERTS)), (some, len(EXPERTS) + 1)):
-            response = max(2, length // _RESPONSE)
-            batches = [TextBatch(each, length, each * response)] * terms
-            step = slopes(pairs, batches) + mixed(pairs)
-            seconds = step.flops / throughput + step.read / reading
-            took = f"{flops(step.flops)}FLOP, {amount(step.read)} read, {duration(seconds)}"
-            cells.append(took)
-            speeds.append(f"{step.flops / seconds / 1e12:.0f}")
-            held = [
-                memory.model(size, 2),
-                Held("teachers", 4.0 * count * terms * response * size.vocabulary),
-                memory.recordings(size, batches, 2),
-                *memory.slopes_at_work(pairs, batches, 2),
-            ]
-            peaks.append(sum(part.size for part in held))
-        cells += [" and ".join(speeds), amount(max(peaks))]
-        lines.append(f"| {shape} | {' | '.join(cells)} |")
+        for kind, pair in (("whole", pair_of(size)), (f"rank {RANK}", adapter_of(size))):
+            pairs = [pair] * len(EXPERTS)
+            cells, speeds, peaks = [], [], []
+            for each, terms in ((count, len(EXPERTS)), (some, len(EXPERTS) + 1)):
+                response = max(2, length // _RESPONSE)
+                batches = [TextBatch(each, length, each * response)] * terms
+                kept = memory.kept(size, batches, 2, CARD)
+                step = slopes(pairs, batches, kept=kept) + mixed(pairs)
+                seconds = step.flops / throughput + step.read / reading
+                took = f"{flops(step.flops)}FLOP, {amount(step.read)} read, {duration(seconds)}"
+                cells.append(took)
+                speeds.append(f"{step.flops / seconds / 1e12:.0f}")
+                held = [
+                    memory.model(size, 2),
+                    Held("teachers", 4.0 * count * terms * response * size.vocabulary),
+                    memory.recordings(size, batches, 2, each=1),
+                    *memory.slopes_at_work(pairs, batches, 2, CARD),
+                ]
+                peaks.append(sum(part.size for part in held))
+            cells += [" and ".join(speeds), amount(max(peaks))]
+            lines.append(f"| {shape} | {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
