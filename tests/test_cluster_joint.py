@@ -53,19 +53,35 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return of
 
 
+@pytest.fixture(scope="module")
+def spread(
+    world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], tuple[Path, LocalRay]]:
+    """Files of some workers, and they."""
+    found: dict[tuple[str, int], tuple[Path, LocalRay]] = {}
+
+    def of(command: str, cpus: int) -> tuple[Path, LocalRay]:
+        if (key := (command, cpus)) not in found:
+            out = tmp_path_factory.mktemp(command) / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                ray = on(patch, LocalRay(cpus))
+                run(command, world, out, ray=True)
+            found[key] = out, ray
+        return found[key]
+
+    return of
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("cpus", [1, 2, 9])
 def test_any_number_of_workers_write_the_files_of_one_process(
     command: str,
     cpus: int,
-    world: Path,
     alone: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    spread: Callable[[str, int], tuple[Path, LocalRay]],
 ) -> None:
-    ray = on(monkeypatch, LocalRay(cpus))
-    run(command, world, tmp_path / "out", ray=True)
-    assert files(tmp_path / "out") == files(alone(command))
+    out, ray = spread(command, cpus)
+    assert files(out) == files(alone(command))
     # two batches of two behaviours are four terms; two behaviours and a guard are three
     assert ray.at_once == min(cpus, 4) if command == "company" else ray.at_once >= min(cpus, 3)
 
@@ -91,6 +107,7 @@ def test_a_killed_driver_goes_on_from_the_journal(
     command: str,
     world: Path,
     alone: Callable[[str], Path],
+    spread: Callable[[str, int], tuple[Path, LocalRay]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -106,14 +123,14 @@ def test_a_killed_driver_goes_on_from_the_journal(
         if count == 3:
             raise Killed
 
-    whole = on(monkeypatch, LocalRay(2))
-    run(command, world, tmp_path / "whole", ray=True)
+    on(monkeypatch, LocalRay(2))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Journal, "save", die)
         run(command, world, tmp_path / "out", ray=True)
     ray, said = on(monkeypatch, LocalRay(2)), Quiet()
     run(command, world, tmp_path / "out", said, ray=True)
     assert any(note.startswith("continuing the run") for note in said.notes)
+    _, whole = spread(command, 2)
     assert ray.jobs < whole.jobs
     assert files(tmp_path / "out") == files(alone(command))
 

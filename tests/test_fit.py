@@ -199,6 +199,13 @@ def test_all_ones_is_task_arithmetic(world: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, plain[name], rtol=1e-9, atol=1e-9)
 
 
+#: of what one family shows as well as two
+ONE_FAMILY = pytest.mark.parametrize(
+    "world", ["llama-tied", pytest.param("qwen2", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@ONE_FAMILY
 def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path) -> None:
     write_task(tmp_path / "plain.jsonl", "zz")
     lines = (tmp_path / "plain.jsonl").read_text().splitlines()

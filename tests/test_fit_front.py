@@ -34,8 +34,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+#: fits whose files are looked at, whatever they reach
+SHORT: dict[str, Any] = {"steps": 9, "limit": 1.02}
+
+
 def guarded(world: Path, out: Path, **options: Any) -> Gates:
     return fitted(world, out, **{"guards": (world / "plain.jsonl",), "rate": 0.1, **options})
+
+
+@pytest.fixture(scope="module")
+def curve(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fit with two further limits."""
+    out = tmp_path_factory.mktemp("front") / "curve"
+    guarded(world, out, front=(1.05, 1.2), **SHORT)
+    return out
 
 
 def test_every_point_is_what_its_gates_do(
@@ -69,19 +81,17 @@ def test_every_point_is_what_its_gates_do(
     assert points[2].reached["plain"].kl > 1.1 * math.log(further[0])
 
 
-def test_the_gates_written_are_those_of_the_limit(world: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 9, "limit": 1.02}
-    point = guarded(world, tmp_path / "point", **options)
-    curve = guarded(world, tmp_path / "curve", front=(1.05, 1.2), **options)
-    assert point.tensors.keys() == curve.tensors.keys()
-    assert all(torch.equal(curve.tensors[key], tensor) for key, tensor in point.tensors.items())
-    assert curve.fit.model_copy(update={"front": ()}) == point.fit and len(curve.fit.front) == 2
-    file = str(tmp_path / "curve" / f"{NAMES[0]}.safetensors")
+def test_the_gates_written_are_those_of_the_limit(world: Path, curve: Path, tmp_path: Path) -> None:
+    point, whole = guarded(world, tmp_path / "point", **SHORT), Gates.read(curve, list(NAMES))
+    assert point.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(whole.tensors[key], tensor) for key, tensor in point.tensors.items())
+    assert whole.fit.model_copy(update={"front": ()}) == point.fit and len(whole.fit.front) == 2
+    file = str(curve / f"{NAMES[0]}.safetensors")
     shown = CliRunner().invoke(cli, ["inspect", file])
-    answers = ", ".join(f"{n} {curve.fit.front[1].reached[n].answers:.2f}" for n in NAMES)
+    answers = ", ".join(f"{n} {whole.fit.front[1].reached[n].answers:.2f}" for n in NAMES)
     assert f"limit 1.2: answers reproduced: {answers}" in " ".join(shown.output.split())
-    for folder, drawn in (("curve", True), ("point", False)):
-        file = str(tmp_path / folder / f"{NAMES[0]}.safetensors")
+    for fit, drawn in ((curve, True), (tmp_path / "point", False)):
+        file = str(fit / f"{NAMES[0]}.safetensors")
         done = CliRunner().invoke(cli, ["plot", file, "--out", str(tmp_path / "page.html")])
         assert done.exception is None, done.exception
         assert ("Answers reproduced by limit" in (tmp_path / "page.html").read_text()) == drawn
@@ -89,10 +99,9 @@ def test_the_gates_written_are_those_of_the_limit(world: Path, tmp_path: Path) -
 
 
 def test_a_run_killed_in_the_second_point_goes_on(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, curve: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"steps": 9, "limit": 1.02, "front": (1.05, 1.2)}
-    guarded(world, tmp_path / "whole", **options)
+    options = SHORT | {"front": (1.05, 1.2)}
     again, keep, saved = tmp_path / "again", Journal.save, list[str]()
 
     def killed(self: Journal, key: str, tensors: Any) -> None:
@@ -111,7 +120,7 @@ def test_a_run_killed_in_the_second_point_goes_on(
         guarded(world, again, **options)
     assert saved == ["front-1"] * 2  # of three steps, one was kept
     for name in NAMES:
-        one, two = (folder / f"{name}.safetensors" for folder in (again, tmp_path / "whole"))
+        one, two = (folder / f"{name}.safetensors" for folder in (again, curve))
         assert one.read_bytes() == two.read_bytes()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.memory import GIB, free_memory, is_out_of_memory, peak_memory
 from mergekit_wp.models.resident import ResidentModel
@@ -69,16 +70,22 @@ def request_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("budget", [256.0, 0.0], ids=["exact", "first-order"])
+@pytest.fixture(scope="module", params=[256.0, 0.0], ids=["exact", "first-order"])
+def scored(request, request_of, tmp_path_factory) -> tuple[float, ScoreFile]:
+    """A budget of exact swaps, and what is measured with enough memory."""
+    out = tmp_path_factory.mktemp("whole") / "a.safetensors"
+    return request.param, score(request_of(out, exact_budget=request.param), Quiet())
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(ON_CPU)],
     ids=["cuda", "python", "cpu"],
 )
 def test_scores_are_the_same_with_little_memory(
-    request_of, tmp_path, monkeypatch, error, budget
+    request_of, tmp_path, monkeypatch, error, scored
 ) -> None:
-    whole = score(request_of(tmp_path / "a.safetensors", exact_budget=budget), Quiet())
+    budget, whole = scored
     memory = SmallMemory(monkeypatch, error, 10**6)
 
     class Tightening(Quiet):

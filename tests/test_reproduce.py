@@ -87,7 +87,7 @@ COMMANDS = {
         f"fitted/{NAMES[0]}.safetensors", 1,
     ),
 }  # fmt: skip
-SLOW = {"verify", "verify, built-in", "fit", "company"}
+SLOW = {"trace", "verify", "verify, built-in", "fit", "company"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_batches_and_threads_move_scores_by_a_few_noise_floors(tmp_path: Path, c
     common = [
         "score", str(ZOO / "base"), str(ZOO / "sort"), "--max-prompts", "4", "--criterion", "kl",
         "--prompts", str(ZOO / "prompts" / "sort.jsonl"), "--estimand", "share,gain",
-        "--kinds", "head,kv_group", "--verify", "0",
+        "--kinds", "head,kv_group", "--verify", "0", "--share-steps", "2",
     ]  # fmt: skip
     for name in ("one", "other"):
         changed = name == "other"

@@ -224,9 +224,10 @@ def test_weights_left_in_the_checkpoints_restore_the_same(
     world: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = JsonlTask.read(world / "items.jsonl", Checkers.load(None))
-    held = verify(request_for(world, file), task, Quiet())
+    sets: dict[str, Any] = {"top": ("3",), "draws": 2}
+    held = verify(request_for(world, file, **sets), task, Quiet())
     fetched = count_fetched(monkeypatch)
-    spread = request_for(world, file, device_map="auto", max_memory={"cpu": 0})
+    spread = request_for(world, file, device_map="auto", max_memory={"cpu": 0}, **sets)
     assert verify(spread, task, Quiet()).points == held.points and fetched
 
 

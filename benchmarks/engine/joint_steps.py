@@ -249,6 +249,8 @@ def run(
         flush=True,
     )
     write_models(config, device, stored, at, () if rank else EXPERTS)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # batches go by what is free
     write_tokenizer(at / "base")
     base, experts = at / "base", {name: str(at / name) for name in EXPERTS}
     for name in EXPERTS if rank else ():
