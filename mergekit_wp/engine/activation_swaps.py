@@ -84,6 +84,7 @@ def activation_inputs(
                 where &= group_of < dims.n_kv_groups
                 value = torch.where(where, theirs[module], ours[module])
                 stack.enter_context(returning(module, value, as_tuple=False))
+            stack.enter_context(returning(decoder.mlp(index), call.mlp, as_tuple=False))
             layer(call.hidden, **call.kwargs)
 
     def written(kind: FineKind) -> BlockInputs:
