@@ -85,6 +85,13 @@ def test_every_token_sees_its_own_past_and_nothing_else(texts) -> None:
         assert positions[at] == len(sample.prompt_ids) - 1
 
 
+def test_what_only_some_begin_with_alike_is_there_once() -> None:
+    batch = PromptBatch.of(SAMPLES, range(len(SAMPLES)), "cpu")
+    row = packed(batch, CHEAP_ATTENTION)
+    tokens = {s.input_ids[:end] for s in SAMPLES for end in range(1, len(s.input_ids) + 1)}
+    assert row.ids.shape == (1, len(tokens))
+
+
 def test_nothing_is_packed_where_attention_would_cost_more_than_it_saves() -> None:
     others = [Sample((i, 2, 3, 4), (5,)) for i in range(4)]
     batch = PromptBatch.of(others, range(4), "cpu")

@@ -53,6 +53,21 @@ def timed(run: Callable[[], T], repeats: int = 1) -> tuple[T, float, float]:
     return result, min(walls), min(cpus)
 
 
+@dataclass
+class Spent:
+    """Wall and CPU seconds of the parts of a run that count; opening models does not."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def on(self, run: Callable[[], T], times: float = 1.0, repeats: int = 1) -> T:
+        """What a run returns; its time counts so many times, the best of the repeats."""
+        found, wall, cpu = timed(run, repeats)
+        self.wall += times * wall
+        self.cpu += times * cpu
+        return found
+
+
 def _attention(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
     return int(sdpa_flop_count(q, _by_head(k, q), _by_head(v, q)))
 

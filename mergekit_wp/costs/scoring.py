@@ -212,18 +212,27 @@ class Sweep:
             local += 4.0 * batch.tokens * size.hidden * inner / count
         return self._tail(batch, layer) + Work(forward=local)
 
-    def _local(self, estimand: Estimand, batch: TextBatch, kinds: Sequence[Kind]) -> float:
-        """FLOPs of what a layer's components change in their own blocks."""
-        size, found = self.pair.size, 0.0
-        if of_activations(estimand):  # of all kinds: by both models, and with the other's keys
-            return 3 * layer_flops(size, batch) if kinds else 0.0
+    def _local(
+        self, estimand: Estimand, batch: TextBatch, kinds: Sequence[Kind], *, recorded: bool = False
+    ) -> float:
+        """FLOPs of what a layer's components change in their own blocks.
+
+        Args:
+            estimand: what is measured; of activations, the other model's pass is part of its run.
+            batch: the prompts.
+            kinds: that are exchanged.
+            recorded: what the receiver's own weights hand on was kept when it ran.
+        """
+        size, own = self.pair.size, 0 if recorded else 1
+        attention = 2.0 * batch.tokens * size.attention + attended(size, batch)
+        mlp = 2.0 * batch.tokens * size.mlp if "neuron" in kinds else 0.0
+        if of_activations(estimand):
+            keys = attention if "kv_group" in kinds else 0.0
+            runs = bool(keys) or (kinds and not recorded)  # keys of single groups need a run
+            return keys + (attention + mlp if runs else 0.0)
         # each block by its own weights, and with those that every kind exchanges
-        if attends := [kind for kind in kinds if kind in ("head", "kv_group")]:
-            block = 2.0 * batch.tokens * size.attention + attended(size, batch)
-            found += (1 + len(attends)) * block
-        if "neuron" in kinds:
-            found += 2 * 2.0 * batch.tokens * size.mlp
-        return found
+        attends = sum(kind in ("head", "kv_group") for kind in kinds)
+        return (own + attends) * attention * bool(attends) + (own + 1) * mlp
 
     def _swaps(self, estimand: Estimand, kinds: Sequence[Kind]) -> Work:
         """Every component of some kinds, one by one."""
@@ -244,7 +253,9 @@ class Sweep:
                 if not here:
                     continue
                 sliced = [kind for kind in here if kind in SLICED_KINDS]
-                work = Work(forward=self._local(estimand, batch, sliced), read=layer_read)
+                # of activations, the other model's run has read the layer
+                read = 0.0 if of_activations(estimand) and "tensor" not in here else layer_read
+                work = Work(forward=self._local(estimand, batch, sliced), read=read)
                 for kind, count in here.items():
                     work = work + self._swap(batch, layer, kind) * count
                 found = found + work
@@ -265,10 +276,13 @@ class Sweep:
             neurons = [kind for kind in kinds if kind == "neuron"]
             attends = [kind for kind in kinds if kind != "neuron"]
             local = sum(
-                self._local(estimand, batch, some) * max(changed[kind] for kind in some)
+                self._local(estimand, batch, some, recorded=True)
+                * max(changed[kind] for kind in some)
                 for some in (neurons, attends)
                 if some
             )
+            if of_activations(estimand):
+                local += layer_flops(size, batch) * max(changed.values())
             dotted = sum(
                 4.0 * batch.tokens * size.hidden * width[kind] * changed[kind] for kind in kinds
             )

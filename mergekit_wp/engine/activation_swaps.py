@@ -14,13 +14,12 @@ activation of a component, at every position:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from mergekit_wp.architectures.declaration import module_of
 from mergekit_wp.criteria import logit_values
@@ -40,21 +39,24 @@ from mergekit_wp.engine.writers import Writer, read_by
 from mergekit_wp.terms import SLICED_KINDS, FineKind
 
 
-def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[FineKind, Changes]:
-    """The changes that activation patches of heads, K/V groups and neurons make in one layer.
+def activation_inputs(
+    receiver: Receiver, index: int, donor: Donor, kinds: Sequence[FineKind] = SLICED_KINDS
+) -> dict[FineKind, Changes]:
+    """The changes that activation patches make in one layer.
 
     Args:
         receiver: the model with its recorded run.
         index: which layer.
         donor: whose run on the same input the activations are of.
+        kinds: of ``head``, ``kv_group`` and ``neuron``, those that are asked for.
     """
     decoder, call = receiver.decoder, receiver.recording.calls[index]
     layer, dims, architecture = decoder.layers[index], decoder.dims, decoder.architecture
-    entering, state = donor.run(receiver)[index], donor.layer(index)
-    writers = {kind: Writer.of(decoder, index, kind) for kind in SLICED_KINDS}
-    blocks = [writers["head"], writers["neuron"]]
+    state = donor.layer(index)
+    writers = {kind: Writer.of(decoder, index, kind) for kind in kinds}
+    blocks = {writer.name: writer for writer in writers.values()}
     made: dict[nn.Module, torch.Tensor] = {}  # keys or values, of which group each output is
-    for name in architecture.read_by("kv_group", state):
+    for name in architecture.read_by("kv_group", state) if "kv_group" in kinds else ():
         layout = layer_layout(dims, index, name)
         group_of = layout.places(state[name].shape) - layout.start("kv_group")
         made[layer.get_submodule(module_of(name))] = group_of.to(call.hidden.device)
@@ -62,15 +64,18 @@ def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[Fine
     theirs: dict[nn.Module, torch.Tensor] = {}
 
     def read(
-        weights: dict[str, torch.Tensor], hidden: torch.Tensor, found: dict[nn.Module, torch.Tensor]
+        run: Callable[[], object], found: dict[nn.Module, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        def run() -> None:
-            with outputs_of(list(made), found):
-                functional_call(layer, weights, (hidden,), call.kwargs)
+        with outputs_of(list(made), found):
+            return dict(zip(blocks, read_by([*blocks.values()], run, call.hidden), strict=True))
 
-        return dict(zip(("head", "neuron"), read_by(blocks, run, call.hidden), strict=True))
-
-    own, their = read({}, call.hidden, ours), read(dict(state), entering, theirs)
+    donor.run(receiver, index)  # now, so that of what follows only this layer is read
+    their = read(lambda: donor.pass_through(receiver, index, state), theirs)
+    own = call.read
+    if made or not blocks.keys() <= own.keys():
+        idle = returning(decoder.mlp(index), call.mlp, as_tuple=False)
+        with idle if "neuron" not in kinds else nullcontext():
+            own = read(lambda: layer(call.hidden, **call.kwargs), ours)
 
     def run_with_their_keys(group: int | None = None) -> None:
         with ExitStack() as stack:
@@ -79,12 +84,14 @@ def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[Fine
                 where &= group_of < dims.n_kv_groups
                 value = torch.where(where, theirs[module], ours[module])
                 stack.enter_context(returning(module, value, as_tuple=False))
+            stack.enter_context(returning(decoder.mlp(index), call.mlp, as_tuple=False))
             layer(call.hidden, **call.kwargs)
 
     def written(kind: FineKind) -> BlockInputs:
         writer = writers[kind]
         columns = writer.columns(state[writer.name])
-        return BlockInputs(own[kind], their[kind], writer.weight, columns, dims.count(kind))
+        name = writer.name
+        return BlockInputs(own[name], their[name], writer.weight, columns, dims.count(kind))
 
     def by_groups() -> Changes:
         if "kv_group" in architecture.coupled:
@@ -98,14 +105,14 @@ def activation_inputs(receiver: Receiver, index: int, donor: Donor) -> dict[Fine
         writer = writers["kv_group"]
         (theirs_read,) = read_by([writer], run_with_their_keys, call.hidden)
         weight = writer.weight
-        return BlockInputs(own["head"], theirs_read, weight, weight, dims.n_kv_groups)
+        return BlockInputs(own[writer.name], theirs_read, weight, weight, dims.n_kv_groups)
 
-    return {"head": written("head"), "kv_group": by_groups(), "neuron": written("neuron")}
+    return {kind: by_groups() if kind == "kv_group" else written(kind) for kind in kinds}
 
 
 def put_layer(receiver: Receiver, index: int, donor: Donor) -> Values:
     """Let a layer add to the residual stream what it adds in the donor's run: ``[1, n]``."""
-    theirs = donor.run(receiver)
+    theirs = donor.run(receiver, index + 1)
     added = theirs[index + 1] - theirs[index]
     hidden = (receiver.recording.calls[index].hidden + added).unsqueeze(0)
     return receiver.replay(hidden, index)
@@ -126,9 +133,10 @@ def put_modules(receiver: Receiver, index: int, donor: Donor, names: Sequence[st
     layer, call = receiver.decoder.layers[index], receiver.recording.calls[index]
     modules = [layer.get_submodule(module_of(name)) for name in names]
     theirs: dict[nn.Module, Any] = {}
-    entering, state = donor.run(receiver)[index], dict(donor.layer(index))
+    state = donor.layer(index)
+    donor.run(receiver, index)
     with outputs_of(modules, theirs):
-        functional_call(layer, state, (entering,), call.kwargs)
+        donor.pass_through(receiver, index, state)
 
     def output(some: Sequence[nn.Module]) -> torch.Tensor:
         outputs = []

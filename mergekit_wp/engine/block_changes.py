@@ -176,7 +176,7 @@ def block_inputs(
 
         return layer_with_swaps
 
-    read: dict[str, torch.Tensor] = {}  # by the receiver's own weights, in a block
+    read = dict(call.read)  # by the receiver's own weights, in a block
 
     def plain(kind: FineKind) -> BlockInputs:
         writer = writers[kind]

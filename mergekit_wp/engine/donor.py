@@ -49,10 +49,14 @@ class Donor:
         return {within: found[name] for within, name in names.items()}
 
     @torch.no_grad()
-    def run(self, receiver: Receiver) -> list[torch.Tensor]:
+    def run(self, receiver: Receiver, as_far_as: int | None = None) -> list[torch.Tensor]:
         """Its residual stream on the receiver's input; that on the last batch is kept.
 
         The donor runs layer by layer through the receiver's modules; one layer is held at a time.
+
+        Args:
+            receiver: the model with its recorded run.
+            as_far_as: the layer that it has to enter at least; None for all of it.
 
         Returns:
             ``hidden[l]`` enters layer l, the last one leaves the last layer; each
@@ -61,9 +65,23 @@ class Donor:
         batch, decoder = receiver.batch, receiver.decoder
         if self._run is None or self._run[0] is not batch:
             self._run = None
-            hidden = [decoder.entering(batch, self.tensors(self.pair.entrance))]
-            for index, layer in enumerate(decoder.layers):
-                state, kwargs = dict(self.layer(index)), receiver.recording.calls[index].kwargs
-                hidden.append(first(functional_call(layer, state, (hidden[-1],), kwargs)))
-            self._run = batch, hidden
-        return self._run[1]
+            self._run = batch, [decoder.entering(batch, self.tensors(self.pair.entrance))]
+        hidden = self._run[1]
+        while len(hidden) <= (len(decoder.layers) if as_far_as is None else as_far_as):
+            self.pass_through(receiver, len(hidden) - 1, self.layer(len(hidden) - 1))
+        return hidden
+
+    @torch.no_grad()
+    def pass_through(self, receiver: Receiver, index: int, state: LayerWeights) -> None:
+        """Run one layer, for what happens in it: what leaves it is then known to `run`.
+
+        Args:
+            receiver: the model with its recorded run.
+            index: which layer.
+            state: its weights.
+        """
+        hidden, layer = self.run(receiver, index), receiver.decoder.layers[index]
+        kwargs = receiver.recording.calls[index].kwargs
+        output = first(functional_call(layer, dict(state), (hidden[index],), kwargs))
+        if len(hidden) == index + 1:
+            hidden.append(output)

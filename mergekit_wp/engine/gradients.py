@@ -9,7 +9,7 @@ Where the first order vanishes — ``kl`` at the expert, its own minimum — it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -61,10 +61,12 @@ def cut_embedding(decoder: Decoder) -> Iterator[None]:
         yield
 
 
-def record_with_gradients(decoder: Decoder, batch: PromptBatch) -> Recording:
-    """A recorded run whose block outputs can be differentiated with respect to."""
+def record_with_gradients(
+    decoder: Decoder, batch: PromptBatch, kinds: Sequence[FineKind] = ()
+) -> Recording:
+    """A recorded run whose block outputs can be differentiated with respect to; see `record`."""
     with torch.enable_grad(), cut_embedding(decoder):
-        return record(decoder, batch)
+        return record(decoder, batch, kinds)
 
 
 def _gradients(scalar: torch.Tensor, recording: Recording) -> BlockGradients:

@@ -1,8 +1,8 @@
 """Several samples in one row: what they have in common is computed once, and little is padded.
 
 Under causal attention the tokens that samples begin with alike (a chat template's system prompt)
-have the same activations in every one of them, patched or not. A packed row holds such a prefix
-once and the rests of its samples behind it; positions and an attention mask say which token
+have the same activations in every one of them, patched or not. A packed row holds the tree of its
+samples' beginnings, every token of it once; positions and an attention mask say which token
 belongs where. It serves what reads values, or sums gradients over all samples; sums over a sample's
 own positions need `PromptBatch.of`, for a shared position belongs to no sample alone.
 """
@@ -96,24 +96,24 @@ def packed(batch: PromptBatch, cost: TokenCost) -> PromptBatch:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row: ``prefix`` tokens that its samples share, then the rest of each."""
+    """One row: the columns of each sample's tokens, and of how many tokens it is made."""
 
     samples: Sequence[list[int]]
-    prefix: int
+    columns: Sequence[list[int]]
+    width: int
 
-    @property
-    def starts(self) -> list[int]:
-        """Column of each sample's first own token."""
-        found, column = [], self.prefix
-        for sample in self.samples:
-            found.append(column)
-            column += len(sample) - self.prefix
-        return found
-
-    @property
-    def width(self) -> int:
-        """Tokens in the row."""
-        return self.prefix + sum(len(sample) - self.prefix for sample in self.samples)
+    @classmethod
+    def of(cls, samples: Sequence[list[int]]) -> _Row:
+        """A column for every token that does not follow the same ones in an earlier sample."""
+        known: dict[tuple[int, int], int] = {}  # by the column before and the token
+        columns = []
+        for sample in samples:
+            found, before = [], -1
+            for token in sample:
+                before = known.setdefault((before, token), len(known))
+                found.append(before)
+            columns.append(found)
+        return cls(samples, columns, len(known))
 
 
 def _samples(batch: PromptBatch) -> list[list[int]]:
@@ -125,55 +125,37 @@ def _samples(batch: PromptBatch) -> list[list[int]]:
 
 
 def _rows(samples: Sequence[list[int]], count: int) -> list[_Row]:
-    groups = [samples[start : start + count] for start in range(0, len(samples), count)]
-    return [_Row(group, _common(group)) for group in groups]
-
-
-def _common(samples: Sequence[list[int]]) -> int:
-    """How many tokens all samples begin with alike."""
-    first, last = min(samples), max(samples)  # whatever these two share, all do
-    pairs = zip(first, last, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+    starts = range(0, len(samples), count)
+    return [_Row.of(samples[start : start + count]) for start in starts]
 
 
 def _batch(batch: PromptBatch, rows: Sequence[_Row]) -> PromptBatch:
     device = batch.ids.device
     width = max(row.width for row in rows)
+    longest = max(len(sample) for row in rows for sample in row.samples)
     ids = torch.zeros((len(rows), width), dtype=torch.long)
     positions = torch.zeros_like(ids)
-    owner = torch.full_like(ids, -2)  # -1: the prefix; -2: padding
-    row_of, start_of, prefix_of = [], [], []
+    # [rows, query, key]; padding sees itself: softmax of nothing is NaN
+    seen = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
+    past = torch.ones((longest, longest), dtype=torch.bool).tril()
+    row_of: list[int] = []
+    column_of = torch.zeros((batch.size, longest), dtype=torch.long)
     for r, row in enumerate(rows):
-        ids[r, : row.prefix] = torch.tensor(row.samples[0][: row.prefix], dtype=torch.long)
-        positions[r, : row.prefix] = torch.arange(row.prefix)
-        owner[r, : row.prefix] = -1
-        for i, (sample, start) in enumerate(zip(row.samples, row.starts, strict=True)):
-            own = sample[row.prefix :]
-            cut = slice(start, start + len(own))
-            ids[r, cut] = torch.tensor(own, dtype=torch.long)
-            positions[r, cut] = torch.arange(row.prefix, len(sample))
-            owner[r, cut] = i
+        for sample, columns in zip(row.samples, row.columns, strict=True):
+            length, own = len(sample), torch.tensor(columns)
+            ids[r, own] = torch.tensor(sample)
+            positions[r, own] = torch.arange(length)
+            seen[r, own.unsqueeze(1), own] |= past[:length, :length]
+            column_of[len(row_of), :length] = own
             row_of.append(r)
-            start_of.append(start)
-            prefix_of.append(row.prefix)
-    related = (owner.unsqueeze(2) == owner.unsqueeze(1)) | (owner.unsqueeze(1) == -1)
-    seen = related & (positions.unsqueeze(2) >= positions.unsqueeze(1))  # [rows, query, key]
-    seen |= torch.eye(width, dtype=torch.bool)  # padding sees itself: softmax of nothing is NaN
-    row_at = torch.tensor(row_of, device=device)
-    starts = torch.tensor(start_of, device=device)
-    prefixes = torch.tensor(prefix_of, device=device)
-
-    def column(sample: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        own = starts[sample] + position - prefixes[sample]
-        return torch.where(position < prefixes[sample], position, own)
-
+    row_at, column_of = torch.tensor(row_of, device=device), column_of.to(device)
     return replace(
         batch,
         ids=ids.to(device),
         last_rows=row_at[batch.last_rows],
-        last=column(batch.last_rows, batch.last),
+        last=column_of[batch.last_rows, batch.last],
         rows=row_at[batch.owners],
-        cols=column(batch.owners, batch.cols),
+        cols=column_of[batch.owners, batch.cols],
         arguments={
             "attention_mask": seen.unsqueeze(1).to(device),
             "position_ids": positions.to(device),

@@ -8,7 +8,7 @@ so its attention, masks and rotary embedding stay right without our writing any.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +21,9 @@ from torch.func import functional_call
 
 from mergekit_wp.criteria import Criteria, Targets, anchor_values, logit_values, wide
 from mergekit_wp.engine.decoder import Decoder, first, hooked, returning
+from mergekit_wp.engine.writers import Writer
 from mergekit_wp.prompts import PromptBatch
-from mergekit_wp.terms import CriterionName
+from mergekit_wp.terms import CriterionName, FineKind
 
 #: values by criterion: ``[C, n]`` of C patches, or ``[n]`` of one run
 Values = dict[CriterionName, torch.Tensor]
@@ -30,13 +31,18 @@ Values = dict[CriterionName, torch.Tensor]
 
 @dataclass
 class LayerCall:
-    """What one decoder layer was called with, and what its two blocks returned."""
+    """What one decoder layer was called with, and what its two blocks returned.
+
+    Of a run that was recorded for it, ``read`` is what output projections were handed,
+    ``[rows, T, width]`` by the names of their weights within the layer.
+    """
 
     hidden: torch.Tensor
     kwargs: dict[str, Any]
     attention: torch.Tensor = field(init=False)
     mlp: torch.Tensor = field(init=False)
     output: torch.Tensor = field(init=False)
+    read: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
 
 
 @dataclass
@@ -56,8 +62,14 @@ class Recording:
         return self.calls[after_layer].output
 
 
-def record(decoder: Decoder, batch: PromptBatch) -> Recording:
-    """Run the decoder once (no unembedding) and keep every layer's call."""
+def record(decoder: Decoder, batch: PromptBatch, kinds: Sequence[FineKind] = ()) -> Recording:
+    """Run the decoder once (no unembedding) and keep every layer's call.
+
+    Args:
+        decoder: the model.
+        batch: the prompts.
+        kinds: of component whose output projections' inputs are kept as well.
+    """
     if not decoder.architecture.mapped:
         return record_whole(decoder, batch, {})
     calls: list[LayerCall] = []
@@ -74,7 +86,18 @@ def record(decoder: Decoder, batch: PromptBatch) -> Recording:
 
         return after
 
+    def keep_read(writer: Writer) -> Any:
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            with torch.no_grad():
+                read = writer.read(args).detach()
+            calls[-1].read[writer.name] = read.view(*calls[-1].hidden.shape[:2], -1)
+
+        return before
+
     for index, layer in enumerate(decoder.layers):
+        writers = {w.name: w for w in (Writer.of(decoder, index, kind) for kind in kinds)}
+        for writer in writers.values():
+            handles.append(writer.module.register_forward_pre_hook(keep_read(writer)))
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(keep("output")))
         handles.append(decoder.attention(index).register_forward_hook(keep("attention")))

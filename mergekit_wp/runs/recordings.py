@@ -130,7 +130,7 @@ class Recordings:
         """The changes that patches of some kinds, at least, make in one layer."""
         donor = self.donor(receiver_position(estimand))
         if of_activations(estimand):
-            return activation_inputs(receiver, layer, donor)
+            return activation_inputs(receiver, layer, donor, kinds)
         return block_inputs(receiver, layer, donor.layer(layer, kinds), kinds)
 
     def differs(self, estimand: Estimand, kind: Kind, layer: int) -> bool:

@@ -201,7 +201,7 @@ def _first_order(block: Block, recordings: Recordings, portion: Portion) -> Resu
     kinds = [kind for kind in SLICED_KINDS if kind in dict(block.chosen)]
     recordings.resident.move_to(receiver_position(estimand))
     (batch, targets), decoder = recordings.prompts(portion), recordings.decoder
-    recording = record_with_gradients(decoder, batch)
+    recording = record_with_gradients(decoder, batch, kinds)
     receiver = Receiver(decoder, recording, recordings.criteria, targets)
     found: Result = {
         f"{c}/{kind}{end}": torch.zeros((dims.n_layers, batch.size, dims.count(kind))).double()
