@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 _IN_CACHE = 2**18  # entries whose product stays in a CPU's cache, where it costs least
-#: along which dimensions gates lie
-Parts = Sequence[tuple[int, ...]]
+#: along which dimensions gates lie, part by part; see `components.OwnGates`
+GateDims = Sequence[tuple[int, ...]]
 
 
-def products(gradient: torch.Tensor, delta: torch.Tensor, parts: Parts) -> list[torch.Tensor]:
+def products(gradient: torch.Tensor, delta: torch.Tensor, parts: GateDims) -> list[torch.Tensor]:
     """Sums of gradient * delta over all dimensions but those of each part."""
     gradient, delta = torch.atleast_1d(gradient, delta)
     left = [[d for d in range(gradient.dim()) if d not in dims] for dims in parts]
@@ -39,7 +39,7 @@ class Factors:
     left: torch.Tensor
     right: torch.Tensor
 
-    def products(self, p: torch.Tensor, q: torch.Tensor, parts: Parts) -> list[torch.Tensor]:
+    def products(self, p: torch.Tensor, q: torch.Tensor, parts: GateDims) -> list[torch.Tensor]:
         """The same as `products` of the matrix and the gradient P^T Q.
 
         Args:
