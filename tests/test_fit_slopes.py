@@ -164,6 +164,14 @@ def test_factors_of_adapters_are_as_good_as_whole_differences(tmp_path: Path, fa
     _, [[found], _] = slopes(decoder, terms, layouts, alone)
     for name, own in found.items():
         torch.testing.assert_close(own, want[0][1][name], rtol=1e-5, atol=1e-7)
+    elsewhere = ResidentModel(pairs[1], torch.float64, "cpu", {"cpu": 0})
+    elsewhere.move_to(0.4)
+    assert elsewhere.offloaded
+    _, fetched = slopes(Decoder(elsewhere.model), terms, layouts, with_factors)
+    for ours, theirs in zip(fetched, want, strict=True):
+        for own, other in zip(ours, theirs, strict=True):
+            for name in own:
+                torch.testing.assert_close(own[name], other[name], rtol=1e-5, atol=1e-7)
 
 
 def test_packed_prompts_have_the_same_slopes(world: Path) -> None:
