@@ -140,7 +140,7 @@ def stability(study: Study) -> None:
     command("mergekit-wp", "stability", str(file), *map(str, others), quiet=True)
     command(
         *("mergekit-wp", "plot", str(file), "--trace", str(study.trace)),
-        *("--out", str(study.work / f"{study.expert.name}.html"), "--overwrite"),
+        *("--out", str(study.work / f"{study.expert.name}.html")),
     )
 
 
