@@ -15,6 +15,7 @@ from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
 from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.joint.ascent import Fitting
+from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.merged_model import MergedModel, fitting, slopes_of
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
@@ -172,6 +173,34 @@ def test_factors_of_adapters_are_as_good_as_whole_differences(tmp_path: Path, fa
         for own, other in zip(ours, theirs, strict=True):
             for name in own:
                 torch.testing.assert_close(own[name], other[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_merge_of_an_adapter_and_a_whole_expert_is_the_sum_of_their_parts(
+    tmp_path: Path,
+) -> None:
+    base = make_model("llama-tied")
+    save(base, tmp_path / "base", torch.float32)
+    save(perturbed(base), tmp_path / "whole", torch.float32)
+    make_adapter(tmp_path / "base", tmp_path)
+    experts = (f"{tmp_path / 'base'}+{tmp_path / 'adapter'}", tmp_path / "whole")
+    pairs = [open_pair(str(tmp_path / "base"), str(expert), lambda *_: None) for expert in experts]
+    layout = Layout(pairs[0].partition, tuple(pair.changed for pair in pairs), "row_column")
+    torch.manual_seed(0)
+    flat = torch.rand(layout.size, dtype=torch.float64)
+    states = [load(tmp_path / name).state_dict() for name in ("base", "merged", "whole")]
+    resident = ResidentModel(pairs[0], torch.float64, "cpu")
+    MergedModel(resident, pairs, layout, AtOnce(16, print), 2).move_to(flat)
+    for name, weight in resident.model.named_parameters():
+        start, *ends = (state[name] for state in states)
+        want = start.clone()
+        for own, end in zip(layout.unflat(flat), ends, strict=True):
+            gates = layout.of_tensor(own, name)
+            want += sum(layout.layouts[name].spread(gates[None], start.shape))[0] * (end - start)
+        torch.testing.assert_close(weight.data, want, rtol=1e-6, atol=1e-7)
+    elsewhere = ResidentModel(pairs[0], torch.float64, "cpu", {"cpu": 0})
+    [batch] = batches([Sample((1, 2), (3,))], 1, "cpu")
+    for held, kept in ((resident, [0]), (elsewhere, [])):
+        assert MergedModel(held, pairs, layout, AtOnce(16, print), 2)._kept([batch]) == kept
 
 
 def test_packed_prompts_have_the_same_slopes(world: Path) -> None:

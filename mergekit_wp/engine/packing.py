@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,7 +51,7 @@ class Packing:
     decoder: Decoder
     cost: TokenCost
     _causal: int = 0  # widest batch whose tokens are known to see all before them
-    _other: float = field(default=math.inf)  # narrowest of which it is known that they do not
+    _other: float = math.inf  # narrowest of which it is known that they do not
 
     def of(self, batch: PromptBatch) -> PromptBatch:
         """A padded batch packed, or itself."""

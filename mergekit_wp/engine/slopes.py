@@ -13,7 +13,7 @@ apart, so that none depends on which others go with it: other processes may take
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -248,7 +248,7 @@ class _Backward:
 
 
 @contextmanager
-def _wanted(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     """Let gradients of some parameters be asked for."""
     try:
         for parameter in parameters:

@@ -199,7 +199,8 @@ class Adapter:
 
     def keep(self) -> None:
         """Read everything for the last time; low-rank changes stay as they are stored."""
-        self._kept.update(load_file(self.folder / WEIGHTS))
+        if not self._kept:
+            self._kept.update(load_file(self.folder / WEIGHTS))
 
     def _alpha(self, name: str) -> float:
         """Of the first pattern that the end of a tensor's name matches, as peft looks it up."""
