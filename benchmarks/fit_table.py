@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.family import Family
 from benchmarks.files import REPO, command, device, local, read_jsonl, write_jsonl
 from benchmarks.perplexity import RESAMPLES, ratio, registers, surprise
+from benchmarks.pooled import Pooled
+from mergekit_wp.comparison.table import interval
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
@@ -166,15 +168,17 @@ class FitTable:
         base = self.kept("base", None)
         if base is None:
             return []
-        found = [Row("base", base, base)]
+        seed = self.family.seed
+        found = [Row("base", base, base, seed)]
         experts = {e: self.kept(e, None) for e in self.family.skills}
-        found += [Row(f"expert {e}", own, base) for e, own in experts.items() if own]
+        found += [Row(f"expert {e}", own, base, seed) for e, own in experts.items() if own]
         for combination in self.family.combinations:
             merge = self.kept(self.name(combination), None)
             beside = {e: own["scores"][e] for e in combination if (own := experts[e])}
             if merge and len(beside) == len(combination):
                 label = " + ".join(combination)
-                found.append(Row(label, merge, base, beside, self.cpu(combination)))
+                cpu = self.cpu(combination)
+                found.append(Row(label, merge, base, seed, beside, cpu))
         return found
 
 
@@ -186,6 +190,7 @@ class Row:
         label: what it is.
         found: by `FitTable.measure`.
         base: likewise, of the base.
+        seed: of the experts' training.
         experts: test scores of each skill's own expert, of a merge.
         cpu: seconds of the fit.
     """
@@ -193,6 +198,7 @@ class Row:
     label: str
     found: Found
     base: Found
+    seed: int = 0
     experts: Mapping[str, Sequence[float]] = field(default_factory=dict)
     cpu: float | None = None
 
@@ -234,7 +240,8 @@ def share(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[Row], skills: Sequence[str]) -> str:
-    """The rows in Markdown, and the mean over merges."""
+    """The rows in Markdown, and the mean over merges, in which training seeds are resampled too."""
+    seeds = sorted({row.seed for row in rows})
     names = list(dict.fromkeys([*skills, *(n for row in rows for n in row.found["scores"])]))
     places = [place for place in rows[0].perplexities() if place != "all"]
     head = ["model", "relative to the experts", "worst skill", *names]
@@ -253,35 +260,40 @@ def table(rows: Sequence[Row], skills: Sequence[str]) -> str:
         cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*costs["all"]))
         cells += [f"{costs[place][0]:.2f}" for place in places]
         cells.append("" if row.cpu is None else f"{row.cpu:.0f}")
-        lines.append(f"| {row.label} | {' | '.join(cells)} |")
+        label = row.label if len(seeds) == 1 else f"seed {row.seed}: {row.label}"
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     if merges := [row for row in rows if row.experts]:
-        means = [float(np.mean(list(row.by_skill().values()))) for row in merges]
-        low, high = np.quantile(np.mean([row.draws() for row in merges], axis=0), [0.025, 0.975])
+        parts: dict[int, list[tuple[float, np.ndarray]]] = {}
+        for row in merges:
+            mean = float(np.mean(list(row.by_skill().values())))
+            parts.setdefault(row.seed, []).append((mean, row.draws()))
+        mean = Pooled.of(parts).bootstrap()
         worst = min(min(row.by_skill().values()) for row in merges)
         cost = np.mean([row.perplexities()["all"][0] for row in merges])
-        cells = [f"{np.mean(means):.2f} [{low:.2f}, {high:.2f}]", f"{worst:.2f}"]
+        cells = [interval(mean), f"{worst:.2f}"]
         cells += ["" for _ in names] + [f"{cost:.2f}"] + ["" for _ in places]
         cells.append(f"{np.sum([row.cpu or 0 for row in merges]):.0f}")
         lines.append(f"| mean of {len(merges)} merges (worst, sum) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(found: FitTable, only: str | None, max_new_tokens: int, print_only: bool) -> None:
-    """Measure what is missing, and print what there is.
+def run(seeds: Sequence[FitTable], only: str | None, max_new_tokens: int, print_only: bool) -> None:
+    """Measure what is missing of each training seed, and print what there is.
 
     Raises:
         ClickException: ``only`` is no combination of the family.
     """
-    known = {"-".join(experts): experts for experts in found.family.combinations}
+    family = seeds[0].family
+    known = {"-".join(experts): experts for experts in family.combinations}
     if only is not None and only not in known:
         raise click.ClickException(f"'{only}' is no combination; known are {', '.join(known)}")
-    if not print_only:
+    for found in () if print_only else seeds:
         found.base_and_experts()
         for name, experts in known.items():
             if only in (None, name):
                 found.kept(found.name(experts), partial(found.merged, experts, max_new_tokens))
-    rows = found.rows()
-    click.echo(table(rows, found.family.skills) if rows else "nothing is measured yet")
+    rows = [row for found in seeds for row in found.rows()]
+    click.echo(table(rows, family.skills) if rows else "nothing is measured yet")
 
 
 def options(main: Callable[..., None]) -> Callable[..., None]:
@@ -291,7 +303,15 @@ def options(main: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--fit", "fit", default="", help="Further options of `mergekit-wp fit`, kept apart."
         ),
-        click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
+        click.option(
+            "--seed",
+            "seeds",
+            multiple=True,
+            type=int,
+            default=(0,),
+            show_default=True,
+            help="Of the experts' training; may be given several times, for one table of all.",
+        ),
         click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
     ):
         main = add(main)

@@ -24,7 +24,7 @@ BASE = found(a=[0, 0, 0, 0], b=[0, 0, 0, 0])
 
 
 def test_a_merge_is_held_against_each_skills_own_expert() -> None:
-    row = Row("a + b", found(a=[1, 1, 0, 0], b=[1, 1, 1, 1]), BASE, {"a": [1] * 4, "b": [1] * 4})
+    row = Row("a + b", found(a=[1, 1, 0, 0], b=[1, 1, 1, 1]), BASE, 0, {"a": [1] * 4, "b": [1] * 4})
     assert row.by_skill() == {"a": 0.5, "b": 1.0}
     draws = row.draws()
     assert draws.mean() == pytest.approx(0.75, abs=0.02)
@@ -44,7 +44,7 @@ def test_the_table_says_which_skill_is_worst_and_sums_the_seconds() -> None:
     rows = [Row("base", BASE, BASE)]
     for cpu, right in ((100.0, [1.0, 1.0, 1.0, 0.0]), (50.0, [1.0] * 4)):
         merge = found(a=right, b=[1.0] * 4)
-        rows.append(Row(f"merge {cpu:.0f}", merge, BASE, experts, cpu))
+        rows.append(Row(f"merge {cpu:.0f}", merge, BASE, 0, experts, cpu))
     lines = table(rows, ("a", "b")).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     head, first, last = cells[0], cells[3], cells[-1]
@@ -56,6 +56,21 @@ def test_the_table_says_which_skill_is_worst_and_sums_the_seconds() -> None:
     assert len({len(line) for line in cells}) == 1
 
 
+def test_training_seeds_are_resampled_and_named() -> None:
+    experts = {"a": [1.0] * 4, "b": [1.0] * 4}
+    rows = [Row("base", BASE, BASE, seed) for seed in (0, 1)]
+    for seed, right in ((0, 1.0), (1, 0.0)):  # items are alike: only the seeds differ
+        rows.append(Row("a + b", found(a=[right] * 4, b=[1.0] * 4), BASE, seed, experts, 1.0))
+    lines = table(rows, ("a", "b")).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == [
+        "seed 0: base",
+        "seed 1: base",
+        "seed 0: a + b",
+        "seed 1: a + b",
+    ]
+    assert lines[-1].split("|")[2].strip() == "0.75 [0.50, 1.00]"
+
+
 def test_an_expert_with_nothing_right_is_told() -> None:
     with pytest.raises(click.ClickException, match="train it anew"):
         share([1, 0], [0, 0])
@@ -63,7 +78,7 @@ def test_an_expert_with_nothing_right_is_told() -> None:
 
 def test_a_combination_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(click.ClickException, match="known are a-b"):
-        run(FitTable(Family("gemma3", ("a", "b"))), "b-a", 8, print_only=True)
+        run([FitTable(Family("gemma3", ("a", "b")))], "b-a", 8, print_only=True)
 
 
 def test_seconds_add_up_over_runs_that_fail(tmp_path: Path) -> None:

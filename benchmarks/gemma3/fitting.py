@@ -17,12 +17,13 @@ from benchmarks.gemma3.tasks import GEMMA3, MAX_NEW_TOKENS
 
 @click.command()
 @options
-def main(only: str | None, seed: int, fit: str, print_only: bool) -> None:
+def main(only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool) -> None:
     """Fit, merge, measure, print."""
-    family = replace(GEMMA3, seed=seed)
-    if not print_only:
+    families = [replace(GEMMA3, seed=seed) for seed in seeds]
+    for family in () if print_only else families:
         make_missing(family)
-    run(FitTable(family, split_options(fit)), only, MAX_NEW_TOKENS, print_only)
+    settings = split_options(fit)
+    run([FitTable(family, settings) for family in families], only, MAX_NEW_TOKENS, print_only)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,15 @@ def write_unasked() -> None:
 
 @click.command()
 @options
-def main(only: str | None, seed: int, fit: str, print_only: bool) -> None:
+def main(only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool) -> None:
     """Fit, merge, measure, print."""
-    family = replace(SMOLLM2, seed=seed)
-    if not print_only:
+    families = [replace(SMOLLM2, seed=seed) for seed in seeds]
+    for family in () if print_only else families:
         make_missing(family)
         if not UNASKED.exists():
             write_unasked()
-    found = FitTable(family, split_options(fit), {"unasked": UNASKED})
+    settings = split_options(fit)
+    found = [FitTable(family, settings, {"unasked": UNASKED}) for family in families]
     run(found, only, MAX_NEW_TOKENS, print_only)
 
 
