@@ -14,7 +14,8 @@ import yaml
 
 from benchmarks.family import Family
 from benchmarks.files import command, local
-from benchmarks.fit_table import FitTable
+from benchmarks.fit_table import FitTable, split_options
+from benchmarks.perplexity import TEXTS
 
 #: of each behaviour, for scores
 MAX_PROMPTS = 12
@@ -41,7 +42,7 @@ def write_recipe(
         "merge_method": "weight_patching",
         "base_model": local(family.base),
         "models": [
-            {"model": local(family.expert(e)), "parameters": {"scores": local(file)}}
+            {"model": family.reference(e), "parameters": {"scores": local(file)}}
             for e, file in zip(experts, scores, strict=True)
         ],
         "dtype": "float32",
@@ -51,13 +52,13 @@ def write_recipe(
 
 
 def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
-    """Scores in company, and alone; the recipes that merge by them."""
+    """Scores in company, and alone; the recipes that merge by them, named like their rows."""
     name, folder = "-".join(experts), family.folder
     alone = [folder / "alone" / f"{e}.safetensors" for e in experts]
     for expert, file in zip(experts, alone, strict=True):
         if not file.exists():
             command(
-                *("mergekit-wp", "score", local(family.base), local(family.expert(expert))),
+                *("mergekit-wp", "score", local(family.base), family.reference(expert)),
                 *("--prompts", local(family.prompts(expert)), "--out", local(file)),
                 *("--estimand", "share", "--criterion", "kl", "--max-prompts", str(MAX_PROMPTS)),
             )
@@ -71,50 +72,47 @@ def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
             *(part for pair in pairs for part in ("--prompts", pair)),
             *("--max-prompts", str(MAX_PROMPTS)),
         )
-    return out / "recipe.yml", by_alone
+    return copied(out / "recipe.yml", by_alone.with_name("scored-together.yml")), by_alone
 
 
-def learnt_from(family: Family, experts: Sequence[str]) -> list[str]:
-    """The prompts of peers that learn: those of the fit."""
-    return [f"{e}={local(FitTable(family).unlabelled(e))}" for e in experts]
+def copied(recipe: Path, out: Path) -> Path:
+    """A recipe under another name; its paths are those from the repository's root, or absolute."""
+    out.write_text(recipe.read_text())
+    return out
 
 
 def compare(
-    family: Family, experts: Sequence[str], recipes: Sequence[Path], methods: str | None
+    table: FitTable, experts: Sequence[str], recipes: Sequence[Path], methods: str | None
 ) -> None:
-    """One comparison on all tasks of the combination."""
-    tasks = [part for e in experts for part in ("--task", local(family.task(e)))]
+    """One comparison on all tasks of the combination; peers that learn have the fit's prompts."""
+    family, name = table.family, table.name(experts)
     calibration = family.build / "calibration.jsonl"
     calibration.write_text("".join(family.prompts(name).read_text() for name in family.skills))
+    given = {
+        "--task": [local(family.task(e)) for e in experts],
+        "--keep": [local(path) for path in TEXTS.values()],
+        "--prompts": [f"{e}={local(table.unlabelled(e))}" for e in experts],
+    }
     command(
-        *("mergekit-wp", "compare", *map(local, recipes), *tasks),
-        *("--out", local(family.folder / "compare" / "-".join(experts)), "--relative"),
+        *("mergekit-wp", "compare", *map(local, recipes)),
+        *(part for flag, values in given.items() for value in values for part in (flag, value)),
+        *("--out", local(family.folder / "compare" / name), "--relative"),
         *("--grid", "benchmarks/grid.yml", "--checkers", f"{family.here}/checkers.py"),
         *("--calibration", local(calibration), "--dtype", "bfloat16"),
-        *(part for pair in learnt_from(family, experts) for part in ("--prompts", pair)),
         *(("--methods", methods) if methods else ()),
     )
 
 
-def fitted(family: Family, name: str) -> list[Path]:
-    """The recipe of a combination's fit under the name of its row, where it was fitted."""
-    made = family.folder / "fitting" / name / "recipe.yml"
-    if not made.exists():
-        return []
-    path = family.folder / "recipes" / name / "fitted.yml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(made.read_text())
-    return [path]
-
-
-def run(family: Family, methods: str | None, only: str | None) -> None:
-    """Make what is missing and compare; also by fitted gates, where they were fitted."""
+def run(
+    family: Family, methods: str | None, only: str | None, fit: str, max_new_tokens: int
+) -> None:
+    """Make what is missing and compare: merges by fitted gates, by scores, and the peers'."""
     make_missing(family)
+    table = FitTable(family, split_options(fit))
     for experts in family.combinations:
-        name = "-".join(experts)
-        if only in (None, name):
-            recipes = [*score(family, experts), *fitted(family, name)]
-            compare(family, experts, recipes, methods)
+        if only in (None, "-".join(experts)):
+            recipes = [table.fitted(experts, max_new_tokens), *score(family, experts)]
+            compare(table, experts, recipes, methods)
 
 
 def options(main: click.decorators.FC) -> click.decorators.FC:
@@ -123,6 +121,9 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
         click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
         click.option("--methods", help="Only these methods (see mergekit-wp compare)."),
+        click.option(
+            "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
+        ),
     ):
         main = add(main)
     return main

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 
 from benchmarks.family import Family
+from benchmarks.fit_table import FitTable, split_options
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import UNTUNED
-from mergekit_wp.comparison.table import interval, signed
+from mergekit_wp.comparison.table import cost_words, interval, signed
 from mergekit_wp.statistics import Array, Estimate, percentiles
 
 OURS = "weight_patching"
@@ -47,6 +49,26 @@ class Bench:
         value = self.value(a, chosen) - self.value(b, chosen)
         return percentiles(value, self.draws(a, chosen) - self.draws(b, chosen))
 
+    def perplexity(self, name: str) -> float | None:
+        """Of plain text, times the base's: geometric mean over combinations; None unmeasured."""
+        found = [
+            own.rows[name].perplexity(base)
+            for own in self.found
+            if (base := own.comparison.base) is not None
+        ]
+        values = [value for value in found if value is not None]
+        return float(np.exp(np.mean(np.log(values)))) if values else None
+
+    def equal(self, name: str) -> Estimate | None:
+        """`mean` at equal perplexity; None where a combination has no such parameters."""
+        rows = [own.comparison.equal.get(name) for own in self.found]
+        chosen = [(own, row.name) for own, row in zip(self.found, rows, strict=True) if row]
+        if len(chosen) < len(rows):
+            return None
+        value = float(np.mean([own.value(row) for own, row in chosen]))
+        draws = np.mean([own.draws(row) for own, row in chosen], axis=0)
+        return percentiles(value, np.asarray(draws))
+
     def best_peer(self, chosen: Sequence[Resampled]) -> str:
         """The tuned peer with the highest mean on the test items: the hardest to beat."""
         return max(self.peers, key=lambda name: self.value(name, chosen))
@@ -56,13 +78,21 @@ def tables(bench: Bench, names: Sequence[str]) -> str:
     """The tables in Markdown."""
     every, untuned = bench.found, OURS + UNTUNED
     skills = list(dict.fromkeys(task for found in every for task in found.comparison.tasks))
-    output = ["| method | " + " | ".join(names) + " | mean, 95% | untuned ours minus it |"]
-    output.append("|---|" + "---:|" * (len(names) + 2))
+    output = [
+        "| method | " + " | ".join(names) + " | mean, 95% | untuned ours minus it "
+        "| perplexity, x base | mean at equal perplexity | cost |"
+    ]
+    output.append("|---|" + "---:|" * (len(names) + 4) + "---|")
     for name in sorted(bench.merges, key=lambda n: -bench.value(n, every)):
         cells = [f"{found.value(name):.2f}" for found in every]
         cells.append(interval(bench.mean(name, every)))
         same = name == untuned
         cells.append("" if same else signed(bench.difference(untuned, name, every)))
+        cost = bench.perplexity(name)
+        cells.append("" if cost is None else f"{cost:.2f}")
+        equal = bench.equal(name)
+        cells.append("none" if equal is None else interval(equal))
+        cells.append(cost_words(every[-1].rows[name]))
         output.append(f"| {name} | " + " | ".join(cells) + " |")
     output += ["", "| against the best tuned peer of its column | peer | untuned | tuned |"]
     output.append("|---|---|---:|---:|")
@@ -83,7 +113,34 @@ def tables(bench: Bench, names: Sequence[str]) -> str:
     return "\n".join(output)
 
 
-def show(family: Family) -> str:
-    """The tables of a family's combinations."""
-    folders = [family.folder / "compare" / "-".join(experts) for experts in family.combinations]
-    return tables(Bench(folders), [" + ".join(experts) for experts in family.combinations])
+def show(family: Family, fit: str) -> str:
+    """The tables of the combinations that were compared.
+
+    Args:
+        family: whose.
+        fit: further options that it was fitted by.
+
+    Raises:
+        ClickException: none was.
+    """
+    name = FitTable(family, split_options(fit)).name
+    folders = {
+        " + ".join(experts): family.folder / "compare" / name(experts)
+        for experts in family.combinations
+    }
+    made = {
+        label: folder for label, folder in folders.items() if (folder / "summary.json").exists()
+    }
+    if not made:
+        raise click.ClickException(f"no comparison of {family.name} was made; run its bench first")
+    return tables(Bench(list(made.values())), list(made))
+
+
+def options(main: click.decorators.FC) -> click.decorators.FC:
+    """The options of a family's command."""
+    for add in (
+        click.option("--fit", default="", help="Further options of the fits, as of `bench`."),
+        click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
+    ):
+        main = add(main)
+    return main

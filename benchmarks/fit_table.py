@@ -130,12 +130,28 @@ class FitTable:
             found["answers"][name] = [item.output for item in items]
         return found
 
+    @property
+    def committed(self) -> Path:
+        """What was measured for the tables of the README, without answers."""
+        return REPO / self.family.here / "measured" / f"seed-{self.family.seed}"
+
+    def record(self) -> None:
+        """Commit what was measured here: scores, surprise and seconds."""
+        for path in sorted((self.folder / "measured").glob("*.json")):
+            found = json.loads(path.read_text())
+            del found["answers"]
+            if (spent := self.folder / "cpu" / path.name).exists():
+                found["cpu"] = round(json.loads(spent.read_text()))
+            self.committed.mkdir(parents=True, exist_ok=True)
+            (self.committed / path.name).write_text(json.dumps(found) + "\n")
+
     def kept(self, name: str, make: Callable[[], Found] | None) -> Found | None:
-        """What was measured before, or now; None where it was not and is not to be made."""
+        """What was measured before, or now; where nothing is to be made, what is committed."""
         path = self.folder / "measured" / f"{name}.json"
         if not path.exists():
             if make is None:
-                return None
+                path = self.committed / path.name
+                return dict(json.loads(path.read_text())) if path.exists() else None
             found = json.dumps(make())
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
@@ -158,10 +174,10 @@ class FitTable:
         for skill in every:
             self.kept(skill, partial(self.measure, self.family.expert(skill), (skill,)))
 
-    def cpu(self, experts: Sequence[str]) -> float | None:
+    def cpu(self, experts: Sequence[str], found: Found) -> float | None:
         """CPU seconds of a fit, over all its runs."""
         path = self.folder / "cpu" / f"{self.name(experts)}.json"
-        return float(json.loads(path.read_text())) if path.exists() else None
+        return float(json.loads(path.read_text())) if path.exists() else found.get("cpu")
 
     def rows(self) -> list[Row]:
         """What was measured so far."""
@@ -177,7 +193,7 @@ class FitTable:
             beside = {e: own["scores"][e] for e in combination if (own := experts[e])}
             if merge and len(beside) == len(combination):
                 label = " + ".join(combination)
-                cpu = self.cpu(combination)
+                cpu = self.cpu(combination, merge)
                 found.append(Row(label, merge, base, seed, beside, cpu))
         return found
 
@@ -277,7 +293,14 @@ def table(rows: Sequence[Row], skills: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def run(seeds: Sequence[FitTable], only: str | None, max_new_tokens: int, print_only: bool) -> None:
+def run(
+    seeds: Sequence[FitTable],
+    only: str | None,
+    max_new_tokens: int,
+    *,
+    print_only: bool,
+    record: bool,
+) -> None:
     """Measure what is missing of each training seed, and print what there is.
 
     Raises:
@@ -292,6 +315,8 @@ def run(seeds: Sequence[FitTable], only: str | None, max_new_tokens: int, print_
         for name, experts in known.items():
             if only in (None, name):
                 found.kept(found.name(experts), partial(found.merged, experts, max_new_tokens))
+    for found in seeds if record else ():
+        found.record()
     rows = [row for found in seeds for row in found.rows()]
     click.echo(table(rows, family.skills) if rows else "nothing is measured yet")
 
@@ -299,7 +324,17 @@ def run(seeds: Sequence[FitTable], only: str | None, max_new_tokens: int, print_
 def options(main: Callable[..., None]) -> Callable[..., None]:
     """The options of a family's command."""
     for add in (
-        click.option("--print", "print_only", is_flag=True, help="Only print what there is."),
+        click.option(
+            "--print",
+            "print_only",
+            is_flag=True,
+            help="Only print what there is: measured here, else committed.",
+        ),
+        click.option(
+            "--record",
+            is_flag=True,
+            help="Write what was measured here, without answers, to measured/, to be committed.",
+        ),
         click.option(
             "--fit", "fit", default="", help="Further options of `mergekit-wp fit`, kept apart."
         ),

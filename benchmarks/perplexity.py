@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 MAX_TOKENS = 96
 RESAMPLES = 2000
-#: plain text of our own writing by register, a text a line: `texts/REGISTER.txt`
 REGISTERS = ("stories", "reports", "talk")
+#: plain text of our own writing by register, a text a line
+TEXTS = {name: Path(__file__).parent / "texts" / f"{name}.txt" for name in REGISTERS}
 
 
 def registers() -> dict[str, list[str]]:
     """Texts by register. Nothing is fitted on them."""
-    folder = Path(__file__).with_name("texts")
-    return {name: (folder / f"{name}.txt").read_text().splitlines() for name in REGISTERS}
+    return {name: path.read_text().splitlines() for name, path in TEXTS.items()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_an_expert_with_nothing_right_is_told() -> None:
 
 def test_a_combination_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(click.ClickException, match="known are a-b"):
-        run([FitTable(Family("gemma3", ("a", "b")))], "b-a", 8, print_only=True)
+        run([FitTable(Family("gemma3", ("a", "b")))], "b-a", 8, print_only=True, record=False)
 
 
 def test_seconds_add_up_over_runs_that_fail(tmp_path: Path) -> None:
@@ -91,6 +92,28 @@ def test_seconds_add_up_over_runs_that_fail(tmp_path: Path) -> None:
     with spending(path):
         sum(i * i for i in range(200_000))
     assert json.loads(path.read_text()) > first > 0
+
+
+def test_what_is_recorded_is_printed_where_nothing_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.family.REPO", tmp_path)
+    monkeypatch.setattr("benchmarks.fit_table.REPO", tmp_path)
+    here = FitTable(Family("family", ("a", "b"), seed=1))
+    merge, expert = found(a=[1.0, 0.0], b=[1.0, 1.0]), found(a=[1.0, 1.0], b=[1.0, 1.0])
+    for name, of in {"base": expert, "a": expert, "b": expert, "a-b": merge}.items():
+        here.kept(name, lambda of=of: of | {"answers": {"a": ["a user's words"]}})
+    (here.folder / "cpu").mkdir()
+    (here.folder / "cpu" / "a-b.json").write_text("12.4")
+    run([here], None, 8, print_only=True, record=True)
+    printed = capsys.readouterr().out
+    assert "| a + b | 0.75 " in printed
+    assert printed.rstrip().endswith("| 12 |")
+    shutil.rmtree(here.folder)
+    run([here], None, 8, print_only=True, record=False)
+    assert capsys.readouterr().out == printed
+    for path in here.committed.iterdir():
+        assert "words" not in path.read_text()
 
 
 def test_options_keep_their_results_apart() -> None:

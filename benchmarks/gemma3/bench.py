@@ -1,7 +1,7 @@
 """Three experts of Gemma 3 270M, every combination, every method, through the public commands.
 
 ``python -m benchmarks.gemma3.bench`` (from the repository's root) makes what is missing: the base,
-tasks, the experts by training, scores, and a comparison for each combination in
+tasks, the experts by training, fits and scores, and a comparison for each combination in
 build/gemma3/compare/NAME. Everything resumes.
 """
 
@@ -12,14 +12,14 @@ from dataclasses import replace
 import click
 
 from benchmarks.combinations import options, run
-from benchmarks.gemma3.tasks import GEMMA3
+from benchmarks.gemma3.tasks import GEMMA3, MAX_NEW_TOKENS
 
 
 @click.command()
 @options
-def main(methods: str | None, only: str | None, seed: int) -> None:
+def main(methods: str | None, only: str | None, fit: str, seed: int) -> None:
     """Make what is missing and compare."""
-    run(replace(GEMMA3, seed=seed), methods, only)
+    run(replace(GEMMA3, seed=seed), methods, only, fit, MAX_NEW_TOKENS)
 
 
 if __name__ == "__main__":

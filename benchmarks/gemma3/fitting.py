@@ -17,13 +17,15 @@ from benchmarks.gemma3.tasks import GEMMA3, MAX_NEW_TOKENS
 
 @click.command()
 @options
-def main(only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool) -> None:
+def main(
+    only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool, record: bool
+) -> None:
     """Fit, merge, measure, print."""
     families = [replace(GEMMA3, seed=seed) for seed in seeds]
     for family in () if print_only else families:
         make_missing(family)
-    settings = split_options(fit)
-    run([FitTable(family, settings) for family in families], only, MAX_NEW_TOKENS, print_only)
+    found = [FitTable(family, split_options(fit)) for family in families]
+    run(found, only, MAX_NEW_TOKENS, print_only=print_only, record=record)
 
 
 if __name__ == "__main__":

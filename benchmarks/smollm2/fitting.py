@@ -34,7 +34,9 @@ def write_unasked() -> None:
 
 @click.command()
 @options
-def main(only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool) -> None:
+def main(
+    only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool, record: bool
+) -> None:
     """Fit, merge, measure, print."""
     families = [replace(SMOLLM2, seed=seed) for seed in seeds]
     for family in () if print_only else families:
@@ -43,7 +45,7 @@ def main(only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool) -
             write_unasked()
     settings = split_options(fit)
     found = [FitTable(family, settings, {"unasked": UNASKED}) for family in families]
-    run(found, only, MAX_NEW_TOKENS, print_only)
+    run(found, only, MAX_NEW_TOKENS, print_only=print_only, record=record)
 
 
 if __name__ == "__main__":

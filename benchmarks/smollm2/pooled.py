@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import click
 
-from benchmarks.comparisons import show
+from benchmarks.comparisons import options, show
 from benchmarks.smollm2.paths import SMOLLM2
 
 
 @click.command()
-@click.option("--seed", default=0, show_default=True, help="Of the experts' training.")
-def main(seed: int) -> None:
+@options
+def main(seed: int, fit: str) -> None:
     """Print the tables."""
-    click.echo(show(replace(SMOLLM2, seed=seed)))
+    click.echo(show(replace(SMOLLM2, seed=seed), fit))
 
 
 if __name__ == "__main__":
