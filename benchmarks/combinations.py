@@ -13,10 +13,12 @@ import click
 import yaml
 
 from benchmarks.family import Family
-from benchmarks.files import command, local
+from benchmarks.files import REPO, command, local
 from benchmarks.fit_table import FitTable, split_options
 from benchmarks.perplexity import TEXTS
+from mergekit_wp.comparison.methods import OURS, peers
 
+GRID = REPO / "benchmarks" / "grid.yml"
 #: of each behaviour, for scores
 MAX_PROMPTS = 12
 
@@ -87,7 +89,11 @@ def compare(
     """One comparison on all tasks of the combination; peers that learn have the fit's prompts."""
     family, name = table.family, table.name(experts)
     calibration = family.build / "calibration.jsonl"
-    calibration.write_text("".join(family.prompts(name).read_text() for name in family.skills))
+    calibration.write_text("".join(family.prompts(e).read_text() for e in family.skills))
+    chosen = methods.split(",") if methods else [OURS, *peers(len(experts))]
+    grids = yaml.safe_load(GRID.read_text())
+    grid = family.build / "grid.yml"
+    grid.write_text(yaml.safe_dump({m: values for m, values in grids.items() if m in chosen}))
     given = {
         "--task": [local(family.task(e)) for e in experts],
         "--keep": [local(path) for path in TEXTS.values()],
@@ -97,9 +103,9 @@ def compare(
         *("mergekit-wp", "compare", *map(local, recipes)),
         *(part for flag, values in given.items() for value in values for part in (flag, value)),
         *("--out", local(family.folder / "compare" / name), "--relative"),
-        *("--grid", "benchmarks/grid.yml", "--checkers", f"{family.here}/checkers.py"),
+        *("--grid", local(grid), "--checkers", f"{family.here}/checkers.py"),
         *("--calibration", local(calibration), "--dtype", "bfloat16"),
-        *(("--methods", methods) if methods else ()),
+        *("--methods", ",".join(chosen)),
     )
 
 
@@ -120,7 +126,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
     for add in (
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
         click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
-        click.option("--methods", help="Only these methods (see mergekit-wp compare)."),
+        click.option("--methods", help="Only these methods, A,B,... (docs/peers.md)."),
         click.option(
             "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mergekit_wp.components import gate_layouts
 from mergekit_wp.criteria import Targets
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.engine.integrated_gradients import TaskVector, contributions
+from mergekit_wp.engine.products import products
 from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.joint.ascent import Fitting
@@ -86,6 +88,21 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     assert len({kind for _, kind, _ in places}) == 4 and float(slope.abs().max()) > 1e-2
 
 
+def test_a_sparse_gradient_has_the_sums_of_a_dense_one() -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 1, 3], [0, 3, 5]])
+    table = torch.nn.Embedding(9, 4, sparse=True, dtype=torch.float64)
+    (table(ids) * torch.rand(2, 3, 4)).sum().backward()
+    sparse, delta = table.weight.grad, torch.rand(9, 4, dtype=torch.float64)
+    assert sparse is not None and sparse.is_sparse
+    parts = [(0,), (1,), (0, 1), ()]
+    every = zip(
+        products(sparse, delta, parts), products(sparse.to_dense(), delta, parts), strict=True
+    )
+    for found, want in every:
+        torch.testing.assert_close(found, want)
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3", *FAMILIES])
 def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, family: str) -> None:
     base = make_model(family)
@@ -113,6 +130,7 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
         _, [[alone]] = slopes(decoder, [term], pair.partition.layouts, [vector])
         assert all(torch.equal(alone[name], found[name]) for name in found)
     assert not any(p.requires_grad for p in resident.model.parameters())
+    assert not any(getattr(m, "sparse", False) for m in resident.model.modules())
     own = Receiver(decoder, record(decoder, batch), ("kl",), targets).own["kl"]
     torch.testing.assert_close(values[0], own.double())
     same = decoder.logits(record(decoder, batch).residual(len(decoder.layers) - 1)).argmax(-1)
@@ -201,6 +219,30 @@ def test_the_merge_of_an_adapter_and_a_whole_expert_is_the_sum_of_their_parts(
     [batch] = batches([Sample((1, 2), (3,))], 1, "cpu")
     for held, kept in ((resident, [0]), (elsewhere, [])):
         assert MergedModel(held, pairs, layout, AtOnce(16, print), 2)._kept([batch]) == kept
+
+
+def test_a_vocabulary_gives_gradients_of_its_few_tokens_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model("llama")
+    save(base, tmp_path / "base")
+    save(perturbed(base), tmp_path / "expert")
+    pair = open_pair(str(tmp_path / "base"), str(tmp_path / "expert"), lambda *_: None)
+    decoder = Decoder(ResidentModel(pair, torch.float64, "cpu").model)
+    write_task(tmp_path / "task.jsonl", "abc")
+    [batch] = batches(sequences(tmp_path / "task.jsonl"), 9, "cpu")
+    targets = Targets(logprobs(decoder, batch))
+    vector = TaskVector(lambda name: pair.delta(name, torch.float64, "cpu"), pair.changed)
+    rows = []
+
+    def watched(gradient: torch.Tensor, *others: Any) -> list[torch.Tensor]:
+        rows.append(gradient._nnz() if gradient.is_sparse else None)
+        return products(gradient, *others)
+
+    monkeypatch.setattr("mergekit_wp.engine.slopes.products", watched)
+    slopes(decoder, [Term(batch, targets, 1.0)], pair.partition.layouts, [vector])
+    assert rows[:-1].count(None) == len(rows) - 1
+    assert rows[-1] == batch.ids.numel()
 
 
 def test_packed_prompts_have_the_same_slopes(world: Path) -> None:

@@ -20,7 +20,15 @@ GateDims = Sequence[tuple[int, ...]]
 
 
 def products(gradient: torch.Tensor, delta: torch.Tensor, parts: GateDims) -> list[torch.Tensor]:
-    """Sums of gradient * delta over all dimensions but those of each part."""
+    """Sums of gradient * delta over all dimensions but those of each part.
+
+    A sparse gradient has the rows of the tokens that were looked up, and costs no more than these.
+    """
+    if gradient.is_sparse:
+        some = gradient.coalesce()
+        [rows] = some.indices()
+        every = zip(parts, products(some.values(), delta[rows], parts), strict=True)
+        return [_at(rows, own, len(delta)) if 0 in dims else own for dims, own in every]
     gradient, delta = torch.atleast_1d(gradient, delta)
     left = [[d for d in range(gradient.dim()) if d not in dims] for dims in parts]
     found: list[tuple[list[torch.Tensor], list[int]]] = [([], others) for others in left]
@@ -30,6 +38,11 @@ def products(gradient: torch.Tensor, delta: torch.Tensor, parts: GateDims) -> li
         for sums, others in found:
             sums.append(product.sum(others) if others else product)
     return [torch.stack(sums).sum(0) if 0 in others else torch.cat(sums) for sums, others in found]
+
+
+def _at(rows: torch.Tensor, found: torch.Tensor, count: int) -> torch.Tensor:
+    """What was found of some rows, among all; 0 elsewhere."""
+    return found.new_zeros(count, *found.shape[1:]).index_copy(0, rows, found)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def slopes(
                     output, entering = call.with_graph(layer)
                     flowing[number] = stage.back(number, output, entering, flowing[number])
         if backward.moves(*decoder.entrances):
-            with backward.through(*decoder.entrances) as stage:
+            with backward.through(*decoder.entrances) as stage, _sparse(*decoder.entrances):
                 for number, gradient in enumerate(flowing):
                     backward.number = number
                     stage.back(number, decoder.entering(terms[number].batch), None, gradient)
@@ -257,6 +257,20 @@ def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def _sparse(*modules: nn.Module) -> Iterator[None]:
+    """Let gradients of embeddings have the rows that are looked up alone, few of a vocabulary."""
+    tables = [module for module in modules if isinstance(module, nn.Embedding)]
+    before = [table.sparse for table in tables]
+    try:
+        for table in tables:
+            table.sparse = True
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table.sparse = own
 
 
 class _Stage:
