@@ -96,7 +96,10 @@ def compare(
     grid.write_text(yaml.safe_dump({m: values for m, values in grids.items() if m in chosen}))
     given = {
         "--task": [local(family.task(e)) for e in experts],
-        "--keep": [local(path) for path in TEXTS.values()],
+        "--keep": [
+            *(local(path) for path in TEXTS.values()),
+            *(local(family.task(e)) for e in family.skills if e not in experts),
+        ],
         "--prompts": [f"{e}={local(table.unlabelled(e))}" for e in experts],
     }
     command(

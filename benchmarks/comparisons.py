@@ -59,6 +59,17 @@ class Bench:
         values = [value for value in found if value is not None]
         return float(np.exp(np.mean(np.log(values)))) if values else None
 
+    def worst_loss(self, name: str) -> str:
+        """The most that a combination lost of what the base can, and of what."""
+        found = {
+            task: loss
+            for own in self.found
+            if (base := own.comparison.base) is not None
+            for task, loss in own.rows[name].losses(base).items()
+        }
+        task = max(found, key=lambda task: found[task], default=None)
+        return "" if task is None else f"{found[task]:.2f} of {task}"
+
     def equal(self, name: str) -> Estimate | None:
         """`mean` at equal perplexity; None where a combination has no such parameters."""
         rows = [own.comparison.equal.get(name) for own in self.found]
@@ -80,9 +91,9 @@ def tables(bench: Bench, names: Sequence[str]) -> str:
     skills = list(dict.fromkeys(task for found in every for task in found.comparison.tasks))
     output = [
         "| method | " + " | ".join(names) + " | mean, 95% | untuned ours minus it "
-        "| perplexity, x base | mean at equal perplexity | cost |"
+        "| perplexity, x base | mean at equal perplexity | worst loss | cost |"
     ]
-    output.append("|---|" + "---:|" * (len(names) + 4) + "---|")
+    output.append("|---|" + "---:|" * (len(names) + 4) + "---|---|")
     for name in sorted(bench.merges, key=lambda n: -bench.value(n, every)):
         cells = [f"{found.value(name):.2f}" for found in every]
         cells.append(interval(bench.mean(name, every)))
@@ -92,6 +103,7 @@ def tables(bench: Bench, names: Sequence[str]) -> str:
         cells.append("" if cost is None else f"{cost:.2f}")
         equal = bench.equal(name)
         cells.append("none" if equal is None else interval(equal))
+        cells.append(bench.worst_loss(name))
         cells.append(cost_words(every[-1].rows[name]))
         output.append(f"| {name} | " + " | ".join(cells) + " |")
     output += ["", "| against the best tuned peer of its column | peer | untuned | tuned |"]
