@@ -74,13 +74,9 @@ def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
             *(part for pair in pairs for part in ("--prompts", pair)),
             *("--max-prompts", str(MAX_PROMPTS)),
         )
-    return copied(out / "recipe.yml", by_alone.with_name("scored-together.yml")), by_alone
-
-
-def copied(recipe: Path, out: Path) -> Path:
-    """A recipe under another name; its paths are those from the repository's root, or absolute."""
-    out.write_text(recipe.read_text())
-    return out
+    together = out / "scored-together.yml"
+    together.write_text((out / "recipe.yml").read_text())
+    return together, by_alone
 
 
 def compare(
