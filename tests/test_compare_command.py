@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mergekit_wp.comparison.results import Job, Results
 from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError, spelled
+from mergekit_wp.merging.model_references import located
 from mergekit_wp.models.load import load_folder
 from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.tasks.task import ItemScore
@@ -267,6 +269,31 @@ def test_bad_input(world: Path, arguments: list[str], message: str) -> None:
     assert isinstance(done.exception, UserError), done.output
     assert message in str(done.exception)
     assert not (world / "out").exists()
+
+
+def test_one_model_may_be_written_in_several_ways(
+    world: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.parent)
+    relative = yaml.safe_load((world / "fixed.yml").read_text())
+    places = [relative, *relative["models"]]
+    for at, key in zip(places, ("base_model", *["model"] * (len(places) - 1)), strict=True):
+        at[key] = os.path.relpath(at[key])
+    assert not any(os.path.isabs(model["model"]) for model in relative["models"])
+    (world / "fixed.yml").write_text(yaml.safe_dump(relative))
+    done = invoke(world, str(world / "recipe.yml"), str(world / "fixed.yml"), "--dry-run")
+    assert done.exit_code == 0, done.output
+
+
+def test_an_adapter_is_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert located("base+adapter") == located(f"{tmp_path}/base+./adapter")
+    assert located("owner/base+adapter") == f"owner/base+{tmp_path.resolve() / 'adapter'}"
+    assert located("owner/base@main") == "owner/base@main"
 
 
 def test_recipes_of_other_models_are_refused(world: Path, family: Family) -> None:

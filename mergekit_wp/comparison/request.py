@@ -26,7 +26,7 @@ from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note, settings_of
-from mergekit_wp.merging.model_references import data_of
+from mergekit_wp.merging.model_references import data_of, located
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
@@ -149,6 +149,11 @@ class CompareRequest(Request):
         return given | {"methods": QUICK_METHODS, "untuned": True}
 
 
+def _located(experts: Experts) -> tuple[str, frozenset[str]]:
+    """Base and experts, however recipes write their paths."""
+    return located(experts.base), frozenset(map(located, experts.models))
+
+
 def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, list[str]]:
     """The plan, and what the user should know of it.
 
@@ -165,8 +170,7 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
     experts = Experts.of(first, read[0].path)
     fixed: dict[str, MergeConfiguration] = {}
     for other in read[1:]:
-        theirs = Experts.of(other.config, other.path)
-        if (theirs.base, set(theirs.models)) != (experts.base, set(experts.models)):
+        if _located(Experts.of(other.config, other.path)) != _located(experts):
             raise UserError(
                 f"recipe {other.path} has other models than {read[0].path}; all recipes of a "
                 "comparison merge the same experts into the same base"
