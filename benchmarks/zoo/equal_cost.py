@@ -30,7 +30,7 @@ from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.runs.progress import NoProgress
 
 #: unlabelled prompts a skill
-PROMPTS = (8, 16, 32, 128, 1024)
+PROMPTS = (8, 16, 32, 128)
 PATH_STEPS = (10, 40)
 FIT_STEPS = (10, 30, 100, 600)
 

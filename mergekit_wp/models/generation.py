@@ -246,12 +246,14 @@ def _continued(
     step = ids
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        # by number: of a slice, torch multiplies the whole vocabulary with each prompt by itself
+        last = torch.tensor([step.shape[1] - 1], device=device)
         output = model(
             input_ids=step,
             attention_mask=mask,
             position_ids=positions[:, -step.shape[1] :],
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
             **cache,
         )
         cache = {name: value for name, value in output.items() if name in _CACHES}
