@@ -168,3 +168,16 @@ def test_a_model_without_a_cache_is_refused() -> None:
 
     with pytest.raises(UserError, match="Forgetful gives no cache"):
         generation.greedy(Forgetful(), [[1, 2]], 3, [4], "cpu")
+
+
+def test_the_head_is_one_product_for_all_prompts(world) -> None:
+    model, asked = world
+    entered = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    try:
+        answers(model, asked, ["abcdefgh"] * 3, [3] * 3)
+    finally:
+        handle.remove()
+    assert len(entered) == 3
+    for hidden in entered:  # of a slice torch would multiply the vocabulary three times
+        assert hidden.shape[:2] == (3, 1) and hidden.is_contiguous()
