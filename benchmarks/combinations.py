@@ -6,7 +6,7 @@ and resumes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import click
@@ -79,17 +79,26 @@ def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
     return together, by_alone
 
 
+def write_grid(path: Path, methods: Collection[str]) -> Path:
+    """The grids of some methods, as far as `GRID` has them."""
+    grids = yaml.safe_load(GRID.read_text())
+    path.write_text(yaml.safe_dump({m: own for m, own in grids.items() if m in methods}))
+    return path
+
+
 def compare(
-    table: FitTable, experts: Sequence[str], recipes: Sequence[Path], methods: str | None
+    table: FitTable,
+    experts: Sequence[str],
+    recipes: Sequence[Path],
+    methods: str | None,
+    max_new_tokens: int,
 ) -> None:
     """One comparison on all tasks of the combination; peers that learn have the fit's prompts."""
     family, name = table.family, table.name(experts)
     calibration = family.build / "calibration.jsonl"
     calibration.write_text("".join(family.prompts(e).read_text() for e in family.skills))
     chosen = methods.split(",") if methods else [OURS, *peers(len(experts))]
-    grids = yaml.safe_load(GRID.read_text())
-    grid = family.build / "grid.yml"
-    grid.write_text(yaml.safe_dump({m: values for m, values in grids.items() if m in chosen}))
+    grid = write_grid(family.build / "grid.yml", chosen)
     given = {
         "--task": [local(family.task(e)) for e in experts],
         "--keep": [
@@ -104,7 +113,7 @@ def compare(
         *("--out", local(family.folder / "compare" / name), "--relative"),
         *("--grid", local(grid), "--checkers", f"{family.here}/checkers.py"),
         *("--calibration", local(calibration), "--dtype", "bfloat16"),
-        *("--methods", ",".join(chosen)),
+        *("--methods", ",".join(chosen), "--max-new-tokens", str(max_new_tokens)),
     )
 
 
@@ -117,7 +126,7 @@ def run(
     for experts in family.combinations:
         if only in (None, "-".join(experts)):
             recipes = [table.fitted(experts, max_new_tokens), *score(family, experts)]
-            compare(table, experts, recipes, methods)
+            compare(table, experts, recipes, methods, max_new_tokens)
 
 
 def options(main: click.decorators.FC) -> click.decorators.FC:

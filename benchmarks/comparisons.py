@@ -61,14 +61,13 @@ class Bench:
 
     def worst_loss(self, name: str) -> str:
         """The most that a combination lost of what the base can, and of what."""
-        found = {
-            task: loss
+        found = [
+            (loss, task)
             for own in self.found
             if (base := own.comparison.base) is not None
             for task, loss in own.rows[name].losses(base).items()
-        }
-        task = max(found, key=lambda task: found[task], default=None)
-        return "" if task is None else f"{found[task]:.2f} of {task}"
+        ]
+        return "{:.2f} of {}".format(*max(found)) if found else ""
 
     def equal(self, name: str) -> Estimate | None:
         """`mean` at equal perplexity; None where a combination has no such parameters."""
@@ -91,7 +90,7 @@ def tables(bench: Bench, names: Sequence[str]) -> str:
     skills = list(dict.fromkeys(task for found in every for task in found.comparison.tasks))
     output = [
         "| method | " + " | ".join(names) + " | mean, 95% | untuned ours minus it "
-        "| perplexity, x base | mean at equal perplexity | worst loss | cost |"
+        "| perplexity, x base | mean at equal perplexity | worst loss | cost of the last |"
     ]
     output.append("|---|" + "---:|" * (len(names) + 4) + "---|---|")
     for name in sorted(bench.merges, key=lambda n: -bench.value(n, every)):

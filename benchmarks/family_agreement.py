@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ from benchmarks.agreement import (
     picture,
     ranking,
 )
-from benchmarks.combinations import GRID, make_missing
+from benchmarks.combinations import make_missing, write_grid
 from benchmarks.family import Family
 from benchmarks.files import REPO, local
 from mergekit_wp.autoload import ensure_registered
@@ -102,7 +102,7 @@ class World:
     def methods(self) -> dict[Method, tuple[Setting, ...]]:
         """Peers with their grids."""
         known = peers(len(self.family.skills))
-        grids = read_grid(GRID, known)
+        grids = read_grid(write_grid(self.family.build / "grid-agreement.yml", METHODS), known)
         rng = np.random.default_rng(self.family.seed)
         keys = weights_of(len(self.family.skills))
         every = rng.uniform(0.0, 1.3, (N_DRAWN, len(keys))).round(2).tolist()
@@ -117,12 +117,10 @@ class World:
         def itself() -> AbstractContextManager[Made]:
             return making.checkpoint(Checkpoint(local(family.base)))
 
-        @contextmanager
-        def by_fit(recipe: Path, lam: float) -> Iterator[Made]:
+        def by_fit(recipe: Path, lam: float) -> AbstractContextManager[Made]:
             config = read_recipe(recipe).config
             config.parameters = (config.parameters or {}) | {"lambda": lam}
-            with making.by_recipe(config, 0) as made:
-                yield made
+            return making.by_recipe(config, 0)
 
         yield Merge("base", "base", itself)
         for method, settings in self.methods().items():

@@ -136,8 +136,12 @@ class FitTable:
         return REPO / self.family.here / "measured" / f"seed-{self.family.seed}"
 
     def record(self) -> None:
-        """Commit what was measured here: scores, surprise and seconds."""
-        for path in sorted((self.folder / "measured").glob("*.json")):
+        """Commit what was measured here for this table: scores, surprise and seconds."""
+        combinations = map(self.name, self.family.combinations)
+        for name in ("base", *self.family.skills, *combinations):
+            path = self.folder / "measured" / f"{name}.json"
+            if not path.exists():
+                continue
             found = json.loads(path.read_text())
             del found["answers"]
             if (spent := self.folder / "cpu" / path.name).exists():
@@ -148,10 +152,11 @@ class FitTable:
     def kept(self, name: str, make: Callable[[], Found] | None) -> Found | None:
         """What was measured before, or now; where nothing is to be made, what is committed."""
         path = self.folder / "measured" / f"{name}.json"
+        if make is None and not path.parent.exists():  # else experts might be of another training
+            path = self.committed / path.name
         if not path.exists():
             if make is None:
-                path = self.committed / path.name
-                return dict(json.loads(path.read_text())) if path.exists() else None
+                return None
             found = json.dumps(make())
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
@@ -256,7 +261,7 @@ def share(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[Row], skills: Sequence[str]) -> str:
-    """The rows in Markdown, and the mean over merges, in which training seeds are resampled too."""
+    """The rows in Markdown, and the mean over merges: an interval over items, or over seeds."""
     seeds = sorted({row.seed for row in rows})
     names = list(dict.fromkeys([*skills, *(n for row in rows for n in row.found["scores"])]))
     places = [place for place in rows[0].perplexities() if place != "all"]
@@ -283,11 +288,15 @@ def table(rows: Sequence[Row], skills: Sequence[str]) -> str:
         for row in merges:
             mean = float(np.mean(list(row.by_skill().values())))
             parts.setdefault(row.seed, []).append((mean, row.draws()))
-        mean = Pooled.of(parts).bootstrap()
+        pooled = Pooled.of(parts)
+        mean = pooled.bootstrap() if len(parts) == 1 else pooled.t_interval()
         worst = min(min(row.by_skill().values()) for row in merges)
-        cost = np.mean([row.perplexities()["all"][0] for row in merges])
+        costs = [
+            np.mean([row.perplexities()["all"][0] for row in merges if row.seed == seed])
+            for seed in parts
+        ]
         cells = [interval(mean), f"{worst:.2f}"]
-        cells += ["" for _ in names] + [f"{cost:.2f}"] + ["" for _ in places]
+        cells += ["" for _ in names] + [f"{np.mean(costs):.2f}"] + ["" for _ in places]
         cells.append(f"{np.sum([row.cpu or 0 for row in merges]):.0f}")
         lines.append(f"| mean of {len(merges)} merges (worst, sum) | {' | '.join(cells)} |")
     return "\n".join(lines)

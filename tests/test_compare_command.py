@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_wp.cli import cli
@@ -22,8 +23,8 @@ from mergekit_wp.comparison.results import Job, Results
 from mergekit_wp.comparison.rows import Comparison, Row
 from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError, spelled
-from mergekit_wp.merging.model_references import located
 from mergekit_wp.models.load import load_folder
+from mergekit_wp.models.model_names import place
 from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.tasks.task import ItemScore
 from tests.comparing import Distance
@@ -291,9 +292,11 @@ def test_an_adapter_is_the_same_from_everywhere(
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert located("base+adapter") == located(f"{tmp_path}/base+./adapter")
-    assert located("owner/base+adapter") == f"owner/base+{tmp_path.resolve() / 'adapter'}"
-    assert located("owner/base@main") == "owner/base@main"
+    here, whole, other = map(
+        ModelReference.model_validate,
+        ("base+adapter", f"{tmp_path}/base+./adapter", "owner/base+adapter"),
+    )
+    assert place(here) == place(whole) != place(other)
 
 
 def test_recipes_of_other_models_are_refused(world: Path, family: Family) -> None:

@@ -57,11 +57,11 @@ def test_the_table_says_which_skill_is_worst_and_sums_the_seconds() -> None:
     assert len({len(line) for line in cells}) == 1
 
 
-def test_training_seeds_are_resampled_and_named() -> None:
+def test_training_seeds_are_named_and_make_the_interval() -> None:
     experts = {"a": [1.0] * 4, "b": [1.0] * 4}
     rows = [Row("base", BASE, BASE, seed) for seed in (0, 1)]
-    for seed, right in ((0, 1.0), (1, 0.0)):  # items are alike: only the seeds differ
-        rows.append(Row("a + b", found(a=[right] * 4, b=[1.0] * 4), BASE, seed, experts, 1.0))
+    for seed, right in ((0, 1.0), (1, 0.9)):
+        rows.append(Row("a + b", found(a=[right] * 4, b=[right] * 4), BASE, seed, experts, 1.0))
     lines = table(rows, ("a", "b")).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:6]] == [
         "seed 0: base",
@@ -69,7 +69,8 @@ def test_training_seeds_are_resampled_and_named() -> None:
         "seed 0: a + b",
         "seed 1: a + b",
     ]
-    assert lines[-1].split("|")[2].strip() == "0.75 [0.50, 1.00]"
+    # Student: 0.95 +- 12.706 * 0.05
+    assert lines[-1].split("|")[2].strip() == "0.95 [0.31, 1.59]"
 
 
 def test_an_expert_with_nothing_right_is_told() -> None:

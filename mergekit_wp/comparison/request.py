@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import Field, model_validator
@@ -26,11 +26,11 @@ from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note, settings_of
-from mergekit_wp.merging.model_references import data_of, located
+from mergekit_wp.merging.model_references import data_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
-from mergekit_wp.models.model_names import distinct_names
+from mergekit_wp.models.model_names import distinct_names, place
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts import Prompt, PromptSource, read_prompts
 from mergekit_wp.prompts.request import SOURCE
@@ -149,9 +149,10 @@ class CompareRequest(Request):
         return given | {"methods": QUICK_METHODS, "untuned": True}
 
 
-def _located(experts: Experts) -> tuple[str, frozenset[str]]:
-    """Base and experts, however recipes write their paths."""
-    return located(experts.base), frozenset(map(located, experts.models))
+def _places(experts: Experts) -> tuple[object, frozenset[object]]:
+    """Base and experts, however recipes write them."""
+    base, *models = map(ModelReference.model_validate, (experts.base, *experts.models))
+    return place(base), frozenset(map(place, models))
 
 
 def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, list[str]]:
@@ -170,7 +171,7 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
     experts = Experts.of(first, read[0].path)
     fixed: dict[str, MergeConfiguration] = {}
     for other in read[1:]:
-        if _located(Experts.of(other.config, other.path)) != _located(experts):
+        if _places(Experts.of(other.config, other.path)) != _places(experts):
             raise UserError(
                 f"recipe {other.path} has other models than {read[0].path}; all recipes of a "
                 "comparison merge the same experts into the same base"

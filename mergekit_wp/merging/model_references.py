@@ -99,15 +99,3 @@ def placed(config: MergeConfiguration, folder: Path) -> MergeConfiguration:
         return model.model_copy(update={"model": path, "lora": lora})
 
     return replaced(config, change)
-
-
-def located(reference: str) -> str:
-    """A model as written, with local paths as they are from everywhere."""
-    found = ModelReference.model_validate(reference)
-
-    def whole(path: ModelPath) -> ModelPath:
-        here = os.path.realpath(path.path)
-        return ModelPath.model_construct(path=here, revision=None) if os.path.isdir(here) else path
-
-    lora = found.lora and whole(found.lora)
-    return str(found.model_copy(update={"model": whole(found.model), "lora": lora}))

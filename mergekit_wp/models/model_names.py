@@ -86,10 +86,10 @@ def refuse_twice(models: Iterable[ModelReference], base: ModelReference | None) 
     """
     seen: dict[object, ModelReference] = {}
     if base is not None:
-        seen[_place(base)] = base
+        seen[place(base)] = base
     listed: set[ModelReference] = set()
     for model in models:
-        first = seen.setdefault(_place(model), model)
+        first = seen.setdefault(place(model), model)
         if model in listed or (first != model and first != base):
             raise UserError(
                 f"model {first} is listed twice{_other(first, model)}; list it once, with a "
@@ -107,7 +107,9 @@ def _other(first: ModelReference, again: ModelReference) -> str:
     return "" if first == again else f", the second time as {again}"
 
 
-def _place(model: ModelReference) -> object:
+def place(model: ModelReference) -> object:
+    """Where a model is, the same however it is written: folders, or Hub ids at their commits."""
+
     def of(path: ModelPath | None) -> object:
         if path is None or os.path.exists(path.path):
             return path and os.path.realpath(path.path)
