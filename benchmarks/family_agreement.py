@@ -99,7 +99,7 @@ class World:
             found[skill] = own | {"accuracy": float(np.mean(scores))}
         return found
 
-    def methods(self) -> dict[Method, tuple[Setting, ...]]:
+    def methods(self) -> list[tuple[Method, tuple[Setting, ...]]]:
         """Peers with their grids."""
         known = peers(len(self.family.skills))
         grids = read_grid(write_grid(self.family.build / "grid-agreement.yml", METHODS), known)
@@ -108,7 +108,7 @@ class World:
         every = rng.uniform(0.0, 1.3, (N_DRAWN, len(keys))).round(2).tolist()
         drawn = tuple(dict(zip(keys, values, strict=True)) for values in every)
         searched = next(method for method in known.values() if method.searched)
-        return {known[name]: grids[name] for name in METHODS} | {searched: drawn}
+        return [*((known[name], grids[name]) for name in METHODS), (searched, drawn)]
 
     def merges(self) -> Iterator[Merge]:
         """All that is measured."""
@@ -123,7 +123,7 @@ class World:
             return making.by_recipe(config, 0)
 
         yield Merge("base", "base", itself)
-        for method, settings in self.methods().items():
+        for method, settings in self.methods():
             for setting in settings:
                 by_peer = partial(making.by_method, method, setting, 0)
                 yield Merge(f"{method.name} {setting}", "peer", by_peer)
