@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from mergekit.options import MergeOptions
 from tqdm import tqdm
 
 from benchmarks.agreement import (
@@ -79,7 +80,8 @@ class World:
             device="cuda" if torch.cuda.is_available() else "cpu",
             eval_dtype=torch.bfloat16,
         )
-        self.making = Making(plan, scratch, scratch, "2026-11-29", NoProgress())
+        options = MergeOptions(quiet=True, lora_merge_cache=str(scratch / "adapters"))
+        self.making = Making(plan, scratch, scratch, "2026-11-29", NoProgress(), options)
         checkers = Checkers.load(REPO / family.here / "checkers.py")
         self.tasks = {s: JsonlTask.read(family.task(s), checkers) for s in family.skills}
         self.expected = {}
