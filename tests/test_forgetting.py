@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,28 @@ def test_a_text_scores_what_transformers_says(
     (alone,) = task.evaluate(model, asked, "test", AtOnce(1, lambda _: None))
     assert alone.score == pytest.approx(found.score, rel=1e-5)
     assert (task.count("test"), task.count("valid")) == (1, 0)
+
+
+def test_every_window_begins_as_the_text_does(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_text, "WINDOW", 20)
+    model = AutoModelForCausalLM.from_pretrained(family.base.path, dtype=torch.float32)
+    begin, body = 3, [5 + i % 20 for i in range(45)]
+
+    class Tokenizer:
+        bos_token_id = begin
+
+        def __call__(self, _: str) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=[begin, *body])
+
+    total = 0.0
+    for at in range(0, len(body), 19):
+        window = torch.tensor([[begin, *body[at : at + 19]]])
+        total -= (window.shape[1] - 1) * float(model(window, labels=window).loss.detach())
+    task = PlainText.read(text_file(tmp_path))
+    (found,) = task.evaluate(model, TextInterface(Tokenizer(), ()), "test")
+    assert found.score == pytest.approx(total / len(body), rel=1e-5)
 
 
 @pytest.mark.parametrize("text", ["", " \n"])

@@ -26,7 +26,8 @@ WINDOW, _ROWS = 256, 8
 class PlainText:
     """A text file, one test item: its score is the mean log-probability of a token, in nats.
 
-    It is read in windows of `WINDOW` tokens, the first of each given. Perplexity is exp(-score).
+    It is read in windows of `WINDOW` tokens, the first of each given: the beginning of text, where
+    the tokenizer writes one. Perplexity is exp(-score).
     """
 
     name: str
@@ -82,13 +83,16 @@ class PlainText:
         ids = asked.tokenizer(self.text).input_ids
         if len(ids) < 2:
             raise UserError(f"text '{self.name}' is one token long; give running text")
-        windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+        # models that are used to a beginning of text are poor without it
+        first = ids[:1] if ids[0] == asked.tokenizer.bos_token_id else []
+        rest, size = ids[len(first) :], WINDOW - len(first)
+        windows = [[*first, *rest[at : at + size]] for at in range(0, len(rest), size)]
         memory = at_once or AtOnce(_ROWS, lambda _: None)
         total, start = 0.0, 0
         while start < len(windows):
             some = windows[start : start + _ROWS]
-            found, size = memory.run(partial(_log_probability, model, some), len(some))
-            total, start = total + found, start + size
+            found, read = memory.run(partial(_log_probability, model, some), len(some))
+            total, start = total + found, start + read
         predicted = sum(len(window) - 1 for window in windows)
         return [ItemScore("text", total / predicted)]
 
