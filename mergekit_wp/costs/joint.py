@@ -21,9 +21,9 @@ from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Opened, Run
 from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
 
-#: vectors of all gates, in float64, that a fit holds: where it stands, Adam's two means, what is
-#: kept, the slope, and those that one step makes of them
-GATES = 16
+#: vectors of all gates, in float64, that a fit holds: where it stands, Adam's means, what is kept,
+#: the slopes, and those that one step makes of them; so many more for every guard
+GATES, OF_GUARD = 15, 4
 
 
 def company(opened: CompanyOpened) -> Costs:
@@ -76,8 +76,9 @@ def fit(opened: FitOpened) -> Costs:
         Stage("judging gates", look * looks, f"every {LOOK} steps"),
     ]
     terms = [max(own, key=lambda batch: batch.tokens) for own in every]
-    held = _held(pairs, [*texts, *guards], terms, opened.runs[0], 8.0 * GATES * opened.gates)
-    state = 8.0 * 6 * opened.gates
+    vectors = GATES + OF_GUARD * len(guards)
+    held = _held(pairs, [*texts, *guards], terms, opened.runs[0], 8.0 * vectors * opened.gates)
+    state = 8.0 * (5 + len(guards)) * opened.gates
     notes = ("a fit ends earlier where nothing more is gained",)
     return Costs(tuple(stages), held, 8.0 * opened.gates, passing=state, notes=notes)
 

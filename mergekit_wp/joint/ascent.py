@@ -16,7 +16,7 @@ from mergekit_wp.joint.merged_model import VALUES, MergedModel, slopes_of
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.joint.spread import SpreadModel
-from mergekit_wp.joint.weighing import averaged, followed, pull, running, worst_first
+from mergekit_wp.joint.weighing import averaged, running, worst_first
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 
@@ -36,7 +36,7 @@ class FitState:
             reproduced; NaN where not looked at.
         left: running mean over steps of each objective's divergence in its own span; NaN before
             the first.
-        prices: of the guards' limits.
+        prices: of the guards' limits, a running mean over steps.
         kept: the gates to keep.
         judge: why those.
     """
@@ -54,7 +54,7 @@ class FitState:
         """Before anything was looked at."""
         whole = behaviors + guards
         return cls(
-            Climb.at(start),
+            Climb.at(start, guards),
             start.double(),
             torch.empty((0, 2, 2, whole), dtype=torch.float64),
             torch.full((whole,), torch.nan, dtype=torch.float64),
@@ -66,7 +66,8 @@ class FitState:
     @classmethod
     def from_block(cls, block: Mapping[str, torch.Tensor]) -> FitState:
         """As `to_block` left it."""
-        climb = Climb(block["gates"], block["first"], block["second"], int(block["steps"]))
+        of_climb = (block[name] for name in ("gates", "slopes", "second"))
+        climb = Climb(*of_climb, int(block["steps"]), block["weighed"])
         judge = Judge.from_row(block["judge"])
         return cls(
             climb=climb,
@@ -83,9 +84,10 @@ class FitState:
         climb = self.climb
         return {
             "gates": climb.gates,
-            "first": climb.first,
+            "slopes": climb.slopes,
             "second": climb.second,
             "steps": torch.tensor(climb.steps),
+            "weighed": climb.prices,
             "average": self.average,
             "seen": self.seen,
             "left": self.left,
@@ -205,17 +207,17 @@ class Fitting:
                 done = step >= most or state.judge.done
                 if not done:
                     self.model.move_to(state.climb.gates)
-                    slope, seen[0] = self._slope(step, self._weights(state))
+                    slopes, seen[0] = self._slopes(step, state.left[:n])
                 state = replace(state, seen=torch.cat([state.seen, seen.unsqueeze(0)]))
                 if done:
                     break
                 used = running(state.left, seen[0, 0] / self.spans)
                 used[n:] = torch.maximum(used[n:], self._last_judged(state)[n:])
-                slope = slope * self.fitted - self.shrinkage * shrinking(
-                    self.layout, state.climb.gates
-                )
-                climb = state.climb.step(slope, state.judge.rate(request.rate), request.upper)
-                prices = followed(state.prices, used[n:])
+                slopes = slopes * self.fitted
+                slopes[0] -= self.shrinkage * shrinking(self.layout, state.climb.gates)
+                rate = state.judge.rate(request.rate)
+                climb = state.climb.step(slopes, used[n:], rate, request.upper)
+                prices = running(state.prices, climb.prices)
                 average = averaged(state.average, climb.gates, climb.steps)
                 state = replace(state, climb=climb, average=average, left=used, prices=prices)
                 self.journal.save(key, state.to_block())
@@ -238,23 +240,21 @@ class Fitting:
         ]
         return f"answers reproduced: {', '.join(answers)}{''.join(ratios)}"
 
-    def _weights(self, state: FitState) -> torch.Tensor:
-        """What each objective's divergence in its own span weighs, ``[objectives]``."""
-        n = self.n_behaviors
-        left = state.left.nan_to_num(nan=1.0)
-        return torch.cat([worst_first(left[:n]), pull(state.prices, left[n:])])
-
-    def _slope(self, step: int, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Derivative of the objective by every gate, on one batch of each.
+    def _slopes(self, step: int, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Derivatives by every gate, on one batch of each objective.
 
         Args:
             step: which.
-            weights: of the objectives.
+            left: of each behaviour's divergence, by which they are weighed; NaN before the first.
 
         Returns:
-            Also divergence and share of answers reproduced by objective, ``[2, objectives]``.
+            Of what the behaviours weigh together, and of minus what each guard uses of its limit,
+            ``[1 + guards, gates]``; and divergence and share of answers reproduced by objective,
+            ``[2, objectives]``.
         """
-        terms = []
+        n, terms = self.n_behaviors, []
+        guards = torch.ones(len(self.objectives) - n, dtype=torch.float64)
+        weights = torch.cat([worst_first(left.nan_to_num(nan=1.0)), guards])
         each = (weights / self.spans).tolist()
         every = zip(self.objectives, self.train, each, strict=True)
         for number, (objective, train, weight) in enumerate(every):
@@ -264,10 +264,11 @@ class Fitting:
             batch = objective.batches[b := train[int(order[place])]]
             terms.append(Term(batch, objective.targets[b], weight / batch.size))
         [found] = self.model.each([terms])
-        slope = torch.zeros(self.layout.size, dtype=torch.float64)
-        for result in found:
-            slope += self.layout.collect(slopes_of(result, len(self.layout.changed)))
-        return slope, torch.stack([_mean(result[VALUES]) for result in found], 1)
+        slopes = torch.zeros((1 + len(guards), self.layout.size), dtype=torch.float64)
+        for number, result in enumerate(found):
+            own = self.layout.collect(slopes_of(result, len(self.layout.changed)))
+            slopes[max(0, number - n + 1)] += own
+        return slopes, torch.stack([_mean(result[VALUES]) for result in found], 1)
 
     def _look(self) -> torch.Tensor:
         """Divergence and share of answers reproduced on judged prompts, ``[2, objectives]``."""

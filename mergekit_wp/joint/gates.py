@@ -5,7 +5,8 @@
 where Delta_ec is the part of expert e's difference that gate c covers: a component, or less.
 
 The derivative of any value with respect to g_ec is grad_W v . Delta_ec, see `engine.slopes`.
-Adam (Kingma and Ba, arXiv 1412.6980) climbs the objective; gates stay within bounds.
+Adam (Kingma and Ba, arXiv 1412.6980) climbs the objective as far as limits allow; gates stay within
+bounds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mergekit_wp.components import (
     positions,
 )
 from mergekit_wp.joint.guided import path_scores
+from mergekit_wp.joint.weighing import LEAST, prices
 from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS, GateGranularity, Kind
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
@@ -262,27 +264,54 @@ class Climb:
 
     Attributes:
         gates: flat, float64.
-        first: running mean of the slope.
-        second: running mean of its square.
+        slopes: running means, ``[1 + guards, gates]``: of the behaviours' slope, of every guard's.
+        second: running mean of the square of what was climbed.
         steps: taken so far.
+        prices: of the guards in the last step; 0 where its limit did not count.
     """
 
     gates: torch.Tensor
-    first: torch.Tensor
+    slopes: torch.Tensor
     second: torch.Tensor
     steps: int
+    prices: torch.Tensor
 
     @classmethod
-    def at(cls, gates: torch.Tensor) -> Climb:
+    def at(cls, gates: torch.Tensor, guards: int = 0) -> Climb:
         """A fresh start."""
         zero = torch.zeros_like(gates, dtype=torch.float64)
-        return cls(gates.double(), zero, zero.clone(), 0)
+        slopes = zero.repeat(1 + guards, 1)
+        return cls(gates.double(), slopes, zero, 0, torch.zeros(guards, dtype=torch.float64))
 
-    def step(self, slope: torch.Tensor, rate: float, upper: float) -> Climb:
-        """One step uphill, held within [0, upper]."""
+    def step(self, slopes: torch.Tensor, used: torch.Tensor, rate: float, upper: float) -> Climb:
+        """One step uphill, held within [0, upper].
+
+        Args:
+            slopes: of the behaviours, and of minus what each guard uses, ``[1 + guards, gates]``.
+            used: of what the guards' limits allow, ``[guards]``.
+            rate: about how far a gate moves.
+            upper: the largest gate.
+        """
         steps = self.steps + 1
-        first = _BETA1 * self.first + (1 - _BETA1) * slope
-        second = _BETA2 * self.second + (1 - _BETA2) * slope.square()
-        mean, spread = first / (1 - _BETA1**steps), (second / (1 - _BETA2**steps)).sqrt()
-        gates = (self.gates + rate * mean / (spread + _EPSILON)).clamp(0.0, upper)
-        return replace(self, gates=gates, first=first, second=second, steps=steps)
+        running = _BETA1 * self.slopes + (1 - _BETA1) * slopes
+        means = running / (1 - _BETA1**steps)
+        # the first step has no scale yet but its own
+        scale = (
+            _scale(self.second, self.steps) if self.steps else 1 / (slopes.sum(0).abs() + _EPSILON)
+        )
+        found = prices(used, means[0], means[1:], scale, rate)
+        weights = torch.cat([torch.ones(1, dtype=torch.float64), found.clamp_min(LEAST)])
+        second = _BETA2 * self.second + (1 - _BETA2) * (weights @ slopes).square()
+        move = rate * _scale(second, steps) * (weights @ means)
+        return Climb(
+            (self.gates + move).clamp(0.0, upper),
+            running,
+            second,
+            steps,
+            torch.where(found > LEAST, found, 0.0),
+        )
+
+
+def _scale(second: torch.Tensor, steps: int) -> torch.Tensor:
+    """How far Adam goes for a slope after so many steps."""
+    return 1 / ((second / (1 - _BETA2**steps)).sqrt() + _EPSILON)

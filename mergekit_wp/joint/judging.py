@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergekit_wp.joint.weighing import excess
-
 #: gates are judged every so many steps
 LOOK = 10
 #: how much less the mean logarithm of what is left must be to count as a gain
@@ -23,7 +21,7 @@ PATIENCE = (20, 30)
 #: the rate falls so many times, by this factor, before the fit ends
 FALLS, FACTOR = 2, 3.0
 #: what keeps the logarithm finite; a limit that is used up by a tenth more counts as held
-_SMALLEST, _SLACK = 1e-4, 0.1
+_SMALLEST, _SLACK = 1e-4, 1.1
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Judgement:
     """What some gates are worth.
 
     Attributes:
-        over: how far the guard that is furthest beyond its limit is beyond it; 0 where all hold.
+        over: logarithm of how far the guard that is furthest beyond its limit is; 0 where all hold.
         answers: mean of the worst and the mean behaviour's share of answers reproduced.
         left: mean logarithm of what is left of the behaviours' divergences.
         blur: differences of answers up to this say nothing: half a standard error, for two looks
@@ -55,7 +53,7 @@ class Judgement:
             used: of the guards' limits, ``[guards]``.
             prompts: of one behaviour that are judged by.
         """
-        over = max(0.0, float(excess(used).max()) - _SLACK) if len(used) else 0.0
+        over = max(0.0, float((used / _SLACK).max().log())) if len(used) else 0.0
         both = (float(answers.min()) + float(answers.mean())) / 2
         blur = 0.5 * (both * (1 - both) / prompts) ** 0.5
         return cls(over, both, float(left.clamp_min(_SMALLEST).log().mean()), blur)

@@ -3,26 +3,27 @@
 Worst first: a mean over behaviours lets one starve whose gates others want elsewhere. So each is
 weighed by a power of what is left of its divergence.
 
-A guard has no weight but a limit, kept by an augmented Lagrangian (Hestenes 1969; Nocedal and
-Wright, Numerical Optimization, section 17.3): its price rises by every step above the limit and
-falls below it, down to 0, where the guard costs nothing. The excess is measured on a scale on which
-far beyond the limit is not a thousand times as urgent as just beyond. Just beyond, the pull does
-not fall with the distance, or price and guard would swing around each other.
+A guard has no weight but a limit, a constraint. Of all steps, the nearest to the optimiser's own is
+taken after which guards would, to first order, be on their way back to their limits, or within them
+(sequential quadratic programming; Nocedal and Wright, Numerical Optimization, chapter 18). The
+multipliers of that problem are the guards' weights: each step finds them anew. Prices that were
+followed from step to step instead, as an augmented Lagrangian does, swung: skills fell with them.
 Pure maths: no models.
 """
 
 from __future__ import annotations
 
 import torch
+from scipy.optimize import nnls
 
 #: worst first: weight (left + FLOOR) ** POWER
 FLOOR, POWER = 0.02, 0.5
-#: of the augmented Lagrangian: pull per excess, and how fast prices follow it
-STIFFNESS, PACE = 0.2, 0.005
-#: limits used so many times over pull no more than these
+#: steps in which a guard is to be back at its limit
+BACK = 5
+#: limits used so many times over are taken for no more than these
 FAR = 4.0
-#: the least force: a guard within its limit still counts a little, which costs no skill
-LEAST = 0.005
+#: the least weight: a guard within its limit still counts a little, which costs no skill; the most
+LEAST, MOST = 0.005, 2.0
 #: of running means over steps: part that each step keeps of what was
 KEPT = 0.8
 #: of the gates' running mean
@@ -39,35 +40,36 @@ def worst_first(left: torch.Tensor) -> torch.Tensor:
     return weights / weights.sum()
 
 
-def excess(used: torch.Tensor) -> torch.Tensor:
-    """How far beyond their limits guards are: 0 at the limit, -1 at the base.
+def prices(
+    used: torch.Tensor,
+    behaviors: torch.Tensor,
+    guards: torch.Tensor,
+    scale: torch.Tensor,
+    rate: float,
+) -> torch.Tensor:
+    """What guards weigh in the next step, beside 1 for all behaviours: ``[guards]``.
 
-    Beyond the limit it grows like the distance that the weights have moved, of which a divergence
-    is about the square; far beyond, like its logarithm.
+    The step is ``rate * scale * (behaviors + prices @ guards)``. They are the least prices, all at
+    least 0, by which no guard comes back more slowly than in `BACK` steps, or goes to its limit
+    faster; 0 where the behaviours themselves see to it.
 
     Args:
         used: of what the limits allow, ``[guards]``; 1 at the limit.
+        behaviors: slope of what behaviours weigh together, ``[gates]``.
+        guards: slope of minus what each uses, ``[guards, gates]``.
+        scale: how far the optimiser goes for a slope, ``[gates]``.
+        rate: its step.
     """
-    near, edge = 2.0 * (used.clamp(1.0, FAR).sqrt() - 1.0), 2.0 * (FAR**0.5 - 1.0)
-    beyond = torch.where(used > FAR, edge + FAR**0.5 * (used.clamp_min(FAR) / FAR).log(), near)
-    return torch.where(used > 1.0, beyond, used - 1.0)
-
-
-def pull(price: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """Weight of what guards use of their limits, beside 1 for all behaviours: ``[guards]``.
-
-    It is the derivative, by what is used, of the augmented Lagrangian's part for a limit; a little
-    remains where the limit is held.
-    """
-    edge = 2.0 * (FAR**0.5 - 1.0)
-    force = (price + STIFFNESS * excess(used).clamp_max(edge)).clamp_min(LEAST)
-    slope = torch.where(used > FAR, FAR**0.5 / used, used.clamp_min(1.0) ** -0.5)
-    return force * slope
-
-
-def followed(price: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """Prices after one more step, ``[guards]``."""
-    return (price + PACE * excess(used).clamp_max(1.0)).clamp_min(0.0)
+    if not len(used):
+        return used
+    wanted = (used.clamp_max(FAR) - 1.0) / (BACK * rate) - guards @ (scale * behaviors)
+    gained = guards @ (scale * guards).T
+    # guards that pull alike share a price
+    gained.diagonal().add_(1e-9 * gained.diagonal().max() + 1e-30)
+    root = torch.linalg.cholesky(gained)
+    right = torch.linalg.solve_triangular(root, wanted.unsqueeze(1), upper=False).squeeze(1)
+    found, _ = nnls(root.T.numpy(), right.numpy())
+    return torch.from_numpy(found).clamp_max(MOST)
 
 
 def running(mean: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
