@@ -53,9 +53,9 @@ def write_recipe(
     path.write_text(yaml.safe_dump(data, sort_keys=False))
 
 
-def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
-    """Scores in company, and alone; the recipes that merge by them, named like their rows."""
-    name, folder = "-".join(experts), family.folder
+def scored_alone(family: Family, experts: Sequence[str]) -> Path:
+    """The recipe that merges by the scores of each expert alone, named like its row."""
+    folder = family.folder
     alone = [folder / "alone" / f"{e}.safetensors" for e in experts]
     for expert, file in zip(experts, alone, strict=True):
         if not file.exists():
@@ -64,19 +64,9 @@ def score(family: Family, experts: Sequence[str]) -> tuple[Path, Path]:
                 *("--prompts", local(family.prompts(expert)), "--out", local(file)),
                 *("--estimand", "share", "--criterion", "kl", "--max-prompts", str(MAX_PROMPTS)),
             )
-    by_alone = folder / "recipes" / name / "scored-alone.yml"
-    write_recipe(family, by_alone, experts, alone)
-    out = folder / "company" / name
-    if not (out / "recipe.yml").exists():
-        pairs = [f"{e}={local(family.prompts(e))}" for e in experts]
-        command(
-            *("mergekit-wp", "score", "--company", local(by_alone), "--out", local(out)),
-            *(part for pair in pairs for part in ("--prompts", pair)),
-            *("--max-prompts", str(MAX_PROMPTS)),
-        )
-    together = out / "scored-together.yml"
-    together.write_text((out / "recipe.yml").read_text())
-    return together, by_alone
+    recipe = folder / "recipes" / "-".join(experts) / "scored-alone.yml"
+    write_recipe(family, recipe, experts, alone)
+    return recipe
 
 
 def write_grid(path: Path, methods: Collection[str]) -> Path:
@@ -125,7 +115,7 @@ def run(
     table = FitTable(family, split_options(fit))
     for experts in family.combinations:
         if only in (None, "-".join(experts)):
-            recipes = [table.fitted(experts, max_new_tokens), *score(family, experts)]
+            recipes = [table.fitted(experts, max_new_tokens), scored_alone(family, experts)]
             compare(table, experts, recipes, methods, max_new_tokens)
 
 

@@ -22,10 +22,9 @@ from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.suites.prepare import requested
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_existing
-from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.files import RECIPE, kept_settings
 from mergekit_wp.joint.fit import fit as _fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest, by_name, experts_of
+from mergekit_wp.joint.request import FitRequest, by_name, experts_of
 from mergekit_wp.mechanism.anchors import LayerAnchor
 from mergekit_wp.mechanism.anchors import find_anchors as _find_anchors
 from mergekit_wp.mechanism.circuit import trace as _trace
@@ -105,37 +104,6 @@ def score(
         return Scores(_score(request, shown))
 
 
-def score_together(
-    base: PathLike | None = None,
-    experts: Mapping[str, PathLike] | None = None,
-    *,
-    prompts: Mapping[str, Any] | Sequence[Any],
-    recipe: PathLike | tuple[str, ...] | None = None,
-    out: PathLike | None = None,
-    progress: bool | Progress = True,
-    **options: Any,
-) -> ScoresTogether:
-    """Score all experts of a merge in each other's company, along the guided path.
-
-    Args:
-        base: a folder or a Hub id.
-        experts: folders or Hub ids by names of your choice.
-        prompts: of each expert, by its name; see `score`.
-        recipe: a mergekit recipe that names base and experts, in their place.
-        out: folder for a score file of every expert, and a recipe that merges by them.
-        progress: show a bar; or where to report instead.
-        options: fields of `CompanyRequest`: ``path_steps``, ``max_prompts``, ``dtype``, ...
-
-    Raises:
-        UserError: any mistake in the inputs.
-    """
-    request = CompanyRequest.of(
-        recipe=experts_of(base, experts, recipe), prompts=by_name(prompts), out=out, **options
-    )
-    with shown_by(progress) as shown:
-        return ScoresTogether(score_company(request, shown), kept_settings(request.recipe))
-
-
 def fit(
     base: PathLike | None = None,
     experts: Mapping[str, PathLike] | None = None,
@@ -175,6 +143,10 @@ def fit(
         return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
 
 
+#: experts are scored together by fitting them
+score_together = fit
+
+
 def load_scores(path: PathLike) -> Scores:
     """Read and check a score file, here or on the Hub (``hf://owner/repo[@revision]/FILE``).
 
@@ -195,7 +167,7 @@ def merge(
     """Merge experts into a folder, with a model card; it appears only when it is complete.
 
     Args:
-        what: scores, fitted or scored together or one by one; score files; or a recipe of any
+        what: scores, fitted together or made one by one; score files; or a recipe of any
             method, as a file or as what it holds.
         out: the folder.
         options: mergekit's.

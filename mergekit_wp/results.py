@@ -118,7 +118,7 @@ class Scores:
 
 
 class ScoresTogether(Mapping[str, Scores]):
-    """The scores of experts that were scored or fitted together, by the experts' names.
+    """The scores of experts that were fitted together, by the experts' names.
 
     Args:
         files: the score files.
@@ -144,11 +144,8 @@ class ScoresTogether(Mapping[str, Scores]):
         return len(self._scores)
 
     def __repr__(self) -> str:
-        what, values = "recovered", self.recoveries
-        if self.answers:
-            what, values = "answers reproduced", self.answers
-        said = ", ".join(f"{name}: {value:.2f}" for name, value in values.items())
-        return f"ScoresTogether({what} {said})"
+        said = ", ".join(f"{name}: {value:.2f}" for name, value in self.answers.items())
+        return f"ScoresTogether(answers reproduced {said})"
 
     @property
     def recoveries(self) -> dict[str, float]:
@@ -158,7 +155,7 @@ class ScoresTogether(Mapping[str, Scores]):
 
     @property
     def answers(self) -> dict[str, float]:
-        """Share of each expert's own answers that the merge gives whole, where a fit counted."""
+        """Share of each expert's own answers that the merge gives whole."""
         return {
             name: scores.manifest.fit.reached[scores.manifest.behavior].answers
             for name, scores in self.items()

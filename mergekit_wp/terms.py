@@ -19,7 +19,7 @@ FINE_KINDS: tuple[FineKind, ...] = (*SLICED_KINDS, "tensor")
 
 # what is measured, and how
 Estimand = Literal["share", "gain", "knockout", "path", "activation_gain", "activation_knockout"]
-#: what one expert alone can be scored for; ``path`` needs the company of a recipe's experts
+#: what one expert alone can be scored for; ``path`` is fitted to all experts of a merge
 LoneEstimand = Literal["share", "gain", "knockout", "activation_gain", "activation_knockout"]
 ESTIMANDS: tuple[Estimand, ...] = get_args(Estimand)
 LONE_ESTIMANDS: tuple[LoneEstimand, ...] = get_args(LoneEstimand)
@@ -29,9 +29,7 @@ BuiltInCriterion = Literal["kl", "anchor", "logprob"]
 CRITERIA: tuple[BuiltInCriterion, ...] = get_args(BuiltInCriterion)
 #: a built-in one, or a caller's function by its name: files hold either
 CriterionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-ScoringMethod = Literal[
-    "exact", "first-order", "second-order", "integrated-gradients", "guided-path", "fitted"
-]
+ScoringMethod = Literal["exact", "first-order", "second-order", "integrated-gradients", "fitted"]
 #: how changes become scores: means over prompts before the division, or each prompt's own quotient
 Normalisation = Literal["mean", "prompt"]
 SweepName = Literal["share", "first-order", "exact", "verify", "noise"]

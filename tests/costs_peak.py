@@ -16,9 +16,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_wp.costs.forecast import counted
-from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.verify import verify
 from mergekit_wp.models.memory import peak_memory, resident_memory
@@ -93,7 +92,6 @@ def main(command: str, folder: Path) -> None:
     )
     runs: dict[str, Callable[[Quiet], object]] = {
         "score": lambda said: score(asked, said),
-        "company": lambda said: score_company(CompanyRequest(path_steps=1, **members), said),
         "fit": lambda said: fit(FitRequest(steps=1, unguarded=True, **members), said),
         "verify": lambda said: verify(
             VerifyRequest(file=folder / "scores", top="3", draws=2, **one), None, said

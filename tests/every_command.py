@@ -30,8 +30,6 @@ score base east --prompts open.jsonl --out open.safetensors --share-steps 2 \
 score base west --prompts open.jsonl --out west.safetensors --share-steps 2 \
     --max-new-tokens 2 --kinds layer,tensor,head
 score plain odd --prompts open.jsonl --out odd.safetensors --share-steps 2 --max-new-tokens 2
-score --company recipe.yml --prompts east=east.jsonl --prompts west=west.jsonl \
-    --out together --path-steps 2
 fit recipe.yml --prompts east=east.jsonl --prompts west=west.jsonl --guard open.jsonl \
     --out fitted --steps 2 --prompts-a-step 2 --max-new-tokens 2
 verify east.safetensors --top 3,50% --prompts open.jsonl --draws 2 --max-new-tokens 2 \
@@ -43,13 +41,12 @@ anchor base east --prompts open.jsonl --max-new-tokens 2 --json
 inspect east.safetensors --json
 plot east.safetensors --trace trace.json --out page.html
 plot fitted/east.safetensors --out gates.png
-merge together/recipe.yml merged --quiet
-merge fitted/recipe.yml gated --quiet
-compare together/recipe.yml --task items.jsonl --out comparison --untuned \
+merge fitted/recipe.yml merged --quiet
+compare fitted/recipe.yml --task items.jsonl --out comparison --untuned \
     --methods weight_patching,dare_linear --max-new-tokens 2
 card merged --results comparison
 aim merged --out drawn --base base --calibration east.jsonl
-reproduce together/east.safetensors
+reproduce fitted/east.safetensors
 """
 _ASKING = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 

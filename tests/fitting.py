@@ -20,8 +20,8 @@ from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.prompts import Sample
 from tests.gating import Gates
+from tests.joint_world import NAMES
 from tests.models import DEVICE, EOS, LETTERS, with_eager_experts
-from tests.test_company import NAMES
 from tests.test_scoring import Quiet
 
 

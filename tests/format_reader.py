@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         if name == "delta_norm" or (name.startswith("path/") and not name.endswith(".se")):
             assert (tensor >= 0).all(), name
         if name.startswith("path/") and not name.endswith(".se"):
-            upper = manifest["fit"]["upper"] if "fit" in manifest else 1
+            upper = manifest["fit"]["upper"]
             if granularity(manifest) == "row_column" and not name.endswith("/row_column"):
                 upper *= 2
             assert (tensor <= upper * (1 + 1e-6)).all(), name

@@ -9,7 +9,6 @@ import mergekit_wp.commands.trace
 import mergekit_wp.commands.verify
 import mergekit_wp.comparison.request
 import mergekit_wp.comparison.run
-import mergekit_wp.joint.company
 import mergekit_wp.joint.fit
 import mergekit_wp.mechanism.circuit
 import mergekit_wp.mechanism.verify  # noqa: F401

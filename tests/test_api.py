@@ -19,10 +19,10 @@ import mergekit_wp as wp
 from mergekit_wp.cli import cli
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.results import Scores
+from tests.joint_world import NAMES, make_world
 from tests.killing import contents
 from tests.merging import Family, llama_config, reference
 from tests.models import make_model, perturbed, save
-from tests.test_company import NAMES, make_world
 
 torch.set_num_threads(1)
 TEXTS = ["abcd", "bcd", "cab", "dd"]
@@ -31,7 +31,7 @@ QUICK: dict[str, Any] = {"share_steps": 2, "max_new_tokens": 2, "progress": Fals
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two experts of one base with their prompts, and a recipe; and a third without a company."""
+    """Two experts of one base with their prompts, and a recipe; and a third by itself."""
     root = make_world("llama-tied", tmp_path_factory.mktemp("api"))
     save(perturbed(make_model("llama-tied"), 0.2), root / "expert")
     return root
@@ -121,18 +121,16 @@ def test_a_callers_criterion(world: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["path", "fit"])
-def test_experts_together_are_merged_and_fused_alike(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+def test_fitted_experts_are_merged_and_fused_alike(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory and by mergekit, from Python and by commands."""
     monkeypatch.chdir(tmp_path)
     experts = {name: str(world / name) for name in NAMES}
     prompts = {name: str(world / f"{name}.jsonl") for name in NAMES}
-    run, options = (wp.score_together, {"path_steps": 2})
-    if how == "fit":
-        run, options = (wp.fit, {"steps": 2, "prompts_a_step": 2, "guards": [TEXTS]})
-    found = run(str(world / "base"), experts, prompts=prompts, progress=False, **options)
+    assert wp.score_together is wp.fit
+    options = {"steps": 2, "prompts_a_step": 2, "guards": [TEXTS], "progress": False}
+    found = wp.fit(str(world / "base"), experts, prompts=prompts, **options)
     assert not list(tmp_path.iterdir())
     assert list(found) == list(NAMES) == list(found.recoveries)
     wp.merge(found, "merged")
@@ -142,7 +140,7 @@ def test_experts_together_are_merged_and_fused_alike(
     assert fused.keys() == merged.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, fused[name].to(tensor.dtype), rtol=0, atol=1e-6)
-    assert ("answers reproduced" if how == "fit" else "recovered") in repr(found)
+    assert "answers reproduced" in repr(found)
     assert Path("merged/README.md").exists()
     recipe = found.save("saved")
     assert yaml.safe_load(recipe.read_text())["parameters"] == {"fusion": "path"}
@@ -199,8 +197,8 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     experts = {name: world / name for name in NAMES}
     prompts = {name: world / f"{name}.jsonl" for name in NAMES}
-    together = wp.score_together(
-        world / "base", experts, prompts=prompts, path_steps=1, progress=False
+    together = wp.fit(
+        world / "base", experts, prompts=prompts, steps=1, unguarded=True, progress=False
     )
     found = wp.compare(
         together,
@@ -225,7 +223,7 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (lambda w: wp.score(w / "base", w / "expert", prompts=TEXTS, dtype="int8"), "^dtype: "),
         (lambda w: wp.fit(w / "base", prompts={}), "expected a base and its experts by name"),
         (
-            lambda w: wp.score_together(w / "base", {"x": w / "expert"}, prompts={"y": TEXTS}),
+            lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"y": TEXTS}),
             "prompts of 'y': 'y' is no expert of the company; it has .*expert",
         ),
         (

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import mergekit_wp as wp
 from mergekit_wp.comparison.request import CompareRequest
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.scoring.request import ScoreRequest
 
 PAGE = Path(__file__).parents[1] / "docs/api.md"
 REQUESTS = {
     "score": ("score", ScoreRequest),
-    "score_together": ("score --company", CompanyRequest),
     "fit": ("fit", FitRequest),
     "compare": ("compare", CompareRequest),
     "verify": ("verify", VerifyRequest),

@@ -30,7 +30,8 @@ from mergekit_wp.components import Partition
 from mergekit_wp.engine.decoder import Decoder
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
-from mergekit_wp.joint.company import score_company
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.circuit import check_traceable
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.report.panels import tensor_grid
@@ -38,6 +39,7 @@ from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.terms import KINDS
 from tests.factory import make_score_file
+from tests.joint_world import NAMES, make_world
 from tests.merging import norms, reference
 from tests.models import (
     CONFIGS,
@@ -52,7 +54,6 @@ from tests.models import (
     write_prompts,
 )
 from tests.oracle import Naive, Sequences, layers_of
-from tests.test_company import make_world, request_for
 from tests.test_scoring import Quiet, double_precision_file, partition_of, run, sequences_of
 
 torch.set_num_threads(1)
@@ -487,10 +488,11 @@ def test_mixtures_with_dense_layers_have_no_map() -> None:
         dims.require_map("trace")
 
 
-def test_experts_of_a_model_without_a_map_are_not_scored_in_company(tmp_path) -> None:
+def test_experts_of_a_model_without_a_map_are_not_fitted(tmp_path) -> None:
     world = make_world("opt", tmp_path)
-    with pytest.raises(UserError, match="in company, or fitting gates, needs a component map"):
-        score_company(request_for(world, tmp_path / "out"), Quiet())
+    prompts = tuple((name, world / f"{name}.jsonl") for name in NAMES)
+    with pytest.raises(UserError, match="fitting gates needs a component map"):
+        fit(FitRequest(recipe=world / "recipe.yml", prompts=prompts), Quiet())
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:

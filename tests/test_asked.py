@@ -27,9 +27,8 @@ from mergekit_wp.comparison.compare import compare
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
-from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.merging.interface import write_beside
 from mergekit_wp.models.generation import TextInterface, end_tokens
 from tests.merging import scores_for
@@ -334,18 +333,16 @@ def test_written_recipes_keep_how_the_merge_is_asked(world: Path, tmp_path: Path
     path.write_text(yaml.safe_dump(recipe(world) | settings))
     common: dict[str, Any] = {
         "recipe": path,
-        "prompts": tuple((name, world / f"{name}.jsonl") for name in ("inst", "late")),
+        "prompts": {name: world / f"{name}.jsonl" for name in ("inst", "late")},
+        "steps": 1,
+        "prompts_a_step": 2,
     }
     notes = Notes()
-    score_company(CompanyRequest(out=tmp_path / "together", path_steps=1, **common), notes)
+    fit(FitRequest(out=tmp_path / "fitted", **common), notes)
     assert len([note for note in notes.notes if "not asked as" in note]) == 1
-    fit(FitRequest(out=tmp_path / "fitted", steps=1, prompts_a_step=2, **common), Notes())
-    for folder in ("together", "fitted"):
-        written = yaml.safe_load((tmp_path / folder / "recipe.yml").read_text())
-        assert {key: written.get(key) for key in settings} == settings
-    scores = wp.score_together(
-        recipe=path, prompts=dict(common["prompts"]), path_steps=1, progress=False
-    )
+    written = yaml.safe_load((tmp_path / "fitted" / "recipe.yml").read_text())
+    assert {key: written.get(key) for key in settings} == settings
+    scores = wp.fit(**common, progress=False)
     saved = yaml.safe_load(scores.save(tmp_path / "saved").read_text())
     assert {key: saved.get(key) for key in settings} == settings
 

@@ -18,9 +18,8 @@ from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import Results
 from mergekit_wp.comparison.run import Runner
 from mergekit_wp.errors import OutOfMemory, UserError
-from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.anchors import find_anchors
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
@@ -34,8 +33,8 @@ from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask, answers
+from tests.joint_world import NAMES, make_world
 from tests.models import make_model, perturbed, save
-from tests.test_company import NAMES, make_world
 from tests.test_memory import SmallMemory
 from tests.test_scoring import Quiet
 
@@ -46,7 +45,7 @@ PROMPTS = [("abcd", "ab"), ("bcd", "cd"), ("cab", "ba"), ("dcab", "dd")]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A company, a pair with a file of scores by activations, and prompts with contrasts."""
+    """Two experts, a pair with a file of scores by activations, and prompts with contrasts."""
     root = make_world("llama-tied", tmp_path_factory.mktemp("backoff"))
     lines = [{"prompt": p, "contrast": p[:-1], "response": r} for p, r in PROMPTS]
     (root / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -94,15 +93,6 @@ def task(world: Path, *budgets: int) -> JsonlTask:
 
 
 Numbers = dict[str, torch.Tensor]
-
-
-def company(world: Path, out: Path, said: Quiet) -> Numbers:
-    request = CompanyRequest(**members(world), out=out, batch_size=4, path_steps=2)
-    found = list(score_company(request, said).values())
-    numbers = {f"{i}/{k}": v for i, file in enumerate(found) for k, v in file.tensors.items()}
-    reached = found[0].manifest.company
-    assert reached is not None
-    return numbers | {"recovered": torch.tensor([one.recovery for one in reached])}
 
 
 def fitted(world: Path, out: Path, said: Quiet) -> Numbers:
@@ -166,7 +156,6 @@ class Command:
 
 
 COMMANDS = {
-    "company": Command(company, ("base and east", "guided path")),
     "fit": Command(fitted, ("base and east", "base on guard", "fitting gates")),
     "trace": Command(traced, ("screening", "measuring supplies", "measuring c")),
     "verify": Command(verified, ("sets",)),

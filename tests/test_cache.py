@@ -19,10 +19,10 @@ from mergekit_wp.models import lora
 from mergekit_wp.models.memory import in_gib
 from mergekit_wp.models.pair import Pair, open_pair
 from mergekit_wp.models.streaming import Span
-from tests.joint_runs import COMMANDS, files, line, run
+from tests.joint_runs import files, line, run
+from tests.joint_world import NAMES, load, make_world
 from tests.local_ray import LocalRay, on
 from tests.models import make_model, save, write_prompts
-from tests.test_company import NAMES, load, make_world
 from tests.test_lora import change_weights, make_adapter
 from tests.test_scoring import Quiet
 
@@ -80,38 +80,32 @@ def everything(world: Path) -> int:
     return CachePlan.of(pairs_of(world), 2**30).total
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     "family", [*QUICK, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
 )
 def test_files_are_those_without_a_cache_and_nothing_is_read_again(
-    command: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, reads = make_world(family, tmp_path), Reads(monkeypatch)
-    options = {"unguarded": family == "gpt2"} if command == "fit" else {}
-    run(command, world, tmp_path / "read", reads, **options)
+    options = {"unguarded": family == "gpt2"}
+    run(world, tmp_path / "read", reads, **options)
     assert reads.found
-    run(command, world, tmp_path / "kept", reads, cache=ROOM, **options)
+    run(world, tmp_path / "kept", reads, cache=ROOM, **options)
     assert files(tmp_path / "kept") == files(tmp_path / "read")
     assert not reads.found, "each step had all it needs"
     stored = [sum(p.stat().st_size for p in (world / n).glob("*.safetensors")) for n in NAMES]
     assert everything(world) == pytest.approx(stored[0] + sum(stored), rel=0.2)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("limits", [{}, {"device_map": "auto", "max_memory": {"cpu": 0}}])
 def test_what_does_not_fit_is_read(
-    command: str,
-    limits: dict[str, Any],
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    limits: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(command, world, tmp_path / "read")
+    run(world, tmp_path / "read")
     total = everything(world)
     plan = CachePlan.of(pairs_of(world), total * 3 // 4)
     reads = Reads(monkeypatch)
-    run(command, world, tmp_path / "kept", reads, cache=f"{total * 3 // 4 / 1000}KB", **limits)
+    run(world, tmp_path / "kept", reads, cache=f"{total * 3 // 4 / 1000}KB", **limits)
     assert files(tmp_path / "kept") == files(tmp_path / "read")
     assert total / 2 < plan.size <= total * 3 // 4
     assert reads.kept == (
@@ -126,11 +120,10 @@ def test_what_does_not_fit_is_read(
     assert again and again.isdisjoint(plan.chosen)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 def test_every_worker_of_a_cluster_has_its_own(
-    command: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(command, world, tmp_path / "read")
+    run(world, tmp_path / "read")
     kept: list[int] = []
     keep = cache.Checkpoint.keep
 
@@ -140,7 +133,7 @@ def test_every_worker_of_a_cluster_has_its_own(
 
     monkeypatch.setattr(cache.Checkpoint, "keep", counted)
     on(monkeypatch, LocalRay(2))
-    run(command, world, tmp_path / "kept", ray=True, cache=ROOM)
+    run(world, tmp_path / "kept", ray=True, cache=ROOM)
     assert files(tmp_path / "kept") == files(tmp_path / "read")
     assert len(kept) == 2 * len(CachePlan.of(pairs_of(world), 2**30).chosen)
 
@@ -168,21 +161,17 @@ def _times(factor: int) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 def test_of_adapters_the_factors_are_kept_and_their_model_once(
-    command: str,
     adapters: tuple[Path, NamedExperts, tuple[tuple[str, Path], ...]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, experts, prompts = adapters
-    given: dict[str, Any] = {"recipe": experts, "prompts": prompts, "max_new_tokens": 2}
-    if command == "fit":
-        given["unguarded"] = True
+    given = {"recipe": experts, "prompts": prompts, "max_new_tokens": 2, "unguarded": True}
     reads = Reads(monkeypatch)
-    run(command, tmp_path, tmp_path / "read", reads, **given)
+    run(tmp_path, tmp_path / "read", reads, **given)
     assert any("adapter" in path for path, _ in reads.found)
-    run(command, tmp_path, tmp_path / "kept", reads, cache=ROOM, **given)
+    run(tmp_path, tmp_path / "kept", reads, cache=ROOM, **given)
     assert files(tmp_path / "kept") == files(tmp_path / "read")
     assert not reads.found
     pairs = [open_pair(str(base), name, lambda *_: None) for _, name in experts.experts]
@@ -193,7 +182,6 @@ def test_of_adapters_the_factors_are_kept_and_their_model_once(
     assert plan.size == plan.total == model + sum(path.stat().st_size for path in factors)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("size", "message"),
     [
@@ -202,27 +190,19 @@ def test_of_adapters_the_factors_are_kept_and_their_model_once(
     ],
 )
 def test_bad_input(
-    command: str,
-    size: str,
-    message: str,
-    world: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    size: str, message: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(line(command, world, tmp_path / "out", f"--cache={size}"))
+        main(line(world, tmp_path / "out", f"--cache={size}"))
     assert stop.value.code == 2
     assert message in capfd.readouterr().err.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_budget_is_refused_before_anything_is_measured(
-    command: str, world: Path, tmp_path: Path
-) -> None:
+def test_a_budget_is_refused_before_anything_is_measured(world: Path, tmp_path: Path) -> None:
     said = Quiet()
     with pytest.raises(UserError, match="one layer of the base and all experts takes"):
-        run(command, world, tmp_path / "out", said, cache="1KB")
+        run(world, tmp_path / "out", said, cache="1KB")
     assert {name for name, _ in said.stages} <= {"comparing checkpoints", "hashing weights"}
 
 

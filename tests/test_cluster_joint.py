@@ -1,4 +1,4 @@
-"""Experts scored or fitted together on a cluster: the files of one process, whoever is killed."""
+"""A fit on a cluster: the files of one process, whoever is killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from mergekit_wp.joint import merged_model
 from mergekit_wp.joint.spread import SpreadModel
 from mergekit_wp.runs.cluster import ATTEMPTS
 from mergekit_wp.runs.journal import Journal
-from tests.joint_runs import COMMANDS, files, line, run
+from tests.joint_runs import files, line, run
+from tests.joint_world import make_world
 from tests.local_ray import LocalRay, elsewhere, on
 from tests.ray_runs import killed, ray_environment, started, workers_of
-from tests.test_company import make_world
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -34,80 +34,64 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world("llama-tied", tmp_path_factory.mktemp("joint"))
 
 
-@pytest.fixture(autouse=True)
-def same_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+@pytest.fixture(scope="module", autouse=True)
+def same_date() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        yield
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of one process."""
-    found: dict[str, Path] = {}
-
-    def of(command: str) -> Path:
-        if command not in found:
-            found[command] = tmp_path_factory.mktemp(command) / "out"
-            run(command, world, found[command])
-        return found[command]
-
-    return of
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run(world, out)
+    return out
 
 
 @pytest.fixture(scope="module")
 def spread(
     world: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int], tuple[Path, LocalRay]]:
+) -> Callable[[int], tuple[Path, LocalRay]]:
     """Files of some workers, and they."""
-    found: dict[tuple[str, int], tuple[Path, LocalRay]] = {}
+    found: dict[int, tuple[Path, LocalRay]] = {}
 
-    def of(command: str, cpus: int) -> tuple[Path, LocalRay]:
-        if (key := (command, cpus)) not in found:
-            out = tmp_path_factory.mktemp(command) / "out"
+    def of(cpus: int) -> tuple[Path, LocalRay]:
+        if cpus not in found:
+            out = tmp_path_factory.mktemp("spread") / "out"
             with pytest.MonkeyPatch.context() as patch:
                 ray = on(patch, LocalRay(cpus))
-                run(command, world, out, ray=True)
-            found[key] = out, ray
-        return found[key]
+                run(world, out, ray=True)
+            found[cpus] = out, ray
+        return found[cpus]
 
     return of
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("cpus", [1, 2, 9])
 def test_any_number_of_workers_write_the_files_of_one_process(
-    command: str,
-    cpus: int,
-    alone: Callable[[str], Path],
-    spread: Callable[[str, int], tuple[Path, LocalRay]],
+    cpus: int, alone: Path, spread: Callable[[int], tuple[Path, LocalRay]]
 ) -> None:
-    out, ray = spread(command, cpus)
-    assert files(out) == files(alone(command))
-    # two batches of two behaviours are four terms; two behaviours and a guard are three
-    assert ray.at_once == min(cpus, 4) if command == "company" else ray.at_once >= min(cpus, 3)
+    out, ray = spread(cpus)
+    assert files(out) == files(alone)
+    assert ray.at_once >= min(cpus, 3)  # two behaviours and a guard are three terms
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 def test_a_killed_workers_terms_are_computed_again(
-    command: str,
-    world: Path,
-    alone: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    world: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray, said = on(monkeypatch, LocalRay(2, lambda number: number in (3, 4))), Quiet()
-    run(command, world, tmp_path / "out", said, ray=True)
-    assert files(tmp_path / "out") == files(alone(command))
+    run(world, tmp_path / "out", said, ray=True)
+    assert files(tmp_path / "out") == files(alone)
     assert ray.started == 4
     [one, other] = [note for note in said.notes if "a worker has ended" in note]
     assert one.endswith(" of 2 of a step is computed again") and other.endswith(one[-25:])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 def test_a_killed_driver_goes_on_from_the_journal(
-    command: str,
     world: Path,
-    alone: Callable[[str], Path],
-    spread: Callable[[str, int], tuple[Path, LocalRay]],
+    alone: Path,
+    spread: Callable[[int], tuple[Path, LocalRay]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -126,13 +110,13 @@ def test_a_killed_driver_goes_on_from_the_journal(
     on(monkeypatch, LocalRay(2))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Journal, "save", die)
-        run(command, world, tmp_path / "out", ray=True)
+        run(world, tmp_path / "out", ray=True)
     ray, said = on(monkeypatch, LocalRay(2)), Quiet()
-    run(command, world, tmp_path / "out", said, ray=True)
+    run(world, tmp_path / "out", said, ray=True)
     assert any(note.startswith("continuing the run") for note in said.notes)
-    _, whole = spread(command, 2)
+    _, whole = spread(2)
     assert ray.jobs < whole.jobs
-    assert files(tmp_path / "out") == files(alone(command))
+    assert files(tmp_path / "out") == files(alone)
 
 
 def test_terms_that_end_their_workers_are_given_up(
@@ -140,26 +124,29 @@ def test_terms_that_end_their_workers_are_given_up(
 ) -> None:
     on(monkeypatch, LocalRay(1, lambda number: number > 2))
     with pytest.raises(ChildProcessError, match=f"of a step ended {ATTEMPTS} workers; what is "):
-        run("company", world, tmp_path / "out", ray=True)
-    assert list((tmp_path / "out" / "company.partial").glob("path.step0000*"))
+        run(world, tmp_path / "out", ray=True)
+    assert list((tmp_path / "out" / "fit.partial").glob("state*"))
 
 
 def test_a_worker_without_memory_steps_back_or_says_so(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slopes, most = merged_model.slopes, 2
+    slopes, most, refused = merged_model.slopes, 1, 0
 
     def small(decoder: Any, terms: list[Term], *rest: Any) -> Any:
+        nonlocal refused
         if max(term.batch.size for term in terms) > most:
+            refused += 1
             raise torch.OutOfMemoryError("it is full")
         return slopes(decoder, terms, *rest)
 
     on(monkeypatch, LocalRay(2))
     monkeypatch.setattr(merged_model, "slopes", small)
-    run("company", world, tmp_path / "out", ray=True)
+    run(world, tmp_path / "out", ray=True)
+    assert refused
     most = 0
     with pytest.raises(OutOfMemory, match="out of memory with one sequence at a time"):
-        run("company", world, tmp_path / "other", ray=True)
+        run(world, tmp_path / "other", ray=True)
 
 
 def test_a_worker_refuses_other_weights(
@@ -168,7 +155,7 @@ def test_a_worker_refuses_other_weights(
     on(monkeypatch, LocalRay(1))
     elsewhere(monkeypatch, tmp_path / "other")
     with pytest.raises(UserError, match="other' has other weights on .* same checkpoints"):
-        run("company", world, tmp_path / "out", ray=True)
+        run(world, tmp_path / "out", ray=True)
 
 
 def test_longest_terms_first_each_to_whom_has_least() -> None:
@@ -186,9 +173,7 @@ def test_longest_terms_first_each_to_whom_has_least() -> None:
     assert [part.weights for part in parts] == [(3.0, 9.0), (5.0, 6.0)]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 def test_without_ray_the_extra_is_named(
-    command: str,
     world: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -196,7 +181,7 @@ def test_without_ray_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as stop:
-        main(line(command, world, tmp_path / "out", "--ray"))
+        main(line(world, tmp_path / "out", "--ray"))
     assert stop.value.code == 2
     assert capfd.readouterr().err.strip() == (
         "mergekit-wp: --ray needs Ray, which is not installed: pip install 'mergekit-wp[ray]'"
@@ -209,14 +194,11 @@ def test_without_ray_the_extra_is_named(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-@pytest.mark.parametrize("command", COMMANDS)
-def test_two_workers_one_killed_mid_step_then_the_driver(
-    command: str, world: Path, tmp_path: Path
-) -> None:
-    steps = {"company": "--path-steps=40", "fit": "--steps=50"}[command]
+def test_two_workers_one_killed_mid_step_then_the_driver(world: Path, tmp_path: Path) -> None:
+    steps = "--steps=50"
     alone, spread = tmp_path / "alone", tmp_path / "spread"
-    assert started(line(command, world, alone, steps), ray_environment()).wait() == 0
-    process = started(line(command, world, spread, steps, "--ray"), ray_environment())
+    assert started(line(world, alone, steps), ray_environment()).wait() == 0
+    process = started(line(world, spread, steps, "--ray"), ray_environment())
     while len(victims := list(workers_of(process.pid))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -224,9 +206,7 @@ def test_two_workers_one_killed_mid_step_then_the_driver(
     def await_change(last: float) -> float:
         """When the journal was last written, after some time."""
         while process.poll() is None:
-            found = [
-                path.stat().st_mtime for path in spread.glob("*.partial/[ps][at]*.safetensors")
-            ]
+            found = [path.stat().st_mtime for path in spread.glob("*.partial/state*.safetensors")]
             if max(found, default=0.0) > last:
                 return max(found)
             time.sleep(0.005)
@@ -237,7 +217,7 @@ def test_two_workers_one_killed_mid_step_then_the_driver(
     await_change(await_change(last))
     said = killed(process)
     assert "a worker has ended; its part " in said
-    again = started(line(command, world, spread, steps, "--ray"), ray_environment())
+    again = started(line(world, spread, steps, "--ray"), ray_environment())
     _, said = again.communicate()
     assert again.returncode == 0 and "continuing the run in" in said, said
     assert files(spread) == files(alone)
@@ -257,10 +237,10 @@ def test_a_running_cluster_of_two_machines(
     try:
         machines.add_node(num_cpus=1)
         address = ray_environment() | {"RAY_ADDRESS": machines.address}
-        process = started(line("company", world, tmp_path / "spread", "--ray"), address)
+        process = started(line(world, tmp_path / "spread", "--ray"), address)
         _, said = process.communicate()
         assert process.returncode == 0, said
     finally:
         machines.shutdown()
-    assert started(line("company", world, tmp_path / "alone"), ray_environment()).wait() == 0
+    assert started(line(world, tmp_path / "alone"), ray_environment()).wait() == 0
     assert files(tmp_path / "spread") == files(tmp_path / "alone")

@@ -15,9 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
+from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.mechanism.anchors import find_anchors
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
@@ -73,16 +72,15 @@ def one(world: Path, **options: Any) -> Callable[[Quiet], object]:
     return lambda said: score(ScoreRequest(**settings), said)
 
 
-def together(world: Path, command: str, **options: Any) -> Callable[[Quiet], object]:
+def together(world: Path, **options: Any) -> Callable[[Quiet], object]:
     settings: dict[str, Any] = {
         "recipe": world / "recipe.yml",
         "prompts": tuple((name, world / f"{name}.jsonl") for name in ("east", "west")),
         "device": "cpu",
+        "prompts_a_step": 2,
         **options,
     }
-    if command == "company":
-        return lambda said: score_company(CompanyRequest(batch_size=3, **settings), said)
-    return lambda said: fit(FitRequest(prompts_a_step=2, **settings), said)
+    return lambda said: fit(FitRequest(**settings), said)
 
 
 ALONE: dict[str, dict[str, Any]] = {
@@ -103,28 +101,26 @@ def test_a_score_takes_the_flops_that_were_said(
 
 
 @pytest.mark.parametrize(
-    ("command", "options"),
+    "options",
     [
-        ("company", {"path_steps": 3}),
-        ("fit", {"steps": 11, "unguarded": True}),
-        ("fit", {"steps": 6, "front": (1.05,), "max_new_tokens": 3}),
+        {"steps": 11, "unguarded": True},
+        {"steps": 6, "front": (1.05,), "max_new_tokens": 3},
     ],
 )
-def test_experts_together_take_what_was_said(
-    world: Path, command: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_fit_takes_what_was_said(
+    world: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FLOPs, and every byte of a checkpoint that is read."""
-    if command == "fit" and "front" in options:
+    if "front" in options:
         options = options | {"guards": (world / "open.jsonl",)}
-    found = real(together(world, command, **options), monkeypatch)
+    found = real(together(world, **options), monkeypatch)
     assert found.costs.left.flops == pytest.approx(found.flops, rel=CLOSE)
     assert found.costs.left.read == pytest.approx(found.read, rel=CLOSE)
 
 
-@pytest.mark.parametrize("command", ["company", "fit"])
 @pytest.mark.parametrize("kept", [True, False])
-def test_adapters_together_take_what_was_said(
-    tmp_path: Path, command: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_fit_of_adapters_takes_what_was_said(
+    tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No weight gradient, and a second run forward only where memory is short."""
     base = save(make_model("llama-tied"), tmp_path / "base", torch.float32)
@@ -142,23 +138,10 @@ def test_adapters_together_take_what_was_said(
     if not kept:
         for module in ("costs.joint", "joint.merged_model"):
             monkeypatch.setattr(f"mergekit_wp.{module}.free_memory", lambda _device: 0)
-    settings: dict[str, Any] = {
-        "recipe": NamedExperts(
-            base=str(base), experts=tuple((n, f"{base}+{a}") for n, a in adapters.items())
-        ),
-        "prompts": tuple((name, tmp_path / f"{name}.jsonl") for name in adapters),
-        "device": "cpu",
-    }
-    if command == "company":
-        found = real(
-            lambda said: score_company(
-                CompanyRequest(batch_size=3, path_steps=3, **settings), said
-            ),
-            monkeypatch,
-        )
-    else:
-        options = {"prompts_a_step": 2, "steps": 6, "unguarded": True}
-        found = real(lambda said: fit(FitRequest(**options, **settings), said), monkeypatch)
+    experts = NamedExperts(
+        base=str(base), experts=tuple((n, f"{base}+{a}") for n, a in adapters.items())
+    )
+    found = real(together(tmp_path, recipe=experts, steps=6, unguarded=True), monkeypatch)
     assert found.costs.left.flops == pytest.approx(found.flops, rel=CLOSE)
     assert found.costs.left.read == pytest.approx(found.read, rel=CLOSE)
 
@@ -227,12 +210,7 @@ def test_answers_are_counted_as_long_as_they_may_be(
     assert found.flops <= found.costs.left.flops * (1 + CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("command", "stage"), [("company", "guided path"), ("fit", "fitting gates")]
-)
-def test_one_model_is_held_where_experts_are_together(
-    scored: Path, command: str, stage: str
-) -> None:
+def test_one_model_is_held_while_gates_are_fitted(scored: Path) -> None:
     """As the plan says: those that answered before are let go, whenever Python looks for cycles."""
     held = []
 
@@ -241,17 +219,16 @@ def test_one_model_is_held_where_experts_are_together(
 
     class Watching(Quiet):
         def stage(self, name: str, total: float, unit: str) -> None:
-            if name == stage:
+            if name == "fitting gates":
                 models = [m for m in residents() if id(m) not in others]
                 held.append(sum(not next(m.model.parameters()).is_meta for m in models))
 
-    options: dict[str, Any] = {"steps": 1} if command == "fit" else {"path_steps": 1}
     gc.collect()
     before = residents()  # of other tests, kept alive so that none of ours gets its number
     others = {id(model) for model in before}
     gc.disable()
     try:
-        together(scored, command, **options)(Watching())
+        together(scored, steps=1)(Watching())
     finally:
         gc.enable()
     assert held == [1]
@@ -259,7 +236,7 @@ def test_one_model_is_held_where_experts_are_together(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks as Linux keeps them")
-@pytest.mark.parametrize("command", ["score", "company", "fit"])
+@pytest.mark.parametrize("command", ["score", "fit"])
 def test_peak_memory_is_what_was_said(tmp_path: Path, command: str) -> None:
     """Of models of 170 MB, without what Python and its libraries took."""
     arguments = [sys.executable, "-m", "tests.costs_peak", command, str(tmp_path)]

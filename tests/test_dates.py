@@ -53,7 +53,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 #: and the folder
 TOGETHER = (
-    "score", "--company", "r.yml", "--path-steps", "1", "--max-new-tokens", "2",
+    "fit", "r.yml", "--steps", "2", "--unguarded", "--max-new-tokens", "2",
     "--prompts", "expert=p.jsonl", "--prompts", "other=p.jsonl", "--out",
 )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_a_date_that_is_none_is_refused(world: Path) -> None:
     assert "is no date" in str(refused.exception)
 
 
-def test_all_experts_of_a_company_are_told_one_date(
+def test_all_experts_of_a_fit_are_told_one_date(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(*TOGETHER, "whole")

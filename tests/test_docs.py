@@ -93,7 +93,7 @@ def follow(page: Path, shell: Shell) -> None:
             config = MergeConfiguration.model_validate(yaml.safe_load(block.code))
             assert config.base_model is not None, block
             Path("recipe.yml").write_text(block.code)
-            merge_recipe(shell, "scores:" in block.code and not Path("scores").exists())
+            merge_recipe(shell, block.code)
         elif block.kind == "json":
             Path("read.jsonl").write_text(block.code)
             assert len(read_prompts(Path("read.jsonl"), None).prompts) == len(
@@ -105,14 +105,22 @@ def follow(page: Path, shell: Shell) -> None:
             printed = out.getvalue()
 
 
-def merge_recipe(shell: Shell, scored: bool) -> None:
+FIT = (
+    "mergekit-wp fit recipe.yml --prompts inst=inst.jsonl --prompts math=math.jsonl --out scores/\n"
+)
+SCORE = "".join(
+    f"mergekit-wp score owner/base owner/{name} --prompts {name}.jsonl --estimand share "
+    f"--out scores/{name}.safetensors\n"
+    for name in ("inst", "math")
+)
+
+
+def merge_recipe(shell: Shell, recipe: str) -> None:
     """Merge the recipe that the page has just shown, by scores made here if it made none."""
-    score = (
-        "mergekit-wp score --company recipe.yml --prompts inst=inst.jsonl "
-        "--prompts math=math.jsonl --out scores/\n"
-    )
-    merge = "mergekit-wp merge recipe.yml of-the-recipe/\n"
-    shell.run(Block(Path(__file__), 0, "bash", (score if scored else "") + merge))
+    lines = "mergekit-wp merge recipe.yml of-the-recipe/\n"
+    if "scores:" in recipe and not Path("scores").exists():
+        lines = (FIT if "fusion: path" in recipe else SCORE) + lines
+    shell.run(Block(Path(__file__), 0, "bash", lines))
     assert load_file("of-the-recipe/model.safetensors")
     shutil.rmtree("of-the-recipe")
 

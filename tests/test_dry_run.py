@@ -18,20 +18,19 @@ from mergekit_wp.models.resident import ResidentModel
 from tests.every_command import make_world
 
 torch.set_num_threads(1)
-COMPANY = "--prompts east=east.jsonl --prompts west=west.jsonl"
+BOTH = "--prompts east=east.jsonl --prompts west=west.jsonl"
 #: every command that takes long, as in `tests.every_command`
 LINES = {
     "score": "score base east --prompts open.jsonl --out new.safetensors --share-steps 2",
-    "company": f"score base east west {COMPANY} --out new --path-steps 2",
-    "recipe": f"score --company recipe.yml {COMPANY} --out new --path-steps 2",
-    "fit": f"fit recipe.yml {COMPANY} --guard open.jsonl --out new --steps 2 --prompts-a-step 2",
+    "fit": f"fit recipe.yml {BOTH} --guard open.jsonl --out new --steps 2 --prompts-a-step 2",
+    "experts": f"fit base east west {BOTH} --unguarded --out new --steps 2 --prompts-a-step 2",
     "verify": "verify east.safetensors --top 3,50% --prompts open.jsonl --task items.jsonl",
     "builtin": "verify east.safetensors --top 3 --builtin capitals --max-prompts 2",
     "trace": "trace east.safetensors --prompts east.jsonl --out new.json --targets 2",
     "anchor": "anchor base east --prompts open.jsonl --max-new-tokens 2",
-    "merge": "merge together/recipe.yml new",
-    "merge fitted": f"merge base east west {COMPANY} --out new --prompts-a-step 2",
-    "compare": "compare together/recipe.yml --task items.jsonl --out new",
+    "merge": "merge fitted/recipe.yml new",
+    "merge fitted": f"merge base east west {BOTH} --out new --prompts-a-step 2",
+    "compare": "compare fitted/recipe.yml --task items.jsonl --out new",
     "suite": "compare --suite suite.yml --out new",
 }
 
@@ -51,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for line in (
             "score base east --prompts east.jsonl --out east.safetensors --share-steps 1 "
             "--estimand share,activation_gain",
-            f"score --company recipe.yml {COMPANY} --out together --path-steps 1",
+            f"fit recipe.yml {BOTH} --out fitted --steps 1 --prompts-a-step 2",
         ):
             assert CliRunner().invoke(cli, shlex.split(line)).exit_code == 0
     return root
@@ -105,7 +104,7 @@ def test_a_plan_is_of_the_whole_command(here: Path) -> None:
 
 BAD = {
     "a file that is missing": ("score base east --prompts none.jsonl --out n", "none.jsonl"),
-    "a folder as the file": ("score base east --prompts east.jsonl --out together", "a folder"),
+    "a folder as the file": ("score base east --prompts east.jsonl --out fitted", "a folder"),
     "a file as the folder above": (
         "score base east --prompts east.jsonl --out east.jsonl/new.safetensors",
         "cannot be written",
@@ -118,23 +117,23 @@ BAD = {
         "fit recipe.yml --prompts east=east.jsonl --out new",
         "has no prompts",
     ),
-    "what a fit does not take": (f"fit recipe.yml {COMPANY} --out new --limit 0.5", "--limit"),
+    "what a fit does not take": (f"fit recipe.yml {BOTH} --out new --limit 0.5", "--limit"),
     "scores that are missing": (
         "verify east.safetensors --top 3 --estimand knockout --prompts open.jsonl",
         "no 'knockout/kl' scores",
     ),
-    "nothing to trace": ("trace together/east.safetensors --prompts open.jsonl --out n", "it has"),
-    "an input as the output": ("merge together/recipe.yml base", "input"),
+    "nothing to trace": ("trace fitted/east.safetensors --prompts open.jsonl --out n", "it has"),
+    "an input as the output": ("merge fitted/recipe.yml base", "input"),
     "no validation items": (
-        "compare together/recipe.yml --task east.jsonl --out new",
+        "compare fitted/recipe.yml --task east.jsonl --out new",
         "east.jsonl",
     ),
     "quick and methods": (
-        "compare together/recipe.yml --task items.jsonl --out new --quick --methods ties",
+        "compare fitted/recipe.yml --task items.jsonl --out new --quick --methods ties",
         "--quick chooses the methods, and tunes none; leave out --methods, or --quick",
     ),
     "quick and a grid": (
-        "compare together/recipe.yml --task items.jsonl --out new --quick --grid suite.yml",
+        "compare fitted/recipe.yml --task items.jsonl --out new --quick --grid suite.yml",
         "leave out --grid, or --quick",
     ),
 }
@@ -182,7 +181,7 @@ def test_another_comparison_is_held_against_the_new_one(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "comparison.json").write_text('{"dtype": "bfloat16"}')
-    line = f"compare together/recipe.yml --task items.jsonl --out {tmp_path} --dry-run"
+    line = f"compare fitted/recipe.yml --task items.jsonl --out {tmp_path} --dry-run"
     with pytest.raises(SystemExit):
         main(shlex.split(line))
     assert "another configuration" in capsys.readouterr().err
@@ -217,7 +216,7 @@ def test_a_forecast_never_ends_a_run(
 
 
 def test_compare_always_says_how_much_it_is(here: Path, tmp_path: Path) -> None:
-    line = "compare together/recipe.yml --task items.jsonl --max-new-tokens 2"
+    line = "compare fitted/recipe.yml --task items.jsonl --max-new-tokens 2"
     done = run(f"{line} --out {tmp_path / 'quick'} --quick")
     assert done.exit_code == 0
     # three merges, a base and two experts answer two test items each

@@ -26,8 +26,8 @@ from tests.models import make_model, perturbed, save, write_prompts
 
 torch.set_num_threads(1)
 NAMES = ("east", "west")
-COMMANDS = ("score", "company", "fit", "verify", "trace", "compare", "merge", "merge over")
-#: what happens to every command in turn: 9 x 8 = 72
+COMMANDS = ("score", "fit", "verify", "trace", "compare", "merge", "merge over")
+#: what happens to every command in turn: 9 x 7 = 63
 BLOWS = ("kill", "kill", "full", "kill", "int", "kill", "term", "twice", "kill")
 
 
@@ -66,10 +66,6 @@ class World:
                 *("--estimand=share,gain,knockout,activation_gain", "--verify=3"),
                 *("--max-new-tokens=3", f"--out={out / 'scores.safetensors'}"),
             ],
-            "company": [
-                *("score", f"--company={root / 'recipe.yml'}", *both, "--batch-size=2"),
-                *("--path-steps=8", f"--out={out / 'together'}"),
-            ],
             "fit": [
                 *("fit", str(root / "recipe.yml"), *both, "--prompts-a-step=2", "--steps=25"),
                 f"--out={out / 'fitted'}",
@@ -98,7 +94,7 @@ class World:
             recipe = yaml.safe_load((self.root / "recipe.yml").read_text())
             recipe |= {"merge_method": "weight_patching", "parameters": {"fusion": "path"}}
             for model, expert in zip(recipe["models"], NAMES, strict=True):
-                scores = self.made("company") / "together" / f"{expert}.safetensors"
+                scores = self.made("fit") / "fitted" / f"{expert}.safetensors"
                 model["parameters"] = {"scores": str(scores)}
             (self.root / "kept" / "recipe.yml").write_text(yaml.safe_dump(recipe))
         shutil.rmtree(self.out, ignore_errors=True)

@@ -35,6 +35,8 @@ from tests.models import make_model, perturbed, save, write_prompts
 ensure_registered()
 PAGE = Path(__file__).parents[1] / "docs" / "file-format.md"
 NAMES = ("inst", "math")
+#: folders of score files
+MERGED_BY = ("share", "component", "channel")
 
 
 def run(*arguments: object) -> None:
@@ -45,41 +47,36 @@ def run(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Score files of two experts by our commands: alone, together, fitted; and their merges."""
+    """Score files of two experts by our commands, scored and fitted; and merges by them."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("format")
     base = make_model("llama-tied")
     save(base, root / "base", torch.float32)
-    prompts: list[object] = []
+    few, every, models = ("--max-new-tokens", 2), [], []
     for seed, name in enumerate(NAMES, start=1):
         save(perturbed(base, seed=seed), root / name, torch.float32)
-        prompts += ["--prompts", f"{name}={write_prompts(root / f'{name}.jsonl', 4)}"]
-    recipe = {"merge_method": "linear", "base_model": str(root / "base"), "dtype": "float32"}
-    models = [{"model": str(root / name), "parameters": {"weight": 1}} for name in NAMES]
-    recipe_file = root / "recipe.yml"
-    recipe_file.write_text(yaml.safe_dump(recipe | {"models": models}))
-    few, all_fitted = ("--max-new-tokens", 2), ("--unguarded",)
-    run("score", "--company", recipe_file, *prompts, "--out", root / "scores", *few)
-    run(
-        "fit",
-        recipe_file,
-        *prompts,
-        "--out",
-        root / "fitted",
-        "--steps",
-        4,
-        *few,
-        *all_fitted,
-    )
-    by_path = yaml.safe_load((root / "scores" / "recipe.yml").read_text())
-    shares = by_path | {"parameters": {"fusion": "share", "power": 0.5, "lambda": 0.75}}
-    (root / "scores" / "shares.yml").write_text(yaml.safe_dump(shares))
-    run("merge", root / "scores" / "recipe.yml", root / "by-path", "--quiet")
-    run("merge", root / "scores" / "shares.yml", root / "by-share", "--quiet")
-    run("merge", root / "fitted" / "recipe.yml", root / "by-fit", "--quiet")
-    prompts = ["--prompts", write_prompts(root / "contrasts.jsonl", 4, contrast=True)]
-    out = ("--out", root / "alone.safetensors", "--estimand", "share,gain", *few)
-    run("score", root / "base", root / "inst", *prompts, *out)
+        prompts = write_prompts(root / f"{name}.jsonl", 4)
+        out = root / "share" / f"{name}.safetensors"
+        every += ["--prompts", f"{name}={prompts}"]
+        pair = (root / "base", root / name, "--prompts", prompts, "--estimand", "share")
+        run("score", *pair, "--out", out, *few)
+        models.append({"model": str(root / name), "parameters": {"scores": str(out)}})
+    recipe = {
+        "merge_method": "weight_patching",
+        "base_model": str(root / "base"),
+        "models": models,
+        "parameters": {"fusion": "share", "power": 0.5, "lambda": 0.75},
+        "dtype": "float32",
+    }
+    (root / "share" / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    for granularity in ("component", "channel"):
+        gates = ("--steps", 4, "--unguarded", "--granularity", granularity, *few)
+        run("fit", root / "share" / "recipe.yml", *every, "--out", root / granularity, *gates)
+    for folder in MERGED_BY:
+        run("merge", root / folder / "recipe.yml", root / f"by-{folder}", "--quiet")
+    contrasts = write_prompts(root / "contrasts.jsonl", 4, contrast=True)
+    pair = (root / "base", root / "inst", "--prompts", contrasts, "--estimand", "share,gain")
+    run("score", *pair, "--out", root / "alone.safetensors", *few)
     return root
 
 
@@ -108,9 +105,8 @@ def test_a_file_knows_its_models(world: Path) -> None:
     assert not belongs(manifest, norms, world / "base", world / "changed")
 
 
-@pytest.mark.parametrize("folder", ["scores", "fitted"])
-def test_a_company_names_its_weights(world: Path, folder: str) -> None:
-    files = [read(world / folder / f"{name}.safetensors") for name in NAMES]
+def test_a_company_names_its_weights(world: Path) -> None:
+    files = [read(world / "channel" / f"{name}.safetensors") for name in NAMES]
     (manifest, _), (other, _) = files
     assert manifest["company"] == other["company"]
     for e, (name, (own, tensors)) in enumerate(zip(NAMES, files, strict=True)):
@@ -120,7 +116,7 @@ def test_a_company_names_its_weights(world: Path, folder: str) -> None:
 
 
 def test_a_fit_is_the_same_in_all_files(world: Path) -> None:
-    (one, _), (two, _) = (read(world / "fitted" / f"{name}.safetensors") for name in NAMES)
+    (one, _), (two, _) = (read(world / "channel" / f"{name}.safetensors") for name in NAMES)
     assert one["fit"] == two["fit"]
     fit = one["fit"]
     assert [moment["step"] for moment in fit["history"]] == list(range(5))
@@ -132,22 +128,22 @@ def test_a_fit_is_the_same_in_all_files(world: Path) -> None:
     for member in one["company"]:
         left = best[member["behavior"]]["kl"] / -scales[member["behavior"]]
         assert member["recovery"] == pytest.approx(1 - left, rel=1e-6)
-    assert "fit" not in read(world / "scores" / f"{NAMES[0]}.safetensors")[0]
+    alone, _ = read(world / "alone.safetensors")
+    assert "fit" not in alone and alone["company"] is None
 
 
-@pytest.mark.parametrize("by", ["path", "share", "fit"])
+@pytest.mark.parametrize("by", MERGED_BY)
 def test_merges_by_the_specification_are_ours(world: Path, by: str) -> None:
     experts = [world / name for name in NAMES]
-    folder = world / ("fitted" if by == "fit" else "scores")
-    files = [read(folder / f"{name}.safetensors") for name in NAMES]
-    manifest, estimand = files[0][0], "share" if by == "share" else "path"
-    gates = [fine(m, scores(t, f"{estimand}/kl")) for m, t in files]
+    files = [read(world / by / f"{name}.safetensors") for name in NAMES]
+    manifest = files[0][0]
     if by == "share":
-        gates = [{k: 0.75 * g for k, g in own.items()} for own in share_gates(gates, 0.5)]
-    elif by == "fit":
+        gates = share_gates([fine(m, scores(t, "share/kl")) for m, t in files], 0.5)
+        gates = [{kind: 0.75 * gate for kind, gate in own.items()} for own in gates]
+    elif by == "channel":
         gates = [channels(m, t) for m, t in files]
     else:
-        gates = [{k: np.maximum(g, 0) for k, g in own.items()} for own in gates]
+        gates = [fine(m, scores(t, "path/kl")) for m, t in files]
     ours = load_file(world / f"by-{by}" / "model.safetensors")
     found = merged(manifest, gates, world / "base", experts)
     base = load_file(world / "base" / "model.safetensors")

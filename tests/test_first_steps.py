@@ -34,11 +34,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.runs.references import References
-from mergekit_wp.runs.warnings import (
-    warn_of_completeness,
-    warn_of_recoveries,
-    warn_of_references,
-)
+from mergekit_wp.runs.warnings import warn_of_completeness, warn_of_references
 from tests.every_command import make_world
 from tests.merging import Family, llama_config
 from tests.test_lora import make_adapter
@@ -115,7 +111,10 @@ def test_the_whole_job_and_every_step_of_it_again(world: Path) -> None:
         ("merge base east west --prompts east=east.jsonl -o o", "expert 'west' has no prompts"),
         (f"merge base east east {BOTH} -o o", "expert 'east' is given twice; name each once"),
         (f"merge base east west {BOTH} -o west --overwrite", "west is an input of the merge"),
-        (f"score base east {BOTH} -o o", "--prompts is given more than once; that is for several"),
+        (
+            f"score base east west {BOTH} -o o",
+            "score measures one expert, and 'west' is one more; ",
+        ),
     ],
 )
 def test_what_to_type(world: Path, line: str, message: str) -> None:
@@ -123,19 +122,18 @@ def test_what_to_type(world: Path, line: str, message: str) -> None:
     assert not Path("o").exists() and not Path("out").exists()
 
 
-def test_scores_of_several_experts_need_no_recipe(
+def test_a_fit_of_several_experts_needs_no_recipe(
     world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And what they are merged by is found from anywhere, and moves with its folder."""
-    options = f"{BOTH} --path-steps 2"
-    done(f"score base east west {options} --out together")
-    done(f"score --company recipe.yml {options} --out company")
+    done(f"fit base east west {BOTH} --out together {FIT}")
+    done(f"fit recipe.yml {BOTH} --out by-recipe {FIT}")
     for name in ("east", "west"):
         ours, theirs = (
-            scorefile.read(f"{folder}/{name}.safetensors") for folder in ("together", "company")
+            scorefile.read(f"{folder}/{name}.safetensors") for folder in ("together", "by-recipe")
         )
         assert all(torch.equal(value, theirs.tensors[key]) for key, value in ours.tensors.items())
-        assert ours.manifest.command[:4] == ("score", "base", "east", "west")
+        assert ours.manifest.command[:4] == ("fit", "base", "east", "west")
     models = yaml.safe_load(Path("together/recipe.yml").read_text())["models"]
     assert [m["parameters"]["scores"] for m in models] == ["east.safetensors", "west.safetensors"]
     done("merge together/recipe.yml here --quiet")
@@ -169,7 +167,7 @@ def test_relative_models_beside_a_recipe(world: Path, monkeypatch: pytest.Monkey
 
 def test_compare_where_paths_have_spaces(world: Path) -> None:
     """mergekit fails to write a model's path with a space as JSON."""
-    done(f"score base east west {BOTH} --path-steps 2 --out together")
+    done(f"fit base east west {BOTH} --out together {FIT}")
     items = shlex.quote(str(world / "items.jsonl"))
     done(
         f"compare together/recipe.yml --task {items} --out c --untuned --max-new-tokens 2 "
@@ -242,7 +240,7 @@ def test_nothing_finished_is_replaced_unasked(world: Path) -> None:
     assert Path("e.safetensors").read_bytes() == before
     done(f"{score} --overwrite --estimand gain")
     assert Path("e.safetensors").read_bytes() != before
-    together = f"score base east west {BOTH} --path-steps 1 --out t"
+    together = f"fit base east west {BOTH} --out t {FIT}"
     done(together)
     assert "recipe.yml exists already" in refused(together)
     done("merge t/recipe.yml m --quiet")
@@ -264,8 +262,10 @@ def notes(line: str, capfd: pytest.CaptureFixture[str]) -> str:
     [
         ("score east base --prompts east.jsonl -o x.safetensors", "are less likely at the expert"),
         ("score base east --prompts west.jsonl -o x.safetensors --criterion kl,logprob", ""),
-        (f"score base east west {BOTH} --path-steps 1 -o x", "loses most of a behaviour"),
-        (f"score east base west {SWAPPED} --path-steps 1 -o x", "base and expert may be swapped"),
+        (
+            f"fit base east west {BOTH} -o x {FIT}",
+            "of the expert's answers are reproduced; the fit",
+        ),
         (f"fit east base west {SWAPPED} -o x {FIT}", "base and expert may be swapped"),
         (f"merge east base west {SWAPPED} -o x {FIT}", "base and expert may be swapped"),
     ],
@@ -300,16 +300,14 @@ def test_each_warning_and_its_way_out() -> None:
     assert "3 of 4 prompts of inst are answered by the expert as by the base" in alike
     assert alike.endswith("give prompts on which the expert behaves differently")
     told.notes.clear()
-    warn_of_completeness({"share/kl": 0.43, "share/anchor": 1.05}, "share_steps", told)
-    warn_of_recoveries({"inst": -0.57, "math": 0.9}, told)
-    short, lost = told.notes
+    warn_of_completeness({"share/kl": 0.43, "share/anchor": 1.05}, told)
+    (short,) = told.notes
     assert "share/kl sums to 0.43, where exact scores sum to 1; give more" in short
-    assert "loses most of a behaviour: of the expert's way only inst -0.57 comes back" in lost
+    assert "share_steps" in short
     told.notes.clear()
     fine = References([], [], {"kl": Reference(zero - 1, zero)}, None, Reference(zero - 2, zero))
     warn_of_references(fine, told)
-    warn_of_completeness({"share/kl": 0.95}, "share_steps", told)
-    warn_of_recoveries({"inst": 0.5}, told)
+    warn_of_completeness({"share/kl": 0.95}, told)
     assert not told.notes
 
 
@@ -445,7 +443,7 @@ def test_everyday_mistakes_are_one_sentence(world: Path, line: str, message: str
 def test_names_for_what_is_given_by_place(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for line, message in (
         ("score --base base --expert east --prompts east.jsonl", "there is no '--base': models,"),
-        ("score recipe.yml --out no --prompts east=east.jsonl", "scored with --company RECIPE."),
+        ("score recipe.yml --out no --prompts east=east.jsonl", "Missing argument 'EXPERT'."),
     ):
         with pytest.raises(SystemExit) as stop:
             main(line.split())

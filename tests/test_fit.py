@@ -27,8 +27,8 @@ from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
 from tests.circuit import CONSTANT, build
 from tests.fitting import fitted, layout_of, load, merge, merged
 from tests.gating import Gates
+from tests.joint_world import NAMES, make_world, write_recipe, write_task
 from tests.models import EOS, LETTERS, save
-from tests.test_company import NAMES, make_world, write_recipe, write_task
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)

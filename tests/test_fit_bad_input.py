@@ -16,8 +16,8 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from tests.fitting import fitted, load
+from tests.joint_world import NAMES, make_world
 from tests.models import save
-from tests.test_company import NAMES, make_world
 
 torch.set_num_threads(1)
 
@@ -108,7 +108,11 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     assert "score file none.safetensors not found" in refused({"models": [missing, two]})
     assert "unknown parameter 'gates'" in refused({"parameters": {"gates": "g.safetensors"}})
     assert "has no 'share/kl' scores" in refused({"parameters": {"fusion": "share"}})
-    assert "in the company of" in refused({"models": [one]})
+    alone = refused({"models": [one]})
+    assert "was fitted in the company of" in alone and "west" in alone
+    fitted(world, tmp_path / "other", steps=2)
+    other = two | {"parameters": {"scores": str(tmp_path / "other" / "west.safetensors")}}
+    assert "with other scores for some" in refused({"models": [one, other]})
     assert "has no 'scores'" in refused({"models": [one, two, {"model": "x/y"}]})
     swapped = [a | {"parameters": b["parameters"]} for a, b in ((one, two), (two, one))]
     assert "made for" in refused({"models": swapped})
@@ -142,5 +146,6 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Manifest.model_validate(said | {"fit": said["fit"] | fit})
-    with pytest.raises(ValueError, match="'fit' and a 'company' belong together"):
-        Manifest.model_validate(said | {"company": None, "estimands": ["share"]})
+    for change in ({"company": None}, {"fit": None}, {"estimands": ["share"]}):
+        with pytest.raises(ValueError, match="'path' scores, a 'company' and a 'fit' belong toge"):
+            Manifest.model_validate(said | change)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.fitting import fit_by_tensor
 from mergekit_wp.joint.request import FitRequest
-from tests.test_company import NAMES, load, make_world
+from tests.joint_world import NAMES, load, make_world
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)

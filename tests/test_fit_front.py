@@ -21,7 +21,7 @@ from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.runs.journal import Journal
 from tests.fitting import divergence, fitted, layout_of, load, merged
 from tests.gating import Gates
-from tests.test_company import NAMES, make_world, write_task
+from tests.joint_world import NAMES, make_world, write_task
 
 torch.set_num_threads(1)
 

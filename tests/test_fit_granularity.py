@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -38,8 +41,8 @@ from mergekit_wp.runs.references import logprobs
 from mergekit_wp.terms import FINE_KINDS, GateGranularity
 from tests.fitting import divergence, fitted, load, merge, sequences
 from tests.gating import Gates
+from tests.joint_world import NAMES, make_world, write_task
 from tests.models import FAMILIES, make_model, perturbed, save
-from tests.test_company import NAMES, make_world, write_task
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -199,6 +202,21 @@ def test_merging_by_the_file(world: Path, fit_of: tuple[Path, Gates], tmp_path: 
     assert all(torch.equal(fused[name], tensor) for name, tensor in found.items())
 
 
+def test_lambda_and_weight_scale_the_gates(
+    world: Path, fit_of: tuple[Path, Gates], tmp_path: Path
+) -> None:
+    folder, files = fit_of
+    recipe = yaml.safe_load((folder / "recipe.yml").read_text())
+    recipe["parameters"]["lambda"] = 0.5
+    recipe["models"][1]["parameters"]["weight"] = 0.0
+    (folder / "half.yml").write_text(yaml.safe_dump(recipe))
+    base = load(world / "base").state_dict()
+    alone = reference(world, Gates(files.files[:1]), NAMES[:1])
+    for name, tensor in merge(folder / "half.yml", tmp_path / "merged").items():
+        want = base[name] + (alone[name] - base[name]) / 2
+        torch.testing.assert_close(tensor, want, rtol=1e-9, atol=1e-9)
+
+
 def test_the_model_in_memory_is_the_merge(
     world: Path, fit_of: tuple[Path, Gates], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +253,26 @@ def test_components_have_the_mean_of_their_gates(world: Path, fit_of: tuple[Path
     tensors = file.scores("path", "kl", "tensor")
     for name, found in zip(partition.tensor_names, tensors, strict=True):
         assert float(found) == pytest.approx(float(gates[name].mean()), abs=1e-6)
+
+
+def test_tensors_and_layers_have_the_mean_of_their_components(world: Path, tmp_path: Path) -> None:
+    files = fitted(world, tmp_path / "fit", steps=3)
+    partition = open_pair(str(world / "base"), str(world / NAMES[0]), lambda *_: None).partition
+    parts: dict[str | int | None, list[float]] = defaultdict(list)
+    for component in fine_components(partition):
+        i: Any = (component.layer, component.index)
+        if component.kind == "tensor":
+            i = partition.whole_tensors.index(component.name)
+        gate = float(files.gates(0)[component.kind][i])
+        for place in (*slices(partition, component), component.layer):
+            parts[place].append(gate)
+    assert len(set(parts[0])) > 3
+    for kind, places in (
+        ("tensor", partition.tensor_names),
+        ("layer", range(partition.dims.n_layers)),
+    ):
+        found = files.files[0].scores("path", "kl", kind).tolist()
+        assert found == pytest.approx([mean(parts[place]) for place in places], abs=1e-6)
 
 
 @pytest.mark.parametrize("granularity", get_args(GateGranularity))

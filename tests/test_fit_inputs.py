@@ -23,10 +23,10 @@ from mergekit_wp.models.checkpoint import Checkpoint
 from tests import test_lora
 from tests.fitting import fitted
 from tests.gating import Gates, gated_merge
+from tests.joint_world import NAMES, write_recipe, write_task
 from tests.merging import State
 from tests.models import finetuned, make_model, save, save_tokenizer
 from tests.test_architectures import save_mistral3
-from tests.test_company import NAMES, write_recipe, write_task
 from tests.test_inputs import (
     WAYS,
     Merged,

@@ -21,6 +21,7 @@ from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.merged_model import MergedModel, fitting, slopes_of
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.joint.weighing import worst_first
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.models.resident import ResidentModel
@@ -28,8 +29,8 @@ from mergekit_wp.prompts import Sample, batches
 from mergekit_wp.runs.references import logprobs
 from mergekit_wp.terms import FINE_KINDS
 from tests.fitting import divergence, fitted, layout_of, load, merged, sequences
+from tests.joint_world import NAMES, make_world, write_task
 from tests.models import FAMILIES, make_model, perturbed, save
-from tests.test_company import NAMES, make_world, write_task
 from tests.test_fit_granularity import FINER
 from tests.test_lora import make_adapter
 from tests.test_scoring import Quiet
@@ -60,7 +61,9 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
     model.move_to(flat)
-    slope, seen = fitting._slope(0, torch.tensor([0.3, 0.7]))
+    left = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    [slope], seen = fitting._slopes(0, left)
+    weights = worst_first(left).tolist()
 
     def objective(at: torch.Tensor) -> list[float]:
         model = merged(world, layout, at)
@@ -80,7 +83,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
         step = torch.zeros_like(flat)
         step[i] = 1e-3
         up, down = (
-            sum(w * o for w, o in zip((0.3, 0.7), objective(flat + sign * step), strict=True))
+            sum(w * o for w, o in zip(weights, objective(flat + sign * step), strict=True))
             for sign in (1, -1)
         )
         want = (up - down) / 2e-3

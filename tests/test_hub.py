@@ -40,9 +40,9 @@ from mergekit_wp.models.pair import open_pair
 from mergekit_wp.runs.scored import scored_model
 from tests.fitting import fitted
 from tests.gating import gate, gated_merge, gated_recipe
+from tests.joint_world import NAMES, make_world
 from tests.merging import Family, llama_config
 from tests.models import make_model, perturbed, save, write_prompts
-from tests.test_company import NAMES, make_world
 from tests.test_inputs import Merged, assert_close, by_ours, by_stock, expected
 from tests.test_lora import make_adapter
 from tests.test_scoring import Quiet

@@ -13,18 +13,17 @@ import torch
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.joint.company import score_company
 from mergekit_wp.joint.fit import fit
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.circuit import trace
 from mergekit_wp.mechanism.request import TraceRequest
 from mergekit_wp.prompts import Message, Prompt, read_prompts
 from mergekit_wp.runs.journal import Unwritten
 from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
+from tests.joint_world import NAMES, make_world
 from tests.killing import contents
 from tests.models import make_model, perturbed, save
-from tests.test_company import NAMES, make_world
 from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
@@ -33,7 +32,7 @@ ESTIMANDS = ("share", "gain", "activation_gain")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A company, and a pair with prompts that have contrasts and no responses."""
+    """Two experts, and a pair with prompts that have contrasts and no responses."""
     root = make_world("llama-tied", tmp_path_factory.mktemp("memory"))
     save(perturbed(make_model("llama-tied"), 0.2), root / "expert")
     lines = [{"prompt": p, "contrast": p[1:]} for p in ("abcd", "bcd", "cab")]
@@ -74,37 +73,23 @@ def test_scores_are_those_of_files_and_nothing_is_written(
     assert named.manifest.behavior == "letters"
 
 
-def test_a_company_is_scored_without_files(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = contents(world)
-    options = {"recipe": world / "recipe.yml", "dtype": "float64", "path_steps": 2}
-    given = tuple((name, prompts_of(world / f"{name}.jsonl")) for name in NAMES)
-    alone = score_company(CompanyRequest(prompts=given, **options), Quiet())
-    assert not list(tmp_path.iterdir()) and contents(world) == before
-    files = tuple((name, world / f"{name}.jsonl") for name in NAMES)
-    written = score_company(CompanyRequest(prompts=files, out=tmp_path, **options), Quiet())
-    assert list(alone) == list(written) == list(NAMES)
-    for name in NAMES:
-        assert_alike(alone[name], written[name], "prompts_sha256", "command")
-        assert alone[name].manifest.behavior == name
-
-
 def test_gates_are_fitted_without_files(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    before = contents(world)
     options = {"recipe": world / "recipe.yml", "steps": 2, "prompts_a_step": 2}
     guard = world / "p.jsonl"
     given = tuple((name, prompts_of(world / f"{name}.jsonl")) for name in NAMES)
     alone = fit(FitRequest(prompts=given, guards=(prompts_of(guard),), **options), Quiet())
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and contents(world) == before
     files = tuple((name, world / f"{name}.jsonl") for name in NAMES)
     out = tmp_path / "out"
     written = fit(FitRequest(prompts=files, guards=(guard,), out=out, **options), Quiet())
+    assert list(alone) == list(written) == list(NAMES)
     for name in NAMES:
         assert_alike(alone[name], written[name], "prompts_sha256", "command", "fit")
+        assert alone[name].manifest.behavior == name
     how = alone[NAMES[0]].manifest.fit
     assert how is not None and [one.behavior for one in how.guards] == ["guard 1"]
 
@@ -156,9 +141,9 @@ def test_bad_prompts_are_told(world: Path, given: tuple[Prompt, ...], says: str)
 
 def test_prompts_of_no_expert_are_told_by_its_name(world: Path) -> None:
     given = (("north", (Prompt(prompt="a"),)),)
-    request = CompanyRequest(recipe=world / "recipe.yml", prompts=given)
+    request = FitRequest(recipe=world / "recipe.yml", prompts=given)
     with pytest.raises(UserError, match="^prompts of 'north': 'north' is no expert"):
-        score_company(request, Quiet())
+        fit(request, Quiet())
 
 
 def test_blocks_are_held_until_they_are_used() -> None:

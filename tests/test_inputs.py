@@ -20,8 +20,8 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
-from mergekit_wp.joint.company import score_company
-from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.pair import open_pair
@@ -144,31 +144,31 @@ def test_how_checkpoints_are_stored_does_not_change_scores(tmp_path: Path, how: 
         save(end, tmp_path / name, torch.float32)
         for end, name in zip(ends, ("first", "second"), strict=True)
     )
-    company = {name: tmp_path / name for name in ("plain", "changed")}
+    fits = {name: tmp_path / name for name in ("plain", "changed")}
     plain = scored(start, str(first), tmp_path / "plain.safetensors")
-    score_together(start, (first, second), company["plain"])
+    fitted(start, (first, second), fits["plain"])
     stored_otherwise(start, first, how)
     changed = scored(start, str(first), tmp_path / "changed.safetensors")
-    score_together(start, (first, second), company["changed"])
+    fitted(start, (first, second), fits["changed"])
     pairs = [(plain.tensors, changed.tensors)]
     for name in ("first", "second"):
-        files = [scorefile.read(folder / f"{name}.safetensors") for folder in company.values()]
+        files = [scorefile.read(folder / f"{name}.safetensors") for folder in fits.values()]
         pairs.append((files[0].tensors, files[1].tensors))
     for ours, theirs in pairs:
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), key
 
 
-def score_together(base: Path, experts: tuple[Path, ...], out: Path) -> None:
+def fitted(base: Path, experts: tuple[Path, ...], out: Path) -> None:
     models = [{"model": str(base)}, *({"model": str(expert)} for expert in experts)]
     recipe = {"merge_method": "ties", "base_model": str(base), "models": models}
     out.with_suffix(".yml").write_text(yaml.safe_dump(recipe))
     prompts = tuple((e.name, write_prompts(out.parent / f"{e.name}.jsonl", 2)) for e in experts)
-    request = CompanyRequest(
+    request = FitRequest(
         recipe=out.with_suffix(".yml"), prompts=prompts, out=out,
-        dtype="float64", max_new_tokens=2, path_steps=2,
+        dtype="float64", max_new_tokens=2, steps=2, unguarded=True,
     )  # fmt: skip
-    score_company(request, Quiet())
+    fit(request, Quiet())
 
 
 def refused_everywhere(family: Family, tmp_path: Path, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Experts scored or fitted together by a model that is spread or offloaded: the same bytes."""
+"""A fit by a model that is spread or offloaded: the same bytes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import torch
 
 from mergekit_wp.models import resident as module
 from mergekit_wp.models.placement import DISK, placement
-from tests.joint_runs import COMMANDS, files, run
+from tests.joint_runs import files, run
+from tests.joint_world import make_world
 from tests.models import count_fetched
-from tests.test_company import make_world
 
 torch.set_num_threads(1)
 QUICK = ("llama-tied", "gpt2")
 SLOW = ("qwen2", "olmo2", "qwen3_moe", "gemma3")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     "family", [*QUICK, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
 )
 def test_files_are_those_of_a_model_on_one_device(
-    command: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     world = make_world(family, tmp_path)
-    fitting = {"steps": 11, "granularity": "channel", "unguarded": family == "gpt2"}
-    options = fitting if command == "fit" else {"path_steps": 3}
-    run(command, world, tmp_path / "held", **options)
+    options: dict[str, Any] = {"unguarded": family == "gpt2"}
+    run(world, tmp_path / "held", **options)
     places = (DISK, "cpu:0", "cpu")
 
     def instead(*args: Any) -> dict[str, str]:
@@ -40,6 +38,6 @@ def test_files_are_those_of_a_model_on_one_device(
     monkeypatch.setattr(module, "placement", instead)
     names = count_fetched(monkeypatch)
     limits = {"device_map": "auto", "max_memory": {"cpu": 0}}
-    run(command, world, tmp_path / "spread", **options, **limits)
+    run(world, tmp_path / "spread", **options, **limits)
     assert files(tmp_path / "spread") == files(tmp_path / "held")
     assert len(set(names)) > 10

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.commands.merge import merge
 from mergekit_wp.errors import UserError
-from mergekit_wp.joint.company import score_company
-from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.model_names import last_name
 from mergekit_wp.models.pair import open_pair
@@ -455,7 +455,7 @@ def test_a_base_with_an_adapter(base: Path, tmp_path: Path, merged: Callable[...
         merged(wrong, tmp_path / "no", tmp_path / "cache")
 
 
-def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None:
+def test_two_adapters_of_one_base_are_fitted_together(base: Path, tmp_path: Path) -> None:
     """Experts are called by their adapters; of one name, by the folders of these as well."""
     references = []
     for seed, name in enumerate(("east", "west")):
@@ -469,11 +469,11 @@ def test_two_adapters_of_one_base_in_company(base: Path, tmp_path: Path) -> None
     prompts = [
         (f"{n}/adapter", write_prompts(tmp_path / f"{n}.jsonl", 2)) for n in ("east", "west")
     ]
-    request = CompanyRequest(
+    request = FitRequest(
         recipe=tmp_path / "recipe.yml", prompts=tuple(prompts), out=tmp_path / "scores",
-        dtype="float64", max_new_tokens=2, path_steps=2,
+        dtype="float64", max_new_tokens=2, steps=2, unguarded=True,
     )  # fmt: skip
-    files = score_company(request, Quiet())
+    files = fit(request, Quiet())
     assert list(files) == ["east--adapter", "west--adapter"]
     made = yaml.safe_load((tmp_path / "scores" / "recipe.yml").read_text())
     for model in made["models"]:

@@ -487,9 +487,7 @@ def test_structure(family: Family) -> None:
 
 
 def test_path_fusion_needs_path_scores(family: Family, tmp_path: Path) -> None:
-    words = (
-        "has no 'path/kl' scores, which 'fusion: path' needs: score the recipe's experts together"
-    )
+    words = "has no 'path/kl' scores, which 'fusion: path' needs: fit the recipe's experts together"
     with pytest.raises(UserError, match=words):
         by_mergekit(family.recipe(parameters={"fusion": "path"}), tmp_path / "out")
 

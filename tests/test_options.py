@@ -14,7 +14,7 @@ import mergekit_wp.commands
 from mergekit_wp.cli import cli
 from mergekit_wp.commands.derive import given, options_of
 from mergekit_wp.errors import UserError
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.request import TraceRequest, VerifyRequest
 from mergekit_wp.options import Request, declared
 from mergekit_wp.runs.command import command_of
@@ -122,7 +122,7 @@ REQUESTS = [
         max_new_tokens=5,
     ),
     ScoreRequest(base="b", expert="e", prompts="p.jsonl", out="out"),
-    CompanyRequest(recipe="r.yml", prompts={"a": "a.jsonl", "b": "b=c.jsonl"}, out="out"),
+    FitRequest(recipe="r.yml", prompts={"a": "a.jsonl", "b": "b=c.jsonl"}, out="out"),
     FitRequest(
         recipe="r.yml",
         prompts=["a=a.jsonl", ("b", "b.jsonl")],
@@ -145,8 +145,6 @@ def test_a_stored_command_asks_for_the_same(request_: Request) -> None:
     place = [str(written)] if request_.writes == "file" else ["--out", str(written)]
     context = commands()[name].make_context(name, [*arguments, *place])
     options = context.params
-    if type(request_) is ScoreRequest:
-        options |= {name: options[name][0] for name in ("prompts", "expert")}
     assert type(request_).of(**given(type(request_), options)) == request_
 
 
@@ -163,7 +161,7 @@ def test_plain_values_of_python() -> None:
     assert ScoreRequest(**given, device_map="auto").max_memory == {}
     pairs = (("a", Path("x")),)
     for prompts in ({"a": "x"}, ["a=x"], "a=x", [("a", Path("x"))]):
-        assert CompanyRequest(recipe="r", out="o", prompts=prompts).prompts == pairs
+        assert FitRequest(recipe="r", out="o", prompts=prompts).prompts == pairs
     assert FitRequest(recipe="r", out="o", prompts=(), guards="g").guards == (Path("g"),)
     for limits in ("1.05, 1.2", [1.05, 1.2], ("1.05", 1.2)):
         assert FitRequest(recipe="r", prompts=(), front=limits).front == (1.05, 1.2)

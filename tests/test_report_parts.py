@@ -128,8 +128,8 @@ def test_verdict_of_a_fit_says_what_comes_back_and_what_it_costs() -> None:
     assert returns.endswith("(behavior 1 0.50); give more prompts, or fewer experts.")
     assert "something of" in taken
     assert "plain is at 1.010 times the base's perplexity, within the limit of 1.05" in cost
-    alone = ScoreFile(file.manifest.model_copy(update={"fit": None}), file.tensors)
-    assert "comes back 0.50 of the way" in summary.verdict(alone)[0]
+    unguarded = fit.model_copy(update={"guards": (), "limit": None})
+    alone = ScoreFile(file.manifest.model_copy(update={"fit": unguarded}), file.tensors)
     assert summary.verdict(alone)[2].startswith("Nothing was guarded")
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from mergekit_wp.cli import cli
 from mergekit_wp.files import scorefile
 from tests.factory import make_score_file
+from tests.joint_world import NAMES, write_task
 from tests.models import finetuned, make_model, save, write_prompts
-from tests.test_company import NAMES, write_task
 
 torch.set_num_threads(1)
 ZOO = Path(__file__).parents[1] / "benchmarks" / "zoo" / "checkpoints"
@@ -55,11 +55,6 @@ COMMANDS = {
     "score": (
         [scoring("it's.safetensors", "share", "gain", "knockout")], "it's.safetensors", 1,
     ),
-    "company": (
-        [["score", "--company", "recipe.yml", "--out", "together", "--path-steps", "2",
-          *(part for name in NAMES for part in ("--prompts", f"{name}={name}.jsonl"))]],
-        f"together/{NAMES[0]}.safetensors", 1,
-    ),
     "verify": (
         [scoring("verified.safetensors", "share"),
          ["verify", "verified.safetensors", "--top", "3,50%", "--prompts", f"{NAMES[0]}.jsonl",
@@ -87,7 +82,7 @@ COMMANDS = {
         f"fitted/{NAMES[0]}.safetensors", 1,
     ),
 }  # fmt: skip
-SLOW = {"trace", "verify", "verify, built-in", "fit", "company"}
+SLOW = {"trace", "verify", "verify, built-in", "fit"}
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_every_recipe_names_the_zoo_and_its_scores() -> None:
         MergeConfiguration.model_validate(config)
         for model in [config["base_model"], *(m["model"] for m in config["models"])]:
             assert (ROOT / model / "model.safetensors").exists(), (path, model)
-        folder = "scores/company" if "company" in path.stem else "scores"
+        folder = "scores/fitted" if "fitted" in path.stem else "scores"
         for model in config["models"]:
             expected = f"{folder}/{Path(model['model']).name}.safetensors"
             assert model["parameters"].get("scores", expected) == expected

@@ -1,4 +1,4 @@
-"""Three random experts together on an accelerator: a step in company, a step of a fit, a merge.
+"""Three random experts together on an accelerator: a step of a fit, and a merge.
 
     python -m benchmarks.engine.joint_steps --shape llama-3-8b --depth 16 --device cuda --profile
     python -m benchmarks.engine.joint_steps --shape llama-3-8b --rank 16 --device cuda --cache 20GiB
@@ -62,8 +62,8 @@ from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
 from mergekit_wp.models.placement import choose_device, parse_size
 
 EXPERTS = ("east", "north", "west")
-#: a command's stage of steps
-STAGES = {"company": "guided path", "fit": "fitting gates"}
+#: of steps
+STAGE = "fitting gates"
 #: part of each prompt's tokens that is the response
 _RESPONSE = 8
 
@@ -100,8 +100,8 @@ class Steps:
         peak: most bytes, of GPUs where there are any.
     """
 
-    def __init__(self, stage: str, task: Task) -> None:
-        self.stage_name, self.task = stage, task
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.every = 1 + task.steps + task.profile
         self.here, self.each, self.done = False, 0.0, 0.0
         self.ends: list[float] = []
@@ -116,7 +116,7 @@ class Steps:
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Whether it is that of the steps."""
-        self.here, self.each = name == self.stage_name, total / self.every
+        self.here, self.each = name == STAGE, total / self.every
         if self.here:
             _forget_peaks()
             self.watching.enter_context(self.counting)
@@ -155,7 +155,7 @@ class Steps:
         begun, ended = self.ends[0], self.ends[self.task.steps]
         seconds = (ended - begun) / self.task.steps
         mixing = sum(s for at, s in self.mixes if begun < at <= ended) / self.task.steps
-        [stage] = [stage for stage in self.costs.stages if stage.name == self.stage_name]
+        [stage] = [stage for stage in self.costs.stages if stage.name == STAGE]
         computed = stage.work.flops / self.every
         return (
             f"{seconds:.3g} s a step, {mixing:.3g} s of it mixing, "
@@ -173,45 +173,40 @@ def _forget_peaks() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def run_steps(
-    command: str, experts: dict[str, str], folder: Path, device: str, dtype: str, task: Task
-) -> Steps:
-    """One command, from the request to its files in a folder of its name.
+def run_steps(experts: dict[str, str], folder: Path, device: str, dtype: str, task: Task) -> Steps:
+    """A fit, from the request to its files in ``fit``.
 
     Args:
-        command: of `STAGES`.
         experts: by name.
         folder: with the base.
         device: that computes.
         dtype: of weights and activations.
         task: what is run.
     """
-    steps = Steps(STAGES[command], task)
-    given: dict[str, Any] = {
-        "prompts": {name: task.prompts(number) for number, name in enumerate(experts)},
-        "out": folder / command,
-        "progress": steps,
-        "device": device,
-        "dtype": dtype,
-        "cache": task.cache,
-    }
-    base = folder / "base"
+    steps = Steps(task)
     with patch.object(MergedModel, "move_to", lambda *at: steps.mixing(*at)):
-        if command == "company":
-            api.score_together(base, experts, path_steps=steps.every, **given)
-        else:
-            guards = [task.prompts(len(experts))]
-            api.fit(base, experts, guards=guards, steps=steps.every, **given)
+        api.fit(
+            folder / "base",
+            experts,
+            prompts={name: task.prompts(number) for number, name in enumerate(experts)},
+            guards=[task.prompts(len(experts))],
+            out=folder / "fit",
+            progress=steps,
+            steps=steps.every,
+            device=device,
+            dtype=dtype,
+            cache=task.cache,
+        )
     return steps
 
 
 def merge(folder: Path, device: str) -> str:
-    """The merge by the company's score files, in words."""
+    """The merge by the fitted gates, in words."""
     on_gpu = torch.device(device).type == "cuda"
     options = MergeOptions(cuda=on_gpu, write_model_card=False)
     _forget_peaks()
     out = folder / "merged"
-    _, seconds, _ = timed(lambda: api.merge(folder / "company" / RECIPE, out, options))
+    _, seconds, _ = timed(lambda: api.merge(folder / "fit" / RECIPE, out, options))
     names = ("base", *EXPERTS, "merged")
     size = sum(f.stat().st_size for n in names for f in (folder / n).glob("*.safetensors"))
     peak = peak_on_gpus() or peak_memory()
@@ -236,7 +231,7 @@ def run(
         at: an empty folder.
 
     Raises:
-        UserError: it has no room for the models; or see `CompanyRequest` and `FitRequest`.
+        UserError: it has no room for the models; or see `FitRequest`.
     """
     config, stored = config_of(shape, depth), getattr(torch, dtype)
     check_room(config, stored.itemsize, rank, at)
@@ -256,10 +251,8 @@ def run(
     for name in EXPERTS if rank else ():
         write_adapter(config, stored, at / name, rank)
         experts[name] = f"{base}+{at / name}"
-    for command in STAGES:
-        whole = partial(run_steps, command, experts, at, device, dtype, task)
-        steps, seconds, _ = timed(whole)
-        print(f"  {command}: {steps.said(throughput)}; {seconds:.3g} s in all", flush=True)
+    steps, seconds, _ = timed(partial(run_steps, experts, at, device, dtype, task))
+    print(f"  fit: {steps.said(throughput)}; {seconds:.3g} s in all", flush=True)
     print(f"  merge: {'not of adapters' if rank else merge(at, device)}", flush=True)
 
 
@@ -267,7 +260,7 @@ def table(count: int, length: int, throughput: float, reading: float) -> str:
     """Computed cost of one step of three experts on an H100, nothing measured.
 
     Args:
-        count: prompts of every behaviour; a fit takes some of them a step, and of a guard as many.
+        count: prompts of every behaviour; a step takes some of them, and of a guard as many.
         length: tokens of each.
         throughput: FLOP/s that products run at.
         reading: bytes a second that come from files to the device.
@@ -277,33 +270,28 @@ def table(count: int, length: int, throughput: float, reading: float) -> str:
         f"Computed, not measured: three experts in bfloat16, prompts of {length} tokens, "
         f"{throughput / 1e12:.0f} TFLOP/s, {reading / 1e9:.3g} GB/s from the files.",
         "",
-        f"| shape | experts | one company step, {count} prompts of each | one fit step, {some} "
-        "prompts of each and of a guard | TFLOP/s of both | on the card at most |",
-        "|---|---|---|---|---:|---:|",
+        f"| shape | experts | one step, {some} prompts of each and of a guard | TFLOP/s "
+        "| on the card at most |",
+        "|---|---|---|---:|---:|",
     ]
+    terms, response = len(EXPERTS) + 1, max(2, length // _RESPONSE)
+    batches = [TextBatch(some, length, some * response)] * terms
     for shape in [shape for shape in SIZES if shape != "tiny"]:
         size = size_of(config_of(shape))
         for kind, pair in (("whole", pair_of(size)), (f"rank {RANK}", adapter_of(size))):
             pairs = [pair] * len(EXPERTS)
-            cells, speeds, peaks = [], [], []
-            for each, terms in ((count, len(EXPERTS)), (some, len(EXPERTS) + 1)):
-                response = max(2, length // _RESPONSE)
-                batches = [TextBatch(each, length, each * response)] * terms
-                kept = memory.kept(size, batches, 2, CARD)
-                step = slopes(pairs, batches, kept=kept) + mixed(pairs)
-                seconds = step.flops / throughput + step.read / reading
-                took = f"{flops(step.flops)}FLOP, {amount(step.read)} read, {duration(seconds)}"
-                cells.append(took)
-                speeds.append(f"{step.flops / seconds / 1e12:.0f}")
-                held = [
-                    memory.model(size, 2),
-                    Held("teachers", 4.0 * count * terms * response * size.vocabulary),
-                    memory.recordings(size, batches, 2, each=1),
-                    *memory.slopes_at_work(pairs, batches, 2, CARD),
-                ]
-                peaks.append(sum(part.size for part in held))
-            cells += [" and ".join(speeds), amount(max(peaks))]
-            lines.append(f"| {shape} | {kind} | {' | '.join(cells)} |")
+            kept = memory.kept(size, batches, 2, CARD)
+            step = slopes(pairs, batches, kept=kept) + mixed(pairs)
+            seconds = step.flops / throughput + step.read / reading
+            took = f"{flops(step.flops)}FLOP, {amount(step.read)} read, {duration(seconds)}"
+            held = [
+                memory.model(size, 2),
+                Held("teachers", 4.0 * count * terms * response * size.vocabulary),
+                memory.recordings(size, batches, 2, each=1),
+                *memory.slopes_at_work(pairs, batches, 2, CARD),
+            ]
+            speed, peak = step.flops / seconds / 1e12, sum(part.size for part in held)
+            lines.append(f"| {shape} | {kind} | {took} | {speed:.0f} | {amount(peak)} |")
     return "\n".join(lines)
 
 

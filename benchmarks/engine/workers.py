@@ -1,4 +1,4 @@
-"""Two workers of one thread against one process of one thread: experts scored or fitted together.
+"""Two workers of one thread against one process of one thread: experts fitted together.
 
     python -m benchmarks.engine.workers --case smollm2 --out build/engine/workers
     python -m benchmarks.engine.workers --case zoo --steps 4 --repeats 1 --out /tmp/workers
@@ -18,20 +18,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from benchmarks.engine.inputs import ZOO
 from benchmarks.files import REPO
 from benchmarks.smollm2.paths import BUILD, SMOLLM2
 
-COMMANDS = ("company", "fit")
-#: of one step, with which the others are compared: the first opens the models, too
-STAGES = {"company": "guided path", "fit": "fitting gates"}
+#: of steps, the first of which opens the models, too
+STAGE = "fitting gates"
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,15 @@ class Timed:
 class Watch:
     """A progress that looks at the clock: when the first step was done, and when the last."""
 
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage_name, self.steps = stage, steps
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.total = self.done = 0.0
         self.first = self.last = 0.0
         self.here = False
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Whether it is that of the steps."""
-        self.here, self.total = name == self.stage_name, total
+        self.here, self.total = name == STAGE, total
 
     def advance(self, amount: float, *, resumed: bool = False) -> None:
         """Part of a step is done."""
@@ -94,11 +91,10 @@ def experts_of(case: str) -> tuple[Path, dict[str, Path], dict[str, Path]]:
     return ZOO / "base", {name: ZOO / name for name in names}, prompts
 
 
-def run(command: str, case: str, workers: int, steps: int, prompts: int) -> Timed:
+def run(case: str, workers: int, steps: int, prompts: int) -> Timed:
     """One run in this process, whose threads the caller has set to one."""
-    from mergekit_wp.joint.company import score_company
     from mergekit_wp.joint.fit import fit
-    from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
+    from mergekit_wp.joint.request import FitRequest, NamedExperts
 
     if workers > 1:
         import ray
@@ -106,22 +102,20 @@ def run(command: str, case: str, workers: int, steps: int, prompts: int) -> Time
         ray.init = functools.partial(ray.init, num_cpus=workers)
     base, experts, of_experts = experts_of(case)
     named = NamedExperts(base=str(base), experts=tuple((n, str(e)) for n, e in experts.items()))
-    watch = Watch(STAGES[command], steps)
+    watch = Watch(steps)
     with TemporaryDirectory() as folder:
-        given: dict[str, Any] = {
-            "recipe": named,
-            "prompts": tuple(of_experts.items()),
-            "out": Path(folder) / "out",
-            "max_prompts": prompts,
-            "device": "cpu",
-            "ray": workers > 1,
-        }
+        request = FitRequest.of(
+            recipe=named,
+            prompts=tuple(of_experts.items()),
+            out=Path(folder) / "out",
+            max_prompts=prompts,
+            device="cpu",
+            ray=workers > 1,
+            steps=steps,
+            prompts_a_step=8,
+        )
         begun = time.perf_counter()
-        if command == "company":
-            company = CompanyRequest.of(**given, path_steps=steps, batch_size=8)
-            score_company(company, watch)
-        else:
-            fit(FitRequest.of(**given, steps=steps, prompts_a_step=8), watch)
+        fit(request, watch)
         whole = time.perf_counter() - begun
         digest = hashlib.sha256()
         for path in sorted((Path(folder) / "out").iterdir()):
@@ -129,10 +123,10 @@ def run(command: str, case: str, workers: int, steps: int, prompts: int) -> Time
     return Timed(whole, watch.step, digest.hexdigest())
 
 
-def in_a_process(command: str, workers: int, options: argparse.Namespace) -> Timed:
+def in_a_process(workers: int, options: argparse.Namespace) -> Timed:
     """One run with a thread in every process."""
     threads = {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1700000000"}
-    arguments = ["--run", command, "--workers", str(workers), "--case", options.case]
+    arguments = ["--run", "--workers", str(workers), "--case", options.case]
     arguments += ["--steps", str(options.steps), "--max-prompts", str(options.max_prompts)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.engine.workers", *arguments],
@@ -145,23 +139,19 @@ def in_a_process(command: str, workers: int, options: argparse.Namespace) -> Tim
     return Timed(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def table(found: dict[str, Timed], commands: Sequence[str], repeats: int) -> str:
+def table(found: dict[str, Timed], repeats: int) -> str:
     """As Markdown, medians over the repeats.
 
     Raises:
         SystemExit: two runs wrote different files.
     """
-    lines = ["| command | one process | two workers | ratio | a step | with two | ratio |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
-    for command in commands:
-        runs = {w: [found[f"{command} {w} {i}"] for i in range(repeats)] for w in (1, 2)}
-        if len({one.sha256 for of in runs.values() for one in of}) > 1:
-            raise SystemExit(f"{command}: two workers wrote other files than one process")
-        cells = []
-        for what in ("whole", "step"):
-            one, two = (median(getattr(r, what) for r in runs[w]) for w in (1, 2))
-            cells += [f"{one:.3g} s", f"{two:.3g} s", f"{one / two:.2f}"]
-        lines.append(f"| {command} | {' | '.join(cells)} |")
+    runs = {w: [found[f"fit {w} {i}"] for i in range(repeats)] for w in (1, 2)}
+    if len({one.sha256 for of in runs.values() for one in of}) > 1:
+        raise SystemExit("two workers wrote other files than one process")
+    lines = ["| a fit | one process | two workers | ratio |", "|---|---:|---:|---:|"]
+    for label, what in (("whole command", "whole"), ("a step", "step")):
+        one, two = (median(getattr(r, what) for r in runs[w]) for w in (1, 2))
+        lines.append(f"| {label} | {one:.3g} s | {two:.3g} s | {one / two:.2f} |")
     return "\n".join(lines)
 
 
@@ -172,13 +162,13 @@ def main() -> None:
     parser.add_argument("--max-prompts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=BUILD.parent / "engine" / "workers")
-    parser.add_argument("--run", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps needs at least two: the first one also opens the models")
-    if options.run is not None:
-        one = run(options.run, options.case, options.workers, options.steps, options.max_prompts)
+    if options.run:
+        one = run(options.case, options.workers, options.steps, options.max_prompts)
         print(json.dumps(asdict(one)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
@@ -187,15 +177,14 @@ def main() -> None:
     if kept.exists():
         found = {key: Timed(**one) for key, one in json.loads(kept.read_text()).items()}
     for number in range(options.repeats):
-        for command in COMMANDS:
-            for workers in (1, 2):  # turn about: the machine may be busier later
-                key = f"{command} {workers} {number}"
-                if key not in found:
-                    found[key] = in_a_process(command, workers, options)
-                    partial = kept.with_suffix(".partial")
-                    partial.write_text(json.dumps({k: asdict(t) for k, t in found.items()}))
-                    partial.replace(kept)
-    print(table(found, COMMANDS, options.repeats))
+        for workers in (1, 2):  # turn about: the machine may be busier later
+            key = f"fit {workers} {number}"
+            if key not in found:
+                found[key] = in_a_process(workers, options)
+                partial = kept.with_suffix(".partial")
+                partial.write_text(json.dumps({k: asdict(t) for k, t in found.items()}))
+                partial.replace(kept)
+    print(table(found, options.repeats))
 
 
 if __name__ == "__main__":

@@ -77,10 +77,6 @@ def commands(out: Path) -> dict[str, Callable[[Watching], object]]:
             base, experts["math"], out=scores, kinds="layer,head,kv_group,neuron",
             progress=progress, **one,
         ),
-        "company": lambda progress: wp.score_together(
-            base, experts, prompts=prompts, out=out / "company", path_steps=3,
-            progress=progress, **few,
-        ),
         "fit": lambda progress: wp.fit(
             base, experts, prompts=prompts, out=out / "fit", steps=4, progress=progress, **few
         ),

@@ -17,8 +17,8 @@ from mergekit_wp.costs.shown import amount, duration, flops
 from mergekit_wp.costs.work import Held, Work
 
 EXPERTS, PROMPTS, A_STEP, TOKENS, ANSWER = 3, 32, 8, 256, 64
-#: steps of the path in company, of a fit, and of the share integral
-PATH, STEPS, SHARE = 10, 200, 5
+#: steps of a fit, and of the share integral
+STEPS, SHARE = 200, 5
 #: of one H100: products of bfloat16 a second, the part of them that is reached, and bytes it holds
 PRODUCTS, REACHED, CARD = 989e12, 0.3, 80e9
 #: part of it that may be taken beside weights
@@ -134,10 +134,10 @@ def alone(size: ModelSize, at_once: int) -> Job:
     return Job("score, share", at_once, 1, step * count, count, pair.base + pair.expert, held)
 
 
-def together(pair: PairSize, name: str, steps: int, prompts: int, guards: int, at_once: int) -> Job:
+def together(pair: PairSize, name: str, at_once: int) -> Job:
     """One step of every behaviour and guard, each by a worker of its own, and then the next."""
-    size, pairs, terms = pair.size, [pair] * EXPERTS, EXPERTS + guards
-    whole = [TextBatch(prompts, TOKENS, prompts * ANSWER)] * terms
+    size, pairs, terms = pair.size, [pair] * EXPERTS, EXPERTS + 1
+    whole = [TextBatch(A_STEP, TOKENS, A_STEP * ANSWER)] * terms
     some = [TextBatch(at_once, TOKENS, at_once * ANSWER)]
     held = [
         memory.model(size, 2),
@@ -145,9 +145,9 @@ def together(pair: PairSize, name: str, steps: int, prompts: int, guards: int, a
         memory.recordings(size, some, 2, each=1),
         *memory.slopes_at_work(pairs, some, 2, free=0.0),
     ]
-    step = slopes(pairs, whole, prompts // at_once) + mixed(pairs)
+    step = slopes(pairs, whole, A_STEP // at_once) + mixed(pairs)
     checkpoints = pair.base + (0.0 if pair.factored else EXPERTS * pair.expert)
-    return Job(name, at_once, steps, step, terms, checkpoints, held)
+    return Job(name, at_once, STEPS, step, terms, checkpoints, held)
 
 
 def fitting(make: Callable[[int], Job], prompts: int) -> Job:
@@ -158,15 +158,14 @@ def fitting(make: Callable[[int], Job], prompts: int) -> Job:
 
 
 def jobs(size: ModelSize) -> list[Job]:
-    """Scoring alone and in company, and a fit."""
+    """Scoring alone, and a fit."""
     whole = pair_of(size)
     found = [
         fitting(partial(alone, size), PROMPTS),
-        fitting(partial(together, whole, "score together", PATH, PROMPTS, 0), PROMPTS),
-        fitting(partial(together, whole, "fit", STEPS, A_STEP, 1), A_STEP),
+        fitting(partial(together, whole, "fit"), A_STEP),
     ]
     if size.layer == size.active + 2 * size.hidden:  # matrices, not stacks of experts
-        make = partial(together, adapter_of(size), "fit of LoRA adapters", STEPS, A_STEP, 1)
+        make = partial(together, adapter_of(size), "fit of LoRA adapters")
         found.append(fitting(make, A_STEP))
     return found
 
@@ -217,7 +216,7 @@ def paper() -> str:
     lines += ["", "| model | held by a worker of a fit |", "|---|---|"]
     for name, size in MODELS.items():
         parts = ", ".join(
-            f"{part.name} {amount(part.size)}" for part in jobs(size)[2].memory if part.size
+            f"{part.name} {amount(part.size)}" for part in jobs(size)[1].memory if part.size
         )
         lines.append(f"| {name} | {parts} |")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mergekit_wp.architectures import Dims
 from mergekit_wp.files import scorefile
+from mergekit_wp.files.fit_section import Fit, Moment, Seen
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest, ModelId
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging.fusion import delta_norm
@@ -87,6 +88,20 @@ def _scores(
         CompanyMember(reference=name, weights_sha256="0" * 64, behavior=name, recovery=1.0)
         for name in NAMES
     ]
+    seen = dict.fromkeys(NAMES, Seen(kl=0.0, answers=1.0))
+    fit = Fit(
+        granularity="component",
+        guards=(),
+        limit=None,
+        start="0.5",
+        rate=0.05,
+        shrinkage=16.0,
+        upper=1.0,
+        prompts_a_step=1,
+        held_out=dict.fromkeys(NAMES, 0),
+        best_step=0,
+        history=(Moment(step=0, fitted=None, judged=seen),),
+    )
     manifest = Manifest(
         base=_model("base", stored),
         expert=_model(name, stored),
@@ -107,6 +122,7 @@ def _scores(
         completeness={},
         tensor_names=tuple(norms),
         company=tuple(company) if together else None,
+        fit=fit if together else None,
         dtype="float32",
         seed=0,
         created="2026-01-01",

@@ -7,7 +7,7 @@ and prints the ablation table of README.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from benchmarks.zoo.bench import (
     ROOT,
     alone,
     checkpoints,
-    company,
     compare,
     competent_seeds,
+    fitted,
     weight_patching,
 )
 from benchmarks.zoo.lab import naive_rows
@@ -36,7 +36,7 @@ from mergekit_wp.comparison.table import interval, signed
 from mergekit_wp.files import scorefile
 
 EXPERTS = ("inst", "math", "sort")
-REFERENCE = "company: 128 prompts, 10 steps"
+REFERENCE = "fit: 128 prompts"
 #: gradients need no exact swaps; gain and knockout are exact where the kind is affordable
 CRITERIA = ("kl", "logprob", "anchor")
 
@@ -45,13 +45,14 @@ def changed(path: Path, label: str, change: Callable[[torch.Tensor, str], torch.
     """A copy of a score file with changed scores."""
     out = path.with_name(f"{path.stem}-{label}.safetensors")
     file = scorefile.read(path)
-    tensors = {k: change(t, k) if k.count("/") == 2 else t for k, t in file.tensors.items()}
+    scores = {*file.manifest.score_keys(), *file.manifest.finer_shapes}
+    tensors = {k: change(t, k) if k in scores else t for k, t in file.tensors.items()}
     scorefile.write(replace(file, tensors=tensors), out)
     return out
 
 
 def shuffled(tensor: torch.Tensor, key: str) -> torch.Tensor:
-    """The same scores, dealt to other components of the kind."""
+    """The same scores, dealt to other components of the kind, or gates to other channels."""
     if key.endswith("/tensor"):
         return tensor
     order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
@@ -69,27 +70,22 @@ def rows(seed: int) -> dict[str, MergeConfiguration]:
     folder = checkpoints(seed)
     made: dict[str, MergeConfiguration] = {}
 
-    def by_path(label: str, n: int, steps: int, **parameters: Any) -> dict[str, dict[str, str]]:
-        out = company(folder, seed, EXPERTS, n, steps)
-        files = {e: {"scores": str(out / f"{e}.safetensors")} for e in EXPERTS}
+    def by_fit(label: str, gates: Mapping[str, Path], **parameters: Any) -> None:
+        files = {e: {"scores": str(gates[e])} for e in EXPERTS}
         made[label] = weight_patching(folder, EXPERTS, files, fusion="path", **parameters)
-        return files
 
-    files = by_path(REFERENCE, N_PROMPTS, 10)
-    for steps in (3, 5, 20):
-        by_path(f"company: {steps} steps", N_PROMPTS, steps)
+    def gates(n: int) -> dict[str, Path]:
+        out = fitted(folder, seed, EXPERTS, n)
+        return {e: out / f"{e}.safetensors" for e in EXPERTS}
+
+    default = gates(N_PROMPTS)
+    by_fit(REFERENCE, default)
     for n in (8, 32, 256):
-        by_path(f"company: {n} prompts a behaviour", n, 10)
-    by_path("company: gates averaged over tensors", N_PROMPTS, 10, granularity="tensor")
+        by_fit(f"fit: {n} prompts", gates(n))
+    by_fit("fit: gates averaged over tensors", default, granularity="tensor")
     for label, change in (("shuffled", shuffled), ("random", random)):
-        other = {
-            e: {"scores": str(changed(Path(files[e]["scores"]), label, change))} for e in EXPERTS
-        }
-        made[f"company: {label} scores"] = weight_patching(folder, EXPERTS, other, fusion="path")
-    by_share = {"fusion": "share", "estimand": "share"}
-    made["company: share fusion of its shares"] = weight_patching(
-        folder, EXPERTS, files, **by_share
-    )
+        other = {e: changed(path, label, change) for e, path in default.items()}
+        by_fit(f"fit: {label} gates", other)
 
     def by_own(label: str, n: int = N_PROMPTS, **options: Any) -> None:
         parameters = options.pop("parameters", {})
@@ -143,7 +139,7 @@ def table(found: dict[int, Comparison], naive: dict[int, dict[str, float]]) -> s
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", help="Training seeds: 2,4,6.  [default: those of the benchmark]")
 def main(seeds: str | None) -> None:
-    """Score, merge, measure, print."""
+    """Fit, score, merge, measure, print."""
     torch.set_num_threads(1)
     ensure_registered()
     os.chdir(ROOT)

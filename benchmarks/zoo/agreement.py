@@ -34,9 +34,17 @@ from benchmarks.agreement import (
     picture,
     ranking,
 )
-from benchmarks.zoo.bench import BUILD, MAX_NEW_TOKENS, N_TEST, ROOT, SKILLS, checkpoints
+from benchmarks.zoo.bench import (
+    BUILD,
+    MAX_NEW_TOKENS,
+    N_TEST,
+    ROOT,
+    SKILLS,
+    checkpoints,
+    fit_request,
+    unlabelled,
+)
 from benchmarks.zoo.evaluate import accuracy, load_model
-from benchmarks.zoo.fitting import Seed
 from benchmarks.zoo.tasks import distinct_items
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.making import Making
@@ -89,7 +97,7 @@ class World:
 
     def making(self, learning: bool) -> Making:
         """Makes merges as a comparison does."""
-        prompts = tuple((e, self.fits.unlabelled(e, 256)) for e in SKILLS)
+        prompts = tuple((e, unlabelled(self.folder, self.seed, e, 256)) for e in SKILLS)
         plan = Plan(
             base=str(self.folder / "base"),
             experts=tuple(str(self.folder / e) for e in SKILLS),
@@ -105,11 +113,6 @@ class World:
             max_new_tokens=MAX_NEW_TOKENS,
         )
         return Making(plan, self.scratch, self.scratch, "2026-11-29", NoProgress())
-
-    @property
-    def fits(self) -> Seed:
-        """What benchmarks.zoo.fitting has of this seed."""
-        return Seed(self.seed)
 
     def methods(self, learning: bool) -> tuple[Method, ...]:
         """Every peer with a grid of its own."""
@@ -136,9 +139,8 @@ class World:
         @contextmanager
         def by_fit(n: int, granularity: str, steps: int) -> Iterator[Any]:
             out = self.scratch / "fit"
-            request = self.fits.request(
-                SKILLS, n, steps=steps, granularity=granularity, out=out, guards=self.fits.guard
-            )
+            settings: dict[str, Any] = {"steps": steps, "granularity": granularity}
+            request = fit_request(self.folder, self.seed, SKILLS, n, out, **settings)
             fit(request, NoProgress())
             with making.by_recipe(read_recipe(out / RECIPE).config, 0) as made:
                 yield made.model

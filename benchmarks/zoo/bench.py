@@ -1,8 +1,8 @@
 """Every method on five seeds and four combinations of the zoo's experts.
 
-``python -m benchmarks.zoo.bench`` (from the repository's root) trains what is missing, scores,
-compares through `mergekit_wp.comparison`, and prints the tables of README.md. Everything is kept in
-build/zoo and resumes.
+``python -m benchmarks.zoo.bench`` (from the repository's root) trains what is missing, fits,
+scores, compares through `mergekit_wp.comparison`, and prints the tables of README.md. Everything is
+kept in build/zoo and resumes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import Results
 from mergekit_wp.comparison.rows import Comparison
 from mergekit_wp.comparison.run import Runner
-from mergekit_wp.joint.company import score_company
-from mergekit_wp.joint.request import CompanyRequest
+from mergekit_wp.joint.files import RECIPE
+from mergekit_wp.joint.fit import fit
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
@@ -49,6 +50,8 @@ FIRST_SEED, N_SEEDS = 2, 5
 #: what an expert must reach on validation items of its own skill to be one
 COMPETENT = 0.9
 N_PROMPTS, N_VALID, N_TEST = 128, 100, 200
+#: requests of copying: a skill of the base that no expert and no prompt is about
+N_GUARD = 256
 MAX_NEW_TOKENS = 14
 
 
@@ -105,6 +108,13 @@ def prompts(folder: Path, seed: int, skill: str, n: int = N_PROMPTS) -> Path:
     return write_lines(folder / f"prompts{n}" / f"{skill}.jsonl", lines)
 
 
+def unlabelled(folder: Path, seed: int, skill: str, n: int) -> Path:
+    """The scoring prompts without their answers: the expert's own are taken."""
+    lines = prompts(folder, seed, skill, n).read_text().splitlines()
+    bare = [{"prompt": json.loads(line)["prompt"]} for line in lines]
+    return write_lines(folder / f"unlabelled{n}" / f"{skill}.jsonl", bare)
+
+
 def task(folder: Path, seed: int, skill: str) -> JsonlTask:
     """Validation and test items of one skill."""
     lines = [
@@ -131,23 +141,39 @@ def weight_patching(
     return MergeConfiguration.model_validate(data)
 
 
-def company(folder: Path, seed: int, experts: Sequence[str], n: int, steps: int) -> Path:
-    """The folder of the experts' scores in each other's company."""
-    out = folder / f"company-{'-'.join(experts)}-{n}-{steps}"
-    if not (out / "recipe.yml").exists():
-        recipe = folder / f"{'-'.join(experts)}.yml"
-        recipe.write_text(
-            yaml.safe_dump(
-                {
-                    "merge_method": "task_arithmetic",
-                    "base_model": str(folder / "base"),
-                    "models": [{"model": str(folder / e)} for e in experts],
-                }
-            )
-        )
-        pairs = tuple((e, prompts(folder, seed, e, n)) for e in experts)
-        request = CompanyRequest(recipe=recipe, prompts=pairs, out=out, path_steps=steps)
-        score_company(request, NoProgress())
+def fit_request(
+    folder: Path,
+    seed: int,
+    experts: Sequence[str],
+    n: int,
+    out: Path,
+    *,
+    guarded: bool = True,
+    **options: Any,
+) -> FitRequest:
+    """A fit on n unlabelled prompts a skill, with copying as guard."""
+    recipe = folder / f"fitting-{'-'.join(experts)}.yml"
+    models = [{"model": str(folder / e)} for e in experts]
+    data = {"merge_method": "task_arithmetic", "base_model": str(folder / "base")}
+    recipe.write_text(yaml.safe_dump(data | {"models": models}))
+    settings: dict[str, Any] = {
+        "recipe": recipe,
+        "prompts": tuple((e, unlabelled(folder, seed, e, n)) for e in experts),
+        "out": out,
+        "guards": (unlabelled(folder, seed, "copy", N_GUARD),) if guarded else (),
+        "unguarded": not guarded,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "restart": True,
+        "overwrite": True,
+    }
+    return FitRequest(**(settings | options))
+
+
+def fitted(folder: Path, seed: int, experts: Sequence[str], n: int = N_PROMPTS) -> Path:
+    """The folder of a fit of the experts together."""
+    out = folder / f"fitted-{'-'.join(experts)}-{n}"
+    if not (out / RECIPE).exists():
+        fit(fit_request(folder, seed, experts, n, out), NoProgress())
     return out
 
 
@@ -167,15 +193,10 @@ def alone(folder: Path, seed: int, expert: str, n: int = N_PROMPTS, **options: A
     return out
 
 
-def own_recipes(folder: Path, seed: int, experts: Sequence[str]) -> dict[str, MergeConfiguration]:
-    """Weight patching untuned: in company; alone."""
+def scored_alone(folder: Path, seed: int, experts: Sequence[str]) -> MergeConfiguration:
+    """Weight patching by the scores of each expert alone."""
     own = {e: {"scores": str(alone(folder, seed, e))} for e in experts}
-    together = recipes.read(company(folder, seed, experts, N_PROMPTS, 10) / "recipe.yml").config
-    together.dtype = "float32"
-    return {
-        "company": together,
-        "scored alone, untuned": weight_patching(folder, experts, own),
-    }
+    return weight_patching(folder, experts, own)
 
 
 class Notes(NoProgress):
@@ -193,7 +214,7 @@ def compare(
 ) -> Comparison:
     """One comparison; finished parts are read, not run."""
     folder = checkpoints(seed)
-    recipe = recipes.read(company(folder, seed, experts, N_PROMPTS, 10) / "recipe.yml").config
+    recipe = recipes.read(fitted(folder, seed, experts) / RECIPE).config
     recipe.dtype = "float32"
     calibration = [
         Prompt.model_validate_json(line)
@@ -215,8 +236,7 @@ def compare(
         eval_dtype=torch.float32,
     )
     plan.check()
-    inputs = {"seed": seed, "experts": list(experts), "label": label}
-
+    inputs = {"seed": seed, "experts": list(experts), "label": label, "fitted on": N_PROMPTS}
     bar.set_postfix_str(f"seed {seed}, {'+'.join(experts)}")
     with Results(folder / label / "-".join(experts), inputs) as results:
         return Runner(plan, results, Notes()).run()
@@ -226,7 +246,7 @@ def compare(
 @click.option("--seeds", help="Training seeds: 2,4,6.  [default: the first five with experts]")
 @click.option("--only-run", is_flag=True, help="Do not print the tables.")
 def main(seeds: str | None, only_run: bool) -> None:
-    """Train, score, compare, and print the tables."""
+    """Train, fit, score, compare, and print the tables."""
     torch.set_num_threads(1)
     ensure_registered()
     os.chdir(ROOT)
@@ -235,8 +255,8 @@ def main(seeds: str | None, only_run: bool) -> None:
     with tqdm(total=len(chosen) * len(COMBINATIONS), unit="comparison", mininterval=5) as bar:
         for seed in chosen:
             for experts in COMBINATIONS:
-                extra = own_recipes(checkpoints(seed), seed, experts)
-                del extra["company"]
+                by_own = scored_alone(checkpoints(seed), seed, experts)
+                extra = {"scored alone, untuned": by_own}
                 found[experts][seed] = compare(
                     seed, experts, DEFAULT_METHODS, extra, "compare", bar
                 )

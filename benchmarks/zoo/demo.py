@@ -1,4 +1,4 @@
-"""`make demo`: score the zoo's experts, merge them with stock mergekit, compare with TIES and DARE.
+"""`make demo`: score and fit the zoo's experts, merge by stock mergekit, compare with TIES.
 
 Every step is a public command, printed before it runs. Usage, from the repository's root:
 ``python benchmarks/zoo/demo.py [--only-scores]``
@@ -16,14 +16,14 @@ import click
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = Path("benchmarks/zoo/checkpoints")
 SCORES = Path("scores")
-COMPANY = SCORES / "company"
+FITTED = SCORES / "fitted"
 OUT = Path("build/demo")
 EXPERTS = ("inst", "math", "sort")
 RECIPES = {
     "two-experts": "weight_patching, inst + math",
     "one-expert": "weight_patching, math, positive scores only",
     "three-experts": "weight_patching, three experts",
-    "three-experts-company": "weight_patching, three scored together",
+    "three-experts-fitted": "weight_patching, three fitted together",
     "three-experts-task-arithmetic": "plain averaging, three experts",
     "three-experts-ties": "TIES, three experts",
     "three-experts-dare-ties": "DARE-TIES, three experts",
@@ -51,7 +51,7 @@ def run(*command: str) -> str:
 
 
 def score_experts() -> None:
-    """Write scores/EXPERT.safetensors and scores/company/; what exists is kept."""
+    """Write scores/EXPERT.safetensors and scores/fitted/; what exists is kept."""
     for expert in EXPERTS:
         out = SCORES / f"{expert}.safetensors"
         if (ROOT / out).exists():
@@ -63,14 +63,14 @@ def score_experts() -> None:
             *("--prompts", str(prompts), "--criterion", "kl"),
             *("--out", str(out)),
         )
-    if (ROOT / COMPANY / "recipe.yml").exists():
-        click.echo(f"{COMPANY} is there already")
+    if (ROOT / FITTED / "recipe.yml").exists():
+        click.echo(f"{FITTED} is there already")
         return
     pairs = (f"{expert}={ZOO / 'prompts' / expert}.jsonl" for expert in EXPERTS)
     run(
-        *("mergekit-wp", "score", "--company", "recipes/three-experts.yml"),
+        *("mergekit-wp", "fit", "recipes/three-experts.yml"),
         *(part for pair in pairs for part in ("--prompts", pair)),
-        *("--out", str(COMPANY)),
+        *("--guard", str(ZOO / "guard" / "copy.jsonl"), "--out", str(FITTED)),
     )
 
 
@@ -101,9 +101,9 @@ def merge_and_compare() -> None:
 
 
 @click.command()
-@click.option("--only-scores", is_flag=True, help="Stop after scoring (`make scores`).")
+@click.option("--only-scores", is_flag=True, help="Stop before merging (`make scores`).")
 def main(only_scores: bool) -> None:
-    """Score, merge, compare."""
+    """Score, fit, merge, compare."""
     score_experts()
     if only_scores:
         return

@@ -12,14 +12,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 import numpy as np
 import torch
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -29,17 +27,14 @@ from tqdm import tqdm
 from benchmarks.fitting import fit_by_tensor
 from benchmarks.zoo.bench import (
     COMBINATIONS,
-    N_PROMPTS,
     N_TEST,
     ROOT,
     SKILLS,
     alone,
     checkpoints,
-    company,
     competent_seeds,
-    prompts,
-    weight_patching,
-    write_lines,
+    fit_request,
+    scored_alone,
 )
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.lab import Lab
@@ -53,13 +48,14 @@ from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.merging.model_references import data_of
 from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.runs.progress import NoProgress
+from mergekit_wp.terms import SLICED_KINDS
 
 ALL = COMBINATIONS[-1]
 #: unlabelled prompts a skill
 N = 2048
 #: of AdaMerging's objective, which is not ours to find
 STEPS, A_STEP = 80, 64
-OURS, COARSE, PATH = "fit", "fit, one gate a tensor", "company path"
+OURS, COARSE = "fit", "fit, one gate a tensor"
 FITS = {OURS: N, "fit, 256 prompts": 256, "fit, 32 prompts": 32}
 #: seeds of the second table
 N_MORE = 3
@@ -102,37 +98,16 @@ class Seed:
             path.write_text(json.dumps(found))
         return dict(json.loads(path.read_text()))
 
-    def recipe(self, experts: tuple[str, ...]) -> Path:
-        """A recipe that names the experts."""
-        path = self.folder / f"fitting-{'-'.join(experts)}.yml"
-        models = [{"model": str(self.folder / e)} for e in experts]
-        data = {"merge_method": "task_arithmetic", "base_model": str(self.folder / "base")}
-        path.write_text(yaml.safe_dump(data | {"models": models}))
-        return path
-
-    def unlabelled(self, skill: str, n: int) -> Path:
-        """The scoring prompts without their answers: the expert's own are taken."""
-        lines = (prompts(self.folder, self.seed, skill, n)).read_text().splitlines()
-        bare = [{"prompt": json.loads(line)["prompt"]} for line in lines]
-        return write_lines(self.folder / f"unlabelled{n}" / f"{skill}.jsonl", bare)
-
-    def request(self, experts: tuple[str, ...], n: int = N, **options: Any) -> FitRequest:
+    def request(self, experts: tuple[str, ...], n: int, **options: Any) -> FitRequest:
         """The fit of one row."""
         out = self.folder / "fitting" / "-".join(experts) / "working"
-        settings: dict[str, Any] = {
-            "recipe": self.recipe(experts),
-            "prompts": tuple((e, self.unlabelled(e, n)) for e in experts),
-            "out": out,
-            "unguarded": "guards" not in options,
-            "max_new_tokens": 14,
-            "restart": True,
-            "overwrite": True,
-        }
-        return FitRequest(**(settings | options))
+        return fit_request(self.folder, self.seed, experts, n, out, **options)
 
-    def fitted(self, experts: tuple[str, ...], n: int = N, **options: Any) -> Measured:
+    def fitted(
+        self, experts: tuple[str, ...], n: int = N, *, guarded: bool = True, **options: Any
+    ) -> Measured:
         """Fit, merge by stock mergekit, measure; with the history, and how it meets scores."""
-        request = self.request(experts, n, **options)
+        request = self.request(experts, n, guarded=guarded, **options)
         read = list(fit(request, NoProgress()).values())
         assert request.out is not None
         recipe = data_of(read_recipe(request.out / RECIPE).config, exclude_none=True)
@@ -144,13 +119,13 @@ class Seed:
         found["history"] = [
             (step, float(np.mean([seen[e].answers for e in experts]))) for step, seen in looks
         ]
-        if experts == ALL and n == N and options.keys() == {"guards"}:
-            found["rank"] = self.agreement(read)
+        if experts == ALL and n == N and guarded:
+            found["rank"] = {"share": self.agreement(read)}
         return found
 
     def coarse(self, experts: tuple[str, ...]) -> Measured:
         """The same fit with one gate a tensor."""
-        model, _ = fit_by_tensor(self.request(experts), 0.5, NoProgress())
+        model, _ = fit_by_tensor(self.request(experts, N, guarded=False), 0.5, NoProgress())
         return measure(model.eval(), load_model(self.folder / "base")[1], self.seed)
 
     def entropy(self) -> Measured:
@@ -159,22 +134,15 @@ class Seed:
         lab.model.load_state_dict(lab.entropies(0.5, STEPS, 0.1, A_STEP), strict=False)
         return measure(lab.model.eval(), lab.tokenizer, self.seed)
 
-    def agreement(self, fitted: Sequence[ScoreFile]) -> dict[str, float]:
-        """Spearman's correlation of fitted gates with scores, over all neurons and heads."""
-        found = {}
-        together = company(self.folder, self.seed, ALL, N_PROMPTS, 10)
-        for label in ("share", "path"):
-            gates, scores = [], []
-            for e, expert in enumerate(ALL):
-                path = together / f"{expert}.safetensors"
-                if label == "share":
-                    path = alone(self.folder, self.seed, expert)
-                scored = scorefile.read(path)
-                for kind in ("head", "kv_group", "neuron"):
-                    gates.append(fitted[e].scores("path", "kl", kind).flatten())
-                    scores.append(scored.scores(label, "kl", kind).flatten())
-            found[label] = float(spearmanr(torch.cat(gates), torch.cat(scores))[0])
-        return found
+    def agreement(self, fitted: Sequence[ScoreFile]) -> float:
+        """Spearman's correlation of fitted gates with shares, over all neurons and heads."""
+        gates, shares = [], []
+        for file, expert in zip(fitted, ALL, strict=True):
+            scored = scorefile.read(alone(self.folder, self.seed, expert))
+            for kind in SLICED_KINDS:
+                gates.append(file.scores("path", "kl", kind).flatten())
+                shares.append(scored.scores("share", "kl", kind).flatten())
+        return float(spearmanr(torch.cat(gates), torch.cat(shares))[0])
 
     def plain(self, method: str, **parameters: Any) -> Measured:
         """One of mergekit's own methods on all experts, untuned."""
@@ -187,26 +155,14 @@ class Seed:
         }
         return merged(MergeConfiguration.model_validate(data), self.seed)
 
-    def by_path(self, experts: tuple[str, ...]) -> tuple[Path, Measured]:
-        """The guided path of all scored together, untuned."""
-        folder = company(self.folder, self.seed, experts, N_PROMPTS, 10)
-        config = data_of(read_recipe(folder / RECIPE).config, exclude_none=True)
-        return folder / RECIPE, merged(MergeConfiguration.model_validate(config), self.seed)
-
-    @property
-    def guard(self) -> tuple[Path, ...]:
-        """What is to stay: copying, a skill of the base that no expert and no prompt is about."""
-        return (self.unlabelled("copy", 256),)
-
     def rows(self, combinations: Sequence[tuple[str, ...]], more: bool) -> Rows:
         """What is measured on this seed; more than the main rows if asked for."""
         found: Rows = {}
         for c in combinations:
-            found[c] = {PATH: self.kept(c, PATH, lambda c=c: self.by_path(c)[1])}
-            for name, n in FITS.items():
-                found[c][name] = self.kept(
-                    c, name, lambda c=c, n=n: self.fitted(c, n, guards=self.guard)
-                )
+            found[c] = {
+                name: self.kept(c, name, lambda c=c, n=n: self.fitted(c, n))
+                for name, n in FITS.items()
+            }
         for e in (*SKILLS, "base"):
             model = self.folder / e
             itself = self.kept((e,), "itself", lambda m=model: measure(*load_model(m), self.seed))
@@ -218,16 +174,15 @@ class Seed:
     def more(self) -> dict[str, Measured]:
         """What a fit needs, and what else there is: all three experts."""
         by_share = self.folder / "fitting" / "by-share.yml"
-        own = {e: {"scores": str(alone(self.folder, self.seed, e))} for e in ALL}
-        shares = weight_patching(self.folder, ALL, own)
+        shares = scored_alone(self.folder, self.seed, ALL)
         by_share.write_text(shares.to_yaml())
-        by_path = company(self.folder, self.seed, ALL, N_PROMPTS, 10) / "recipe.yml"
         makers: dict[str, Callable[[], Measured]] = {
-            "fit, unguarded": lambda: self.fitted(ALL),
+            "fit, unguarded": lambda: self.fitted(ALL, guarded=False),
             COARSE: lambda: self.coarse(ALL),
-            "fit, 8 prompts": lambda: self.fitted(ALL, 8, guards=self.guard),
-            "fit from shares": lambda: self.fitted(ALL, start="scores", recipe=by_share),
-            "fit from the path": lambda: self.fitted(ALL, start="scores", recipe=by_path),
+            "fit, 8 prompts": lambda: self.fitted(ALL, 8),
+            "fit from shares": lambda: self.fitted(
+                ALL, guarded=False, start="scores", recipe=by_share
+            ),
             "entropy, one gate a tensor": self.entropy,
             "shares": lambda: merged(shares, self.seed),
             "plain averaging": lambda: self.plain("task_arithmetic", weight=1 / 3),
@@ -267,7 +222,7 @@ def tables(found: dict[int, Rows], combinations: Sequence[tuple[str, ...]]) -> s
         name: [
             float(np.mean([value(rows, c, name) for c in combinations])) for rows in found.values()
         ]
-        for name in (*FITS, PATH)
+        for name in FITS
     }
     for name, mean in means.items():
         cells = [
@@ -299,10 +254,9 @@ def tables(found: dict[int, Rows], combinations: Sequence[tuple[str, ...]]) -> s
             cost = f"{np.mean(ratio):.2f}"
         lines.append(f"| {name} | {skills} | {copying} | {steps} | {cost} |")
     base = interval([rows[("base",)]["itself"]["copy"] for rows in found.values()])
-    lines += ["", f"The base copies {base}. Spearman's correlation of fitted gates with scores:"]
-    for label in ("share", "path"):
-        ranks = [rows[ALL][OURS]["rank"][label] for rows in found.values()]
-        lines.append(f"- `{label}`: {interval(ranks)}")
+    ranks = interval([rows[ALL][OURS]["rank"]["share"] for rows in found.values()])
+    lines += ["", f"The base copies {base}. Spearman's correlation of fitted gates with"]
+    lines.append(f"`share` alone: {ranks}")
     return "\n".join([*lines, "", *curve([rows[ALL][OURS]["history"] for rows in found.values()])])
 
 

@@ -1,4 +1,4 @@
-"""Ideas that were tried and left out of the package, and granularities it does not have.
+"""Ideas that were tried and left out of the package.
 
 Written with whole-model gradients, which only a toy can afford; results are in README.md.
 """
@@ -6,7 +6,7 @@ Written with whole-model gradients, which only a toy can afford; results are in 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from benchmarks.zoo.bench import N_PROMPTS, checkpoints, prompts, task
 from mergekit_wp.architectures import Dims
 from mergekit_wp.comparison.rows import Comparison
 from mergekit_wp.components import Partition
-from mergekit_wp.joint.guided import PathPosition
+from mergekit_wp.joint.gates import Layout
 from mergekit_wp.models.generation import TextInterface
 
 State = dict[str, torch.Tensor]
@@ -86,49 +86,19 @@ class Lab:
             for n, start in self.base.items()
         }
 
-    def guided(self, group: Callable[[State], State], steps: int = 10) -> State:
-        """The guided path with gates of any shape.
-
-        Args:
-            group: from slopes by element to slopes by gate, broadcastable to the tensors.
-            steps: of the path.
-        """
-        zeros = {n: torch.zeros_like(t) for n, t in self.base.items()}
-        gates = {e: dict(zeros) for e in EXPERTS}
-        for _ in range(steps):
-            slopes = self.slopes(self.merge(gates))
-            for e in EXPERTS:
-                by_gate = group({n: slopes[n] * self.deltas[e][n] for n in slopes})
-                gates[e] = {n: gates[e][n] + (by_gate[n] > 0).float() / steps for n in gates[e]}
-        return self.merge(gates)
-
     def components(self, products: State) -> State:
         """Summed by component, spread over each tensor."""
-        partition = self.partition
-        sums = {kind: s.float() for kind, s in PathPosition.at_the_base(partition).path.items()}
+        partition, sums = self.partition, {}
         for n, product in products.items():
             layout = partition.layouts[n]
             other = [d for d in range(product.dim()) if d not in layout.dims]
             kept = product.flatten() if layout.whole else product.sum(other) if other else product
-            partition.add(sums, n, layout.reduce(kept))
+            sums[n] = layout.reduce(kept)
+        gates = Layout(partition, (frozenset(products),))
+        flat = gates.collect([sums]).float()
         return {
-            n: partition.layouts[n].expand(partition.of_tensor(sums, n), product.shape)
+            n: partition.layouts[n].expand(gates.of_tensor(flat, n), product.shape)
             for n, product in products.items()
-        }
-
-    def tensors(self, products: State) -> State:
-        """Summed by tensor."""
-        return {n: p.sum().expand(p.shape) for n, p in products.items()}
-
-    def layers(self, products: State) -> State:
-        """Summed by layer; what lies outside the layers by tensor."""
-        layouts, sums = self.partition.layouts, {}
-        for n, p in products.items():
-            key = n if layouts[n].layer is None else layouts[n].layer
-            sums[key] = sums.get(key, torch.zeros(())) + p.sum()
-        return {
-            n: sums[n if layouts[n].layer is None else layouts[n].layer].expand(p.shape)
-            for n, p in products.items()
         }
 
     def entropies(self, start: float, steps: int, rate: float, n: int) -> State:
@@ -166,7 +136,7 @@ class Lab:
         return {m: t.detach() for m, t in self.merge(gates).items()}
 
     def straight(self, steps: int = 5) -> dict[str, State]:
-        """In-company shares along the straight path B + a ΣΔ, by component."""
+        """Joint shares along the straight path B + a ΣΔ, by component."""
         total: dict[str, State] = {}
         ones = {n: torch.ones(()) for n in self.base}
         for i in range(steps):
@@ -217,10 +187,6 @@ def naive_rows(seed: int, comparison: Comparison) -> dict[str, float]:
     lab = Lab(folder, seed)
     straight = lab.straight()
     merges = {
-        "guided path by component, whole-model gradients": lab.guided(lab.components),
-        "guided path by element": lab.guided(lambda products: products),
-        "guided path by tensor": lab.guided(lab.tensors),
-        "guided path by layer": lab.guided(lab.layers),
         "straight joint path: share fusion": lab.shared(straight),
         "straight joint path: positive shares, lambda 0.7": lab.gated(straight, 0.7),
         "straight joint path: positive shares, lambda 0.5": lab.gated(straight, 0.5),

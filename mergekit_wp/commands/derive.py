@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,8 +42,7 @@ def options_of(
     """A decorator that gives a command the options and arguments of some requests.
 
     Args:
-        requests: of fields of one name the first one's counts, or one that may be given several
-            times, for it takes what the other takes.
+        requests: of fields of one name the first one's counts.
         exclude: names of parameters to leave out.
         optional: names of parameters that the command itself asks for where they are needed.
         required: names of parameters that only Python can do without.
@@ -53,10 +51,7 @@ def options_of(
     found: dict[str, Declared] = {}
     for request in requests:
         for field in declared(request).values():
-            earlier = found.setdefault(field.name, field)
-            if field.repeated and not earlier.repeated:
-                both = f"{earlier.option.metavar} | {field.option.metavar}"
-                found[field.name] = replace(field, option=replace(field.option, metavar=both))
+            found.setdefault(field.name, field)
     for name in exclude:
         del found[name]
 

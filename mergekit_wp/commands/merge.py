@@ -107,10 +107,13 @@ def _fitted(
 
 
 def _merge_after(opened: Any) -> Costs | None:
-    """The merge that follows the fit, whose recipe there is not yet."""
+    """The merge that follows the fit, whose recipe there is not yet; nothing after the merge."""
     from mergekit_wp.costs.merging import after_fit
     from mergekit_wp.costs.model_size import PairSize
+    from mergekit_wp.joint.fit import FitOpened
 
+    if not isinstance(opened, FitOpened):
+        return None
     return after_fit([PairSize.of(run.pair) for run in opened.runs])
 
 

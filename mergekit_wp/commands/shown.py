@@ -94,7 +94,7 @@ def prompt_file(options: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def merge_by(folder: Path, experts: Iterable[str]) -> str:
-    """What was written of experts that were scored or fitted together, and what to do with it."""
+    """What was written of experts that were fitted together, and what to do with it."""
     from mergekit_wp.joint.files import RECIPE
 
     command = shlex.join(["mergekit-wp", "merge", str(folder / RECIPE)])

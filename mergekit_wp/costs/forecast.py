@@ -12,14 +12,13 @@ from mergekit_wp.comparison.compare import CompareOpened
 from mergekit_wp.costs import calibration
 from mergekit_wp.costs.calibration import Speeds, Timed, calibrate, of_reading, roughly
 from mergekit_wp.costs.comparison import comparing
-from mergekit_wp.costs.joint import company, fit
+from mergekit_wp.costs.joint import fit
 from mergekit_wp.costs.mechanism import anchoring, tracing, verifying
 from mergekit_wp.costs.merging import merging
 from mergekit_wp.costs.model_size import ModelSize
 from mergekit_wp.costs.passes import TextBatch, Texts
 from mergekit_wp.costs.scoring import batch_size, scoring
 from mergekit_wp.costs.work import Costs, Held
-from mergekit_wp.joint.company import CompanyOpened
 from mergekit_wp.joint.fit import FitOpened
 from mergekit_wp.mechanism.anchors import AnchorOpened
 from mergekit_wp.mechanism.circuit import TraceOpened
@@ -38,7 +37,6 @@ _USUAL = TextBatch(8, 256, 8)
 
 _COUNTED: dict[type, Callable[[Any], Costs]] = {
     ScoreOpened: scoring,
-    CompanyOpened: company,
     FitOpened: fit,
     VerifyOpened: verifying,
     TraceOpened: tracing,

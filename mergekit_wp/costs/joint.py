@@ -1,9 +1,8 @@
-"""What scoring experts together, and fitting their gates, takes."""
+"""What fitting the gates of experts takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from mergekit_wp.costs import memory
 from mergekit_wp.costs.model_size import PairSize
@@ -11,7 +10,6 @@ from mergekit_wp.costs.passes import TextBatch, Texts, forward, mixed, opening, 
 from mergekit_wp.costs.scoring import asking, referring
 from mergekit_wp.costs.work import Costs, Held, Stage, Work, fullest, total
 from mergekit_wp.joint.ascent import FEW, MOST
-from mergekit_wp.joint.company import CompanyOpened
 from mergekit_wp.joint.fit import FitOpened
 from mergekit_wp.joint.front import SHARE
 from mergekit_wp.joint.judging import LOOK
@@ -19,31 +17,10 @@ from mergekit_wp.models.memory import free_memory
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.runs.request import DTYPES
 from mergekit_wp.runs.run import Opened, Run
-from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
 
 #: vectors of all gates, in float64, that a fit holds: where it stands, Adam's means, what is kept,
 #: the slopes, and those that one step makes of them; so many more for every guard
 GATES, OF_GUARD = 15, 4
-
-
-def company(opened: CompanyOpened) -> Costs:
-    """The whole of `score` of several experts."""
-    request, pairs = opened.request, [PairSize.of(run.pair) for run in opened.runs]
-    texts = [Texts.of(run) for run in opened.runs]
-    sizes = [run.batch_size(own.samples) for run, own in zip(opened.runs, texts, strict=True)]
-    first = opened.runs[0].pair
-    every = [own.packed(size, first) for own, size in zip(texts, sizes, strict=True)]
-    steps = [[batch for batch in group if batch is not None] for group in zip_longest(*every)]
-    step = total(_slopes(opened, pairs, terms) for terms in steps) + mixed(pairs)
-    whole = [batch for own in every for batch in own]
-    stages = [
-        *_begun(opened, pairs, texts, sizes),
-        Stage("guided path", step * request.path_steps, f"{request.path_steps} steps"),
-        Stage("behaviours at its end", mixed(pairs) + forward(pairs[0].size, whole)),
-    ]
-    gates = sum(_components(run) for run in opened.runs)
-    held = _held(pairs, texts, max(steps, key=_tokens), opened.runs[0], 8.0 * 8 * gates)
-    return Costs(tuple(stages), held, 8.0 * gates, passing=_journal(steps, pairs, opened.runs))
 
 
 def fit(opened: FitOpened) -> Costs:
@@ -126,24 +103,6 @@ def _mean(batches: Sequence[TextBatch]) -> TextBatch:
     width = sum(batch.tokens for batch in batches) / max(1, rows)
     positions = sum(batch.positions for batch in batches)
     return TextBatch(rows / n, width, positions / n)
-
-
-def _tokens(terms: Sequence[TextBatch]) -> float:
-    return sum(term.tokens for term in terms)
-
-
-def _components(run: Run) -> int:
-    partition, dims = run.pair.partition, run.pair.partition.dims
-    sliced = sum(dims.count(kind) for kind in FINE_KINDS if kind in SLICED_KINDS)
-    return dims.n_layers * (1 + sliced) + 2 * len(partition.tensor_names)
-
-
-def _journal(
-    steps: Sequence[Sequence[TextBatch]], pairs: Sequence[PairSize], runs: Sequence[Run]
-) -> float:
-    """Bytes of the slopes of one step, which are kept until the end."""
-    by_tensor = sum(layout.count for run in runs for layout in run.pair.partition.layouts.values())
-    return 8.0 * by_tensor * len(steps)
 
 
 def _held(

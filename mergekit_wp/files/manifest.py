@@ -113,10 +113,10 @@ class Scale(StrictModel):
 
 
 class CompanyMember(StrictModel):
-    """One of the experts that were scored together.
+    """One of the experts that were fitted together.
 
     ``weights_sha256`` is over the content of its weight files; ``recovery`` is how far its
-    behaviour had come back where the guided path ended (0 at the base, 1 at the expert).
+    behaviour comes back by the gates (0 at the base, 1 at the expert).
     """
 
     reference: str
@@ -216,9 +216,9 @@ class Manifest(Omitting):
     """The JSON under the metadata key ``mergekit_wp``.
 
     ``responses`` says whose answers the prompts were continued with: the prompt file's, the
-    expert's own, or some of each. ``company`` names the experts that were scored together, this
-    one among them; None for an expert scored alone. ``fit`` says how `mergekit-wp fit` made the
-    ``path`` scores, None where it did not. ``template_date`` is the day that the chat template
+    expert's own, or some of each. ``company`` names the experts that were fitted together, this
+    one among them, and ``fit`` says how `mergekit-wp fit` made the ``path`` scores; both are None
+    for an expert scored alone. ``template_date`` is the day that the chat template
     wrote into the prompts, None where it read none. ``tensor_shapes``, in the order of
     ``tensor_names``, say how many gates each has where these are finer than components; None
     elsewhere. ``left_out`` says by criterion which prompts, from 0, had too small a distance to be
@@ -273,8 +273,9 @@ class Manifest(Omitting):
         for kind in SLICED_KINDS:
             if kind in self.kinds and not self.dims.count(kind):
                 raise ValueError(f"n_{kind}s is 0, but kinds has '{kind}'")
-        if ("path" in self.estimands) != (self.company is not None):
-            raise ValueError("'path' scores and a 'company' belong together")
+        fitted = ("path" in self.estimands, self.company is not None, self.fit is not None)
+        if any(fitted) != all(fitted):
+            raise ValueError("'path' scores, a 'company' and a 'fit' belong together")
         if self.fit is not None:
             self._check_fit(self.fit)
         self._check_gates()
@@ -291,9 +292,9 @@ class Manifest(Omitting):
         return self
 
     def _check_fit(self, fit: Fit) -> None:
-        if self.company is None:
-            raise ValueError("'fit' and a 'company' belong together")
-        names = {member.behavior for member in self.company} | {g.behavior for g in fit.guards}
+        names = {member.behavior for member in self.company or ()} | {
+            g.behavior for g in fit.guards
+        }
         for moment in fit.history:
             if any(
                 found is not None and set(found) != names
@@ -338,13 +339,14 @@ class Manifest(Omitting):
         return {f"path/{criterion}/{self.granularity}": (count,) for criterion in self.criteria}
 
     def path_bound(self, kind: str) -> float:
-        """The largest ``path`` score: the guided path ends at 1, a fit where it was told.
+        """The largest ``path`` score.
 
         Args:
             kind: of component, or a granularity. Where a gate of a row and one of a column are
                 added, their sums, of which components have the means, reach twice as far.
         """
-        upper = 1.0 if self.fit is None else self.fit.upper
+        assert self.fit is not None  # see the validator
+        upper = self.fit.upper
         added = self.granularity == "row_column" and kind != "row_column"
         return 2 * upper if added else upper
 

@@ -1,4 +1,4 @@
-"""All experts of a merge together: the guided path, and gates fitted by gradient.
+"""All experts of a merge together: gates fitted by gradient.
 
-Both move one model in memory, the merge itself, and write one score file for each expert.
+One model in memory is moved, the merge itself; one score file for each expert is written.
 """

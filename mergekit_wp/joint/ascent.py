@@ -66,8 +66,13 @@ class FitState:
     @classmethod
     def from_block(cls, block: Mapping[str, torch.Tensor]) -> FitState:
         """As `to_block` left it."""
-        of_climb = (block[name] for name in ("gates", "slopes", "second"))
-        climb = Climb(*of_climb, int(block["steps"]), block["weighed"])
+        climb = Climb(
+            gates=block["gates"],
+            slopes=block["slopes"],
+            second=block["second"],
+            steps=int(block["steps"]),
+            prices=block["weighed"],
+        )
         judge = Judge.from_row(block["judge"])
         return cls(
             climb=climb,

@@ -1,4 +1,4 @@
-"""What scoring or fitting experts together writes: a score file for each, and a recipe for them."""
+"""What a fit writes: a score file for each expert, and a recipe that merges by them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.members import Member
-from mergekit_wp.joint.request import CompanyRequest, FitRequest, NamedExperts
+from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.merging.merge import recipe_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.model_names import absolute
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.score import common_fields
-from mergekit_wp.terms import Estimand, Kind
+from mergekit_wp.terms import Kind
 
 #: name of the recipe that merges by the files, beside them
 RECIPE = "recipe.yml"
@@ -30,7 +30,7 @@ RECIPE = "recipe.yml"
 ScoresByKind = Mapping[Kind, torch.Tensor]
 
 
-def check_folder(request: CompanyRequest | FitRequest) -> None:
+def check_folder(request: FitRequest) -> None:
     """Refuse a folder where the recipe that is written would replace another one.
 
     Args:
@@ -54,11 +54,10 @@ def check_folder(request: CompanyRequest | FitRequest) -> None:
 def company_files(
     members: Sequence[Member],
     references: Sequence[References],
-    scores: Sequence[Mapping[Estimand, ScoresByKind]],
+    scores: Sequence[ScoresByKind],
     recoveries: Sequence[float],
-    fidelity: Fidelity,
-    finer: Sequence[torch.Tensor] | None = None,
-    fit: Fit | None = None,
+    finer: Sequence[torch.Tensor] | None,
+    fit: Fit,
     **said: Any,
 ) -> dict[str, ScoreFile]:
     """One score file for every expert, by its name.
@@ -66,11 +65,10 @@ def company_files(
     Args:
         members: the experts.
         references: base and expert on each one's prompts.
-        scores: of each expert, by estimand; all by ``kl``.
+        scores: ``path`` of each expert, by ``kl``.
         recoveries: how far each behaviour has come back at these scores.
-        fidelity: how they were computed, all alike.
         finer: of each expert the fitted gates, where these are finer than components.
-        fit: how they were fitted, if they were.
+        fit: how they were fitted.
         said: what else every manifest says.
     """
     company = tuple(
@@ -84,23 +82,20 @@ def company_files(
     )
     found = {}
     for e, (member, reference, own) in enumerate(zip(members, references, scores, strict=True)):
-        tensors = {
-            f"{estimand}/kl/{kind}": by_kind[kind].float()
-            for estimand, by_kind in own.items()
-            for kind in member.request.kinds
-        }
-        fidelities = dict.fromkeys(tensors, fidelity)
+        tensors = {f"path/kl/{kind}": own[kind].float() for kind in member.request.kinds}
+        fidelities = dict.fromkeys(tensors, Fidelity(method="fitted", steps=fit.best_step))
         norms = list(member.pair.delta_norm.values())
-        if finer is not None and fit is not None:
+        if finer is not None:
             tensors[f"path/kl/{fit.granularity}"] = finer[e].float()
             said["tensor_shapes"] = tuple(member.pair.partition.shapes.values())
         manifest = Manifest(
             **common_fields(member.request, member.run, reference),
             criteria=("kl",),
-            estimands=tuple(own),
+            estimands=("path",),
             anchor=None,
             fidelity=fidelities,
             noise_floor={},
+            completeness={},
             company=company,
             fit=fit,
             **said,

@@ -20,7 +20,6 @@ import torch
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fit_section import ENOUGH, Fit, FrontPoint, Guard, Moment, Seen
-from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import FEW, FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
@@ -30,6 +29,7 @@ from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.joint.spread import merged_model
+from mergekit_wp.joint.weighing import LEAST
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
 from mergekit_wp.runs.command import command_of
@@ -118,10 +118,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         found = company_files(
             members,
             references,
-            [{"path": scores} for scores in layout.path_scores(state.kept)],
+            layout.path_scores(state.kept),
             [1 - how.reached[own.name].kl / own.span for own in behaviors],
-            Fidelity(method="fitted", steps=how.best_step),
-            completeness={},
             finer=None if request.granularity == "component" else layout.unflat(state.kept),
             fit=how,
             command=command_of(_repeating(request, state)),
@@ -225,10 +223,11 @@ def _how(
 ) -> Fit:
     """What the manifests say of the fit."""
     names = [objective.name for objective in fitting.objectives]
+    prices = torch.where(state.prices > LEAST, state.prices, 0.0).tolist()
     return Fit(
         guards=tuple(
             Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts), price=price)
-            for p, price in zip(guards, state.prices.tolist(), strict=True)
+            for p, price in zip(guards, prices, strict=True)
         ),
         granularity=request.granularity,
         limit=request.limit if guards else None,

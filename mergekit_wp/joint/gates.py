@@ -26,7 +26,6 @@ from mergekit_wp.components import (
     gate_layouts,
     positions,
 )
-from mergekit_wp.joint.guided import path_scores
 from mergekit_wp.joint.weighing import LEAST, prices
 from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS, GateGranularity, Kind
 
@@ -167,12 +166,12 @@ class Layout:
         found = []
         for gates, changed in zip(self.unflat(flat), self.changed, strict=True):
             if self.granularity == "component":
-                found.append(path_scores(self.partition, self.by_kind(gates)))
+                found.append(_path_scores(self.partition, self.by_kind(gates)))
                 continue
             components = replace(self, changed=(changed,), granularity="component")
             names = [name for name in self.layouts if name in changed]
             own = {name: (self.layouts[name], self.of_tensor(gates, name)) for name in names}
-            scores = path_scores(self.partition, components.by_kind(components.taking([own])))
+            scores = _path_scores(self.partition, components.by_kind(components.taking([own])))
             tensors = [
                 _mean_over(_spread(*own[name], shape), (), shape)
                 if name in own
@@ -207,6 +206,33 @@ class Layout:
                 gates[self._places[name]] += found * weights
                 seen[self._places[name]] += weights
         return flat / torch.where(weight > 0, weight, 1.0)
+
+
+def _path_scores(
+    partition: Partition, gates: Mapping[Kind, torch.Tensor]
+) -> dict[Kind, torch.Tensor]:
+    """One expert's gates in the shapes of a score file; tensor or layer: its components' mean.
+
+    Args:
+        partition: the components.
+        gates: ``[layers, count]`` by sliced kind, ``[whole tensors]`` under ``tensor``.
+    """
+    scores: dict[Kind, torch.Tensor] = {kind: gates[kind] for kind in SLICED_KINDS}
+    own = {name: partition.of_tensor(gates, name) for name in partition.tensor_names}
+    scores["tensor"] = torch.stack([own[name].mean() for name in partition.tensor_names])
+    whole = {
+        layer: [n for n in partition.whole_tensors if partition.layouts[n].layer == layer]
+        for layer in range(partition.dims.n_layers)
+    }
+    scores["layer"] = torch.stack(
+        [
+            torch.cat(
+                [*(gates[kind][layer] for kind in SLICED_KINDS), *(own[n] for n in names)]
+            ).mean()
+            for layer, names in whole.items()
+        ]
+    )
+    return scores
 
 
 def _spread(layout: GateLayout, gates: torch.Tensor, shape: Shape) -> list[torch.Tensor]:

@@ -216,7 +216,7 @@ def _named(key: str, prompts: PromptSource) -> str:
 def _open(name: str, request: ScoreRequest, progress: Progress, date: str) -> Member:
     prompts = read_prompts(request.prompts, request.max_prompts, name)
     run = Run.open(request, request.base, request.expert, prompts, progress, date)
-    run.pair.partition.dims.require_map("scoring in company, or fitting gates,")
+    run.pair.partition.dims.require_map("fitting gates")
     return Member(name, request, run)
 
 

@@ -96,29 +96,6 @@ def _bytes(text: str) -> int | None:
     return parse_size(text)
 
 
-class CompanyRequest(MembersRequest):
-    """Everything `mergekit-wp score --company` is asked for.
-
-    ``out`` is a folder; None writes nothing.
-    """
-
-    command: ClassVar[str] = "score"
-
-    recipe: Annotated[Path | NamedExperts, Option(flag="company", metavar="RECIPE")] = Field(
-        description="Instead of BASE and EXPERTs: score all experts of a recipe together, for "
-        "merging them with `fusion: path`."
-    )
-    out: Annotated[Path | None, Option(path="any")] = Field(
-        default=None,
-        description="Folder for a score file of every expert, and a recipe that merges by them.",
-    )
-    path_steps: int = Field(
-        default=10, ge=1, description=f"With {option('recipe')}, steps of the guided path."
-    )
-    restart: Restart = False
-    overwrite: Overwrite = False
-
-
 class FitRequest(MembersRequest):
     """Everything `mergekit-wp fit` is asked for.
 

@@ -19,7 +19,7 @@ from mergekit_wp.joint.cache import keep_weights
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.members import Member
 from mergekit_wp.joint.merged_model import MergedModel
-from mergekit_wp.joint.request import CompanyRequest, FitRequest
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.runs.cluster import Assignment, Cluster, SentModels, cluster, moved
@@ -141,7 +141,7 @@ class SpreadModel:
 
 @contextmanager
 def merged_model(
-    request: CompanyRequest | FitRequest,
+    request: FitRequest,
     members: Sequence[Member],
     layout: Layout,
     size: int,

@@ -122,8 +122,8 @@ class ExpertScores:
             if choice.estimand == "path":
                 raise UserError(
                     f"{self.called} has no '{choice.estimand}/{choice.criterion}' scores, "
-                    "which 'fusion: path' needs: score the recipe's experts together with "
-                    "'mergekit-wp score --company RECIPE'"
+                    "which 'fusion: path' needs: fit the recipe's experts together with "
+                    "'mergekit-wp fit RECIPE'"
                 )
             have = ", ".join(f"{e}/{c}" for e in manifest.estimands for c in manifest.criteria)
             raise UserError(
@@ -293,7 +293,7 @@ def load(path: str) -> ExpertScores:
 
 
 def check_company(files: Sequence[ExpertScores]) -> None:
-    """Refuse scores made in the company of other experts than those that are merged.
+    """Refuse gates fitted in the company of other experts than those that are merged.
 
     Raises:
         UserError: names both companies.
@@ -303,15 +303,14 @@ def check_company(files: Sequence[ExpertScores]) -> None:
         company = file.file.manifest.company
         if company is None:
             continue
-        scored = sorted(member.reference for member in company)
+        fitted = sorted(member.reference for member in company)
         strangers = [f.path for f in files if f.file.manifest.company != company]
-        if scored != here or strangers:
+        if fitted != here or strangers:
             raise UserError(
-                f"{file.called} was made in the company of {', '.join(scored)}, but this recipe "
+                f"{file.called} was fitted in the company of {', '.join(fitted)}, but this recipe "
                 f"merges {', '.join(here)}"
                 + (f", with other scores for some ({strangers[0]})" if strangers else "")
-                + "; score or fit these experts together: mergekit-wp score --company RECIPE, or "
-                "mergekit-wp fit RECIPE"
+                + "; fit these experts together: mergekit-wp fit RECIPE"
             )
 
 

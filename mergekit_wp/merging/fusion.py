@@ -92,7 +92,7 @@ def component_gates(
 
     - ``share``: λ w_e s_e^power / Σ s^power over the experts with a positive score
     - ``winner``: λ w_e for the expert with the highest score (the first of equals)
-    - ``path``: λ w_e s_e, the scores being how far each component came on the guided path
+    - ``path``: λ w_e s_e, the scores being the gates of a fit
     - ``gate`` and ``topk``: λ w_e; the cut of ``topk`` to the best ``density`` share is made
       where scores are looked up (`Normalised.cut`), as it is under every fusion
 

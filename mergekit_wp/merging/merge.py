@@ -164,7 +164,7 @@ def recipe_of(
     """A recipe that merges the experts of score files into the base of the first, by their scores.
 
     Args:
-        files: one an expert, here or ``hf://...``; of experts scored together all of them.
+        files: one an expert, here or ``hf://...``; of experts fitted together all of them.
         settings: of the recipe they were made from, see `interface.SETTINGS`.
 
     Raises:

@@ -147,7 +147,7 @@ def plot(file: str | Path, out: Path, trace: Path | None) -> None:
 def _picture(score_file: ScoreFile) -> Drawing | None:
     """What the page shows first: whole tensors, of which everybody knows where they are."""
     manifest = score_file.manifest
-    estimand: Estimand = "path" if manifest.company is not None else manifest.estimands[0]
+    estimand = manifest.estimands[0]
     found = {p.kind: p for p in panel_list(score_file, estimand, manifest.criteria[0])}
     panel = next((found[kind] for kind in ("tensor", *found) if kind in found), None)
     if panel is None:

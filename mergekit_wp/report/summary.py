@@ -6,7 +6,7 @@ import numpy as np
 
 from mergekit_wp.errors import option, spelled
 from mergekit_wp.files.fit_section import ENOUGH, Fit
-from mergekit_wp.files.manifest import CompanyMember, Fidelity, Verification
+from mergekit_wp.files.manifest import Fidelity, Manifest, Verification
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import words
 from mergekit_wp.report.ranking import leaders
@@ -22,9 +22,9 @@ def verdict(score_file: ScoreFile) -> tuple[str, str, str]:
     """Where the behaviour sits, what a merge gets of it, and how far to trust that."""
     manifest = score_file.manifest
     criterion = manifest.criteria[0]
-    if manifest.company is not None:
+    if manifest.fit is not None:
         return (
-            _returns(score_file, manifest.company),
+            _returns(manifest, manifest.fit),
             _taken(score_file, criterion),
             _what_else(manifest.fit),
         )
@@ -138,23 +138,15 @@ def _fidelity(
     return score_file.manifest.fidelity.get(f"{estimand}/{criterion}/{kind}")
 
 
-def _returns(score_file: ScoreFile, company: tuple[CompanyMember, ...]) -> str:
+def _returns(manifest: Manifest, fit: Fit) -> str:
     """What comes back of the behaviour, and of its company's."""
-    manifest = score_file.manifest
-    fit = manifest.fit
-    if fit is None:
-        back = {member.behavior: member.recovery for member in company}
-        said = (
-            f"Merged by these scores, the behaviour comes back {back[manifest.behavior]:.2f} of the"
-            " way from base to expert"
-        )
-    else:
-        back = {member.behavior: fit.reached[member.behavior].answers for member in company}
-        which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
-        said = (
-            f"Merged by these gates, the model gives {back[manifest.behavior]:.0%} of the expert's "
-            f"own answers on {which}"
-        )
+    members = manifest.company or ()
+    back = {member.behavior: fit.reached[member.behavior].answers for member in members}
+    which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
+    said = (
+        f"Merged by these gates, the model gives {back[manifest.behavior]:.0%} of the expert's "
+        f"own answers on {which}"
+    )
     others = ", ".join(
         f"{words.clean(name)} {value:.2f}"
         for name, value in back.items()
@@ -178,9 +170,9 @@ def _taken(score_file: ScoreFile, criterion: CriterionName) -> str:
     )
 
 
-def _what_else(fit: Fit | None) -> str:
+def _what_else(fit: Fit) -> str:
     """What becomes of the base's own abilities."""
-    if fit is None or not fit.guards:
+    if not fit.guards:
         return (
             "Nothing was guarded: whether the base's own abilities are still there, "
             f"'mergekit-wp compare' with {_flag('keep')} tells."

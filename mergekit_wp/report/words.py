@@ -40,7 +40,6 @@ METHOD_WORDS: dict[ScoringMethod, str] = {
     "first-order": "first-order",
     "second-order": "second-order (random probes of the Fisher information)",
     "integrated-gradients": "integrated gradients",
-    "guided-path": "guided path",
     "fitted": "gates fitted by gradient",
 }
 
@@ -103,8 +102,7 @@ def _company(manifest: Manifest) -> list[tuple[str, str]]:
     members = ", ".join(
         f"{clean(member.behavior)} {member.recovery:.2f}" for member in manifest.company
     )
-    how = "scored together" if manifest.fit is None else "fitted together"
-    return [("company", f"{how}; recovered by 'path': {members}")]
+    return [("company", f"fitted together; recovered by 'path': {members}")]
 
 
 def _model(model: ModelId) -> str:
@@ -258,9 +256,4 @@ def share_words(score_file: ScoreFile, criterion: CriterionName) -> str:
     stated = manifest.completeness.get(f"share/{criterion}")
     total = facts.total if stated is None else stated
     parts = ", ".join(f"{word} {percent(part)}" for word, part in facts.parts)
-    if manifest.company is not None:
-        return (
-            f"the shares of all {len(manifest.company)} experts add up to {total:.3g} times what "
-            f"the path recovered (1 is complete); of this expert's: {parts or 'nothing'}"
-        )
     return f"the shares add up to {total:.3g} (1 is complete)" + (f": {parts}" if parts else "")

@@ -62,19 +62,18 @@ def warn_of_references(references: References, progress: Progress, expert: str =
             )
 
 
-def warn_of_completeness(completeness: Mapping[str, float], steps: str, progress: Progress) -> None:
+def warn_of_completeness(completeness: Mapping[str, float], progress: Progress) -> None:
     """Say where shares do not sum to 1: too few steps for a path as curved as this.
 
     Args:
         completeness: sums, by scores.
-        steps: the field with the number of steps.
         progress: told.
     """
     for scores, total in completeness.items():
         if abs(total - 1) > CLOSE:
             progress.note(
                 f"warning: {scores} sums to {total:.2f}, where exact scores sum to 1; give more "
-                f"{option(steps)}"
+                f"{option('share_steps')}"
             )
 
 
@@ -90,16 +89,6 @@ def tell_prompts_needed(manifest: Manifest, progress: Progress) -> None:
         progress.note(
             "a stable top 1% (two scorings on different prompts share four fifths of it) needs, in "
             f"prompts: {', '.join(said)}; these were {manifest.n_prompts}"
-        )
-
-
-def warn_of_recoveries(recoveries: Mapping[str, float], progress: Progress) -> None:
-    """Say which behaviours do not come back where experts were scored together."""
-    if poor := [f"{name} {value:.2f}" for name, value in recoveries.items() if value < HALF]:
-        progress.note(
-            f"warning: a merge by these scores loses most of a behaviour: of the expert's way only "
-            f"{', '.join(poor)} comes back. Fit the experts instead (`mergekit-wp fit`), or give "
-            f"more prompts or {option('path_steps')}; merge fewer experts where neither helps"
         )
 
 

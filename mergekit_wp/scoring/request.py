@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from mergekit_wp.criteria import SMALL_GAP, CriterionFunction, criterion_words
-from mergekit_wp.errors import option
 from mergekit_wp.options import INTERNAL, Option
 from mergekit_wp.prompts.request import Prompts
 from mergekit_wp.runs.request import Overwrite, PairRequest, Restart
@@ -38,8 +37,7 @@ class ScoreRequest(PairRequest):
     out: Annotated[Path | None, Option(path="any")] = Field(
         default=None,
         description="Score file to write; appears only when complete. A killed run keeps its "
-        f"finished blocks in FILE.partial and goes on from there. With {option('recipe')} a "
-        "folder.",
+        "finished blocks in FILE.partial and goes on from there.",
     )
     behavior: Annotated[str | None, Option(default="the prompt file's")] = Field(
         default=None, description="Name of what the prompts elicit."

@@ -108,7 +108,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
             sweeps = Sweeps(request, recordings, at_once, jobs)
             _tell_of_left_out(sweeps)
             sweeps.all()
-        warn_of_completeness(sweeps.completeness, "share_steps", progress)
+        warn_of_completeness(sweeps.completeness, progress)
         manifest = _manifest(request, run, references, sweeps, journal.created)
         tell_prompts_needed(manifest, progress)
         result = ScoreFile(manifest, score_tensors(sweeps))
