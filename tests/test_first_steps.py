@@ -86,6 +86,7 @@ def same(one: Path, other: Path) -> bool:
 def test_the_whole_job_and_every_step_of_it_again(world: Path) -> None:
     said = done(f"merge base east west {BOTH} --out merged --quiet {FIT}")
     assert said.splitlines()[-1] == "merged model written to merged"
+    assert "could not be told" not in said
     assert "base_model_relation: merge" in Path("merged/README.md").read_text()
     done("merge merged/merge/recipe.yml again --quiet")
     assert same(Path("merged"), Path("again"))

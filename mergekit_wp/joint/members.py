@@ -87,13 +87,13 @@ def open_members(
     return members
 
 
-def measure(member: Member, journal: Journal, size: int | None = None) -> References:
+def measure(member: Member, journal: Journal, size: int) -> References:
     """Base and expert on a member's prompts, by ``kl``.
 
     Args:
         member: the expert.
         journal: keeps its answers.
-        size: prompts per batch; as many as fit where None.
+        size: prompts per batch.
 
     Raises:
         UserError: base and expert do not differ on the prompts.
@@ -101,7 +101,6 @@ def measure(member: Member, journal: Journal, size: int | None = None) -> Refere
     run, progress = member.run, member.run.progress
     resident = run.load()
     samples = run.samples(resident, journal, prefix=f"{member.name}.")
-    size = size or run.batch_size(samples)
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
     references = AtOnce(size, progress.note).run(
         lambda at_once: measure_references(resident, samples, ("kl",), size, at_once)
@@ -147,7 +146,6 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             behavior=behaviors[name],
             criterion=("kl",),
             max_prompts=request.max_prompts,
-            batch_size=request.batch_size,
             dtype=request.dtype,
             device=request.device,
             device_map=request.device_map,

@@ -152,7 +152,7 @@ def _parsed(path: Path, data: Mapping[str, Any], *, known_only: bool = False) ->
     return config
 
 
-#: where the recipe is of experts that were merged, or scored together
+#: where the recipe is of experts that were merged, or fitted together
 _WITHIN = ("merge/recipe.yml", "recipe.yml", "mergekit_config.yml")
 
 
