@@ -37,8 +37,8 @@ help:
 	@echo "lint       check format, lint and types"
 	@echo "format     apply what lint would ask for, where that can be automatic"
 	@echo "docs       build the documentation site into $(SITE), strictly"
-	@echo "demo       score, merge and compare the toy models (recipes/, benchmarks/zoo/)"
-	@echo "scores     only score them: the recipes in recipes/ need the files in scores/"
+	@echo "demo       score, fit, merge and compare the toy models (recipes/, benchmarks/zoo/)"
+	@echo "scores     only score and fit them: the recipes in recipes/ need the files in scores/"
 	@echo "wheel      build the wheel into $(DIST)"
 	@echo "clean      remove built files and caches (not $(VENV))"
 

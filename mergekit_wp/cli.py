@@ -32,7 +32,7 @@ _COMMANDS = {
         "Compare the rankings of score files.",
     ),
     "trace": ("mergekit_wp.commands.trace:trace", "Find who supplies the leading components."),
-    "fit": ("mergekit_wp.commands.fit:fit", "Fit the gates of all components, by gradient."),
+    "fit": ("mergekit_wp.commands.fit:fit", "Fit the gates of all experts jointly, by gradient."),
     "merge": ("mergekit_wp.commands.merge:merge", "Merge experts, or as a recipe says."),
     "compare": ("mergekit_wp.commands.compare:compare", "Compare merge methods, with intervals."),
     "card": ("mergekit_wp.commands.card:card", "Complete a merge's model card for the Hub."),
@@ -91,8 +91,8 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Mechanism-aware model merging.
 
-    Put single components of an expert's weights into its base, measure how much of the expert's
-    behaviour comes back, and merge several experts by those scores.
+    Put single components of an expert's weights into its base, and measure how much of the expert's
+    behaviour comes back; fit how much of every part several experts give to one merge.
 
     \b
       mergekit-wp merge BASE A B --prompts A=a.jsonl --prompts B=b.jsonl --out merged/

@@ -112,8 +112,8 @@ def test_limits_are_kept_and_prices_are_their_worth(limit: float) -> None:
     assert float(price) == pytest.approx(worth, rel=0.1, abs=1e-6)
 
 
-def test_skills_do_not_swing_along_a_limit() -> None:
-    """A limit that is met far from the top: the gates go along it to where it touches the hill.
+def test_gates_go_along_a_limit_to_its_best_point() -> None:
+    """A limit that is met far from the top: where it touches the hill is the end.
 
     The top of the first two gates is at (1, 1), what is used is the ellipse 4 g0^2 + g1^2; the rest
     are gates of which every slope is noise. What the behaviours lack may not rise by much again.
@@ -141,15 +141,37 @@ def test_skills_do_not_swing_along_a_limit() -> None:
     assert max(lacking[150:]) < best * 1.2
 
 
+def test_gates_at_their_bounds_help_no_guard() -> None:
+    """Half of the gates are at 0 and would go lower; only the others can bring the guard back."""
+    climb = Climb.at(torch.cat([torch.zeros(5), torch.full((5,), 0.5)]), guards=1)
+    slopes = torch.stack([torch.cat([-torch.ones(5), torch.ones(5)]), -torch.ones(10)]).double()
+    before = climb.gates.sum()
+    climb = climb.step(slopes, torch.tensor([1.2], dtype=torch.float64), 0.05, 1.5)
+    assert float(before - climb.gates.sum()) == pytest.approx(0.2 / BACK, rel=1e-6)
+
+
+def test_a_gate_that_wakes_late_does_not_decide_the_price() -> None:
+    """Its scale is still that of its first slope: of a mixture's expert that no prompt had met."""
+    draws = torch.Generator().manual_seed(2)
+    climb, found = Climb.at(torch.full((200,), 0.5), guards=1), []
+    for step in range(60):
+        slopes = torch.stack([torch.ones(200), -torch.ones(200)]).double()
+        slopes += 0.1 * torch.randn(slopes.shape, generator=draws, dtype=torch.float64)
+        if step < 50:
+            slopes[:, 0] = 0
+        climb = climb.step(slopes, torch.ones(1, dtype=torch.float64), 0.01, 1.5)
+        found.append(float(climb.prices))
+    assert found[50] == pytest.approx(found[49], rel=0.05) and 0.9 < found[49] < 1.1
+
+
 def test_prices_are_those_of_the_nearest_step_within_limits() -> None:
     """Two limits, against a solver of the problem itself; alike ones, and ones that do not bind."""
     draws = torch.Generator().manual_seed(1)
     behaviors, scale = (torch.rand(5, generator=draws, dtype=torch.float64) for _ in range(2))
     guards = -20 * torch.rand((2, 5), generator=draws, dtype=torch.float64)
-    rate = 0.05
     for values in ([1.2, 0.9], [1.0, 2.0], [3.0, 100.0], [0.0, 1.5]):
         used = torch.tensor(values, dtype=torch.float64)
-        least = (used.clamp_max(FAR) - 1) / (BACK * rate)
+        least = (used.clamp_max(FAR) - 1) / BACK
 
         def away(step: Any) -> float:
             step = torch.from_numpy(step)
@@ -157,18 +179,23 @@ def test_prices_are_those_of_the_nearest_step_within_limits() -> None:
 
         constraint = {"type": "ineq", "fun": lambda s, e=least: guards @ torch.from_numpy(s) - e}
         want = minimize(away, (scale * behaviors).numpy(), constraints=[constraint], tol=1e-14)
-        found = prices(used, behaviors, guards, scale, rate)
+        found = prices(used, behaviors, guards, scale)
         step = scale * (behaviors + found @ guards)
         assert want.success and float(found.max()) < MOST
         assert step.tolist() == pytest.approx(want.x.tolist(), abs=1e-5)
     twice = torch.stack([guards[0], guards[0]])
-    once = prices(used[1:], behaviors, guards[:1], scale, rate)
-    alike = prices(used[1:].repeat(2), behaviors, twice, scale, rate)
+    once = prices(used[1:], behaviors, guards[:1], scale)
+    alike = prices(used[1:].repeat(2), behaviors, twice, scale)
     assert float(alike.sum()) == pytest.approx(float(once), rel=1e-6)
     # behaviours that bring a guard back by themselves leave it without a price; none pulls nowhere
-    assert prices(used[1:], -50 * behaviors, guards[:1], scale, rate).tolist() == [0]
-    assert prices(used[1:], behaviors, torch.zeros((1, 5)).double(), scale, rate).isfinite().all()
-    assert prices(NO_GUARDS, behaviors, guards[:0], scale, rate).tolist() == []
+    assert prices(used[1:], -50 * behaviors, guards[:1], scale).tolist() == [0]
+    assert prices(used[1:], behaviors, torch.zeros((1, 5)).double(), scale).isfinite().all()
+    assert prices(NO_GUARDS, behaviors, guards[:0], scale).tolist() == []
+    # no price is more than the most, and the other guard is priced by what is left to do
+    weak = torch.stack([guards[0] / 1e4, guards[1]])
+    bounded = prices(torch.tensor([3.0, 1.2]).double(), behaviors, weak, scale)
+    step = scale * (behaviors + bounded @ weak)
+    assert bounded[0] == MOST and float(weak[1] @ step) == pytest.approx(0.2 / BACK)
 
 
 def test_running_means() -> None:

@@ -57,12 +57,13 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     model = MergedModel(
         ResidentModel(pairs[0], torch.float64, "cpu"), pairs, layout, AtOnce(16, print), 2
     )
-    fitting = Fitting(request, model, objectives, [], layout, None, Quiet())  # type: ignore[arg-type]
+    guard = Objective("guard", objectives[0].batches, objectives[0].targets, 0.25)
+    fitting = Fitting(request, model, objectives, [guard], layout, None, Quiet())  # type: ignore[arg-type]
     torch.manual_seed(0)
     flat = 0.2 + torch.rand(layout.size, dtype=torch.float64)
     model.move_to(flat)
     left = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    [slope], seen = fitting._slopes(0, left)
+    (slope, of_guard), seen = fitting._slopes(0, left)
     weights = worst_first(left).tolist()
 
     def objective(at: torch.Tensor) -> list[float]:
@@ -72,7 +73,11 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
             found.append(1 - divergence(model, expert, world / f"{name}.jsonl") / objective.span)
         return found
 
-    assert (1 - seen[0] / fitting.spans).tolist() == pytest.approx(objective(flat), abs=1e-6)
+    here = objective(flat)
+    assert (1 - seen[0] / fitting.spans)[:2].tolist() == pytest.approx(here, abs=1e-6)
+    # the guard has the first behaviour's teacher and prompts, and uses so much of its limit
+    per_limit = objectives[0].span / guard.span
+    assert float(seen[0, 2] / guard.span) == pytest.approx((1 - here[0]) * per_limit, abs=1e-6)
     places = []
     for e, own in enumerate(layout.unflat(torch.arange(layout.size))):
         gates = layout.by_kind(own)
@@ -82,12 +87,12 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
     for e, kind, i in places:
         step = torch.zeros_like(flat)
         step[i] = 1e-3
-        up, down = (
-            sum(w * o for w, o in zip(weights, objective(flat + sign * step), strict=True))
-            for sign in (1, -1)
-        )
-        want = (up - down) / 2e-3
+        up, down = (objective(flat + sign * step) for sign in (1, -1))
+        each = [(u - d) / 2e-3 for u, d in zip(up, down, strict=True)]
+        want = sum(w * change for w, change in zip(weights, each, strict=True))
         assert float(slope[i]) == pytest.approx(want, rel=2e-3, abs=2e-5), (e, kind)
+        want = each[0] * per_limit
+        assert float(of_guard[i]) == pytest.approx(want, rel=2e-3, abs=5e-5 * per_limit), (e, kind)
     assert len({kind for _, kind, _ in places}) == 4 and float(slope.abs().max()) > 1e-2
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mergekit_wp.engine.slopes import Term
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.interrupts import finishing
 from mergekit_wp.joint.gates import Climb, Layout, shrinking
 from mergekit_wp.joint.judging import LOOK, Judge, Judgement
@@ -58,7 +59,7 @@ class FitState:
             start.double(),
             torch.empty((0, 2, 2, whole), dtype=torch.float64),
             torch.full((whole,), torch.nan, dtype=torch.float64),
-            torch.zeros(guards, dtype=torch.float64),
+            torch.full((guards,), torch.nan, dtype=torch.float64),
             start.double(),
             Judge(),
         )
@@ -107,10 +108,9 @@ class FitState:
         return self.seen[self.judge.step, 1]
 
     def onwards(self) -> FitState:
-        """A new start from the gates kept, at the present prices."""
+        """A new start from the gates kept."""
         guards = len(self.prices)
-        fresh = FitState.fresh(self.kept, len(self.left) - guards, guards)
-        return replace(fresh, prices=self.prices)
+        return FitState.fresh(self.kept, len(self.left) - guards, guards)
 
     def look(self, found: Judgement, epoch: int) -> FitState:
         """Compare the present gates with the best so far."""
@@ -216,15 +216,15 @@ class Fitting:
                 state = replace(state, seen=torch.cat([state.seen, seen.unsqueeze(0)]))
                 if done:
                     break
-                used = running(state.left, seen[0, 0] / self.spans)
-                used[n:] = torch.maximum(used[n:], self._last_judged(state)[n:])
+                left = running(state.left, seen[0, 0] / self.spans)
+                used = torch.maximum(left, self._last_judged(state))[n:]
                 slopes = slopes * self.fitted
                 slopes[0] -= self.shrinkage * shrinking(self.layout, state.climb.gates)
                 rate = state.judge.rate(request.rate)
-                climb = state.climb.step(slopes, used[n:], rate, request.upper)
+                climb = state.climb.step(slopes, used, rate, request.upper)
                 prices = running(state.prices, climb.prices)
                 average = averaged(state.average, climb.gates, climb.steps)
-                state = replace(state, climb=climb, average=average, left=used, prices=prices)
+                state = replace(state, climb=climb, average=average, left=left, prices=prices)
                 self.journal.save(key, state.to_block())
                 self.progress.advance(1)
         return state
@@ -272,6 +272,11 @@ class Fitting:
         slopes = torch.zeros((1 + len(guards), self.layout.size), dtype=torch.float64)
         for number, result in enumerate(found):
             own = self.layout.collect(slopes_of(result, len(self.layout.changed)))
+            if not own.isfinite().all():
+                raise UserError(
+                    f"after {step} steps the slopes of {self.objectives[number].name} are not "
+                    f"finite; give {option('dtype', 'float32')}, or a smaller {option('rate')}"
+                )
             slopes[max(0, number - n + 1)] += own
         return slopes, torch.stack([_mean(result[VALUES]) for result in found], 1)
 

@@ -29,7 +29,7 @@ from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.joint.spread import merged_model
-from mergekit_wp.joint.weighing import LEAST
+from mergekit_wp.joint.weighing import NOTHING
 from mergekit_wp.merging.plan import recipe_gates
 from mergekit_wp.prompts import PromptSet, read_prompts
 from mergekit_wp.runs.command import command_of
@@ -223,7 +223,8 @@ def _how(
 ) -> Fit:
     """What the manifests say of the fit."""
     names = [objective.name for objective in fitting.objectives]
-    prices = torch.where(state.prices > LEAST, state.prices, 0.0).tolist()
+    # a running mean of zeros alone is none
+    prices = torch.where(state.prices > NOTHING, state.prices, 0.0).tolist()
     return Fit(
         guards=tuple(
             Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts), price=price)

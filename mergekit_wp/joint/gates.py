@@ -321,23 +321,22 @@ class Climb:
         steps = self.steps + 1
         running = _BETA1 * self.slopes + (1 - _BETA1) * slopes
         means = running / (1 - _BETA1**steps)
-        # the first step has no scale yet but its own
-        scale = (
-            _scale(self.second, self.steps) if self.steps else 1 / (slopes.sum(0).abs() + _EPSILON)
-        )
-        found = prices(used, means[0], means[1:], scale, rate)
-        weights = torch.cat([torch.ones(1, dtype=torch.float64), found.clamp_min(LEAST)])
-        second = _BETA2 * self.second + (1 - _BETA2) * (weights @ slopes).square()
-        move = rate * _scale(second, steps) * (weights @ means)
-        return Climb(
-            (self.gates + move).clamp(0.0, upper),
-            running,
-            second,
-            steps,
-            torch.where(found > LEAST, found, 0.0),
-        )
+        # by the last prices, for those of this step are found in the scale that it takes
+        weighed = _weights(self.prices).unsqueeze(1) * slopes
+        # at first slopes must not cancel out: a scale without end would decide everything
+        square = weighed.sum(0).square() if self.steps else weighed.square().sum(0)
+        second = _BETA2 * self.second + (1 - _BETA2) * square
+        scale = rate / ((second / (1 - _BETA2**steps)).sqrt() + _EPSILON)
+        found = prices(used, means[0], means[1:], scale)
+        # a gate at its bound that would go beyond it helps no guard
+        ahead = scale * (_weights(found) @ means)
+        at_bound = ((self.gates <= 0) & (ahead < 0)) | ((self.gates >= upper) & (ahead > 0))
+        if at_bound.any():
+            found = prices(used, means[0], means[1:], scale * ~at_bound)
+        move = scale * (_weights(found) @ means)
+        return Climb((self.gates + move).clamp(0.0, upper), running, second, steps, found)
 
 
-def _scale(second: torch.Tensor, steps: int) -> torch.Tensor:
-    """How far Adam goes for a slope after so many steps."""
-    return 1 / ((second / (1 - _BETA2**steps)).sqrt() + _EPSILON)
+def _weights(found: torch.Tensor) -> torch.Tensor:
+    """What behaviours and guards weigh, ``[1 + guards]``."""
+    return torch.cat([torch.ones(1, dtype=torch.float64), found.clamp_min(LEAST)])

@@ -14,7 +14,7 @@ Pure maths: no models.
 from __future__ import annotations
 
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 #: worst first: weight (left + FLOOR) ** POWER
 FLOOR, POWER = 0.02, 0.5
@@ -24,6 +24,8 @@ BACK = 5
 FAR = 4.0
 #: the least weight: a guard within its limit still counts a little, which costs no skill; the most
 LEAST, MOST = 0.005, 2.0
+#: a price below which a limit has cost nothing
+NOTHING = 1e-4
 #: of running means over steps: part that each step keeps of what was
 KEPT = 0.8
 #: of the gates' running mean
@@ -41,35 +43,31 @@ def worst_first(left: torch.Tensor) -> torch.Tensor:
 
 
 def prices(
-    used: torch.Tensor,
-    behaviors: torch.Tensor,
-    guards: torch.Tensor,
-    scale: torch.Tensor,
-    rate: float,
+    used: torch.Tensor, behaviors: torch.Tensor, guards: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
     """What guards weigh in the next step, beside 1 for all behaviours: ``[guards]``.
 
-    The step is ``rate * scale * (behaviors + prices @ guards)``. They are the least prices, all at
-    least 0, by which no guard comes back more slowly than in `BACK` steps, or goes to its limit
-    faster; 0 where the behaviours themselves see to it.
+    The step is ``scale * (behaviors + prices @ guards)``. Prices are the least, from 0 on, by which
+    every guard that is beyond its limit loses a part of what it is beyond, one in `BACK`, and every
+    other takes no larger part of the room that it has; to first order, and as far as `FAR`, `MOST`
+    and other guards allow. A guard that the behaviours serve themselves has price 0.
 
     Args:
         used: of what the limits allow, ``[guards]``; 1 at the limit.
         behaviors: slope of what behaviours weigh together, ``[gates]``.
         guards: slope of minus what each uses, ``[guards, gates]``.
-        scale: how far the optimiser goes for a slope, ``[gates]``.
-        rate: its step.
+        scale: how far the optimiser goes for a slope, ``[gates]``; 0 for gates that cannot move.
     """
     if not len(used):
         return used
-    wanted = (used.clamp_max(FAR) - 1.0) / (BACK * rate) - guards @ (scale * behaviors)
+    wanted = (used.clamp_max(FAR) - 1.0) / BACK - guards @ (scale * behaviors)
     gained = guards @ (scale * guards).T
     # guards that pull alike share a price
     gained.diagonal().add_(1e-9 * gained.diagonal().max() + 1e-30)
     root = torch.linalg.cholesky(gained)
     right = torch.linalg.solve_triangular(root, wanted.unsqueeze(1), upper=False).squeeze(1)
-    found, _ = nnls(root.T.numpy(), right.numpy())
-    return torch.from_numpy(found).clamp_max(MOST)
+    found = lsq_linear(root.T.numpy(), right.numpy(), bounds=(0.0, MOST), method="bvls").x
+    return torch.from_numpy(found).clamp(0.0, MOST)
 
 
 def running(mean: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
