@@ -400,6 +400,10 @@ def test_push_without_a_login_is_one_sentence(
     ("line", "message"),
     [
         (
+            "score base east --prompts east.jsonl --prompts west.jsonl --out no",
+            "--prompts is given 2 times; give it once",
+        ),
+        (
             "merge base east west --prompts east=east.jsonl,west=west.jsonl --out no",
             "'east=east.jsonl,west=west.jsonl' is several in one; give the option once for each: "
             "east=east.jsonl and west=west.jsonl",

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.commands.shown import progress
 from mergekit_wp.merging.request import AimRequest
 
 
-@click.command(short_help="Apply Activation-Informed Merging to a merge.")
+@click.command(cls=OnceEach, short_help="Apply Activation-Informed Merging to a merge.")
 @options_of(AimRequest)
 def aim(**options: Any) -> None:
     """Apply Activation-Informed Merging (arXiv 2502.02421) to the checkpoint MERGED.

@@ -8,14 +8,16 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.commands.shown import progress, prompt_file
 from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.mechanism.request import AnchorRequest
 from mergekit_wp.options import PrintRequest
 
 
-@click.command(short_help="Does this behaviour have a usable anchor, and at which layer?")
+@click.command(
+    cls=OnceEach, short_help="Does this behaviour have a usable anchor, and at which layer?"
+)
 @options_of(AnchorRequest, PrintRequest, DryRunRequest, optional=("prompts",))
 def anchor(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Look for a direction that stands for a behaviour, layer by layer; prompts need contrasts.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.tasks.request import BehaviorsRequest
 
 
-@click.command("behaviors", short_help="List the built-in behaviours, or export one.")
+@click.command("behaviors", cls=OnceEach, short_help="List the built-in behaviours, or export one.")
 @options_of(BehaviorsRequest)
 def behaviors(name: str | None, out: Path | None, items: Path | None) -> None:
     """List the built-in behaviours, or write the files of the behaviour NAME.

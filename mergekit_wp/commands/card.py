@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from mergekit_wp.card.request import CardRequest
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 
 
-@click.command(short_help="Complete a merge's model card for the Hub.")
+@click.command(cls=OnceEach, short_help="Complete a merge's model card for the Hub.")
 @options_of(CardRequest)
 def card(merged: Path, results: Path | None, row: str | None) -> None:
     """Write what a Hub visitor needs into the README.md of the merge in MERGED.

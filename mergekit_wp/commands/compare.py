@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.commands.shown import progress
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.comparison.suites.prepare import WHOLE, SuiteRequest, outlook, prepare
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mergekit_wp.costs.work import Costs
 
 
-@click.command(short_help="Is it better than TIES, DARE and the rest, for your experts?")
+@click.command(
+    cls=OnceEach, short_help="Is it better than TIES, DARE and the rest, for your experts?"
+)
 @options_of(
     SuiteRequest,
     CompareRequest,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from mergekit_wp.errors import spelled
+from mergekit_wp.errors import UserError, spelled
 from mergekit_wp.options import Declared, Request, declared
 
 R = TypeVar("R", bound=Request)
@@ -30,6 +31,23 @@ class _Written(click.ParamType[Any]):
         if self.field.option.aliases and found not in self.field.choices:
             self.fail(f"'{value}' is not one of {', '.join(self.field.choices)}", param, ctx)
         return found
+
+
+class OnceEach(click.Command):
+    """Refuses what must be given and is given twice, of which click takes the last.
+
+    Other options may be given again to override a line that a user keeps.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        left = super().parse_args(ctx, args)
+        for parameter, times in Counter(given).items() if not left else ():  # else that is said
+            once = isinstance(parameter, click.Option) and not parameter.multiple
+            if once and parameter.required and times > 1:
+                raise UserError(f"{parameter.opts[0]} is given {times} times; give it once")
+        return left
 
 
 def options_of(

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.commands.shown import merge_by, progress
 from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.joint.request import FitRequest
 
 
-@click.command(short_help="Fit the gates of all experts jointly, by gradient.")
+@click.command(cls=OnceEach, short_help="Fit the gates of all experts jointly, by gradient.")
 @options_of(
     FitRequest, DryRunRequest, exclude=("batch_size",), required=("out",), several=("recipe",)
 )

@@ -7,14 +7,14 @@ import sys
 
 import click
 
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.files.scorefile import read
 from mergekit_wp.report.ranking import select, to_json
 from mergekit_wp.report.request import TOP, InspectRequest
 from mergekit_wp.report.table import render
 
 
-@click.command(short_help="Show what a score file says.")
+@click.command(cls=OnceEach, short_help="Show what a score file says.")
 @options_of(InspectRequest)
 def inspect(
     file: str,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.report.request import PlotRequest
 
 
-@click.command(short_help="Draw a score file as a picture or a page.")
+@click.command(cls=OnceEach, short_help="Draw a score file as a picture or a page.")
 @options_of(PlotRequest)
 def plot(file: str, out: Path, trace: Path | None) -> None:
     """Draw score FILE: layers, tensors, heads, K/V groups and neurons.

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.prompts.request import PromptsRequest
 
 
-@click.command(short_help="Look at what would be read of a source of prompts.")
+@click.command(cls=OnceEach, short_help="Look at what would be read of a source of prompts.")
 @options_of(PromptsRequest)
 def prompts(**options: Any) -> None:
     """Show which prompts a SOURCE gives, and write them as a prompt file.

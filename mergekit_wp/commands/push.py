@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from mergekit_wp.card.request import PushRequest
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 
 
-@click.command(short_help="Upload a merge to the Hub.")
+@click.command(cls=OnceEach, short_help="Upload a merge to the Hub.")
 @options_of(PushRequest)
 def push(merged: Path, repository: str, public: bool) -> None:
     """Upload the merge in MERGED to the Hub, as REPOSITORY (owner/name).

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.runs.request import ReproduceRequest
 
 
-@click.command(short_help="Print the command that made a score or trace file.")
+@click.command(cls=OnceEach, short_help="Print the command that made a score or trace file.")
 @options_of(ReproduceRequest)
 def reproduce(file: Path) -> None:
     """Print the command that makes the score or trace FILE again, byte for byte.

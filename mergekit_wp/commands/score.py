@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.commands.shown import progress
 from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.scoring.request import ScoreRequest
 
 
 @click.command(
+    cls=OnceEach,
     short_help="Measure what each component of an expert does.",
     context_settings={"allow_extra_args": True},  # to say what is for several experts
 )

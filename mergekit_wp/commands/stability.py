@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from mergekit_wp.commands.derive import options_of
+from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.mechanism.request import StabilityRequest
 
 
-@click.command(short_help="Compare the rankings of score files.")
+@click.command(cls=OnceEach, short_help="Compare the rankings of score files.")
 @options_of(StabilityRequest)
 def stability(file: Path, others: tuple[Path, ...], seed: int) -> None:
     """Compare score FILE with OTHERS of the same architecture, component by component.

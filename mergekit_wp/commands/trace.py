@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.commands.shown import progress, prompt_file
 from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.mechanism.request import TraceRequest
 
 
-@click.command(short_help="Who supplies the components that matter?")
+@click.command(cls=OnceEach, short_help="Who supplies the components that matter?")
 @options_of(TraceRequest, DryRunRequest, optional=("prompts",), required=("out",))
 def trace(dry_run: bool, **options: Any) -> None:
     """Trace which components supply those that matter, for a score FILE with activation_gain.

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from mergekit_wp.commands.derive import given, options_of
+from mergekit_wp.commands.derive import OnceEach, given, options_of
 from mergekit_wp.commands.shown import progress, prompt_file
 from mergekit_wp.costs.request import DryRunRequest
 from mergekit_wp.mechanism.request import VerifyRequest
 
 
-@click.command(short_help="What do the leading components do together?")
+@click.command(cls=OnceEach, short_help="What do the leading components do together?")
 @options_of(VerifyRequest, DryRunRequest, optional=("prompts",))
 def verify(dry_run: bool, **options: Any) -> None:
     """Swap the leading components of the score FILE together, and see what that does.
