@@ -15,6 +15,7 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.joint.gates import Layout
 from tests.fitting import fitted, load
 from tests.joint_world import NAMES, make_world
 from tests.models import save
@@ -44,6 +45,21 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
     with pytest.raises(UserError, match=message):
         fitted(world, tmp_path / "gates", **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_slopes_that_are_not_finite_end_a_fit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float16 may overflow: in one sentence, with nothing written."""
+    collect = Layout.collect
+
+    def overflown(layout: Layout, slopes: Any) -> torch.Tensor:
+        return collect(layout, slopes) * float("inf")
+
+    monkeypatch.setattr(Layout, "collect", overflown)
+    with pytest.raises(UserError, match="after 0 steps the slopes of east are not finite; give"):
+        fitted(world, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from mergekit_wp.terms import SLICED_KINDS
 
 #: nats a token below which two answers are taken for the same: what rounding to 8 bits changes
 SAME_ANSWER = 0.01
-#: part of the prompts that may be answered like the base, and part of a behaviour that must come
-#: back, before somebody is told
+#: part of the prompts that may be answered like the base before somebody is told
 HALF = 0.5
 #: how far a sum of shares may be from 1
 CLOSE = 0.1
