@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.family import Family
 from benchmarks.files import REPO, command, local
-from benchmarks.fit_table import FitTable, split_options
+from benchmarks.fit_table import FitTable, N, split_options
 from benchmarks.perplexity import TEXTS
 from mergekit_wp.comparison.methods import OURS, peers
 
@@ -108,11 +108,11 @@ def compare(
 
 
 def run(
-    family: Family, methods: str | None, only: str | None, fit: str, max_new_tokens: int
+    family: Family, methods: str | None, only: str | None, fit: str, n: int, max_new_tokens: int
 ) -> None:
     """Make what is missing and compare: merges by fitted gates, by scores, and the peers'."""
     make_missing(family)
-    table = FitTable(family, split_options(fit))
+    table = FitTable(family, split_options(fit), n=n)
     for experts in family.combinations:
         if only in (None, "-".join(experts)):
             recipes = [table.fitted(experts, max_new_tokens), scored_alone(family, experts)]
@@ -128,6 +128,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
         click.option(
             "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
         ),
+        click.option("--prompts", "n", default=N, show_default=True, help="As of `fitting`."),
     ):
         main = add(main)
     return main

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from benchmarks.family import Family
-from benchmarks.fit_table import FitTable, split_options
+from benchmarks.fit_table import FitTable, N, split_options
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import UNTUNED
@@ -124,17 +124,18 @@ def tables(bench: Bench, names: Sequence[str]) -> str:
     return "\n".join(output)
 
 
-def show(family: Family, fit: str) -> str:
+def show(family: Family, fit: str, n: int) -> str:
     """The tables of the combinations that were compared.
 
     Args:
         family: whose.
         fit: further options that it was fitted by.
+        n: prompts of each skill.
 
     Raises:
         ClickException: none was.
     """
-    name = FitTable(family, split_options(fit)).name
+    name = FitTable(family, split_options(fit), n=n).name
     folders = {
         " + ".join(experts): family.folder / "compare" / name(experts)
         for experts in family.combinations
@@ -151,6 +152,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
     """The options of a family's command."""
     for add in (
         click.option("--fit", default="", help="Further options of the fits, as of `bench`."),
+        click.option("--prompts", "n", default=N, show_default=True, help="As of `bench`."),
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
     ):
         main = add(main)

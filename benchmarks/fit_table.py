@@ -35,7 +35,7 @@ from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 
-#: unlabelled prompts of each skill
+#: unlabelled prompts of each skill, unless more are asked for
 N = 32
 Found = dict[str, Any]
 
@@ -65,11 +65,13 @@ class FitTable:
         family: whose.
         options: further options of `mergekit-wp fit`; their results are kept apart.
         extra: further task files by name, asked of every model and shown beside the skills.
+        n: unlabelled prompts of each skill, or as many as it has; other results are kept apart.
     """
 
     family: Family
     options: tuple[str, ...] = ()
     extra: Mapping[str, Path] = field(default_factory=dict)
+    n: int = N
 
     @property
     def folder(self) -> Path:
@@ -78,13 +80,15 @@ class FitTable:
 
     def name(self, experts: Sequence[str]) -> str:
         """A combination under these options, as files are named."""
-        label = re.sub(r"[^a-z0-9.]+", "-", " ".join(self.options).lower()).strip("-")
+        words = [*([] if self.n == N else [f"{self.n} prompts"]), *self.options]
+        label = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")
         return "-".join(experts) + (f"+{label}" if label else "")
 
     def unlabelled(self, skill: str) -> Path:
         """Its prompts: the expert's own answers are taken."""
-        path = self.folder / "prompts" / f"{skill}.jsonl"
-        bare = [{"prompt": r["prompt"]} for r in read_jsonl(self.family.prompts(skill))[:N]]
+        apart = "" if self.n == N else f"-{self.n}"
+        path = self.folder / f"prompts{apart}" / f"{skill}.jsonl"
+        bare = [{"prompt": r["prompt"]} for r in read_jsonl(self.family.prompts(skill))[: self.n]]
         if not path.exists() or read_jsonl(path) != bare:
             write_jsonl(path, bare)
         return path
@@ -346,6 +350,13 @@ def options(main: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--fit", "fit", default="", help="Further options of `mergekit-wp fit`, kept apart."
+        ),
+        click.option(
+            "--prompts",
+            "n",
+            default=N,
+            show_default=True,
+            help="Of each skill; results of other numbers are kept apart.",
         ),
         click.option(
             "--seed",

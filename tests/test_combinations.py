@@ -109,7 +109,7 @@ def test_a_skill_that_is_not_merged_is_what_to_keep(build: Path, ran: Commands) 
 
 
 def test_a_family_is_fitted_and_scored_before_it_is_compared(build: Path, ran: Commands) -> None:
-    run(FAMILY, "ties", None, "--steps 3", 9)
+    run(FAMILY, "ties", None, "--steps 3", 32, 9)
     assert [words[1] for words in ran] == ["fit", "score", "score", "compare"]
     fit, *scores, comparison = ran
     assert fit[-2:] == ("--steps", "3")

@@ -72,4 +72,4 @@ def test_the_best_peer_is_the_hardest_to_beat(bench: Bench) -> None:
 def test_nothing_to_show_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.family.REPO", tmp_path)
     with pytest.raises(click.ClickException, match="run its bench first"):
-        show(Family("gemma3", ("a", "b")), "")
+        show(Family("gemma3", ("a", "b")), "", 32)

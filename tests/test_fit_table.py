@@ -121,6 +121,22 @@ def test_options_keep_their_results_apart() -> None:
     family = Family("gemma3", ("a", "b"))
     names = {FitTable(family, o).name(("a", "b")) for o in ((), ("--steps", "9"), ("--unguarded",))}
     assert names == {"a-b", "a-b+steps-9", "a-b+unguarded"}
+    assert FitTable(family, ("--steps", "9"), n=64).name(("a", "b")) == "a-b+64-prompts-steps-9"
+
+
+def test_numbers_of_prompts_keep_their_files_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.family.REPO", tmp_path)
+    family = Family("toys", ("a", "b"))
+    family.prompts("a").parent.mkdir(parents=True)
+    rows = (json.dumps({"prompt": str(i), "response": "no"}) + "\n" for i in range(70))
+    family.prompts("a").write_text("".join(rows))
+    few, more = (FitTable(family, n=n).unlabelled("a") for n in (32, 64))
+    for path, n in ((few, 32), (more, 64)):
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [
+            {"prompt": str(i)} for i in range(n)
+        ]
 
 
 def test_three_registers_of_texts_of_a_length() -> None:

@@ -17,9 +17,9 @@ from benchmarks.gemma3.tasks import GEMMA3, MAX_NEW_TOKENS
 
 @click.command()
 @options
-def main(methods: str | None, only: str | None, fit: str, seed: int) -> None:
+def main(methods: str | None, only: str | None, fit: str, n: int, seed: int) -> None:
     """Make what is missing and compare."""
-    run(replace(GEMMA3, seed=seed), methods, only, fit, MAX_NEW_TOKENS)
+    run(replace(GEMMA3, seed=seed), methods, only, fit, n, MAX_NEW_TOKENS)
 
 
 if __name__ == "__main__":

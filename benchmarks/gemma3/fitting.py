@@ -18,13 +18,13 @@ from benchmarks.gemma3.tasks import GEMMA3, MAX_NEW_TOKENS
 @click.command()
 @options
 def main(
-    only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool, record: bool
+    only: str | None, seeds: tuple[int, ...], fit: str, n: int, print_only: bool, record: bool
 ) -> None:
     """Fit, merge, measure, print."""
     families = [replace(GEMMA3, seed=seed) for seed in seeds]
     for family in () if print_only else families:
         make_missing(family)
-    found = [FitTable(family, split_options(fit)) for family in families]
+    found = [FitTable(family, split_options(fit), n=n) for family in families]
     run(found, only, MAX_NEW_TOKENS, print_only=print_only, record=record)
 
 

@@ -15,9 +15,9 @@ from benchmarks.gemma3.tasks import GEMMA3
 
 @click.command()
 @options
-def main(seed: int, fit: str) -> None:
+def main(seed: int, fit: str, n: int) -> None:
     """Print the tables."""
-    click.echo(show(replace(GEMMA3, seed=seed), fit))
+    click.echo(show(replace(GEMMA3, seed=seed), fit, n))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ STREAMS: dict[str, Stream] = {
     "records": records.items,
 }
 GEMMA3 = Family("gemma3", tuple(STREAMS))
-COUNTS: dict[Split, int] = {"train": 2000, "score": 32, "valid": 24, "test": 64}
+COUNTS: dict[Split, int] = {"train": 2000, "score": 128, "valid": 24, "test": 64}
 MAX_NEW_TOKENS = 28
 
 

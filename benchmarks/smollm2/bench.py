@@ -19,11 +19,11 @@ from benchmarks.smollm2.tasks import MAX_NEW_TOKENS
 
 @click.command()
 @options
-def main(methods: str | None, only: str | None, fit: str, seed: int) -> None:
+def main(methods: str | None, only: str | None, fit: str, n: int, seed: int) -> None:
     """Make what is missing and compare."""
     if not IFEVAL.exists():
         raise click.ClickException(f"{IFEVAL} is missing; it holds IFEval's prompts")
-    run(replace(SMOLLM2, seed=seed), methods, only, fit, MAX_NEW_TOKENS)
+    run(replace(SMOLLM2, seed=seed), methods, only, fit, n, MAX_NEW_TOKENS)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def write_unasked() -> None:
 @click.command()
 @options
 def main(
-    only: str | None, seeds: tuple[int, ...], fit: str, print_only: bool, record: bool
+    only: str | None, seeds: tuple[int, ...], fit: str, n: int, print_only: bool, record: bool
 ) -> None:
     """Fit, merge, measure, print."""
     families = [replace(SMOLLM2, seed=seed) for seed in seeds]
@@ -44,7 +44,7 @@ def main(
         if not UNASKED.exists():
             write_unasked()
     settings = split_options(fit)
-    found = [FitTable(family, settings, {"unasked": UNASKED}) for family in families]
+    found = [FitTable(family, settings, {"unasked": UNASKED}, n) for family in families]
     run(found, only, MAX_NEW_TOKENS, print_only=print_only, record=record)
 
 

@@ -15,9 +15,9 @@ from benchmarks.smollm2.paths import SMOLLM2
 
 @click.command()
 @options
-def main(seed: int, fit: str) -> None:
+def main(seed: int, fit: str, n: int) -> None:
     """Print the tables."""
-    click.echo(show(replace(SMOLLM2, seed=seed), fit))
+    click.echo(show(replace(SMOLLM2, seed=seed), fit, n))
 
 
 if __name__ == "__main__":

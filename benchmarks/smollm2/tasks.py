@@ -18,7 +18,7 @@ from benchmarks.smollm2.paths import BASE, BUILD, SMOLLM2
 from benchmarks.smollm2.skills import code, instruction, math
 
 SKILLS = SMOLLM2.skills
-COUNTS: dict[Split, int] = {"train": 2000, "score": 32, "valid": 24, "test": 64}
+COUNTS: dict[Split, int] = {"train": 2000, "score": 128, "valid": 24, "test": 64}
 MAX_NEW_TOKENS = 48
 
 
