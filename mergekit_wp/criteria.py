@@ -86,14 +86,16 @@ def kl_values(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> tor
 
 
 def reproduced(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> torch.Tensor:
-    """Whether each response is reproduced whole: logits ``[P, vocabulary]`` to ``[n]``, 1 or 0.
+    """How much of each response is reproduced: logits ``[P, vocabulary]`` to ``[2, n]``.
 
-    It is where at every position the likeliest token is the expert's likeliest: greedy decoding
-    then gives the expert's answer, if the response is one.
+    First whether all of it is, 1 or 0: where at every position the likeliest token is the expert's
+    likeliest, greedy decoding gives the expert's answer, if the response is one. Then the share of
+    positions at which it is.
     """
     assert targets.expert_logprobs is not None
     wrong = logits.argmax(-1) != targets.expert_logprobs.argmax(-1)
-    return (per_prompt_mean(wrong.double(), batch) == 0).double()
+    share = per_prompt_mean(wrong.double(), batch)
+    return torch.stack([(share == 0).double(), 1 - share])
 
 
 def logprob_values(logits: torch.Tensor, batch: PromptBatch, _targets: Targets) -> torch.Tensor:

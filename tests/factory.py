@@ -113,8 +113,8 @@ def make_fit(*references: str) -> tuple[Fit, tuple[CompanyMember, ...]]:
         )
         for e, reference in enumerate(references)
     )
-    half = {member.behavior: Seen(kl=0.3, answers=0.5) for member in company}
-    seen = half | {"plain": Seen(kl=0.01, answers=1.0)}
+    half = {member.behavior: Seen(kl=0.3, answers=0.5, tokens=0.75) for member in company}
+    seen = half | {"plain": Seen(kl=0.01, answers=1.0, tokens=1.0)}
     fit = Fit(
         granularity="component",
         guards=(Guard(behavior="plain", prompts_sha256="0" * 64, n_prompts=2, price=0.25),),

@@ -104,7 +104,7 @@ def fitted(world: Path, out: Path, said: Quiet) -> Numbers:
     how = found[0].manifest.fit
     assert how is not None
     moments = [*(m.fitted for m in how.history), *(m.judged for m in how.history)]
-    seen = [(v.kl, v.answers) for moment in moments if moment for v in moment.values()]
+    seen = [(v.kl, v.answers, v.tokens) for moment in moments if moment for v in moment.values()]
     return numbers | {"seen": torch.tensor(seen)}
 
 

@@ -265,7 +265,7 @@ def notes(line: str, capfd: pytest.CaptureFixture[str]) -> str:
         ("score base east --prompts west.jsonl -o x.safetensors --criterion kl,logprob", ""),
         (
             f"fit base east west {BOTH} -o x {FIT}",
-            "of the expert's answers are reproduced; the fit",
+            "of their tokens; the fit was not done",
         ),
         (f"fit east base west {SWAPPED} -o x {FIT}", "base and expert may be swapped"),
         (f"merge east base west {SWAPPED} -o x {FIT}", "base and expert may be swapped"),

@@ -161,7 +161,10 @@ def test_inspect_and_plot(world: Path, tmp_path: Path) -> None:
     for step in (0, file.fit.best_step):
         values = file.fit.history[step].judged
         assert values is not None
-        said = ", ".join(f"{name} {values[name].answers:.2f}" for name in NAMES)
+        said = ", ".join(
+            f"{name} {values[name].answers:.2f} (tokens {values[name].tokens:.2f})"
+            for name in NAMES
+        )
         assert f"after {step} steps, reproduced on the prompts it was fitted on: {said}" in shown
     assert "fitted together; recovered by 'path':" in shown and "gates fitted by gradient" in shown
     whole = json.loads(run("inspect", str(out), "--json"))
@@ -260,8 +263,11 @@ def test_a_behaviour_that_falls_short_is_a_warning(world: Path, tmp_path: Path) 
     few, *warned = [note for note in said.notes if note.startswith("warning")]
     assert few.startswith(f"warning: of {', '.join(NAMES)} no prompts are held out (fewer than 64")
     assert short and len(warned) == len(short)
-    assert warned[0].startswith("warning: of east only 0.00 of the expert's answers are reproduced")
-    assert warned[0].endswith(f"the fit was not done: give more {option('steps')}")
+    assert warned[0].startswith(
+        "warning: of east only 0.00 of the expert's answers are reproduced whole, and "
+        f"{file.fit.reached['east'].tokens:.2f} of their tokens; the fit was not done: give more "
+        f"{option('steps')}. Other words may be right"
+    )
 
 
 def test_where_nothing_more_is_to_gain_no_steps_are_asked_for(
@@ -271,7 +277,7 @@ def test_where_nothing_more_is_to_gain_no_steps_are_asked_for(
     said = Quiet()
     file = fitted(world, tmp_path / "stuck", said=said, steps=60, start="0", rate=1e-9)
     assert len(file.fit.history) < 60
-    warned = [note for note in said.notes if "answers are reproduced" in note]
+    warned = [note for note in said.notes if "answers are reproduced whole" in note]
     assert warned and all("give more prompts" in note for note in warned)
 
 

@@ -151,7 +151,7 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
             scorefile.write(ScoreFile(own.manifest, own.tensors | change), out / "bad.safetensors")
     said = own.manifest.model_dump()
     history = said["fit"]["history"]
-    other = [m | {"fitted": {"stranger": {"kl": 1, "answers": 1}}} for m in history]
+    other = [m | {"fitted": {"stranger": {"kl": 1, "answers": 1, "tokens": 1}}} for m in history]
     for fit, message in (
         ({"history": history[1:], "best_step": 0}, "steps do not count up from 0"),
         ({"best_step": len(history)}, "history has no step"),

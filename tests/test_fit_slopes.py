@@ -145,6 +145,8 @@ def test_a_layer_at_a_time_is_the_same_as_prompt_by_prompt(tmp_path: Path, famil
     wrong = same[batch.rows, batch.cols] != targets.expert_logprobs.argmax(-1)  # type: ignore[union-attr]
     whole = [not wrong[batch.owners == i].any() for i in range(batch.size)]
     assert values[1].tolist() == [float(each) for each in whole]
+    shares = [1 - wrong[batch.owners == i].double().mean() for i in range(batch.size)]
+    assert values[2].tolist() == pytest.approx([float(share) for share in shares])
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])

@@ -88,7 +88,7 @@ def _scores(
         CompanyMember(reference=name, weights_sha256="0" * 64, behavior=name, recovery=1.0)
         for name in NAMES
     ]
-    seen = dict.fromkeys(NAMES, Seen(kl=0.0, answers=1.0))
+    seen = dict.fromkeys(NAMES, Seen(kl=0.0, answers=1.0, tokens=1.0))
     fit = Fit(
         granularity="component",
         guards=(),

@@ -115,8 +115,11 @@ def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName
         if member.reference == manifest.expert.reference:
             said.append(f"recovery {member.recovery:.2f} by path")
     if manifest.fit is not None and manifest.behavior in manifest.fit.reached:
-        reproduced = manifest.fit.reached[manifest.behavior].answers
-        said.append(f"{reproduced:.2f} of the expert's answers reproduced whole")
+        seen = manifest.fit.reached[manifest.behavior]
+        said.append(
+            f"{seen.answers:.2f} of the expert's answers reproduced whole, {seen.tokens:.2f} of "
+            "their tokens"
+        )
     return said
 
 

@@ -64,7 +64,7 @@ def slopes(
         kept: numbers of the terms for which there is memory; results are the same.
 
     Returns:
-        By term, values of ``kl`` and whether the response is reproduced whole, ``[2, n]``; and for
+        By term, values of ``kl`` and how much of the response is `reproduced`, ``[3, n]``; and for
         each task vector the slope by every gate; a tensor no value depends on is absent.
     """
     backward = _Backward(decoder, layouts, vectors, len(terms))
@@ -81,7 +81,7 @@ def slopes(
                 weight = torch.full_like(found, term.weight)
                 flowing.append(stage.back(number, found, hidden, weight))
                 same = reproduced(logits.detach(), batch, targets)
-                values.append(torch.stack([found.detach().double(), same]))
+                values.append(torch.cat([found.detach().double()[None], same]))
         for layer in reversed(decoder.layers):
             with backward.through(layer) as stage:
                 for number, run in enumerate(runs):

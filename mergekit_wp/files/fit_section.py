@@ -35,11 +35,13 @@ class Seen(StrictModel):
     """One behaviour at some gates, on some prompts.
 
     ``kl`` is the divergence from the teacher, in nats a token; ``answers`` the share of the
-    teacher's answers that the merge reproduces whole.
+    teacher's answers that the merge reproduces whole, ``tokens`` that of their tokens (mean over
+    answers): of long answers few are the same to the last token where most of each is.
     """
 
     kl: float
     answers: float
+    tokens: float
 
     @property
     def ratio(self) -> float:

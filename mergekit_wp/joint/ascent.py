@@ -32,9 +32,9 @@ class FitState:
     Attributes:
         climb: the present gates.
         average: running mean of them over steps, which is what is judged and kept.
-        seen: of the gates before each step, ``[steps so far, 2, 2, objectives]``: on the prompts of
-            the step and on the judged ones, divergence from the teacher and share of its answers
-            reproduced; NaN where not looked at.
+        seen: of the gates before each step, ``[steps so far, 2, 3, objectives]``: on the prompts of
+            the step and on the judged ones, divergence from the teacher, share of its answers
+            reproduced whole, and of their tokens; NaN where not looked at.
         left: running mean over steps of each objective's divergence in its own span; NaN before
             the first.
         prices: of the guards' limits, a running mean over steps.
@@ -57,7 +57,7 @@ class FitState:
         return cls(
             Climb.at(start, guards),
             start.double(),
-            torch.empty((0, 2, 2, whole), dtype=torch.float64),
+            torch.empty((0, 2, 3, whole), dtype=torch.float64),
             torch.full((whole,), torch.nan, dtype=torch.float64),
             torch.full((guards,), torch.nan, dtype=torch.float64),
             start.double(),
@@ -104,7 +104,7 @@ class FitState:
 
     @property
     def reached(self) -> torch.Tensor:
-        """Of the gates kept: divergence and share reproduced, judged, ``[2, objectives]``."""
+        """Of the gates kept: divergence and shares reproduced, judged, ``[3, objectives]``."""
         return self.seen[self.judge.step, 1]
 
     def onwards(self) -> FitState:
@@ -201,7 +201,7 @@ class Fitting:
         while True:
             with finishing():
                 step = state.climb.steps
-                seen = torch.full((2, 2, len(self.objectives)), torch.nan, dtype=torch.float64)
+                seen = torch.full((2, 3, len(self.objectives)), torch.nan, dtype=torch.float64)
                 if step % LOOK == 0 or step >= most:
                     self.model.move_to(state.average)
                     seen[1] = self._look()
@@ -238,7 +238,8 @@ class Fitting:
         """What is reproduced, and how close to its limit every guard is."""
         n = self.n_behaviors
         names = [objective.name for objective in self.objectives]
-        answers = [f"{name} {value:.2f}" for name, value in zip(names, seen[1, :n], strict=False)]
+        shares = zip(names, *seen[1:, :n].tolist(), strict=False)
+        answers = [f"{name} {whole:.2f} (tokens {part:.2f})" for name, whole, part in shares]
         ratios = [
             f"; {name} at {float(kl.exp()):.3f} times the base's perplexity"
             for name, kl in zip(names[n:], seen[0, n:], strict=True)
@@ -254,8 +255,8 @@ class Fitting:
 
         Returns:
             Of what the behaviours weigh together, and of minus what each guard uses of its limit,
-            ``[1 + guards, gates]``; and divergence and share of answers reproduced by objective,
-            ``[2, objectives]``.
+            ``[1 + guards, gates]``; and divergence and shares reproduced by objective,
+            ``[3, objectives]``.
         """
         n, terms = self.n_behaviors, []
         guards = torch.ones(len(self.objectives) - n, dtype=torch.float64)
@@ -281,7 +282,7 @@ class Fitting:
         return slopes, torch.stack([_mean(result[VALUES]) for result in found], 1)
 
     def _look(self) -> torch.Tensor:
-        """Divergence and share of answers reproduced on judged prompts, ``[2, objectives]``."""
+        """Divergence and shares reproduced on judged prompts, ``[3, objectives]``."""
         groups = [
             [Term(objective.batches[b], objective.targets[b], 0.0) for b in judged]
             for objective, judged in zip(self.objectives, self.judged, strict=True)
@@ -294,6 +295,6 @@ class Fitting:
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Divergence, minus ``kl``, and share reproduced, ``[2]``: of prompts' values ``[2, n]``."""
+    """Divergence, minus ``kl``, and shares reproduced, ``[3]``: of prompts' values ``[3, n]``."""
     mean = values.double().cpu().mean(1)
-    return torch.stack([-mean[0], mean[1]])
+    return torch.cat([-mean[:1], mean[1:]])

@@ -249,7 +249,7 @@ def _how(
 
 def _by_name(values: torch.Tensor, names: Sequence[str]) -> dict[str, Seen]:
     found = zip(names, *values.tolist(), strict=True)
-    return {name: Seen(kl=kl, answers=answers) for name, kl, answers in found}
+    return {name: Seen(kl=kl, answers=whole, tokens=part) for name, kl, whole, part in found}
 
 
 def _moments(seen: torch.Tensor, names: Sequence[str]) -> tuple[Moment, ...]:
@@ -288,7 +288,9 @@ def warnings(how: Fit, *, done: bool) -> Iterator[str]:
         elif seen.answers < ENOUGH:
             yield (
                 f"warning: of {name} only {seen.answers:.2f} of the expert's answers are "
-                f"reproduced; {_way_out(how, done)}"
+                f"reproduced whole, and {seen.tokens:.2f} of their tokens; "
+                f"{_way_out(how, done)}. Other words may be right, too: `mergekit-wp compare` "
+                "measures the skill itself"
             )
 
 

@@ -23,7 +23,7 @@ from mergekit_wp.prompts import PromptBatch
 from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.texts import Footprint
 
-#: the entry of a term's values, ``[2, n]``; see `slopes`
+#: the entry of a term's values, ``[3, n]``; see `slopes`
 VALUES = "values"
 
 

@@ -75,7 +75,7 @@ def guard_of(run: Run, journal: Journal, size: int, limit: float) -> Objective:
 
 
 def closeness(decoder: Decoder, batch: PromptBatch, targets: Targets) -> torch.Tensor:
-    """Values of ``kl``, and whether each response is reproduced whole, ``[2, n]`` on the CPU.
+    """Values of ``kl``, and how much of each response is `reproduced`, ``[3, n]`` on the CPU.
 
     Args:
         decoder: at some weights.
@@ -83,5 +83,5 @@ def closeness(decoder: Decoder, batch: PromptBatch, targets: Targets) -> torch.T
         targets: the teacher's distributions.
     """
     logits = response_logits(decoder, batch)
-    both = kl_values(logits, batch, targets).double(), reproduced(logits, batch, targets)
-    return torch.stack(both).cpu()
+    values = kl_values(logits, batch, targets).double()
+    return torch.cat([values[None], reproduced(logits, batch, targets)]).cpu()

@@ -32,7 +32,9 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
     for step in dict.fromkeys((0, fit.best_step)):
         seen = fit.history[step].judged or {}
         said = ", ".join(
-            f"{clean(name)} {one.answers:.2f}" for name, one in seen.items() if name not in guards
+            f"{clean(name)} {one.answers:.2f} (tokens {one.tokens:.2f})"
+            for name, one in seen.items()
+            if name not in guards
         )
         found.append(("answers", f"after {step} steps, reproduced on {which}: {said}"))
     for guard in fit.guards:

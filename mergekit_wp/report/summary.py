@@ -141,20 +141,21 @@ def _fidelity(
 def _returns(manifest: Manifest, fit: Fit) -> str:
     """What comes back of the behaviour, and of its company's."""
     members = manifest.company or ()
-    back = {member.behavior: fit.reached[member.behavior].answers for member in members}
+    back = {member.behavior: fit.reached[member.behavior] for member in members}
+    own = back[manifest.behavior]
     which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
     said = (
-        f"Merged by these gates, the model gives {back[manifest.behavior]:.0%} of the expert's "
-        f"own answers on {which}"
+        f"Merged by these gates, the model gives {own.answers:.0%} of the expert's own answers "
+        f"on {which} to the last token, and {own.tokens:.0%} of their tokens"
     )
     others = ", ".join(
-        f"{words.clean(name)} {value:.2f}"
-        for name, value in back.items()
+        f"{words.clean(name)} {seen.answers:.2f} and {seen.tokens:.2f}"
+        for name, seen in back.items()
         if name != manifest.behavior
     )
     if others:
         said += f" ({others})"
-    if back[manifest.behavior] < ENOUGH:
+    if own.answers < ENOUGH:
         said += "; give more prompts, or fewer experts"
     return f"{said}."
 
