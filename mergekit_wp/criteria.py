@@ -94,8 +94,8 @@ def reproduced(logits: torch.Tensor, batch: PromptBatch, targets: Targets) -> to
     """
     assert targets.expert_logprobs is not None
     wrong = logits.argmax(-1) != targets.expert_logprobs.argmax(-1)
-    share = per_prompt_mean(wrong.double(), batch)
-    return torch.stack([(share == 0).double(), 1 - share])
+    lost = per_prompt_mean(wrong.double(), batch)
+    return torch.stack([(lost == 0).double(), 1 - lost])
 
 
 def logprob_values(logits: torch.Tensor, batch: PromptBatch, _targets: Targets) -> torch.Tensor:
