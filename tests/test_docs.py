@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -229,7 +230,8 @@ def known_module(line: str) -> None:
     shared = re.findall(r"^from benchmarks\.(\w+) import", source, re.MULTILINE)
     modules = [ROOT / "benchmarks" / f"{name}.py" for name in shared]
     source += "".join(module.read_text() for module in modules if module.exists())
-    options = [word.split("=")[0] for word in words if word.startswith("--")]
+    given = [word for word in shlex.split(line) if " " not in word]  # else another command's
+    options = [word.split("=")[0] for word in given if word.startswith("--")]
     assert all(f'"{option}"' in source for option in options), line
 
 
