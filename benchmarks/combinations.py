@@ -128,7 +128,14 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
         click.option(
             "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
         ),
-        click.option("--prompts", "n", default=N, show_default=True, help="As of `fitting`."),
+        click.option(
+            "--prompts",
+            "n",
+            type=click.IntRange(min=1),
+            default=N,
+            show_default=True,
+            help="As of `fitting`.",
+        ),
     ):
         main = add(main)
     return main

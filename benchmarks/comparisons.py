@@ -152,7 +152,14 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
     """The options of a family's command."""
     for add in (
         click.option("--fit", default="", help="Further options of the fits, as of `bench`."),
-        click.option("--prompts", "n", default=N, show_default=True, help="As of `bench`."),
+        click.option(
+            "--prompts",
+            "n",
+            type=click.IntRange(min=1),
+            default=N,
+            show_default=True,
+            help="As of `bench`.",
+        ),
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
     ):
         main = add(main)

@@ -35,7 +35,7 @@ from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 
-#: unlabelled prompts of each skill, unless more are asked for
+#: unlabelled prompts of each skill, unless another number is asked for
 N = 32
 Found = dict[str, Any]
 
@@ -89,6 +89,12 @@ class FitTable:
         apart = "" if self.n == N else f"-{self.n}"
         path = self.folder / f"prompts{apart}" / f"{skill}.jsonl"
         bare = [{"prompt": r["prompt"]} for r in read_jsonl(self.family.prompts(skill))[: self.n]]
+        if len(bare) < self.n:  # the file may be older than what the tasks write today
+            click.echo(
+                f"{skill}: {self.n} prompts are asked for, {len(bare)} are there; 'python -m "
+                f"benchmarks.{self.family.name}.tasks' writes all it has",
+                err=True,
+            )
         if not path.exists() or read_jsonl(path) != bare:
             write_jsonl(path, bare)
         return path
@@ -354,6 +360,7 @@ def options(main: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--prompts",
             "n",
+            type=click.IntRange(min=1),
             default=N,
             show_default=True,
             help="Of each skill; results of other numbers are kept apart.",

@@ -125,7 +125,7 @@ def test_options_keep_their_results_apart() -> None:
 
 
 def test_numbers_of_prompts_keep_their_files_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("benchmarks.family.REPO", tmp_path)
     family = Family("toys", ("a", "b"))
@@ -137,6 +137,9 @@ def test_numbers_of_prompts_keep_their_files_apart(
         assert [json.loads(line) for line in path.read_text().splitlines()] == [
             {"prompt": str(i)} for i in range(n)
         ]
+    assert not capsys.readouterr().err
+    FitTable(family, n=128).unlabelled("a")
+    assert "a: 128 prompts are asked for, 70 are there" in capsys.readouterr().err
 
 
 def test_three_registers_of_texts_of_a_length() -> None:

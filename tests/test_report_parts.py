@@ -126,7 +126,10 @@ def test_verdict_of_a_fit_says_what_comes_back_and_what_it_costs() -> None:
     returns, taken, cost = summary.verdict(file)
     assert "gives 50% of the expert's own answers on the prompts it was fitted on to the" in returns
     assert "and 75% of their tokens" in returns
-    assert returns.endswith("(behavior 1 0.50 and 0.75); give more prompts, or fewer experts.")
+    assert returns.endswith(
+        "(behavior 1 0.50 and 0.75); give more prompts, or fewer experts. "
+        "Other words may be right, too: 'mergekit-wp compare' measures the skill itself."
+    )
     assert "something of" in taken
     assert "plain is at 1.010 times the base's perplexity, within the limit of 1.05" in cost
     unguarded = fit.model_copy(update={"guards": (), "limit": None})

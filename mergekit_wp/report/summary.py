@@ -156,7 +156,10 @@ def _returns(manifest: Manifest, fit: Fit) -> str:
     if others:
         said += f" ({others})"
     if own.answers < ENOUGH:
-        said += "; give more prompts, or fewer experts"
+        said += (
+            "; give more prompts, or fewer experts. Other words may be right, too: 'mergekit-wp "
+            "compare' measures the skill itself"
+        )
     return f"{said}."
 
 
