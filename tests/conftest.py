@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,21 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(config.getini("filterwarnings"))
 
 
+@pytest.fixture
+def the_working_directory_stays() -> Iterator[None]:
+    """Else tests that follow in the same process, and name files from here, do not find them."""
+    here = Path.cwd()
+    yield
+    left = Path.cwd()
+    os.chdir(here)
+    assert left == here, f"the test left its process in {left}; use monkeypatch.chdir"
+
+
 @pytest.fixture(autouse=True)
-def deprecations_in_logs_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def deprecations_in_logs_are_warnings(
+    the_working_directory_stays: None,  # first, so that monkeypatch is undone before it looks
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """transformers says some deprecations by its logger, which our commands tell to be quiet."""
 
     def warning(self: logging.Logger, message: object, *args: Any, **options: Any) -> None:

@@ -125,6 +125,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
     """Two experts of the zoo as a family."""
     for module in (combinations, family, family_agreement, files):
         monkeypatch.setattr(module, "REPO", tmp_path)
+    monkeypatch.chdir(tmp_path)  # as the command does
     monkeypatch.setattr(family_agreement, "METHODS", ("task_arithmetic",))
     monkeypatch.setattr(family_agreement, "N_DRAWN", 1)
     found = Family("toys", ("inst", "math"))
