@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +85,29 @@ def planted(family: Family, weight: float) -> torch.Tensor:
     """Where task arithmetic with this weight puts the final norm."""
     start = family.base.state[NORM]
     return start + weight * sum(e.state[NORM] - start for e in family.experts)
+
+
+def merged_by(
+    family: Family, folder: Path, name: str, prompts: Any = (), **changed: Any
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """What a peer merges at its authors' parameters, and its row."""
+    task = Kept("near", planted(family, 0.5))
+    plan = make_plan(family, task, (name,), tuned=False, prompts=prompts, max_new_tokens=4)
+    (method,) = plan.methods
+    plan = replace(plan, methods=(replace(method, untuned=method.untuned | changed),))
+    plan.check()
+    row = run(plan, folder).rows[-1]
+    assert row.failed is None, row.failed
+    return task.seen, row
+
+
+class Kept(Distance):
+    """Keeps the weights that it saw last."""
+
+    def evaluate(self, model: Any, *args: Any) -> Any:
+        self.seen = {n: p.detach().clone() for n, p in model.named_parameters()}
+        return super().evaluate(model, *args)
+
+
+def is_end(name: str) -> bool:
+    return "embed" in name or "lm_head" in name

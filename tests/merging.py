@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
@@ -18,6 +19,7 @@ from mergekit_wp.architectures import Dims
 from mergekit_wp.components import Partition
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.merging.method import weight_patching
 from tests.factory import make_score_file
 
 State = dict[str, torch.Tensor]
@@ -200,3 +202,24 @@ def reference(
                 g * d for g, d in zip(gates, deltas, strict=True)
             )
     return merged
+
+
+def direct(family: Family, **parameters: Any) -> State:
+    """Merge in memory, as a notebook would."""
+    models = {"base": family.base.state} | {
+        str(e): expert.state for e, expert in enumerate(family.experts)
+    }
+    scores = {str(e): str(path) for e, path in enumerate(family.paths)}
+    return merge_state_dicts(
+        models, weight_patching, base="base", parameters={"scores": scores} | parameters
+    )
+
+
+def states(family: Family) -> list[State]:
+    return [expert.state for expert in family.experts]
+
+
+def assert_merged(merged: State, expected: State, rtol: float = 1e-6) -> None:
+    assert set(merged) == set(expected)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=rtol, atol=rtol, msg=name)

@@ -242,7 +242,7 @@ def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path)
     loose = away(free)
     assert wide.fit.reached["plain"].kl == pytest.approx(loose, rel=5e-3)
     limit = math.exp(loose / 4)
-    held = fitted(world, tmp_path / "held", limit=limit, **(options | {"steps": 100}))
+    held = fitted(world, tmp_path / "held", limit=limit, **(options | {"steps": 60}))
     assert held.fit.held("plain") and held.fit.reached["plain"].kl <= 1.1 * loose / 4
     assert away(held) == pytest.approx(held.fit.reached["plain"].kl, rel=1e-4)
     assert held.fit.guards[0].price > 0

@@ -53,7 +53,7 @@ def curve(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_point_is_what_its_gates_do(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"start": "0", "steps": 60, "rate": 0.02}
+    options: dict[str, Any] = {"start": "0", "steps": 30, "rate": 0.04}
     free = guarded(world, tmp_path / "free", limit=1e6, **options)
     room = free.fit.reached["plain"].kl
     limit, further = math.exp(room / 4), (math.exp(room / 2), math.exp(room))

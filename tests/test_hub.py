@@ -506,3 +506,36 @@ def test_a_bug_is_not_taken_for_the_network(
     )
     with pytest.raises(error, match="ours"):
         card_sources.sources(config)
+
+
+def test_a_score_file_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo: str, filename: str, revision: str | None) -> str:
+        asked.append((repo, filename, revision))
+        return "found.safetensors"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    hub._fetch.cache_clear()
+    for _ in range(2):
+        found = hub.local_path("hf://me/exp@refs%2Fpr%2F1/wp/s.safetensors")
+        assert found == "found.safetensors"
+    assert hub.local_path("hf://me/exp/s.safetensors") == "found.safetensors"
+    assert asked == [
+        ("me/exp", "wp/s.safetensors", "refs/pr/1"),
+        ("me/exp", "s.safetensors", None),
+    ]
+    hub._fetch.cache_clear()
+
+
+def test_bad_references_of_score_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is not a Hub file; write hf://owner/repo"):
+        hub.local_path("hf://nobody")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError("no such repository\nlong help")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    whole = "score file hf://a/b/c could not .*: no such repository long help$"
+    with pytest.raises(UserError, match=whole):
+        hub.local_path("hf://a/b/c")

@@ -16,7 +16,6 @@ from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score, score_tensors
 from mergekit_wp.terms import KINDS
 from tests.models import (
-    CONFIGS,
     DEVICE,
     EOS,
     EXACT,
@@ -108,7 +107,13 @@ def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tor
 
 
 @pytest.mark.parametrize("patched", ["", "activation_"])
-@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "llama-tied", "qwen2", "qwen3"),
+        pytest.param("mistral", marks=pytest.mark.slow),
+    ],
+)
 def test_exact_scores_equal_naive_patching(
     tmp_path, family, patched, double_precision_file
 ) -> None:
