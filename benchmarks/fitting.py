@@ -12,6 +12,7 @@ import torch
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.judging import Split
 from mergekit_wp.joint.members import measure, open_members
 from mergekit_wp.joint.merged_model import MergedModel
 from mergekit_wp.joint.objective import guard_of, objective_of
@@ -50,13 +51,16 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     layout = Layout(coarse[0].pair.partition, tuple(m.pair.changed for m in coarse))
     size = request.prompts_a_step or 16
     with Unwritten() as journal:
-        references = [measure(member, journal, size) for member in coarse]
-        objectives = [objective_of(m, own) for m, own in zip(coarse, references, strict=True)]
-        guards = []
+        objectives, guards = [], []
+        for member in coarse:
+            split = Split.of(len(member.prompts.prompts), request.held_out, request.seed)
+            references = measure(member, journal, size, split.judged)
+            objectives.append(objective_of(member, references, split))
         for guard in request.guards:
             prompts = read_prompts(guard, request.max_prompts)
             asked = coarse[0].run.asking(prompts)
-            guards.append(guard_of(asked, journal, size, math.log(request.limit)))
+            split = Split.of(len(prompts.prompts), request.held_out, request.seed)
+            guards.append(guard_of(asked, journal, size, math.log(request.limit), split))
         pairs, at_once = [m.pair for m in coarse], AtOnce(size, progress.note)
         together = len(objectives) + len(guards)
         model = MergedModel(coarse[0].run.load(), pairs, layout, at_once, together)

@@ -124,6 +124,7 @@ def make_fit(*references: str) -> tuple[Fit, tuple[CompanyMember, ...]]:
         shrinkage=16.0,
         upper=1.5,
         prompts_a_step=2,
+        done=True,
         best_step=1,
         held_out=dict.fromkeys(seen, 0),
         history=tuple(Moment(step=step, fitted=seen, judged=seen) for step in range(2)),

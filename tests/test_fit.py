@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint import judging
-from mergekit_wp.joint.fit import a_step
+from mergekit_wp.joint.fit import a_step, warnings
+from mergekit_wp.joint.judging import Split
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.texts import encode_texts
 from mergekit_wp.tasks.behaviors import plain_text
 from mergekit_wp.terms import FINE_KINDS, SLICED_KINDS
 from tests.circuit import CONSTANT, build
-from tests.fitting import fitted, layout_of, load, merge, merged
+from tests.fitting import divergence, fitted, layout_of, load, merge, merged
 from tests.gating import Gates
 from tests.joint_world import NAMES, make_world, write_recipe, write_task
 from tests.models import EOS, LETTERS, save
@@ -117,6 +119,30 @@ def test_only_channels_tell_apart_what_one_slice_does(tmp_path: Path, granularit
         assert min(kept.values()) == 0, "one of the two is given up"
         helps, harms = float(written[4, HELPS]), -float(written[OTHER, HARMS]) / 24
         assert helps == pytest.approx(harms, abs=0.02), "one gate for both"
+
+
+@pytest.mark.parametrize("a_step", [5, 400])
+def test_what_is_held_out_is_a_part_of_the_prompts(tmp_path: Path, a_step: int) -> None:
+    """Of east's, which are many; west's are few, and less than a step takes."""
+    world = make_world("llama-tied", tmp_path)
+    words = product(LETTERS[:16], repeat=2)
+    lines = [json.dumps({"prompt": "".join(word), "response": "abca"}) + "\n" for word in words]
+    (world / "east.jsonl").write_text("".join(lines))
+    out = tmp_path / "gates"
+    file = fitted(world, out, steps=2, prompts_a_step=a_step, held_out=0.25, seed=3)
+    assert file.fit.held_out == {"east": 64, "west": 0} and not file.fit.done
+    aside = sorted(Split.of(256, 0.25, 3).judged)
+    (tmp_path / "aside.jsonl").write_text("".join(lines[i] for i in aside))
+    _, layout = layout_of(world)
+    flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])
+    base, expert = load(world / "base"), load(world / "east")
+    naive = divergence(merged(world, layout, flat), expert, tmp_path / "aside.jsonl")
+    assert file.fit.reached["east"].kl == pytest.approx(naive, rel=1e-5)
+    recovery = 1 - naive / divergence(base, expert, tmp_path / "aside.jsonl")
+    (own, _) = file.files[0].manifest.company or ()
+    assert own.recovery == pytest.approx(recovery, rel=1e-4)
+    shown = CliRunner().invoke(cli, ["inspect", str(out / "east.safetensors")]).output
+    assert "on held-out prompts of east, of the others those" in " ".join(shown.split())
 
 
 def test_merging_by_the_file(world: Path, tmp_path: Path) -> None:
@@ -250,10 +276,15 @@ def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path)
     options |= {"steps": 1, "rate": 1e-3, "limit": 1 + 1e-6}
     beyond = fitted(world, tmp_path / "beyond", said=said, **options)
     assert not beyond.fit.held("plain")
-    (warning,) = [note for note in said.notes if "out of reach" in note]
+    (warning,) = [note for note in said.notes if "warning: plain is at" in note]
+    assert "which was not held yet; the fit was not done: give more" in warning
+    (ended,) = [
+        line for line in warnings(beyond.fit.model_copy(update={"done": True})) if "plain" in line
+    ]
+    assert "which was out of reach; give a larger" in ended
     assert "warning: plain is at" in warning and warning.endswith(f"a larger {option('limit')}")
     shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "beyond" / "east.safetensors")])
-    assert "out of reach" in " ".join(shown.output.split())
+    assert "limit 1, not held yet; answers" in " ".join(shown.output.split())
 
 
 def test_a_behaviour_that_falls_short_is_a_warning(world: Path, tmp_path: Path) -> None:
@@ -266,7 +297,8 @@ def test_a_behaviour_that_falls_short_is_a_warning(world: Path, tmp_path: Path) 
     assert warned[0].startswith(
         "warning: of east only 0.00 of the expert's answers are reproduced whole, and "
         f"{file.fit.reached['east'].tokens:.2f} of their tokens; the fit was not done: give more "
-        f"{option('steps')}. Other words may be right"
+        f"{option('steps')}, and go on from its recipe by `mergekit-wp fit RECIPE` with "
+        f"{option('start', 'scores')}. Other words may be right"
     )
 
 

@@ -29,6 +29,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import Fitting
 from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.judging import Split
 from mergekit_wp.joint.merged_model import MergedModel, mix
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
@@ -300,10 +301,10 @@ def test_half_of_a_neuron_helps_and_half_harms(
     layout = Layout(pair.partition, (pair.changed,), granularity)
     resident = ResidentModel(pair, torch.float64, "cpu")
     model = MergedModel(resident, [pair], layout, AtOnce(9, print), 1)
-    objective = Objective("east", every, targets, apart)
+    objective = Objective("east", every, targets, apart, Split.of(9, 0, 0))
     with Unwritten() as journal:
         fitting = Fitting(request, model, [objective], [], layout, journal, Quiet())
-        state = fitting.run(torch.full((layout.size,), 0.5 * layout.share, dtype=torch.float64))
+        state = fitting.run(0.5 * layout.share)
     recovered = 1 - float(state.seen[state.judge.step, 1, 0, 0]) / apart
     assert recovered < 0.8 if granularity == "component" else recovered > 0.97
 
@@ -329,6 +330,8 @@ def test_gates_of_one_granularity_start_a_fit_of_another(world: Path) -> None:
             for name, own in layout.layouts.items()
         }
 
+    for layout in every.values():  # a start of 1 is the experts' sum
+        assert all(torch.all(part == 1) for part in weights(layout, layout.share).values())
     for coarse, finer in itertools.combinations(get_args(GateGranularity), 2):
         flat = torch.rand(every[coarse].size, dtype=torch.float64)
         spread = every[finer].taking(given(every[coarse], flat))

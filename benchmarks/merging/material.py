@@ -99,6 +99,7 @@ def _scores(
         upper=1.0,
         prompts_a_step=1,
         held_out=dict.fromkeys(NAMES, 0),
+        done=False,
         best_step=0,
         history=(Moment(step=0, fitted=None, judged=seen),),
     )

@@ -9,10 +9,9 @@ from mergekit_wp.costs.model_size import PairSize
 from mergekit_wp.costs.passes import TextBatch, Texts, forward, mixed, opening, slopes
 from mergekit_wp.costs.scoring import asking, referring
 from mergekit_wp.costs.work import Costs, Held, Stage, Work, fullest, total
-from mergekit_wp.joint.ascent import FEW, MOST
 from mergekit_wp.joint.fit import FitOpened
 from mergekit_wp.joint.front import SHARE
-from mergekit_wp.joint.judging import LOOK
+from mergekit_wp.joint.judging import LOOK, Split
 from mergekit_wp.models.memory import free_memory
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.runs.request import DTYPES
@@ -31,13 +30,12 @@ def fit(opened: FitOpened) -> Costs:
     guards = [Texts.of(run) for run in opened.guards]
     first = opened.runs[0].pair
     every = [own.packed(opened.a_step, first) for own in (*texts, *guards)]
-    fitted, judged = [], []
-    for own in every:
-        train, aside = _split(own, request.held_out)
-        fitted.append(train)
-        judged += aside
+    judged = [
+        _drawn(own, len(Split.of(len(text.samples), request.held_out, request.seed).judged))
+        for text, own in zip([*texts, *guards], every, strict=True)
+    ]
     size = pairs[0].size
-    step = _slopes(opened, pairs, [_mean(own) for own in fitted]) + mixed(pairs)
+    step = _slopes(opened, pairs, [_mean(own) for own in every]) + mixed(pairs)
     look = mixed(pairs) + forward(size, judged)
     climbs = [request.steps, *[max(1, request.steps // SHARE)] * len(request.front)]
     steps = sum(climbs)
@@ -86,16 +84,6 @@ def _begun(
     return found
 
 
-def _split(batches: Sequence[TextBatch], part: float) -> tuple[list[TextBatch], list[TextBatch]]:
-    """Batches to fit on and to judge by, as many as `Fitting` takes of each."""
-    n, prompts = len(batches), sum(batch.rows for batch in batches)
-    part = part if prompts >= FEW else 0.0
-    few = part * prompts if part else prompts
-    aside = max(1, round(min(few, MOST) / prompts * n))
-    mean = [_mean(batches)]
-    return mean * (n - aside if part else n), mean * aside
-
-
 def _mean(batches: Sequence[TextBatch]) -> TextBatch:
     """The batch that stands for some, which are drawn at random."""
     n = len(batches)
@@ -103,6 +91,12 @@ def _mean(batches: Sequence[TextBatch]) -> TextBatch:
     width = sum(batch.tokens for batch in batches) / max(1, rows)
     positions = sum(batch.positions for batch in batches)
     return TextBatch(rows / n, width, positions / n)
+
+
+def _drawn(batches: Sequence[TextBatch], rows: int) -> TextBatch:
+    """The batch that stands for so many rows of some, drawn at random."""
+    mean = _mean(batches)
+    return TextBatch(rows, mean.width, mean.positions * rows / mean.rows)
 
 
 def _held(

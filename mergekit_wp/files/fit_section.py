@@ -81,8 +81,9 @@ class Fit(StrictModel):
     ``granularity`` is what each gate covers; ``limit`` the ratio of perplexities that every guard
     allows, None without guards; ``upper`` the largest gate it allowed; ``held_out`` the number of
     each behaviour's prompts that were only judged by, 0 where it is judged by those it was fitted
-    on; ``best_step`` the number of steps after which the gates were what they are; ``front`` what
-    was reached under further limits, by gates that are not kept.
+    on; ``done`` whether there was nothing more to gain when it ended; ``best_step`` the number of
+    steps after which the gates were what they are; ``front`` what was reached under further limits,
+    by gates that are not kept.
     """
 
     granularity: GateGranularity
@@ -94,6 +95,7 @@ class Fit(StrictModel):
     upper: PositiveFloat
     prompts_a_step: PositiveInt
     held_out: dict[str, NonNegativeInt]
+    done: bool
     best_step: NonNegativeInt
     history: tuple[Moment, ...]
     front: tuple[FrontPoint, ...] = ()
@@ -130,3 +132,18 @@ class Fit(StrictModel):
     def held(self, guard: str) -> bool:
         """Whether a guard's limit was kept by the scores."""
         return self.curve[0].held(guard)
+
+    def verdict(self, guard: str) -> str:
+        """Of a guard's limit, in words: "out of reach" is only known of a fit that was done."""
+        if self.held(guard):
+            return "held"
+        return "out of reach" if self.done else "not held yet"
+
+    def judged_on(self, *behaviors: str) -> str:
+        """On which prompts it was looked what these reproduce, in words."""
+        aside = [name for name in behaviors if self.held_out[name]]
+        if not aside:
+            return "the prompts it was fitted on"
+        rest = len(aside) < len(behaviors)
+        others = f" of {', '.join(aside)}, of the others those it was fitted on" if rest else ""
+        return f"held-out prompts{others}"

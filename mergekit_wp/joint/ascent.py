@@ -21,9 +21,6 @@ from mergekit_wp.joint.weighing import averaged, running, worst_first
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 
-#: with fewer prompts than the first number none are held out; the second is the most that are
-FEW, MOST = 64, 128
-
 
 @dataclass(frozen=True)
 class FitState:
@@ -138,44 +135,21 @@ class Fitting:
         self.layout, self.journal, self.progress = layout, journal, progress
         self.fitted = layout.fitted
         self.spans = torch.tensor([o.span for o in self.objectives], dtype=torch.float64)
-        sides = [self._split(objective) for objective in self.objectives]
-        self.train = [train for train, _ in sides]
-        self.judged = [judged for _, judged in sides]
+        self.train = [objective.among(objective.split.fitted) for objective in self.objectives]
+        self.judged = [objective.among(objective.split.judged) for objective in self.objectives]
         self.epoch = max(len(train) for train in self.train)
-        fitted_on = [
-            sum(objective.batches[b].size for b in train)
-            for objective, train in zip(behaviors, self.train, strict=False)
-        ]
-        self.shrinkage = request.shrinkage * len(fitted_on) / sum(fitted_on)
-        self.n_judged = min(
-            sum(objective.batches[b].size for b in judged)
-            for objective, judged in zip(behaviors, self.judged, strict=False)
-        )
-
-    def _split(self, objective: Objective) -> tuple[list[int], list[int]]:
-        """Batches to fit on, and batches to judge by: of few prompts the same."""
-        n, prompts = len(objective.batches), objective.n_prompts
-        generator = torch.Generator().manual_seed(self.request.seed)
-        order = torch.randperm(n, generator=generator).tolist()
-        part = self.request.held_out if prompts >= FEW else 0.0
-        few = part * prompts if part else prompts
-        aside = max(1, round(min(few, MOST) / prompts * n))
-        return sorted(order[aside:] if part else order), sorted(order[:aside])
-
-    def held_out(self) -> list[int]:
-        """Prompts of each objective that are only judged by."""
-        every = zip(self.objectives, self.train, self.judged, strict=True)
-        return [
-            sum(objective.batches[b].size for b in set(judged) - set(train))
-            for objective, train, judged in every
-        ]
+        fitted_on = sum(len(objective.split.fitted) for objective in behaviors)
+        self.shrinkage = request.shrinkage * len(behaviors) / fitted_on
+        self.n_judged = min(len(objective.split.judged) for objective in behaviors)
 
     def run(self, start: torch.Tensor) -> FitState:
         """Take the steps, until there is nothing more to gain."""
         n, most = self.n_behaviors, self.request.steps
         state = FitState.fresh(start * self.fitted, n, len(self.objectives) - n)
         state = self.climb(state, most, "state", "fitting gates")
-        why = "nothing more to gain" if state.judge.done else f"{most} steps are taken"
+        steps = state.climb.steps
+        taken = f"{steps} step{' is' if steps == 1 else 's are'} taken"
+        why = "nothing more to gain" if state.judge.done else taken
         self.progress.note(f"{why}: the gates of step {state.judge.step} are kept")
         return state
 

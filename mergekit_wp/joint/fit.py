@@ -21,10 +21,11 @@ import torch
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.fit_section import ENOUGH, Fit, FrontPoint, Guard, Moment, Seen
 from mergekit_wp.files.scorefile import ScoreFile
-from mergekit_wp.joint.ascent import FEW, FitState, Fitting
+from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.front import front
 from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.judging import FEW, Split
 from mergekit_wp.joint.members import Member, measure, open_members
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
@@ -98,22 +99,31 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     size = request.prompts_a_step or a_step(min(len(m.prompts.prompts) for m in members))
     guarded = [members[0].run.asking(guard) for guard in guards]
     check = partial(check_journal, request, runs, beside, restart=request.restart, **contents)
-    every = tuple(runs.values())
-    progress.plan(FitOpened(request, every, check, tuple(guarded), size, layout.size))
+    progress.plan(
+        FitOpened(request, tuple(runs.values()), check, tuple(guarded), size, layout.size)
+    )
     with journal_of(
         request, runs, beside, progress, restart=request.restart, **contents
     ) as journal:
-        references = [measure(member, journal, size) for member in members]
-        behaviors = [objective_of(m, own) for m, own in zip(members, references, strict=True)]
+        splits = [_split(request, member.prompts) for member in members]
+        references = [
+            measure(member, journal, size, split.judged)
+            for member, split in zip(members, splits, strict=True)
+        ]
+        every = zip(members, references, splits, strict=True)
+        behaviors = [objective_of(*each) for each in every]
         limit = math.log(request.limit)
-        guarding = [guard_of(guard, journal, size, limit) for guard in guarded]
+        guarding = [
+            guard_of(guard, journal, size, limit, _split(request, guard.prompts))
+            for guard in guarded
+        ]
         together = len(behaviors) + len(guarding)
         with merged_model(request, members, layout, size, together, progress) as model:
             fitting = Fitting(request, model, behaviors, guarding, layout, journal, progress)
             state = fitting.run(start)
             points = front(fitting, state)
         how = _how(request, guards, state, points, fitting, size)
-        for line in warnings(how, done=state.judge.done):
+        for line in warnings(how):
             progress.note(line)
         found = company_files(
             members,
@@ -128,6 +138,10 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         write_company(request.out, found, kept_settings(request.recipe))
         journal.discard()
     return found
+
+
+def _split(request: FitRequest, prompts: PromptSet) -> Split:
+    return Split.of(len(prompts.prompts), request.held_out, request.seed)
 
 
 def _repeating(request: FitRequest, state: FitState) -> FitRequest:
@@ -182,7 +196,7 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
         ) from None
     if not 0 <= value <= request.upper:
         raise UserError(f"{option('start', f'{value:g}')} is not within 0 and {request.upper:g}")
-    return torch.full((layout.size,), value * layout.share, dtype=torch.float64)
+    return value * layout.share
 
 
 def _check_names(every: Sequence[tuple[str, PromptSet]]) -> None:
@@ -237,7 +251,8 @@ def _how(
         shrinkage=request.shrinkage,
         upper=request.upper,
         prompts_a_step=size,
-        held_out=dict(zip(names, fitting.held_out(), strict=True)),
+        held_out={own.name: own.split.held_out for own in fitting.objectives},
+        done=state.judge.done,
         best_step=state.judge.step,
         history=_moments(state.seen, names),
         front=tuple(
@@ -262,13 +277,8 @@ def _moments(seen: torch.Tensor, names: Sequence[str]) -> tuple[Moment, ...]:
     )
 
 
-def warnings(how: Fit, *, done: bool) -> Iterator[str]:
-    """What a user is told who would not otherwise see that a fit fell short.
-
-    Args:
-        how: what was reached.
-        done: whether there was nothing more to gain, rather than no more steps.
-    """
+def warnings(how: Fit) -> Iterator[str]:
+    """What a user is told who would not otherwise see that a fit fell short."""
     guards = {guard.behavior: guard for guard in how.guards}
     if few := [name for name, n in how.held_out.items() if n == 0 and name not in guards]:
         yield (
@@ -279,24 +289,32 @@ def warnings(how: Fit, *, done: bool) -> Iterator[str]:
     for name, seen in how.reached.items():
         if name in guards:
             if not how.held(name):
-                more = "" if done else f"more {option('steps')}, or "
+                way_out = f"give a larger {option('limit')}"
+                if not how.done:
+                    way_out = f"the fit was not done: {_more_steps()}; or {way_out}"
                 yield (
                     f"warning: {name} is at {seen.ratio:.3f} times the base's perplexity, beyond "
-                    f"{option('limit', how.limit)}, which was out of reach; give {more}a larger "
-                    f"{option('limit')}"
+                    f"{option('limit', how.limit)}, which was {how.verdict(name)}; {way_out}"
                 )
         elif seen.answers < ENOUGH:
             yield (
                 f"warning: of {name} only {seen.answers:.2f} of the expert's answers are "
                 f"reproduced whole, and {seen.tokens:.2f} of their tokens; "
-                f"{_way_out(how, done)}. Other words may be right, too: `mergekit-wp compare` "
+                f"{_way_out(how)}. Other words may be right, too: `mergekit-wp compare` "
                 "measures the skill itself"
             )
 
 
-def _way_out(how: Fit, done: bool) -> str:
-    if not done:
-        return f"the fit was not done: give more {option('steps')}"
+def _more_steps() -> str:
+    return (
+        f"give more {option('steps')}, and go on from its recipe by `mergekit-wp fit RECIPE` with "
+        f"{option('start', 'scores')}"
+    )
+
+
+def _way_out(how: Fit) -> str:
+    if not how.done:
+        return f"the fit was not done: {_more_steps()}"
     ways = ["give more prompts"]
     if how.granularity != "channel":
         ways.append(f"finer gates, {option('granularity', 'channel')}")

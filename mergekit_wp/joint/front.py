@@ -24,7 +24,7 @@ def front(fitting: Fitting, fitted: FitState) -> list[FitState]:
     for limit in fitting.request.front:
         fitting.allow(limit)
         start = (points or [fitted])[-1].onwards()
-        where = f"within {limit:g} times the base's perplexity"
+        where = f"allowed {limit:g} times the base's perplexity"
         point = fitting.climb(start, most, f"front-{len(points)}", where)
         fitting.progress.note(f"{where}, {fitting.said(point.reached)}")
         points.append(point)

@@ -135,9 +135,14 @@ class Layout:
         return (flat - means[groups]) * fitted
 
     @property
-    def share(self) -> float:
-        """What part of a weight's gate each of those has that are added up for it."""
-        return 0.5 if self.granularity == "row_column" else 1.0
+    def share(self) -> torch.Tensor:
+        """What part of a weight's gate each has: half where a row's and a column's are added."""
+        flat = torch.ones(self.size, dtype=torch.float64)
+        for gates in self.unflat(flat):
+            for name, layout in self.layouts.items():
+                if not isinstance(layout, TensorLayout) and len(layout.parts) == 2:
+                    self.put(gates, name, 0.5)
+        return flat
 
     def _shape(self, kind: Kind) -> tuple[int, ...]:
         """Shape of one expert's components of one kind."""

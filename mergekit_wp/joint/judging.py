@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+#: fewer prompts of a behaviour than this are all fitted on; the most prompts that are judged by
+FEW, MOST = 64, 128
 #: gates are judged every so many steps
 LOOK = 10
 #: how much less the mean logarithm of what is left must be to count as a gain
@@ -22,6 +24,40 @@ PATIENCE = (20, 30)
 FALLS, FACTOR = 2, 3.0
 #: what keeps the logarithm finite; a limit that is used up by a tenth more counts as held
 _SMALLEST, _SLACK = 1e-4, 1.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which prompts of a behaviour or guard are fitted on, and which judged by.
+
+    Attributes:
+        fitted: their places in the file.
+        judged: the same; drawn at random, and held out, or, where nothing is, among `fitted`.
+    """
+
+    fitted: frozenset[int]
+    judged: frozenset[int]
+
+    @classmethod
+    def of(cls, prompts: int, part: float, seed: int) -> Split:
+        """Of so many prompts, of which a part is held out where they are not few.
+
+        Args:
+            prompts: how many there are.
+            part: of them, in [0, 1); 0 holds out nothing.
+            seed: of the draw; the same of every behaviour, for files may be parallel.
+        """
+        part = part if prompts >= FEW else 0.0
+        held_out = max(1, round(part * prompts)) if part else prompts
+        order = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()
+        judged = frozenset(order[: min(held_out, MOST, prompts - 1 if part else prompts)])
+        every = frozenset(order)
+        return cls(every - judged if part else every, judged)
+
+    @property
+    def held_out(self) -> int:
+        """How many prompts are only judged by."""
+        return len(self.judged - self.fitted)
 
 
 @dataclass(frozen=True)

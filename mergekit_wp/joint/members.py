@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +87,14 @@ def open_members(
     return members
 
 
-def measure(member: Member, journal: Journal, size: int) -> References:
+def measure(member: Member, journal: Journal, size: int, apart: Collection[int] = ()) -> References:
     """Base and expert on a member's prompts, by ``kl``.
 
     Args:
         member: the expert.
         journal: keeps its answers.
         size: prompts per batch.
+        apart: which prompts are in batches of their own.
 
     Raises:
         UserError: base and expert do not differ on the prompts.
@@ -103,7 +104,7 @@ def measure(member: Member, journal: Journal, size: int) -> References:
     samples = run.samples(resident, journal, prefix=f"{member.name}.")
     progress.stage(f"base and {member.name} on the prompts", 1, "pair")
     references = AtOnce(size, progress.note).run(
-        lambda at_once: measure_references(resident, samples, ("kl",), size, at_once)
+        lambda at_once: measure_references(resident, samples, ("kl",), size, at_once, apart=apart)
     )
     progress.advance(1)
     resident.release()  # else it is held beside the next one until Python looks for cycles

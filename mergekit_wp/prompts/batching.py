@@ -7,7 +7,7 @@ its like. So a prompt's numbers do not depend on what it is batched with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -111,6 +111,7 @@ def batches(
     size: int,
     device: str,
     side: Callable[[int], Hashable] = lambda _length: None,
+    apart: Collection[int] = (),
 ) -> Iterator[PromptBatch]:
     """Batches of at most `size` samples, similar lengths together.
 
@@ -120,9 +121,13 @@ def batches(
         device: where they go.
         side: of a length; samples of different sides do not go together
             (`architectures.computation.RopeBorders`).
+        apart: which samples are in batches of their own, after the others.
     """
-    for members in together([len(s.input_ids) for s in samples], size, side):
-        yield PromptBatch.of([samples[i] for i in members], members, device)
+    for among in (True, False):
+        part = [i for i in range(len(samples)) if (i not in apart) == among]
+        for places in together([len(samples[i].input_ids) for i in part], size, side):
+            members = [part[place] for place in places]
+            yield PromptBatch.of([samples[i] for i in members], members, device)
 
 
 def together(

@@ -28,7 +28,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
         )
     ]
     guards = [guard.behavior for guard in fit.guards]
-    which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
+    which = clean(fit.judged_on(*(name for name in fit.held_out if name not in guards)))
     for step in dict.fromkeys((0, fit.best_step)):
         seen = fit.history[step].judged or {}
         said = ", ".join(
@@ -39,13 +39,14 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
         found.append(("answers", f"after {step} steps, reproduced on {which}: {said}"))
     for guard in fit.guards:
         one = fit.reached[guard.behavior]
-        verdict = "held" if fit.held(guard.behavior) else "out of reach"
-        cost = f"price {guard.price:.2g}" if guard.price else "it cost nothing"
+        verdict = fit.verdict(guard.behavior)
+        if guard.price or fit.held(guard.behavior):
+            verdict += f"; price {guard.price:.2g}" if guard.price else "; it cost nothing"
         found.append(
             (
                 "guard",
                 f"{clean(guard.behavior)}, {count(guard.n_prompts, 'prompt')}: {one.ratio:.3f} "
-                f"times the base's perplexity, limit {fit.limit:g}, {verdict}; {cost}; answers "
+                f"times the base's perplexity, limit {fit.limit:g}, {verdict}; answers "
                 f"reproduced {one.answers:.2f}",
             )
         )
@@ -54,7 +55,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
             f"{clean(n)} {one.answers:.2f}" for n, one in point.reached.items() if n not in guards
         ]
         kept = [
-            f"{clean(n)} {point.reached[n].ratio:.3f}{'' if point.held(n) else ', out of reach'}"
+            f"{clean(n)} {point.reached[n].ratio:.3f}{'' if point.held(n) else ', beyond it'}"
             for n in guards
         ]
         found.append(

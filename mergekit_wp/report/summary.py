@@ -143,7 +143,7 @@ def _returns(manifest: Manifest, fit: Fit) -> str:
     members = manifest.company or ()
     back = {member.behavior: fit.reached[member.behavior] for member in members}
     own = back[manifest.behavior]
-    which = "held-out prompts" if any(fit.held_out.values()) else "the prompts it was fitted on"
+    which = fit.judged_on(manifest.behavior)
     said = (
         f"Merged by these gates, the model gives {own.answers:.0%} of the expert's own answers "
         f"on {which} to the last token, and {own.tokens:.0%} of their tokens"
@@ -156,8 +156,9 @@ def _returns(manifest: Manifest, fit: Fit) -> str:
     if others:
         said += f" ({others})"
     if own.answers < ENOUGH:
+        more = "prompts, or fewer experts" if fit.done else "steps, for the fit was not done"
         said += (
-            "; give more prompts, or fewer experts. Other words may be right, too: 'mergekit-wp "
+            f"; give more {more}. Other words may be right, too: 'mergekit-wp "
             "compare' measures the skill itself"
         )
     return f"{said}."

@@ -11,7 +11,7 @@ recovery along it means nothing. The weaker of the two counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,6 +94,7 @@ def measure_references(
     batch_size: int,
     at_once: int | None = None,
     *,
+    apart: Collection[int] = (),
     contrasts: tuple[list[int], list[PromptBatch]] = ([], []),
     anchor_layer: int | None = None,
     anchor: AnchorDirection | None = None,
@@ -107,6 +108,7 @@ def measure_references(
         criteria: which criteria are asked for.
         batch_size: samples per batch.
         at_once: samples per forward, if fewer; contrasts go by their own batches.
+        apart: which samples are in batches of their own.
         contrasts: from `contrast_batches`; no members for the matched-checkpoint anchor.
         anchor_layer: the anchor's layer, None to choose.
         anchor: of a score file; one is found where it is None and asked for.
@@ -117,7 +119,7 @@ def measure_references(
     """
     decoder, at_once = Decoder(resident.model), at_once or batch_size
     device, side, n = resident.device, resident.side, len(samples)
-    every = list(batches(samples, batch_size, device, side))
+    every = list(batches(samples, batch_size, device, side, apart))
     alone = [Sample(s.prompt_ids) for s in samples]
     prompt_only = list(batches(alone, at_once, device, side))
     finds_anchor = "anchor" in criteria and anchor is None
