@@ -137,7 +137,7 @@ class FitRequest(MembersRequest):
         "matrix, whose gates are added.",
     )
     shrinkage: float = Field(
-        default=16.0,
+        default=48.0,
         ge=0,
         description="Pull of every gate towards the mean of its tensor, as strong as so many "
         "prompts a behaviour: with few prompts gates move together, with many each by itself.",
