@@ -21,7 +21,6 @@ from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.suites.prepare import requested
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.files import RECIPE, kept_settings
 from mergekit_wp.joint.fit import fit as _fit
 from mergekit_wp.joint.request import FitRequest, by_name, experts_of
@@ -31,6 +30,7 @@ from mergekit_wp.mechanism.circuit import trace as _trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.mechanism.stability import stability
 from mergekit_wp.mechanism.verify import verify as _verify
+from mergekit_wp.merging.merge import check_free
 from mergekit_wp.merging.merge import merge as _merge
 from mergekit_wp.merging.states import fuse_states
 from mergekit_wp.models.hub import local_path
@@ -171,7 +171,7 @@ def merge(
             method, as a file or as what it holds.
         out: the folder.
         options: mergekit's.
-        overwrite: replace a model that is there already.
+        overwrite: replace a model, or files of it, that are there already.
         progress: say where the merge has another tokenizer than an expert; or where to say it.
 
     Raises:
@@ -225,7 +225,10 @@ def merge_experts(
     Raises:
         UserError: any mistake in the inputs.
     """
-    refuse_existing(Path(out), overwrite)
+    from mergekit.options import MergeOptions
+
+    options = options or MergeOptions()
+    check_free(Path(out), options, overwrite)
     steps = Path(out, "merge")
     with shown_by(progress) as shown:
         fit_options |= {"guards": guards, "recipe": recipe, "overwrite": overwrite}
