@@ -22,6 +22,7 @@ from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.suites.prepare import requested
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.files import RECIPE, kept_settings
+from mergekit_wp.joint.finished import finished
 from mergekit_wp.joint.fit import fit as _fit
 from mergekit_wp.joint.request import FitRequest, by_name, experts_of
 from mergekit_wp.mechanism.anchors import LayerAnchor
@@ -131,16 +132,26 @@ def fit(
     Raises:
         UserError: any mistake in the inputs.
     """
+    request = _fit_request(base, experts, recipe, prompts, guards, out=out, **options)
+    with shown_by(progress) as shown:
+        return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
+
+
+def _fit_request(
+    base: PathLike | None,
+    experts: Mapping[str, PathLike] | None,
+    recipe: PathLike | tuple[str, ...] | None,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    guards: Sequence[Any],
+    **options: Any,
+) -> FitRequest:
     ensure_registered()
-    request = FitRequest.of(
+    return FitRequest.of(
         recipe=experts_of(base, experts, recipe),
         prompts=by_name(prompts),
         guards=tuple(prompt_source(guard) for guard in guards),
-        out=out,
         **options,
     )
-    with shown_by(progress) as shown:
-        return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
 
 
 #: experts are scored together by fitting them
@@ -208,7 +219,8 @@ def merge_experts(
     """Fit experts together and merge them: the whole job, from models and prompts to a model.
 
     Every step can be taken again by itself: the folder ``merge`` in the output holds the score
-    files and the recipe that merges by them.
+    files and the recipe that merges by them. Where that fit is finished already, only the merge is
+    made.
 
     Args:
         base: a folder or a Hub id.
@@ -230,11 +242,12 @@ def merge_experts(
     options = options or MergeOptions()
     check_free(Path(out), options, overwrite)
     steps = Path(out, "merge")
+    fit_options |= {"out": steps, "overwrite": overwrite}
+    request = _fit_request(base, experts, recipe, prompts, guards, **fit_options)
     with shown_by(progress) as shown:
-        fit_options |= {"guards": guards, "recipe": recipe, "overwrite": overwrite}
-        found = fit(base, experts, prompts=prompts, out=steps, progress=shown, **fit_options)
+        found = finished(request, Path(out), shown) or _fit(request, shown)
         merge(steps / RECIPE, out, options, overwrite=overwrite, progress=shown)
-    return found
+    return ScoresTogether(found, kept_settings(request.recipe))
 
 
 def fuse(
