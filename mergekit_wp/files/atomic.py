@@ -317,4 +317,5 @@ def _move(staged: Path, target: Path, overwrite: bool) -> None:
     except BaseException:
         for path in moved:  # else a card and a config would stand there without a model
             path.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
         raise

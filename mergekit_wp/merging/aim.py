@@ -44,7 +44,7 @@ _NOTE = """
 
 Afterwards the weights of input channels that the base uses most were drawn back to the base by
 [AIM](https://arxiv.org/abs/2502.02421) with omega {omega:g}, calibrated on {count} prompts
-(`mergekit-wp aim`).
+(`mergekit-wp aim`). What a fit or a comparison above reached is of the merge before that.
 """
 
 
