@@ -21,8 +21,8 @@ from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.suites.prepare import requested
 from mergekit_wp.files import scorefile
-from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.joint.files import RECIPE, kept_settings
+from mergekit_wp.joint.finished import finished
 from mergekit_wp.joint.fit import fit as _fit
 from mergekit_wp.joint.request import FitRequest, by_name, experts_of
 from mergekit_wp.mechanism.anchors import LayerAnchor
@@ -31,6 +31,7 @@ from mergekit_wp.mechanism.circuit import trace as _trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.mechanism.stability import stability
 from mergekit_wp.mechanism.verify import verify as _verify
+from mergekit_wp.merging.merge import check_free
 from mergekit_wp.merging.merge import merge as _merge
 from mergekit_wp.merging.states import fuse_states
 from mergekit_wp.models.hub import local_path
@@ -131,16 +132,26 @@ def fit(
     Raises:
         UserError: any mistake in the inputs.
     """
+    request = _fit_request(base, experts, recipe, prompts, guards, out=out, **options)
+    with shown_by(progress) as shown:
+        return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
+
+
+def _fit_request(
+    base: PathLike | None,
+    experts: Mapping[str, PathLike] | None,
+    recipe: PathLike | tuple[str, ...] | None,
+    prompts: Mapping[str, Any] | Sequence[Any],
+    guards: Sequence[Any],
+    **options: Any,
+) -> FitRequest:
     ensure_registered()
-    request = FitRequest.of(
+    return FitRequest.of(
         recipe=experts_of(base, experts, recipe),
         prompts=by_name(prompts),
         guards=tuple(prompt_source(guard) for guard in guards),
-        out=out,
         **options,
     )
-    with shown_by(progress) as shown:
-        return ScoresTogether(_fit(request, shown), kept_settings(request.recipe))
 
 
 #: experts are scored together by fitting them
@@ -171,7 +182,7 @@ def merge(
             method, as a file or as what it holds.
         out: the folder.
         options: mergekit's.
-        overwrite: replace a model that is there already.
+        overwrite: replace a model, or files of it, that are there already.
         progress: say where the merge has another tokenizer than an expert; or where to say it.
 
     Raises:
@@ -208,7 +219,8 @@ def merge_experts(
     """Fit experts together and merge them: the whole job, from models and prompts to a model.
 
     Every step can be taken again by itself: the folder ``merge`` in the output holds the score
-    files and the recipe that merges by them.
+    files and the recipe that merges by them. Where that fit is finished already, only the merge is
+    made.
 
     Args:
         base: a folder or a Hub id.
@@ -225,13 +237,17 @@ def merge_experts(
     Raises:
         UserError: any mistake in the inputs.
     """
-    refuse_existing(Path(out), overwrite)
+    from mergekit.options import MergeOptions
+
+    options = options or MergeOptions()
+    check_free(Path(out), options, overwrite)
     steps = Path(out, "merge")
+    fit_options |= {"out": steps, "overwrite": overwrite}
+    request = _fit_request(base, experts, recipe, prompts, guards, **fit_options)
     with shown_by(progress) as shown:
-        fit_options |= {"guards": guards, "recipe": recipe, "overwrite": overwrite}
-        found = fit(base, experts, prompts=prompts, out=steps, progress=shown, **fit_options)
+        found = finished(request, Path(out), shown) or _fit(request, shown)
         merge(steps / RECIPE, out, options, overwrite=overwrite, progress=shown)
-    return found
+    return ScoresTogether(found, kept_settings(request.recipe))
 
 
 def fuse(

@@ -38,6 +38,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Fidelity
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.plan import plan
+from mergekit_wp.merging.recipe import score_texts
 from mergekit_wp.models.model_names import distinct_names, file_names, is_called
 from mergekit_wp.terms import RowRole
 from tests.merging import Family, llama_config
@@ -460,6 +461,10 @@ def comparison(folder: Path, recipe: dict[str, Any]) -> Path:
     ]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps(summary(Resampled(found, 100))))
+    files = {
+        path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in score_texts(recipe)
+    }
+    (folder / "comparison.json").write_text(json.dumps({"score files": files}))
     return folder
 
 
@@ -474,6 +479,19 @@ def test_results_of_the_row_with_the_same_recipe(family: Family, tmp_path: Path)
     assert "| ties | 0.25 [" in card.text and "failed: out of memory" in card.text
     [other] = carded(out, "--results", results, "--row", "ties+aim").data.eval_results
     assert other.metric_value == 0.5, "replaced, not added"
+
+
+def test_results_of_score_files_that_were_made_anew_since_are_refused(
+    family: Family, tmp_path: Path
+) -> None:
+    results = comparison(tmp_path / "cmp", family.recipe())
+    tensors = family.files[0].tensors
+    anew = {name: value * 0.5 if "share" in name else value for name, value in tensors.items()}
+    scorefile.write(scorefile.ScoreFile(family.files[0].manifest, anew), family.paths[0])
+    out = merged(write(family.recipe(), tmp_path / "recipe.yml"), tmp_path / "out")
+    assert "none of the recipes in" in refusal(out, "--results", results)
+    (results / "comparison.json").write_text("{}")
+    assert "does not say by which score files" in refusal(out, "--results", results)
 
 
 def test_results_of_other_merges_are_refused(family: Family, tmp_path: Path) -> None:

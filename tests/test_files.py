@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 
 from mergekit_wp.cli import main
 from mergekit_wp.errors import DiskError, UserError
-from mergekit_wp.files.atomic import disk_trouble, locked, staged_folder, written_whole
+from mergekit_wp.files.atomic import (
+    disk_trouble,
+    locked,
+    refuse_existing,
+    staged_folder,
+    written_whole,
+)
 from mergekit_wp.runs.journal import Journal
 from tests.killing import contents, small_files
 from tests.merging import Family, llama_config
@@ -111,13 +117,98 @@ def test_a_model_that_is_replaced_is_never_a_mixture(
         replace(source, to)
 
     monkeypatch.setattr(os, "replace", noted)
-    with staged_folder(target) as staged:
+    with staged_folder(target, overwrite=True) as staged:
         staged.mkdir()
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (staged / name).write_text("new")
     assert seen == [set()] * 3
     new = dict.fromkeys(("config.json", "model.safetensors", "tokenizer.json"), b"new")
     assert contents(target) == new | {"notes.txt": b"old"}
+
+
+def model_into(target: Path, *, overwrite: bool = False) -> None:
+    with staged_folder(target, overwrite=overwrite) as staged:
+        (staged / "scores").mkdir(parents=True)
+        for name in ("README.md", "config.json", "model.safetensors", "scores/e.safetensors"):
+            (staged / name).write_text("new")
+
+
+MODEL = dict.fromkeys(
+    ("README.md", "config.json", "model.safetensors", "scores/e.safetensors"), b"new"
+)
+
+
+@pytest.mark.parametrize("name", ["README.md", "scores/e.safetensors"])
+def test_files_of_others_are_replaced_only_when_asked(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "merged"
+    (target / name).parent.mkdir(parents=True)
+    (target / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} exists already; add overwrite=True"):
+        model_into(target)
+    assert contents(tmp_path) == {f"merged/{name}": b"mine"}
+    (target / name).write_text("new")  # as it will be
+    model_into(target)
+    (target / name).write_text("mine")
+    model_into(target, overwrite=True)
+    assert contents(target) == MODEL
+
+
+@pytest.mark.parametrize("name", ["README.md/", "scores"])
+def test_what_cannot_be_moved_is_found_before_anything_is(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "merged"
+    target.mkdir()
+    (target / "model.safetensors").write_text("old")
+    if name.endswith("/"):
+        (target / name).mkdir()
+    else:
+        (target / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name.strip('/')} is a .* and would be written"):
+        model_into(target, overwrite=True)
+    assert contents(target)["model.safetensors"] == b"old"
+
+
+def test_a_move_that_fails_leaves_no_card_without_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "merged"
+    (target / "merge").mkdir(parents=True)
+    (target / "merge" / "recipe.yml").write_text("fitted")
+    replace = os.replace
+
+    def failing(source: Any, to: Any) -> None:
+        if Path(to).name == "model.safetensors":
+            raise PermissionError
+        replace(source, to)
+
+    with monkeypatch.context() as patched, pytest.raises(PermissionError):
+        patched.setattr(os, "replace", failing)
+        model_into(target)
+    assert contents(tmp_path) == {"merged/merge/recipe.yml": b"fitted"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_merge_killed_while_its_files_are_moved_goes_on(tmp_path: Path, fails: bool) -> None:
+    target = tmp_path / "merged"
+    target.mkdir()
+    if (child := os.fork()) == 0:
+        replace = os.replace
+
+        def killed(source: Any, to: Any) -> None:
+            if Path(to).name == "model.safetensors":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, to)
+
+        os.replace = killed  # type: ignore[assignment]
+        model_into(target)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert (target / "README.md").exists() and not (target / "model.safetensors").exists()
+    refuse_existing(target, False, ["README.md"])
+    if fails:
+        with pytest.raises(ZeroDivisionError), staged_folder(target):
+            raise ZeroDivisionError
+        assert contents(tmp_path) == {}
+    model_into(target)
+    assert contents(tmp_path) == {f"merged/{name}": text for name, text in MODEL.items()}
 
 
 def test_a_disk_of_its_own_is_staged_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

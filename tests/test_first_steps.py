@@ -102,6 +102,77 @@ def test_the_whole_job_and_every_step_of_it_again(world: Path) -> None:
     )
 
 
+def test_a_fit_killed_while_it_writes_its_files_goes_on(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over its own files, not over one that somebody made meanwhile."""
+    fit = f"fit base east west {BOTH} --out t {FIT}"
+    with monkeypatch.context() as patched:
+        patched.setattr("mergekit_wp.joint.files.company_recipe", lambda *_: 1 / 0)
+        assert isinstance(run(fit).exception, ZeroDivisionError)
+    assert Path("t/west.safetensors").exists() and not Path("t/recipe.yml").exists()
+    shutil.move("t/west.safetensors", "kept.safetensors")
+    done("score base west --prompts west.jsonl -o t/west.safetensors --kinds layer --verify 0")
+    assert "t/west.safetensors exists already" in refused(fit)
+    shutil.move("kept.safetensors", "t/west.safetensors")
+    done(fit)
+    assert not Path("t/fit.partial").exists()
+
+
+@pytest.fixture
+def unmerged(world: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The whole job, whose merge failed; from now on nothing is fitted."""
+    job = f"merge base east west {BOTH} --out merged --quiet {FIT}"
+    with monkeypatch.context() as patched:
+        patched.setattr("mergekit_wp.merging.merge.run_merge", lambda *_, **__: 1 / 0)
+        assert isinstance(run(job).exception, ZeroDivisionError)
+    assert [path.name for path in Path("merged").iterdir()] == ["merge"]
+    monkeypatch.setattr("mergekit_wp.api._fit", lambda *_: 1 / 0)
+    return job
+
+
+def test_a_job_whose_merge_failed_goes_on_with_it(unmerged: str) -> None:
+    shutil.copy("east.jsonl", "other-name.jsonl")
+    job = unmerged.replace("east=east.jsonl", "east=other-name.jsonl").replace(" base ", " ./base ")
+    assert "merged model written to merged" in done(f"{job} --steps 1")
+    done("merge merged/merge/recipe.yml again --quiet")
+    assert same(Path("merged"), Path("again"))
+    assert "merged holds a model already" in refused(unmerged)
+    assert isinstance(run(f"{unmerged} --overwrite").exception, ZeroDivisionError), "that fits"
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        ("--limit 1.5", "--limit (1.01 -> 1.5)"),
+        ("--unguarded", "--guard, --unguarded"),
+        ("--steps 3", "--steps (2 -> 3)"),
+        ("--guard open.jsonl", "--guard"),
+        ("--prompts east=open.jsonl", "prompts of east"),
+    ],
+)
+def test_a_fit_of_something_else_is_not_merged_by(unmerged: str, more: str, changed: str) -> None:
+    if more.startswith("--prompts"):
+        unmerged, more = unmerged.replace("east=east.jsonl", "east=open.jsonl"), ""
+    assert refused(f"{unmerged} {more}") == (
+        f"merged/merge holds a finished fit of something else; changed: {changed}; merge by it "
+        "with `mergekit-wp merge merged/merge/recipe.yml merged`, add --overwrite to fit anew, or "
+        "choose another --out"
+    )
+
+
+def test_a_fit_of_other_contents_is_not_merged_by(unmerged: str) -> None:
+    recipe = Path("merged/merge/recipe.yml")
+    recipe.write_text(recipe.read_text() + "tokenizer_source: base\n")
+    shutil.copy("east/model.safetensors", "west/model.safetensors")
+    with open("east.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "cab", "response": "ab"}) + "\n")
+    changed = "changed: prompts of east, expert west, recipe.yml; merge by it"
+    assert changed in refused(unmerged)
+    shutil.move("merged/merge/west.safetensors", "elsewhere.safetensors")
+    assert "changed: the experts; merge by it" in refused(unmerged)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -244,6 +315,9 @@ def test_nothing_finished_is_replaced_unasked(world: Path) -> None:
     together = f"fit base east west {BOTH} --out t {FIT}"
     done(together)
     assert "recipe.yml exists already" in refused(together)
+    Path("t/recipe.yml").rename("t/mine.yml")
+    assert "t/east.safetensors exists already; add --overwrite" in refused(together)
+    Path("t/mine.yml").rename("t/recipe.yml")
     done("merge t/recipe.yml m --quiet")
     assert "m holds a model already" in refused("merge t/recipe.yml m --quiet")
     done("merge t/recipe.yml m --quiet --overwrite")

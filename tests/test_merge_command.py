@@ -330,6 +330,22 @@ def test_targets_that_cannot_be(family: Family, tmp_path: Path) -> None:
     assert "is an input of the merge" in refused(recipe, family.base.path)
 
 
+def test_files_of_others_are_refused_before_anything_is_merged(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = write(family.recipe(), tmp_path / "recipe.yml"), tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with monkeypatch.context() as patched:
+        patched.delattr("mergekit_wp.merging.merge.run_merge")
+        assert f"{out / 'README.md'} exists already; add " in refused(recipe, out)
+    assert (out / "README.md").read_text() == "mine"
+    done(recipe, out, "--no-write-model-card")
+    assert (out / "README.md").read_text() == "mine"
+    done(recipe, out, "--overwrite")
+    assert (out / "README.md").read_text() != "mine"
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_an_interruption_leaves_nothing(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: type

@@ -153,7 +153,7 @@ def test_links_do_not_lead_a_merge_out_of_its_folder(tmp_path: Path, capfd: Any)
     (out / "scores").unlink()
     (elsewhere / "mine").write_text("mine")
     (out / "config.json").symlink_to(elsewhere / "mine")
-    run(*arguments)
+    run(*arguments, "--overwrite")
     assert (elsewhere / "mine").read_text() == "mine"
     shutil.rmtree(out / "scores")
     (out / "scores").symlink_to(elsewhere)

@@ -13,12 +13,13 @@ import yaml
 from huggingface_hub import EvalResult
 from mergekit.config import MergeConfiguration
 
-from mergekit_wp.comparison.reading import read_comparison
+from mergekit_wp.comparison.reading import compared_scores, read_comparison
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import recipe_name
 from mergekit_wp.comparison.table import markdown_table
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging.model_references import data_of
+from mergekit_wp.merging.recipe import with_scores
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def evaluation(
 def _same_recipe(
     folder: Path, rows: list[str], config: MergeConfiguration, digest: Callable[[str], str]
 ) -> str:
-    wanted = _canonical(config, digest)
+    wanted, compared = _canonical(config, digest), compared_scores(folder)
     for row in rows:
         path = folder / "recipes" / (recipe_name(row) + ".yml")
         # what AIM made of a merge has that merge's recipe, and is another model
@@ -67,32 +68,29 @@ def _same_recipe(
             continue
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-            theirs = _canonical(MergeConfiguration.model_validate(data), digest)
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # made elsewhere, with score files that are not here
+            # score files as they were then: what lies there now may be of another fit
+            theirs = _canonical(MergeConfiguration.model_validate(data), compared.__getitem__)
+        except (OSError, ValueError, KeyError, yaml.YAMLError):
+            continue  # changed since, so that nobody knows what it was
         if theirs == wanted:
             return row
     raise UserError(
-        f"none of the recipes in {folder / 'recipes'} is that of this merge; if one of its rows is "
-        f"this model nevertheless, say {option('row', 'NAME')}, one of {', '.join(rows)}"
+        f"none of the recipes in {folder / 'recipes'} is that of this merge, by the score files "
+        "that it has; compare this one, or if one of its rows is this model nevertheless, say "
+        f"{option('row', 'NAME')}, one of {', '.join(rows)}"
     )
 
 
 def _canonical(config: MergeConfiguration, digest: Callable[[str], str]) -> Any:
     """A recipe as far as it decides the merge; score files by their content."""
-    data = data_of(config, exclude_none=True)
 
-    def hashed(value: Any, inside: bool) -> Any:
+    def filled(value: Any) -> Any:
         if isinstance(value, dict):
-            inner = {k: hashed(v, inside or k == "scores") for k, v in value.items()}
+            inner = {k: filled(v) for k, v in value.items()}
             return {k: v for k, v in inner.items() if v not in ({}, None)}
-        if isinstance(value, list):
-            return [hashed(entry, inside) for entry in value]
-        if inside and isinstance(value, str) and value.endswith(".safetensors"):
-            return digest(value)
-        return value
+        return [filled(entry) for entry in value] if isinstance(value, list) else value
 
-    return hashed(data, False)
+    return filled(with_scores(data_of(config, exclude_none=True), digest))
 
 
 def _result(task: str, scores: list[list[float]]) -> EvalResult:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.atomic import refuse_link_out, written_whole
 from mergekit_wp.files.manifest import Manifest
-from mergekit_wp.merging.recipe import Recipe, find_score_file
+from mergekit_wp.merging.recipe import Recipe, find_score_file, score_texts, with_scores
 
 FOLDER = "scores"
 
@@ -46,7 +45,7 @@ def copy_scores(recipe: Recipe, folder: Path) -> tuple[list[ScoreCopy], str]:
     refuse_link_out(folder / FOLDER, folder)
     beside = recipe.path.absolute().parent
     data = yaml.safe_load(recipe.source)
-    names_of = {text: find_score_file(text, beside) for text in dict.fromkeys(_references(data))}
+    names_of = {text: find_score_file(text, beside) for text in dict.fromkeys(score_texts(data))}
     names = _names(names_of)
     copies: dict[str, ScoreCopy] = {}
     for reference, name in names.items():
@@ -82,35 +81,9 @@ def _names(found: dict[str, str]) -> dict[str, str]:
     return names
 
 
-def _references(data: Any) -> Iterator[str]:
-    """Every text under ``scores``, however deep."""
-    found: list[str] = []
-
-    def note(text: str) -> str:
-        found.append(text)
-        return text
-
-    _mapped(data, note)
-    yield from found
-
-
-def _mapped(data: Any, change: Callable[[str], str], inside: bool = False) -> Any:
-    """The same structure, with every text under ``scores`` changed."""
-    if isinstance(data, dict):
-        return {
-            key: value
-            if inside and key == "filter"
-            else _mapped(value, change, inside or key == "scores")
-            for key, value in data.items()
-        }
-    if isinstance(data, list):
-        return [_mapped(entry, change, inside) for entry in data]
-    return change(data) if inside and isinstance(data, str) else data
-
-
 def _renamed(source: str, data: Any, moved: dict[str, str]) -> str:
     """The recipe's text with other paths: edited in place, written anew where that fails."""
-    wanted = _mapped(data, lambda text: moved.get(text, text))
+    wanted = with_scores(data, lambda text: moved.get(text, text))
     if moved:
         longest = sorted(moved, key=len, reverse=True)
         pattern = "|".join(re.escape(reference) for reference in longest)

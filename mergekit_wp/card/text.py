@@ -111,15 +111,6 @@ def _measured(manifest: Manifest, wanted: Sequence[tuple[Estimand, CriterionName
             said.append(f"{estimand}/{criterion} of {kinds}: {row.words}")
         if (key := f"{estimand}/{criterion}") in manifest.completeness:
             said.append(f"{key} sums to {manifest.completeness[key]:.3f} of 1")
-    for member in manifest.company or ():
-        if member.reference == manifest.expert.reference:
-            said.append(f"recovery {member.recovery:.2f} by path")
-    if manifest.fit is not None and manifest.behavior in manifest.fit.reached:
-        seen = manifest.fit.reached[manifest.behavior]
-        said.append(
-            f"{seen.answers:.2f} of the expert's answers reproduced whole, {seen.tokens:.2f} of "
-            "their tokens"
-        )
     return said
 
 

@@ -24,6 +24,7 @@ from mergekit_wp.card import text
 from mergekit_wp.card.chart import chart
 from mergekit_wp.card.contributions import contributions, used_scores
 from mergekit_wp.card.evaluation import Evaluation, evaluation
+from mergekit_wp.card.fitted import fit_section
 from mergekit_wp.card.front_matter import with_keys
 from mergekit_wp.card.scores import ScoreCopy, copy_scores
 from mergekit_wp.card.sources import Source, common_licence, sources
@@ -81,6 +82,8 @@ def write_card(
             temporary.write_bytes(chart(shares, distinct_names(shares.experts)))
         parts.append(text.contribution_table(shares, CHART))
         parts.append(text.score_table(copies, used_scores(tasks)))
+        if (reached := fit_section(recipe, tasks, copies)) is not None:
+            parts.append(reached)
     if measured is not None:
         parts.append(text.evaluation_section(measured))
     parts.append(text.how_to_repeat(CONFIG, __version__, bool(copies)))

@@ -51,8 +51,8 @@ def merge(
 
     The first is the whole job: the experts are fitted together on their prompts, as `fit` does
     with the same options, merged, and described in a model card. OUT/merge keeps the score files
-    and the recipe, so that every step can be taken again by itself. A recipe of the same models
-    may stand in the place of BASE and EXPERTs.
+    and the recipe, so that every step can be taken again by itself; the same command again goes on
+    where it stopped. A recipe of the same models may stand in the place of BASE and EXPERTs.
 
     RECIPE is a mergekit recipe; every merge method and every option of `mergekit-yaml` works.
     For `merge_method: weight_patching` the recipe, its score files and a few tensors of every

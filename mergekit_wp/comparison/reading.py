@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mergekit_wp.comparison.results import Job
+from mergekit_wp.comparison.results import SCORE_FILES, Job
 from mergekit_wp.comparison.rows import (
     EQUAL,
     UNTUNED,
@@ -69,6 +69,26 @@ def read_comparison(folder: Path) -> Comparison:
         raise UserError(
             f"{folder} holds no finished comparison of 'mergekit-wp compare': "
             f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def compared_scores(folder: Path) -> dict[str, str]:
+    """Hashes of the score files that a comparison merged by, as they were then, by path.
+
+    Args:
+        folder: of the comparison.
+
+    Raises:
+        UserError: its comparison.json cannot be read, or does not say them.
+    """
+    stated = folder / "comparison.json"
+    try:
+        found = json.loads(stated.read_text(encoding="utf-8"))[SCORE_FILES]
+        return {str(path): str(digest) for path, digest in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{stated} does not say by which score files the comparison merged "
+            f"({type(error).__name__}); compare again into another folder"
         ) from error
 
 

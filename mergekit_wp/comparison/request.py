@@ -23,6 +23,7 @@ from mergekit_wp.comparison.methods import (
     read_grid,
 )
 from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.results import SCORE_FILES
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note, settings_of
@@ -271,6 +272,12 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "experts": {name: weights(e) for name, e in zip(plan.names, plan.experts, strict=True)},
         "recipe": recipe(plan.recipe) if plan.recipe else None,
         "other recipes": {name: recipe(config) for name, config in plan.extra.items()},
+        SCORE_FILES: {
+            path: hashlib.sha256(Path(local_path(path)).read_bytes()).hexdigest()
+            for config in (plan.recipe, *plan.extra.values())
+            if config is not None
+            for path in recipes.score_texts(data_of(config))
+        },
         "tasks": {task.name: task.fingerprint for task in (*plan.tasks, *plan.keep)},
         "calibration": hashlib.sha256(repr(plan.calibration).encode()).hexdigest()[:32],
         "prompts of experts": {

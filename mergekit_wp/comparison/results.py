@@ -41,8 +41,10 @@ from mergekit_wp.models.encoding import Clock, today
 from mergekit_wp.tasks.task import ItemScore, Task
 from mergekit_wp.terms import Split
 
+#: the entry of the hashes of score files, by path
+SCORE_FILES = "score files"
 #: inputs by name that a later run may add to: results of one do not depend on another
-GROWING = ("tasks", "other recipes", "prompts of experts")
+GROWING = ("tasks", "other recipes", "prompts of experts", SCORE_FILES)
 
 #: the entry of the date that a chat template read, where one did
 DATE = "template date"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mergekit_wp.interrupts import finishing
 _WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
 # those of them by which a loader finds the weights at all
 _ENTRY = re.compile(r"^(model|pytorch_model)\.(safetensors|bin)(\.index\.json)?$")
+# names of the files that are being moved into a folder, for the run after one that is killed there
+_MOVING = "moving"
 # what a full or failing disk says, as against a path that cannot be written
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -59,24 +62,28 @@ def is_model(folder: Path) -> bool:
     return os.path.isdir(folder) and any(_ENTRY.match(path.name) for path in folder.iterdir())
 
 
-def refuse_existing(target: Path | None, overwrite: bool) -> None:
-    """Refuse to replace a finished file, or the weights of a model in a folder.
+def refuse_existing(target: Path | None, overwrite: bool, names: Iterable[str] = ()) -> None:
+    """Refuse to replace a finished file, or a model or other files in a folder.
 
     Args:
         target: what is to be written; None for nothing.
         overwrite: whether it may be replaced.
+        names: of files that are to be written into a folder.
 
     Raises:
         UserError: it may not.
     """
     if target is None or overwrite:
         return
-    found = "exists" if os.path.isfile(target) else ""
+    found = f"{target} exists" if os.path.isfile(target) else ""
     if is_model(target):
-        found = "holds a model"
+        found = f"{target} holds a model"
+    elif there := [name for name in names if (target / name).exists()]:
+        ours = _half_moved(target)
+        found = next((f"{target / name} exists" for name in there if name not in ours), "")
     if found:
         raise UserError(
-            f"{target} {found} already; add {option('overwrite', True)} to replace it, or choose "
+            f"{found} already; add {option('overwrite', True)} to replace it, or choose "
             "another name"
         )
 
@@ -182,27 +189,34 @@ def refuse_unwritable(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder beside the target with the same last name, moved there on success.
 
-    Whatever ends the work, nothing half-written remains; what SIGKILL leaves in the hidden folder,
-    the next run with this target removes.
+    Whatever ends the work, nothing half-written remains; what SIGKILL leaves, the next run with
+    this target removes.
+
+    Args:
+        target: the folder.
+        overwrite: replace files that are in it already.
 
     Raises:
-        UserError: the folder cannot be made, or another run is writing it.
+        UserError: the folder cannot be made, another run is writing it, or files are in the way.
         DiskError: the disk is full or failing.
     """
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
-        hidden = _beside(target) / f".{target.name[:100]}.partial"
+        hidden = _hidden(target)
         lock = locked(hidden / "lock")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
     if lock is None:
         raise UserError(f"another run is writing {target}; wait for it or stop it")
-    staged = hidden / "new" / target.name
+    staged = _staged(target)
     try:
-        shutil.rmtree(staged.parent, ignore_errors=True)  # of a run that was killed
+        for name in _half_moved(target):  # of a run that was killed, as is what it left there
+            (target / name).unlink(missing_ok=True)
+        (hidden / _MOVING).unlink(missing_ok=True)
+        shutil.rmtree(staged.parent, ignore_errors=True)
         with naming_disk(target):
             staged.parent.mkdir()
             yield staged
@@ -210,7 +224,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 if path.is_file():
                     synced(path)
             with finishing(last=True):
-                _move(staged, target)
+                _move(staged, target, overwrite)
         missing = []
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -242,7 +256,41 @@ def _beside(target: Path) -> Path:
     return parent
 
 
-def _move(staged: Path, target: Path) -> None:
+def _hidden(target: Path) -> Path:
+    return _beside(target) / f".{target.name[:100]}.partial"
+
+
+def _staged(target: Path) -> Path:
+    return _hidden(target) / "new" / target.name
+
+
+def _half_moved(target: Path) -> list[str]:
+    """Names of the files that a run had moved into a folder when it was killed before the last."""
+    try:
+        names = (_hidden(target) / _MOVING).read_text(encoding="utf-8").split("\0")
+    except OSError:
+        return []
+    moved = [name for name in names if not (_staged(target) / name).exists()]
+    return moved if len(moved) < len(names) else []
+
+
+def _refuse_in_the_way(staged: Path, target: Path, names: Iterable[Path], overwrite: bool) -> None:
+    """Refuse before the first file is moved what a move would fail at, or replace unasked."""
+    for path in staged.rglob("*"):
+        place = target / path.relative_to(staged)
+        if path.is_dir():
+            refuse_link_out(place, target)
+        if place.exists() and path.is_dir() != place.is_dir():
+            kind = "folder" if place.is_dir() else "file"
+            raise UserError(
+                f"{place} is a {kind} and would be written; move it, or choose another name"
+            )
+    for name in names:
+        if (place := target / name).exists():  # what stays as it is need not be asked about
+            refuse_existing(place, overwrite or filecmp.cmp(staged / name, place, shallow=False))
+
+
+def _move(staged: Path, target: Path, overwrite: bool) -> None:
     """Move a finished model to its place; other files already there stay.
 
     A folder that is there already is without weights until all else is new, so that no loader
@@ -251,13 +299,23 @@ def _move(staged: Path, target: Path) -> None:
     if not target.exists():
         staged.rename(target)
         return
-    for path in staged.rglob("*"):
-        if path.is_dir():
-            refuse_link_out(target / path.relative_to(staged), target)
+    names = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
+    names.sort(key=lambda name: bool(_ENTRY.match(str(name))))
+    _refuse_in_the_way(staged, target, names, overwrite)
+    record = _hidden(target) / _MOVING
+    record.write_text("\0".join(map(str, names)), encoding="utf-8")
+    synced(record)
     for path in list(target.iterdir()):
         if _WEIGHTS.match(path.name):
             path.unlink()
-    written = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
-    for name in sorted(written, key=lambda name: bool(_ENTRY.match(str(name)))):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged / name, target / name)
+    moved = list[Path]()
+    try:
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / name, target / name)
+            moved.append(target / name)
+    except BaseException:
+        for path in moved:  # else a card and a config would stand there without a model
+            path.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+        raise

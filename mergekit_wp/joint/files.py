@@ -13,13 +13,14 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import refuse_existing, written_whole
 from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest
-from mergekit_wp.files.scorefile import ScoreFile, write
-from mergekit_wp.joint.members import Member
+from mergekit_wp.files.scorefile import ScoreFile, read, write
+from mergekit_wp.joint.members import Member, named_experts
 from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.merging.merge import recipe_of
 from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.model_names import absolute
+from mergekit_wp.runs.journal import unfinished
 from mergekit_wp.runs.references import References
 from mergekit_wp.scoring.score import common_fields
 from mergekit_wp.terms import Kind
@@ -30,25 +31,35 @@ RECIPE = "recipe.yml"
 ScoresByKind = Mapping[Kind, torch.Tensor]
 
 
+def score_path(folder: Path, name: str) -> Path:
+    """Where the score file of an expert goes."""
+    return folder / f"{name}.safetensors"
+
+
 def check_folder(request: FitRequest) -> None:
-    """Refuse a folder where the recipe that is written would replace another one.
+    """Refuse a folder where what is written would replace another recipe, or score files.
 
     Args:
         request: says where the score files go, and which recipe names the experts.
 
     Raises:
-        UserError: names the folder.
+        UserError: names the folder or the file; or the recipe names no experts.
     """
-    folder, read = request.out, request.recipe
+    folder, named = request.out, request.recipe
     if folder is None:
         return
     path = folder / RECIPE
-    if not isinstance(read, NamedExperts) and path.resolve() == read.resolve():
+    if not isinstance(named, NamedExperts) and path.resolve() == named.resolve():
         raise UserError(
             f"{option('out', folder)}: the recipe that merges by the new scores is written to "
             f"{path}, where the recipe is that is read; give another folder"
         )
     refuse_existing(path, request.overwrite)
+    begun = unfinished(folder / "fit")
+    for file in (score_path(folder, name) for name in named_experts(request)[1]):
+        # a fit that was killed at its end has written some
+        if not (begun and file.exists() and read(file).manifest.fit is not None):
+            refuse_existing(file, request.overwrite)
 
 
 def company_files(
@@ -126,12 +137,29 @@ def write_company(
     if folder is None:
         return
     for name, file in files.items():
-        write(file, folder / f"{name}.safetensors")
-    recipe = recipe_of([str(folder / f"{name}.safetensors") for name in files], settings)
-    # mergekit looks for models from wherever it runs; score files move with their recipe
-    recipe["base_model"] = absolute(recipe["base_model"])
-    for name, model in zip(files, recipe["models"], strict=True):
-        model["model"] = absolute(model["model"])
-        model["parameters"]["scores"] = f"{name}.safetensors"
+        write(file, score_path(folder, name))
+    recipe = company_recipe(folder, list(files), settings)
     with written_whole(folder / RECIPE) as temporary:
         temporary.write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def company_recipe(
+    folder: Path, names: Sequence[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The recipe that merges by the score files of all experts, for their folder.
+
+    Args:
+        folder: of the files.
+        names: of the experts.
+        settings: of the recipe, see `kept_settings`.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    recipe = recipe_of([str(score_path(folder, name)) for name in names], settings)
+    # mergekit looks for models from wherever it runs; score files move with their recipe
+    recipe["base_model"] = absolute(recipe["base_model"])
+    for name, model in zip(names, recipe["models"], strict=True):
+        model["model"] = absolute(model["model"])
+        model["parameters"]["scores"] = score_path(folder, name).name
+    return recipe

@@ -69,7 +69,7 @@ def open_members(
         UserError: prompts that fit no expert, or several; two experts of one name or with the
             same weights; any mistake in a checkpoint or prompt file; a cache that cannot be.
     """
-    members = [_open(name, r, progress, date) for name, r in _requests(request, folder).items()]
+    members = [_open(name, r, progress, date) for name, r in requests_of(request, folder).items()]
     _check_alike(members)
     if request.cache_size is not None:
         CachePlan.of([member.pair for member in members], request.cache_size)
@@ -112,14 +112,14 @@ def measure(member: Member, journal: Journal, size: int, apart: Collection[int] 
     return references
 
 
-def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRequest]:
+def requests_of(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRequest]:
     """One request per expert of the recipe, by its name; ``folder`` is where their files would be.
 
     Raises:
         UserError: prompts that fit no expert, or several; an expert without prompts; two experts
             of one name.
     """
-    base, experts, where = _named_experts(request)
+    base, experts, where = named_experts(request)
     whole = "the company" if isinstance(request.recipe, NamedExperts) else "the recipe"
     given: dict[str, PromptSource] = {}
     for key, prompts in request.prompts:
@@ -170,7 +170,7 @@ def _behavior_names(prompts: Mapping[str, PromptSource]) -> dict[str, str]:
     return {expert: name if often[name] == 1 else expert for expert, name in names.items()}
 
 
-def _named_experts(request: MembersRequest) -> tuple[str, dict[str, str], str]:
+def named_experts(request: MembersRequest) -> tuple[str, dict[str, str], str]:
     """The base, the experts by name, and what errors call the place that names them.
 
     Raises:

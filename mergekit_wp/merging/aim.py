@@ -44,7 +44,7 @@ _NOTE = """
 
 Afterwards the weights of input channels that the base uses most were drawn back to the base by
 [AIM](https://arxiv.org/abs/2502.02421) with omega {omega:g}, calibrated on {count} prompts
-(`mergekit-wp aim`).
+(`mergekit-wp aim`). What a fit or a comparison above reached is of the merge before that.
 """
 
 
@@ -70,7 +70,7 @@ def aim(request: AimRequest, progress: Progress) -> None:
         checkpoint.require_whole("aim")
     target = request.out.absolute()
     check_target(target, (start.path, end.path))
-    refuse_existing(target, request.overwrite)
+    refuse_existing(target, request.overwrite, ["config.json"])
     if start.architecture != end.architecture:
         raise UserError(
             f"'{end.name}' is {end.architecture}, but its base '{start.name}' {start.architecture}"
@@ -81,7 +81,7 @@ def aim(request: AimRequest, progress: Progress) -> None:
         partial(activation_importance, model, tokenizer, prompts), max(1, len(prompts))
     )
     del model
-    with staged_folder(target) as folder:
+    with staged_folder(target, overwrite=request.overwrite) as folder:
         _write(start, end, importance, omega, folder, progress)
         readme = folder / "README.md"
         if readme.exists():

@@ -79,7 +79,7 @@ def merge(
         options: mergekit's.
         complete: writes the model card, unless the options want none.
         note: told where the merge is not asked as an expert is.
-        overwrite: replace a model that is there already.
+        overwrite: replace a model, or files of it, that are there already.
         plan: told what will be read and written, once all is checked.
 
     Raises:
@@ -91,7 +91,7 @@ def merge(
     checked = _checked(recipe, target, options, overwrite)
     models = checked.config.referenced_models()
     with (
-        staged_folder(target) as folder,
+        staged_folder(target, overwrite=overwrite) as folder,
         place_for_adapters(models, options, folder.with_name("adapters")) as options,
         _nothing_missing(),
     ):
@@ -142,7 +142,7 @@ def _checked(
         raise UserError(f"{option('multi_gpu')} needs a GPU, and there is none here; leave it out")
     checked = recipes.read(recipe)
     check_target(target, (model.model.path for model in checked.config.referenced_models()))
-    refuse_existing(target, overwrite)
+    check_free(target, options, overwrite)
     return checked
 
 
@@ -199,6 +199,23 @@ def check_target(target: Path, sources: Iterable[str]) -> None:
     for source in sources:
         if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
             raise UserError(f"{target} is an input of the merge; give another folder")
+
+
+def check_free(target: Path, options: MergeOptions, overwrite: bool) -> None:
+    """Refuse a folder with a model, or with files that every merge writes.
+
+    Args:
+        target: the folder.
+        options: mergekit's.
+        overwrite: whether they may be replaced.
+
+    Raises:
+        UserError: they may not; names the first.
+    """
+    names = ["config.json"]
+    names += ["README.md", "mergekit_config.yml"] if options.write_model_card else []
+    names += ["tokenizer.json", "tokenizer_config.json"] if options.copy_tokenizer else []
+    refuse_existing(target, overwrite, names)
 
 
 @contextmanager

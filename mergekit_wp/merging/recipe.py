@@ -7,7 +7,7 @@ silently; here a typo is an error. `preflight` then holds the recipe against the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import SimpleNamespace
@@ -188,6 +188,38 @@ def _load(given: RecipeLike) -> tuple[Path, str, dict[str, Any]]:
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} is not a mapping with 'merge_method' and 'models'")
     return path, source, data
+
+
+def with_scores(data: Any, change: Callable[[str], str], inside: bool = False) -> Any:
+    """What a recipe holds, with every text under ``scores`` changed, however deep it stands.
+
+    Args:
+        data: of the recipe, or a part of it.
+        change: a reference to a score file to what takes its place.
+        inside: whether the part is one under ``scores``.
+    """
+    if isinstance(data, dict):
+        return {
+            key: value
+            if inside and key == "filter"
+            else with_scores(value, change, inside or key == "scores")
+            for key, value in data.items()
+        }
+    if isinstance(data, list):
+        return [with_scores(entry, change, inside) for entry in data]
+    return change(data) if inside and isinstance(data, str) else data
+
+
+def score_texts(data: Any) -> list[str]:
+    """Every text under ``scores`` in what a recipe holds."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    with_scores(data, note)
+    return found
 
 
 def find_score_file(reference: str, folder: Path) -> str:

@@ -48,6 +48,11 @@ def begun(output: Path | None, restart: bool) -> str:
     return today()
 
 
+def unfinished(output: Path) -> bool:
+    """Whether an earlier run left something to go on from."""
+    return (_partial(output) / "inputs.json").exists()
+
+
 def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
