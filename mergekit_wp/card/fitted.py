@@ -93,17 +93,17 @@ def _lines(fit: Fit, manifests: Sequence[Manifest]) -> Iterator[str]:
             "fitted on say little of others: `mergekit-wp compare` measures these."
         )
     if poor := [clean(name) for name in names if fit.reached[name].answers < ENOUGH]:
+        stopped = "" if fit.done else ", and the fit was stopped before it was done"
         yield (
             f"**Of {', '.join(poor)} less than {ENOUGH:g} of the expert's answers are reproduced "
-            "whole.** Other words may be right, too: `mergekit-wp compare` measures the skill "
-            "itself."
+            f"whole{stopped}.** Other words may be right, too: `mergekit-wp compare` measures the "
+            "skill itself."
         )
     for guard in fit.guards:
-        verdict = "held" if fit.held(guard.behavior) else "**not held**"
         yield (
             f"Guard {clean(guard.behavior)}: {fit.reached[guard.behavior].ratio:.3f} times the "
             f"base's perplexity on {_prompts(fit, guard.behavior, guard.n_prompts)}; the limit of "
-            f"{fit.limit:g} is {verdict}."
+            f"{fit.limit:g} is {fit.verdict(guard.behavior)}."
         )
     if not fit.guards:
         yield (

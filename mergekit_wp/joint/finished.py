@@ -13,7 +13,7 @@ import yaml
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.joint.files import RECIPE, company_recipe, kept_settings, score_path
-from mergekit_wp.joint.fit import _guards as guards_of
+from mergekit_wp.joint.fit import guards_of, warnings
 from mergekit_wp.joint.members import requests_of
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.checkpoint import Checkpoint
@@ -52,6 +52,9 @@ def finished(request: FitRequest, target: Path, progress: Progress) -> dict[str,
             f"another {option('out')}"
         )
     progress.note(f"{folder} holds this fit, and it is finished: going on with the merge")
+    fit = next(iter(files.values())).manifest.fit
+    for line in () if fit is None else warnings(fit):
+        progress.note(line)
     return files
 
 

@@ -80,7 +80,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
-    guards = _guards(request)
+    guards = guards_of(request)
     _check_names(
         [
             *((str(member.request.behavior), member.prompts) for member in members),
@@ -215,7 +215,7 @@ def _check_names(every: Sequence[tuple[str, PromptSet]]) -> None:
         named[name] = prompts.source
 
 
-def _guards(request: FitRequest) -> list[PromptSet]:
+def guards_of(request: FitRequest) -> list[PromptSet]:
     """What guards are asked; plain text of our own where none is given."""
     if request.unguarded:
         return []
