@@ -75,7 +75,7 @@ class Request(BaseModel):
 
     command: ClassVar[str] = ""
     writes: ClassVar[str] = "out"
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def of(cls, **given: Any) -> Self:

@@ -16,6 +16,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.request import FitRequest
 from tests.fitting import fitted, load
 from tests.joint_world import NAMES, make_world
 from tests.models import save
@@ -45,6 +46,24 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
     with pytest.raises(UserError, match=message):
         fitted(world, tmp_path / "gates", **change)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limit": "inf"}, "limit=inf: expected a finite number; .* any limit give unguarded=True"),
+        ({"limit": "nan"}, "limit: it should be greater than 1, not 'nan'"),
+        *(
+            ({name: "inf"}, f"{name}: it should be a finite number, not 'inf'")
+            for name in ("upper", "rate", "shrinkage", "front")
+        ),
+        ({"seed": "99999999999999999999"}, "seed: it should be less than 4294967296"),
+        ({"seed": -1}, "seed: it should be greater than or equal to 0"),
+    ],
+)
+def test_requests_refuse(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FitRequest.of(recipe="r.yml", prompts=(), **given)
 
 
 def test_slopes_that_are_not_finite_end_a_fit(

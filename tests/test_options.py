@@ -118,7 +118,7 @@ REQUESTS = [
         max_prompts=3,
         batch_size=4,
         dtype="bfloat16",
-        seed=-1,
+        seed=7,
         max_new_tokens=5,
     ),
     ScoreRequest(base="b", expert="e", prompts="p.jsonl", out="out"),

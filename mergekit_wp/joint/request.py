@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,10 +122,11 @@ class FitRequest(MembersRequest):
     limit: float = Field(
         default=1.01,
         gt=1,
+        allow_inf_nan=True,  # to say what is meant by it
         description="What guards allow: how many times the base's perplexity the merge may have "
         "there, on what the base itself would write.",
     )
-    front: tuple[Annotated[float, Field(gt=1, allow_inf_nan=False)], ...] = Field(
+    front: tuple[Annotated[float, Field(gt=1)], ...] = Field(
         default=(),
         description=f"Further limits, each larger than the one before and than {option('limit')}: "
         "at the end the fit goes on under each of them, and the files say what it would buy. Their "
@@ -178,6 +180,16 @@ class FitRequest(MembersRequest):
     )
     restart: Restart = False
     overwrite: Overwrite = False
+
+    @field_validator("limit")
+    @classmethod
+    def _finite(cls, given: float) -> float:
+        if math.isinf(given):
+            raise UserError(
+                f"{option('limit', given)}: expected a finite number; for a fit without any limit "
+                f"give {option('unguarded', True)}"
+            )
+        return given
 
 
 def experts_of(
