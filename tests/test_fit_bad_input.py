@@ -57,6 +57,7 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
             ({name: "inf"}, f"{name}: it should be a finite number, not 'inf'")
             for name in ("upper", "rate", "shrinkage", "front")
         ),
+        ({"front": ""}, "front: '' holds nothing; give one, or several with commas"),
         ({"seed": "99999999999999999999"}, "seed: it should be less than 4294967296"),
         ({"seed": -1}, "seed: it should be greater than or equal to 0"),
     ],
