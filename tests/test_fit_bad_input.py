@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mergekit_wp.joint.request import FitRequest
 from tests.fitting import fitted, load
 from tests.joint_world import NAMES, make_world
 from tests.models import save
+from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
 
@@ -89,6 +92,44 @@ def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=f"would be called '{NAMES[0]}'; rename one"):
         fitted(world, tmp_path / "gates", guards=(guard,))
     assert not (tmp_path / "gates").exists()
+
+
+def test_a_guard_asks_what_no_expert_is_asked(world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (world / f"{NAMES[0]}.jsonl").read_text().splitlines()]
+    open_rows = [{"prompt": row["prompt"]} for row in rows]
+    other = [{"prompt": "fedcba"}]
+    for guard, message in (
+        (
+            rows,
+            f"guard .*g.jsonl has no prompt but those of expert '{NAMES[0]}' .*of other prompts",
+        ),
+        (open_rows[1:3], f"has no prompt but those of expert '{NAMES[0]}'"),
+        (open_rows + other, None),
+    ):
+        (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in guard))
+        asked = partial(fitted, world, tmp_path / "gates", guards=(tmp_path / "g.jsonl",), steps=1)
+        if message is None:
+            asked()
+            continue
+        with pytest.raises(UserError, match=message):
+            asked()
+        assert not (tmp_path / "gates").exists()
+
+
+def test_a_prompt_that_repeats_another_is_fitted_on_once(world: Path, tmp_path: Path) -> None:
+    """Of a behaviour and of a guard: what is held out would else be what is fitted on."""
+    name, said = NAMES[0], Quiet()
+    guard, twice = tmp_path / "g.jsonl", tmp_path / f"{name}.jsonl"
+    guard.write_text('{"prompt": "fedcba"}\n{"prompt": "abc"}\n{"prompt": "fedcba"}\n')
+    twice.write_text((world / f"{name}.jsonl").read_text() * 2)
+    prompts = ((name, twice), (NAMES[1], world / f"{NAMES[1]}.jsonl"))
+    want = fitted(world, tmp_path / "want", guards=(guard,), steps=2)
+    got = fitted(world, tmp_path / "got", said=said, prompts=prompts, guards=(guard,), steps=2)
+    assert got.tensors.keys() == want.tensors.keys()
+    assert all(torch.equal(got.tensors[key], tensor) for key, tensor in want.tensors.items())
+    assert got.files[0].manifest.n_prompts == 4 and got.fit.guards[0].n_prompts == 2
+    notes = " ".join(said.notes)
+    assert "4 of 8 are used, each once" in notes and "2 of 3 are used, each once" in notes
 
 
 def test_experts_may_share_one_prompt_file(world: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mergekit_wp.joint.ascent import FEW, FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.front import front
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.members import Member, measure, open_members
+from mergekit_wp.joint.members import Member, measure, open_members, refuse_contrary
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.joint.spread import merged_model
@@ -86,6 +86,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
             *((guard.name, guard) for guard in guards),
         ]
     )
+    refuse_contrary(members, guards)
     partition = members[0].pair.partition
     changed = tuple(member.pair.changed for member in members)
     layout = Layout(partition, changed, request.granularity)
@@ -208,7 +209,7 @@ def _guards(request: FitRequest) -> list[PromptSet]:
     if not request.guards:
         return [plain_text()]
     return [
-        read_prompts(guard, request.max_prompts, f"guard {number}")
+        read_prompts(guard, request.max_prompts, f"guard {number}", distinct=True)
         for number, guard in enumerate(request.guards, 1)
     ]
 

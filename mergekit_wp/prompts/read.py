@@ -24,13 +24,16 @@ from mergekit_wp.prompts.shapes import NO_PROMPT, SHAPES, TEXTS, RowShape, recog
 _EXPECTED = "an object with 'prompt' and optional 'contrast' and 'response'"
 
 
-def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts") -> PromptSet:
+def read_prompts(
+    source: PromptSource, limit: int | None, name: str = "prompts", *, distinct: bool = False
+) -> PromptSet:
     """Read prompts from wherever they are, or take them as they are given.
 
     Args:
         source: see `location.Location`, or prompts in memory.
         limit: use the first `limit` prompts only.
         name: of prompts in memory; a file's is its own.
+        distinct: use what repeats another only once; the hash is of all.
 
     Raises:
         UserError: no such source, fields that are not known, a broken row (its number), an empty
@@ -44,16 +47,20 @@ def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts")
         records = read_records(parsed, "prompt")
         where, name = records.where, parsed.name
         rows = take(records, parsed)
-        prompts, said, plain = _prompts(records, rows, parsed), rows.said, rows.plain
+        every, said, plain = _prompts(records, rows, parsed), rows.said, rows.plain
     else:
         where = f"'{name}'"
-        prompts = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
-    if not prompts:
+        every = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
+    if not every:
         raise UserError(
             f"{where} holds no prompts; expected at least one, in a file one JSON object a line, "
             'such as {"prompt": "..."}' + (f" (it said {said})" if said else "")
         )
-    content = canonical(prompts).encode()
+    prompts = list({canonical([p]): p for p in every}.values()) if distinct else every
+    if len(prompts) < len(every):
+        used = f"{len(prompts)} of {len(every)} are used, each once"
+        said, plain = f"{said}; {used}" if said else used, False
+    content = canonical(every).encode()
     if limit is not None and limit < len(prompts) and said:
         said += f"; the first {limit} are used"
     sha256 = hashlib.sha256(content).hexdigest()
