@@ -237,7 +237,8 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
         (
             lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, start="scores"),
-            "^start=scores takes the gates by which a recipe merges",
+            "^start=scores begins with the gates by which a recipe merges, and base and experts "
+            "are given without one; give such a recipe in their place, as the recipe.yml of",
         ),
         (
             lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, batch_size=1),

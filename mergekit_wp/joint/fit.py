@@ -165,8 +165,9 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     if request.start == "scores":
         if isinstance(request.recipe, NamedExperts):
             raise UserError(
-                f"{option('start', 'scores')} takes the gates by which a recipe merges; give "
-                f"{option('recipe', 'FILE')} in place of base and experts"
+                f"{option('start', 'scores')} begins with the gates by which a recipe merges, and "
+                "base and experts are given without one; give such a recipe in their place, as the "
+                f"recipe.yml of an earlier fit, or {option('start')} a number"
             )
         own = recipe_gates(request.recipe)
         for member, found in zip(members, own, strict=True):
