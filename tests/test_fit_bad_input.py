@@ -183,7 +183,7 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     assert "unknown parameter 'gates'" in refused({"parameters": {"gates": "g.safetensors"}})
     assert "has no 'share/kl' scores" in refused({"parameters": {"fusion": "share"}})
     alone = refused({"models": [one]})
-    assert "was fitted in the company of" in alone and "west" in alone
+    assert "was fitted for a merge of" in alone and "west" in alone
     fitted(world, tmp_path / "other", steps=2)
     other = two | {"parameters": {"scores": str(tmp_path / "other" / "west.safetensors")}}
     assert "with other scores for some" in refused({"models": [one, other]})

@@ -26,7 +26,7 @@ from mergekit_wp.scoring.request import ScoreRequest
 
 @dataclass(frozen=True)
 class Member:
-    """One expert of the company with its behaviour.
+    """One of the experts that are fitted together, with its behaviour.
 
     Attributes:
         name: of its score file.
@@ -140,7 +140,7 @@ def _requests(request: MembersRequest, folder: Path | None) -> dict[str, ScoreRe
             of one name.
     """
     base, experts, where = _named_experts(request)
-    whole = "the company" if isinstance(request.recipe, NamedExperts) else "the recipe"
+    whole = "this fit" if isinstance(request.recipe, NamedExperts) else "the recipe"
     given: dict[str, PromptSource] = {}
     for key, prompts in request.prompts:
         key, prompts = _at_expert(experts, key, prompts)
@@ -246,6 +246,6 @@ def _check_alike(members: Sequence[Member]) -> None:
             member.request.expert
         ):
             raise UserError(
-                f"experts '{other}' and '{member.request.expert}' have the same weights; a company "
-                "needs different experts"
+                f"experts '{other}' and '{member.request.expert}' have the same weights; experts "
+                "that are fitted together have to differ, so leave one out"
             )

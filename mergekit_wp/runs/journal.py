@@ -239,10 +239,8 @@ def _changes(name: str, one: Any, other: Any) -> Iterator[str]:
             yield from _changes(f"{name} {number}", *pair)
     else:
         texts = str(one), str(other)
-        alike = sum(
-            1 for _ in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False))
-        )
-        at = max(0, alike - _BEFORE)
+        alike = takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False))
+        at = max(0, len(list(alike)) - _BEFORE)
         was, now = ("…" * (at > 0) + text[at : at + _SHOWN] for text in texts)
         yield f"{name} ({was} -> {now})"
 
