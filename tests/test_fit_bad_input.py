@@ -126,7 +126,8 @@ def test_a_prompt_that_repeats_another_is_fitted_on_once(world: Path, tmp_path: 
     assert all(torch.equal(got.tensors[key], tensor) for key, tensor in want.tensors.items())
     assert got.files[0].manifest.n_prompts == 4 and got.fit.guards[0].n_prompts == 2
     notes = " ".join(said.notes)
-    assert "4 of 8 are used, each once" in notes and "2 of 3 are used, each once" in notes
+    assert "4 repeat another; 4 of 8 are used, each once" in notes
+    assert "2 of 3 are used, each once" in notes
 
 
 def test_experts_may_share_one_prompt_file(world: Path, tmp_path: Path) -> None:

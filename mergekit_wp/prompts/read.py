@@ -46,7 +46,7 @@ def read_prompts(
             raise UserError(f"{source}: 'checker' is for items, not for prompts; leave it out")
         records = read_records(parsed, "prompt")
         where, name = records.where, parsed.name
-        rows = take(records, parsed)
+        rows = take(records, parsed, once=distinct)
         every, said, plain = _prompts(records, rows, parsed), rows.said, rows.plain
     else:
         where = f"'{name}'"
@@ -125,13 +125,16 @@ class Taken:
     plain: bool
 
 
-def take(records: Records, source: Location, every_field: bool = False) -> Taken:
+def take(
+    records: Records, source: Location, every_field: bool = False, *, once: bool = False
+) -> Taken:
     """Rows by their shape, without those that have no prompt; distinct or drawn where asked.
 
     Args:
         records: as they were read.
         source: says how.
         every_field: whether the caller reads the others as well.
+        once: whether the caller leaves out what repeats another, and says so.
 
     Raises:
         UserError: fields that are not known, or a row that is no object.
@@ -164,7 +167,8 @@ def take(records: Records, source: Location, every_field: bool = False) -> Taken
     if repeated and source.distinct:
         skipped["that came before"] = repeated
     elif repeated:
-        notes = [f"{repeated} repeat another ('{source.but(distinct=True)}' leaves them out)"]
+        way_out = "" if once else f" ('{source.but(distinct=True)}' leaves them out)"
+        notes = [f"{repeated} repeat another{way_out}"]
     if source.sample is not None and source.sample < len(chosen):
         notes.append(f"drawn from {len(chosen)} by seed {source.seed}")
         chosen = [chosen[i] for i in source.drawn(len(chosen))]
