@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mergekit_wp.api import fuse as fuse
     from mergekit_wp.api import load_scores as load_scores
     from mergekit_wp.api import merge as merge
+    from mergekit_wp.api import merge_experts as merge_experts
     from mergekit_wp.api import register_architecture as register_architecture
     from mergekit_wp.api import score as score
     from mergekit_wp.api import score_together as score_together
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mergekit_wp.api": (
-        "score score_together fit load_scores merge fuse compare verify trace find_anchors "
-        "stability register_architecture"
+        "score score_together fit load_scores merge merge_experts fuse compare verify trace "
+        "find_anchors stability register_architecture"
     ),
     "mergekit_wp.architectures": "Architecture",
     "mergekit_wp.errors": "UserError",

@@ -24,7 +24,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.joint.files import RECIPE, kept_settings
 from mergekit_wp.joint.finished import finished
 from mergekit_wp.joint.fit import fit as _fit
-from mergekit_wp.joint.request import FitRequest, by_name, experts_of
+from mergekit_wp.joint.request import FitRequest, by_name, experts_of, guards_of
 from mergekit_wp.mechanism.anchors import LayerAnchor
 from mergekit_wp.mechanism.anchors import find_anchors as _find_anchors
 from mergekit_wp.mechanism.circuit import trace as _trace
@@ -109,8 +109,8 @@ def fit(
     base: PathLike | None = None,
     experts: Mapping[str, PathLike] | None = None,
     *,
-    prompts: Mapping[str, Any] | Sequence[Any],
-    guards: Sequence[Any] = (),
+    prompts: Mapping[str, Any] | Sequence[Any] | PathLike,
+    guards: Sequence[Any] | PathLike = (),
     recipe: PathLike | tuple[str, ...] | None = None,
     out: PathLike | None = None,
     progress: bool | Progress = True,
@@ -121,9 +121,11 @@ def fit(
     Args:
         base: a folder or a Hub id.
         experts: folders or Hub ids by names of your choice.
-        prompts: of each expert, by its name; see `score`. The expert's answers are the target.
-        guards: prompts on which the merge is to stay like the base: a list of sources, or of lists
-            of prompts. Without any, plain text of the package's own; ``unguarded=True`` for none.
+        prompts: of each expert, by its name; see `score`. The expert's answers are the target. Of
+            an only expert, a source will do.
+        guards: prompts on which the merge is to stay like the base: a source, or a list of sources
+            or of lists of prompts. Without any, plain text of the package's own;
+            ``unguarded=True`` for none.
         recipe: a mergekit recipe that names base and experts, in their place.
         out: folder for a score file of every expert, and a recipe that merges by them.
         progress: show a bar; or where to report instead.
@@ -141,15 +143,15 @@ def _fit_request(
     base: PathLike | None,
     experts: Mapping[str, PathLike] | None,
     recipe: PathLike | tuple[str, ...] | None,
-    prompts: Mapping[str, Any] | Sequence[Any],
-    guards: Sequence[Any],
+    prompts: Mapping[str, Any] | Sequence[Any] | PathLike,
+    guards: Sequence[Any] | PathLike,
     **options: Any,
 ) -> FitRequest:
     ensure_registered()
     return FitRequest.of(
         recipe=experts_of(base, experts, recipe),
         prompts=by_name(prompts),
-        guards=tuple(prompt_source(guard) for guard in guards),
+        guards=guards_of(guards),
         **options,
     )
 

@@ -75,7 +75,7 @@ class Request(BaseModel):
 
     command: ClassVar[str] = ""
     writes: ClassVar[str] = "out"
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def of(cls, **given: Any) -> Self:
@@ -204,10 +204,12 @@ class Declared:
         if callable(value) or isinstance(value, int | float):
             value = [value]
         elif isinstance(value, str | Path):
-            value = [value] if self.repeated or isinstance(value, Path) else _parts(value)
+            value = [value] if self.repeated or isinstance(value, Path) else self._parts(value)
         if self.repeated:
             return tuple(value)
-        return self._chosen(list(value)) if self.choices else tuple(dict.fromkeys(value))
+        if self.choices:
+            return self._chosen(list(value))
+        return tuple(value) if self.element is float else tuple(dict.fromkeys(value))
 
     def _number(self, value: Any) -> Any:
         if value == "auto":
@@ -216,6 +218,12 @@ class Declared:
         if isinstance(value, str) and (not value.isdecimal() or int(value) < least):
             raise ValueError(f"'{value}' is neither 'auto' nor a whole number from {least}")
         return int(value) if isinstance(value, str) else value
+
+    def _parts(self, text: str) -> list[str]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts and not self.choices:  # else those are named
+            raise ValueError(f"'{text}' holds nothing; give one, or several with commas")
+        return parts
 
     def _chosen(self, names: list[Any]) -> tuple[Any, ...]:
         """In the order of the list, so that it does not matter in which they are given.
@@ -238,10 +246,6 @@ def _written(kind: Any) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 #: where another expert begins in a source; ``?`` begins the source's own keys and values

@@ -63,7 +63,7 @@ def make_world(root: Path) -> Path:
     plain = make_model("stablelm")
     save(plain, root / "plain", torch.float32)
     save(perturbed(plain), root / "odd", torch.float32)
-    write_prompts(root / "open.jsonl", 4, contrast=True)
+    write_prompts(root / "open.jsonl", 5, contrast=True)
     items = [
         {"prompt": prompt, "answer": answer, "split": split, "checker": "contains"}
         for split in ("valid", "test")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import mergekit_wp as wp
 from mergekit_wp.cli import cli
-from mergekit_wp.prompts import PromptBatch
+from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.prompts import Prompt, PromptBatch
 from mergekit_wp.results import Scores
 from tests.joint_world import NAMES, make_world
 from tests.killing import contents
@@ -224,11 +225,20 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (lambda w: wp.fit(w / "base", prompts={}), "expected a base and its experts by name"),
         (
             lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"y": TEXTS}),
-            "prompts of 'y': 'y' is no expert of the company; it has .*expert",
+            "prompts of 'y': 'y' is no expert of this fit; it has .*expert",
+        ),
+        (
+            lambda w: wp.fit(w / "base", [w / "expert"], prompts={"x": TEXTS}),
+            r"^experts are given without names, as \[.*; expected them by names of your choice",
+        ),
+        (
+            lambda w: wp.fit(w / "base", {"x": "e", "y": "f"}, prompts="p.jsonl"),
+            "^prompts: 'p.jsonl' names no expert; write EXPERT=SOURCE",
         ),
         (
             lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, start="scores"),
-            "^start=scores takes the gates by which a recipe merges",
+            "^start=scores begins with the gates by which a recipe merges, and base and experts "
+            "are given without one; give such a recipe in their place, as the recipe.yml of",
         ),
         (
             lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, batch_size=1),
@@ -245,6 +255,27 @@ def test_bad_input(world: Path, call: Any, message: str) -> None:
     with pytest.raises(wp.UserError, match=message) as refused:
         call(world)
     assert "\n" not in str(refused.value) and "--" not in str(refused.value)
+
+
+def test_what_a_fit_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One source as the only expert's prompts or as the only guard, and a number as the start."""
+    asked: list[FitRequest] = []
+    monkeypatch.setattr("mergekit_wp.api._fit", lambda request, _: asked.append(request) or {})
+    source = Path("p.jsonl?split=train")
+    wp.fit("b", {"x": "e"}, prompts=source, guards="g.jsonl", start=0.3, progress=False)
+    wp.fit(recipe=("b", "e"), prompts=(str(source),), guards=[source], start="0.3", progress=False)
+    wp.fit("b", {"x": "e"}, prompts=["x=p.jsonl"], guards=["p.jsonl", ["a"]], progress=False)
+    assert [request.prompts for request in asked] == [
+        (("x", source),),
+        (("e", source),),
+        (("x", Path("p.jsonl")),),
+    ]
+    assert [request.guards for request in asked] == [
+        (Path("g.jsonl"),),
+        (source,),
+        (Path("p.jsonl"), (Prompt(prompt="a"),)),
+    ]
+    assert [request.start for request in asked] == ["0.3", "0.3", "0.5"]
 
 
 def test_states_that_do_not_fit(tmp_path: Path) -> None:

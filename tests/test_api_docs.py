@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from click import Context
+
 import mergekit_wp as wp
+from mergekit_wp.cli import cli
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
@@ -48,6 +52,18 @@ def test_the_page_names_every_function() -> None:
     page = PAGE.read_text()
     for name in dir(wp):
         assert f"wp.{name}" in page or name == "__version__", name
+
+
+def test_pages_name_only_what_there_is() -> None:
+    for page in (PAGE.parents[1] / "README.md", *PAGE.parent.glob("*.md")):
+        named = set(re.findall(r"\bwp\.(\w+)", page.read_text()))
+        assert named <= set(dir(wp)), f"{page}: {named - set(dir(wp))}"
+
+
+def test_the_page_names_every_command() -> None:
+    page = PAGE.read_text()
+    for name in cli.list_commands(Context(cli)):
+        assert f"`{name}`" in page or f"wp.{name}" in page, name
 
 
 if __name__ == "__main__":

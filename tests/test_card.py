@@ -253,9 +253,8 @@ def test_contributions_against_a_count_by_component(
     family: Family, tmp_path: Path, fusion: str
 ) -> None:
     weights = (1.0, 0.5)
-    data = family.recipe(
-        {"weight": 1.0}, {"weight": 0.5}, parameters={"fusion": fusion, "power": 1}
-    )
+    shared = {"fusion": fusion} | ({"power": 1} if fusion == "share" else {})
+    data = family.recipe({"weight": 1.0}, {"weight": 0.5}, parameters=shared)
     recipe = recipes.read(write(data, tmp_path / "recipe.yml"))
     found = tallied(recipe)
     assert found.experts == tuple(str(e.path) for e in family.experts)

@@ -142,8 +142,9 @@ def test_our_settings_go_on_top_of_the_recipe(family: Family) -> None:
     assert made.parameters == {"power": 2.0, "lambda": 0.7}
     assert recipe.parameters == {"power": 2.0}
     assert made.models == recipe.models
-    by_path = MergeConfiguration.model_validate(family.recipe(parameters={"fusion": "path"}))
-    assert {tuple(s) for s in methods.ours(by_path).grid} == {("lambda",)}
+    for fusion in ("path", "gate"):
+        other = MergeConfiguration.model_validate(family.recipe(parameters={"fusion": fusion}))
+        assert {tuple(s) for s in methods.ours(other).grid} == {("lambda",)}
 
 
 @pytest.mark.parametrize(

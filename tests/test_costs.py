@@ -44,6 +44,7 @@ def make_world(root: Path, family: str) -> Path:
         save(perturbed(base, 0.2, seed), root / name, torch.float32)
         write_prompts(root / f"{name}.jsonl", 6, response=True)
     write_prompts(root / "open.jsonl", 6, contrast=True)
+    write_prompts(root / "guard.jsonl", 7)
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": str(root / "base"),
@@ -112,7 +113,7 @@ def test_a_fit_takes_what_was_said(
 ) -> None:
     """FLOPs, and every byte of a checkpoint that is read."""
     if "front" in options:
-        options = options | {"guards": (world / "open.jsonl",)}
+        options = options | {"guards": (world / "guard.jsonl",)}
     found = real(together(world, **options), monkeypatch)
     assert found.costs.left.flops == pytest.approx(found.flops, rel=CLOSE)
     assert found.costs.left.read == pytest.approx(found.read, rel=CLOSE)

@@ -55,8 +55,8 @@ def make_world(folder: Path) -> None:
         save(perturbed(base, seed=seed), folder / name, torch.float32)
     for name in ("prompts", "p", "held-out"):
         write_prompts(folder / f"{name}.jsonl", 4, contrast=True, response=True)
-    for name in ("inst", "math", "plain"):
-        write_prompts(folder / f"{name}.jsonl", 11, response=True)  # `fit` holds some out
+    for name, n in {"inst": 11, "math": 11, "plain": 22}.items():  # a guard asks more
+        write_prompts(folder / f"{name}.jsonl", n, response=True)
     for name in ("items", "inst-items", "math-items"):
         lines = [
             {"prompt": "abc", "answer": "d", "split": "valid", "max_new_tokens": 1},

@@ -102,6 +102,11 @@ def test_a_plan_is_of_the_whole_command(here: Path) -> None:
     assert "fitting gates" in suite and "\nanswering " in suite
 
 
+def test_a_guard_is_answered_by_the_base(here: Path) -> None:
+    stages = run(f"{LINES['fit']} --dry-run").stdout.splitlines()
+    assert [line.split("  ")[0] for line in stages if " answers " in line] == ["base answers"]
+
+
 BAD = {
     "a file that is missing": ("score base east --prompts none.jsonl --out n", "none.jsonl"),
     "a folder as the file": ("score base east --prompts east.jsonl --out fitted", "a folder"),

@@ -239,6 +239,32 @@ def test_blocks_without_their_inputs_are_nobodys(tmp_path: Path) -> None:
         assert not journal.resumed and journal.load("block") is None
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({"seed": 0}, {"seed": 1}, "seed (0 -> 1)"),
+        (
+            {"prompts": {"inst": "a" * 64, "math": "b" * 64}},
+            {"prompts": {"inst": "a" * 64, "math": "c" * 64}},
+            f"prompts of math ({'b' * 60} -> {'c' * 60})",
+        ),
+        ({"prompts": {"inst": "a"}}, {"prompts": {"math": "a"}}, "prompts of inst (a -> None), pr"),
+        ({"guards": ["a", "b"]}, {"guards": ["a", "c"]}, "guards 2 (b -> c)"),
+        ({"guards": ["a", "b"]}, {"guards": ["a"]}, "guards (['a', 'b'] -> ['a'])"),
+        ({"x": "a" * 99}, {"x": "a" * 98 + "b"}, f"x (…{'a' * 31} -> …{'a' * 30}b)"),
+    ],
+)
+def test_a_changed_input_is_named_to_where_it_changed(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(KeyError), Journal(tmp_path / "out", one, False) as journal:
+        journal.save("block", {"x": torch.ones(1)})
+        raise KeyError
+    with pytest.raises(UserError) as refused, Journal(tmp_path / "out", other, False):
+        pass
+    assert f"changed: {said}" in str(refused.value)
+
+
 def test_a_refused_run_does_not_cost_the_answers_of_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(KeyError), Journal(tmp_path / "out", {"expert": 1}, False) as journal:
         journal.save("responses.batch0000", {"x": torch.ones(1)})

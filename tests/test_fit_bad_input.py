@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.gates import Layout
+from mergekit_wp.joint.request import FitRequest
 from tests.fitting import fitted, load
 from tests.joint_world import NAMES, make_world
 from tests.models import save
+from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
 
@@ -47,6 +51,25 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limit": "inf"}, "limit=inf: expected a finite number; .* any limit give unguarded=True"),
+        ({"limit": "nan"}, "limit: it should be greater than 1, not 'nan'"),
+        *(
+            ({name: "inf"}, f"{name}: it should be a finite number, not 'inf'")
+            for name in ("upper", "rate", "shrinkage", "front")
+        ),
+        ({"front": ""}, "front: '' holds nothing; give one, or several with commas"),
+        ({"seed": "99999999999999999999"}, "seed: it should be less than 4294967296"),
+        ({"seed": -1}, "seed: it should be greater than or equal to 0"),
+    ],
+)
+def test_requests_refuse(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FitRequest.of(recipe="r.yml", prompts=(), **given)
+
+
 def test_slopes_that_are_not_finite_end_a_fit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +92,42 @@ def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=f"would be called '{NAMES[0]}'; rename one"):
         fitted(world, tmp_path / "gates", guards=(guard,))
     assert not (tmp_path / "gates").exists()
+
+
+def test_a_guard_asks_what_no_expert_is_asked(world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (world / f"{NAMES[0]}.jsonl").read_text().splitlines()]
+    open_rows = [{"prompt": row["prompt"]} for row in rows]
+    other = [{"prompt": "fedcba"}]
+    for guard, message in (
+        (rows, "^guard .*g.jsonl has no prompt but those of .*; give a guard of other prompts"),
+        (open_rows[1:3], f"has no prompt but those of expert '{NAMES[0]}'"),
+        (open_rows + other, None),
+    ):
+        (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in guard))
+        asked = partial(fitted, world, tmp_path / "gates", guards=(tmp_path / "g.jsonl",), steps=1)
+        if message is None:
+            asked()
+            continue
+        with pytest.raises(UserError, match=message):
+            asked()
+        assert not (tmp_path / "gates").exists()
+
+
+def test_a_prompt_that_repeats_another_is_fitted_on_once(world: Path, tmp_path: Path) -> None:
+    """Of a behaviour and of a guard: what is held out would else be what is fitted on."""
+    name, said = NAMES[0], Quiet()
+    guard, twice = tmp_path / "g.jsonl", tmp_path / f"{name}.jsonl"
+    guard.write_text('{"prompt": "fedcba"}\n{"prompt": "abc"}\n{"prompt": "fedcba"}\n')
+    twice.write_text((world / f"{name}.jsonl").read_text() * 2)
+    prompts = ((name, twice), (NAMES[1], world / f"{NAMES[1]}.jsonl"))
+    want = fitted(world, tmp_path / "want", guards=(guard,), steps=2)
+    got = fitted(world, tmp_path / "got", said=said, prompts=prompts, guards=(guard,), steps=2)
+    assert got.tensors.keys() == want.tensors.keys()
+    assert all(torch.equal(got.tensors[key], tensor) for key, tensor in want.tensors.items())
+    assert got.files[0].manifest.n_prompts == 4 and got.fit.guards[0].n_prompts == 2
+    notes = " ".join(said.notes)
+    assert "4 repeat another; 4 of 8 are used, each once" in notes
+    assert "2 of 3 are used, each once" in notes
 
 
 def test_experts_may_share_one_prompt_file(world: Path, tmp_path: Path) -> None:
@@ -125,7 +184,7 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     assert "unknown parameter 'gates'" in refused({"parameters": {"gates": "g.safetensors"}})
     assert "has no 'share/kl' scores" in refused({"parameters": {"fusion": "share"}})
     alone = refused({"models": [one]})
-    assert "was fitted in the company of" in alone and "west" in alone
+    assert "was fitted for a merge of" in alone and "west" in alone
     fitted(world, tmp_path / "other", steps=2)
     other = two | {"parameters": {"scores": str(tmp_path / "other" / "west.safetensors")}}
     assert "with other scores for some" in refused({"models": [one, other]})

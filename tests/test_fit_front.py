@@ -128,6 +128,7 @@ def test_bad_input(world: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"guards": (), "unguarded": True, "front": (1.2,)}, "limits of guards; leave out unguar"),
         ({"limit": 1.05, "front": (1.02,)}, "front=1.02: expected limits that rise from"),
+        ({"front": ("1.05", "1.05")}, "front=1.05,1.05: expected limits that rise from limit="),
         ({"front": (1.2, 1.1)}, "front=1.2,1.1: expected limits that rise from limit=1.01 on"),
     ):
         with pytest.raises(UserError, match=message):

@@ -274,7 +274,7 @@ def with_a_missing_shard(family: Family, recipe: Recipe) -> Recipe:
         (one_expert_in_one_slice, "expert1, but this recipe merges .*mergekit-wp fit RECIPE"),
         (listing_an_expert_twice, "expert0 is listed twice"),
         (listing_the_base_by_another_name, "the base model .* is listed among the models as"),
-        (leaving_one_out, "in the company of .*expert0, .*expert1, but this recipe merges"),
+        (leaving_one_out, "was fitted for a merge of .*expert0, .*expert1, but this recipe merges"),
         (
             with_weights_of_the_other,
             "of .*expert0: its .*score file .* was made for .* are scores of",

@@ -120,7 +120,7 @@ def test_bad_recipes(world: Path, tmp_path: Path) -> None:
     for change, message in [
         ({"base_model": None}, "expected 'base_model' and a list of 'models'"),
         ({"models": [{"model": good["base_model"]}]}, "names no expert beside the base"),
-        (copied, "have the same weights"),
+        (copied, "have the same weights; experts that are fitted together have to differ"),
         (linked, "east is listed twice, the second time as .*link/west; list it once"),
     ]:
         path = tmp_path / "recipe.yml"

@@ -201,6 +201,14 @@ def change(family: Family, **changes: Any) -> dict[str, Any]:
         ({"parameters": {"wieght": 1.0}}, "has an unknown parameter 'wieght'; per model: scores, "),
         ({"top": {"parameters": {"lamda": 1}}}, "the recipe has an unknown parameter 'lamda'"),
         ({"parameters": {"fusion": "gate"}}, "'fusion' is shared by all models; move it from"),
+        (
+            {"top": {"parameters": {"fusion": "path", "power": 1}}},
+            "'power' does nothing under fusion 'path', only under share; leave it out",
+        ),
+        (
+            {"top": {"parameters": {"fusion": "path", "estimand": "gain"}}},
+            "'estimand' does nothing under fusion 'path', only under share, winner, gate, topk",
+        ),
         ({"parameters": {"scores": None}}, "has no 'scores'; give it the score file that"),
         ({"parameters": {"scores": 3}}, "'scores' must be a path, not 3"),
         ({"parameters": {"density": 1.5}}, "'density' must be a number from 0 to 1, not 1.5"),

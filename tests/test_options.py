@@ -118,7 +118,7 @@ REQUESTS = [
         max_prompts=3,
         batch_size=4,
         dtype="bfloat16",
-        seed=-1,
+        seed=7,
         max_new_tokens=5,
     ),
     ScoreRequest(base="b", expert="e", prompts="p.jsonl", out="out"),
@@ -223,5 +223,6 @@ def test_a_list_over_several_options_is_whole(arguments: list[str], found: set[s
 
     command.main(arguments, standalone_mode=False)
     command.main([], standalone_mode=False)
-    assert set(seen[0]["criterion"]) == found and len(seen[0]["criterion"]) == len(found)
+    asked = declared(ScoreRequest)["criterion"].plain(seen[0]["criterion"])
+    assert set(asked) == found and len(asked) == len(found)
     assert seen[1]["criterion"] == ScoreRequest.model_fields["criterion"].default

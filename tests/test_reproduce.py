@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = [{"model": name} for name in NAMES]
     recipe = {"merge_method": "ties", "base_model": "base", "models": models}
     (root / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    write_prompts(root / "open prompts.jsonl", 4, contrast=True)
+    write_prompts(root / "open prompts.jsonl", 5, contrast=True)
     item = {"prompt": "abc", "answer": "a", "split": "test", "checker": "contains"}
     (root / "items.jsonl").write_text(json.dumps(item) + "\n")
     return root

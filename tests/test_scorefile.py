@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from mergekit_wp.errors import UserError
 from mergekit_wp.files.scorefile import METADATA_KEY, ScoreFile, read, write
+from mergekit_wp.runs.journal import Journal
 from tests.factory import make_score_file
 
 
@@ -105,6 +108,24 @@ def test_no_score_file_no_json_no_file(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, path, metadata={METADATA_KEY: "{"})
     with pytest.raises(UserError, match="its manifest is not JSON"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("writes", "asked"),
+    [
+        ("fit", "inst.safetensors"),
+        ("fit", "."),
+        ("merge/fit", "."),
+        ("inst.safetensors", "inst.safetensors"),
+    ],
+)
+def test_a_file_whose_run_is_not_finished(tmp_path: Path, writes: str, asked: str) -> None:
+    with pytest.raises(KeyError), Journal(tmp_path / writes, {}, restart=False) as journal:
+        journal.save("block", {"a": torch.zeros(1)})
+        raise KeyError
+    message = f"; {tmp_path / writes}.partial holds an unfinished run; its command, given again"
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path / asked)
 
 
 @settings(max_examples=60, deadline=None)

@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         save(finetuned(base, prompts, steps=60), root / name, torch.float32)
     known = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
-    write_prompts(root / "open.jsonl", 3)
+    write_prompts(root / "open.jsonl", 7)
     (root / "plain.txt").write_text("abc dde fgh " * 30)
     (root / "grid.yml").write_text(
         "task_arithmetic: {weight: [0.5, 1.0]}\nregmean: {off_diagonal: [0.5]}\n"

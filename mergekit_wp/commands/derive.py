@@ -156,8 +156,7 @@ def _joined(
     ctx: click.Context, param: click.Parameter, value: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
     """Names with commas, in one option or over several of them: none is dropped."""
-    found = dict.fromkeys(name for names in value if names is not None for name in names)
-    return tuple(found) or None
+    return tuple(name for names in value if names is not None for name in names) or None
 
 
 def _type(field: Declared) -> Any:

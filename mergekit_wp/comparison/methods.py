@@ -24,6 +24,7 @@ from mergekit_wp.comparison.peers.table import PEERS
 from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError
 from mergekit_wp.merging.interface import settings_of
+from mergekit_wp.terms import FUSIONS
 
 OURS = "weight_patching"
 TASK_ARITHMETIC = "task_arithmetic"
@@ -198,8 +199,8 @@ def peers(n_experts: int) -> dict[str, Method]:
 
 def ours(recipe: MergeConfiguration) -> Method:
     """Weight patching as a recipe has it, and a grid over what the recipe leaves at one value."""
-    parameters = recipe.parameters or {}
-    if parameters.get("fusion") == "path":
+    fusion = (recipe.parameters or {}).get("fusion", "share")
+    if fusion in FUSIONS and fusion != "share":  # no other looks at powers
         grid = product(**{"lambda": (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)})
     else:
         grid = product(power=(0.5, 1.0), **{"lambda": (0.5, 0.7, 1.0, 1.3)})

@@ -45,7 +45,7 @@ def fit(opened: FitOpened) -> Costs:
     guarding = forward(size, [b for own in every[len(texts) :] for b in own])
     stages = [
         *_begun(opened, pairs, texts, [opened.a_step] * len(pairs)),
-        *(s for own in guards for s in asking(pairs[0], own, None)),
+        *(s for own in guards for s in asking(pairs[0], own, None, "base")),
         *([Stage("base on guards", guarding + Work(read=base) * len(guards))] if guards else []),
         Stage("fitting gates", step * steps, said),
         Stage("judging gates", look * looks, f"every {LOOK} steps"),

@@ -48,12 +48,12 @@ def batch_size(run: Run, texts: Texts) -> int:
     return size
 
 
-def asking(pair: PairSize, texts: Texts, at_once: int | None) -> list[Stage]:
-    """The expert's own answers, where prompts have none."""
+def asking(pair: PairSize, texts: Texts, at_once: int | None, who: str = "expert") -> list[Stage]:
+    """A model's own answers, the expert's or the base's, where prompts have none."""
     if not texts.asked:
         return []
     work = answers(pair.size, texts.asked, texts.answer, min(at_once or 32, len(texts.asked)))
-    return [Stage("expert answers", work, f"{len(texts.asked)} answers of at most {texts.answer}")]
+    return [Stage(f"{who} answers", work, f"{len(texts.asked)} answers of at most {texts.answer}")]
 
 
 def referring(pair: PairSize, texts: Texts, size: int, reads: float) -> Work:

@@ -169,6 +169,15 @@ def _listed(folder: str | os.PathLike[str]) -> str:
     return f": {', '.join(named[:3])}" if named else ""
 
 
+def _unfinished(*outputs: Path) -> str:
+    """What to say where a run that writes one of these is not finished; else nothing."""
+    beside = (output.with_name(f"{output.name}.partial") for output in outputs)
+    kept = next((folder for folder in beside if folder.is_dir()), None)
+    if kept is None:
+        return ""
+    return f"{kept} holds an unfinished run; its command, given again, goes on with it"
+
+
 def read(path: str | os.PathLike[str]) -> ScoreFile:
     """Read and check a score file.
 
@@ -176,13 +185,18 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
         UserError: missing, unreadable, truncated, of another version, or inconsistent; the
             message names the file.
     """
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give one of the score files in it{_listed(path)}")
-    if not os.path.isfile(path):
-        raise UserError(
-            f"score file {path} not found; make one with "
+    here = Path(path)
+    if here.is_dir():
+        listed = _listed(path)
+        begun = "" if listed else _unfinished(here / "fit", here / "merge" / "fit")
+        what = begun or f"give one of the score files in it{listed}"
+        raise UserError(f"{path} is a folder; {what}")
+    if not here.is_file():
+        what = _unfinished(here, here.with_name("fit")) or (
+            "make one with "
             "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors'"
         )
+        raise UserError(f"score file {path} not found; {what}")
     try:
         with container.opened(path) as handle:
             manifest = parse_manifest((handle.metadata() or {}).get(METADATA_KEY))

@@ -13,7 +13,7 @@ import yaml
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.joint.files import RECIPE, company_recipe, kept_settings, score_path
-from mergekit_wp.joint.fit import guards_of, warnings
+from mergekit_wp.joint.fit import guard_prompts, warnings
 from mergekit_wp.joint.members import requests_of
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.checkpoint import Checkpoint
@@ -84,7 +84,8 @@ def _changed(
             yield f"prompts of {name}"
         progress.advance(1)
     kept = () if first.fit is None else first.fit.guards
-    if [guard.sha256 for guard in guards_of(request)] != [guard.prompts_sha256 for guard in kept]:
+    asked = [guard.sha256 for guard in guard_prompts(request)]
+    if asked != [guard.prompts_sha256 for guard in kept]:
         yield option("guards")
     yield from _changed_options(request, first.command)
     if _said(_written(folder / RECIPE)) != _said(

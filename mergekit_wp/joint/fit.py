@@ -26,7 +26,7 @@ from mergekit_wp.joint.files import check_folder, company_files, kept_settings, 
 from mergekit_wp.joint.front import front
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.judging import FEW, Split
-from mergekit_wp.joint.members import Member, measure, open_members
+from mergekit_wp.joint.members import Member, measure, open_members, refuse_contrary
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
 from mergekit_wp.joint.spread import merged_model
@@ -80,13 +80,14 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
-    guards = guards_of(request)
+    guards = guard_prompts(request)
     _check_names(
         [
             *((str(member.request.behavior), member.prompts) for member in members),
             *((guard.name, guard) for guard in guards),
         ]
     )
+    refuse_contrary(members, guards)
     partition = members[0].pair.partition
     changed = tuple(member.pair.changed for member in members)
     layout = Layout(partition, changed, request.granularity)
@@ -178,8 +179,9 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
     if request.start == "scores":
         if isinstance(request.recipe, NamedExperts):
             raise UserError(
-                f"{option('start', 'scores')} takes the gates by which a recipe merges; give "
-                f"{option('recipe', 'FILE')} in place of base and experts"
+                f"{option('start', 'scores')} begins with the gates by which a recipe merges, and "
+                "base and experts are given without one; give such a recipe in their place, as the "
+                f"recipe.yml of an earlier fit, or {option('start')} a number"
             )
         own = recipe_gates(request.recipe)
         for member, found in zip(members, own, strict=True):
@@ -215,14 +217,14 @@ def _check_names(every: Sequence[tuple[str, PromptSet]]) -> None:
         named[name] = prompts.source
 
 
-def guards_of(request: FitRequest) -> list[PromptSet]:
+def guard_prompts(request: FitRequest) -> list[PromptSet]:
     """What guards are asked; plain text of our own where none is given."""
     if request.unguarded:
         return []
     if not request.guards:
         return [plain_text()]
     return [
-        read_prompts(guard, request.max_prompts, f"guard {number}")
+        read_prompts(guard, request.max_prompts, f"guard {number}", distinct=True)
         for number, guard in enumerate(request.guards, 1)
     ]
 

@@ -15,7 +15,7 @@ from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.model_names import file_names, is_called
 from mergekit_wp.models.pair import Pair
-from mergekit_wp.prompts import PromptSet, PromptSource, read_prompts, source_name
+from mergekit_wp.prompts import Prompt, PromptSet, PromptSource, read_prompts, source_name
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References, measure_references
@@ -26,7 +26,7 @@ from mergekit_wp.scoring.request import ScoreRequest
 
 @dataclass(frozen=True)
 class Member:
-    """One expert of the company with its behaviour.
+    """One of the experts that are fitted together, with its behaviour.
 
     Attributes:
         name: of its score file.
@@ -87,6 +87,27 @@ def open_members(
     return members
 
 
+def refuse_contrary(members: Sequence[Member], guards: Sequence[PromptSet]) -> None:
+    """Refuse a guard whose every prompt is one of an expert's.
+
+    Raises:
+        UserError: names both.
+    """
+    for member in members:
+        asked = {(_text(p), r) for p in member.prompts.prompts for r in (p.response, None)}
+        for guard in guards:
+            if all((_text(p), p.response) in asked for p in guard.prompts):
+                raise UserError(
+                    f"guard {guard.source} has no prompt but those of expert '{member.name}' "
+                    f"({member.prompts.source}): the merge cannot answer them like the base and "
+                    "like the expert; give a guard of other prompts"
+                )
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt.model_dump_json(include={"prompt"})
+
+
 def measure(member: Member, journal: Journal, size: int, apart: Collection[int] = ()) -> References:
     """Base and expert on a member's prompts, by ``kl``.
 
@@ -120,7 +141,7 @@ def requests_of(request: MembersRequest, folder: Path | None) -> dict[str, Score
             of one name.
     """
     base, experts, where = named_experts(request)
-    whole = "the company" if isinstance(request.recipe, NamedExperts) else "the recipe"
+    whole = "this fit" if isinstance(request.recipe, NamedExperts) else "the recipe"
     given: dict[str, PromptSource] = {}
     for key, prompts in request.prompts:
         key, prompts = _at_expert(experts, key, prompts)
@@ -213,7 +234,7 @@ def _named(key: str, prompts: PromptSource) -> str:
 
 
 def _open(name: str, request: ScoreRequest, progress: Progress, date: str) -> Member:
-    prompts = read_prompts(request.prompts, request.max_prompts, name)
+    prompts = read_prompts(request.prompts, request.max_prompts, name, distinct=True)
     run = Run.open(request, request.base, request.expert, prompts, progress, date)
     run.pair.partition.dims.require_map("fitting gates")
     return Member(name, request, run)
@@ -226,6 +247,6 @@ def _check_alike(members: Sequence[Member]) -> None:
             member.request.expert
         ):
             raise UserError(
-                f"experts '{other}' and '{member.request.expert}' have the same weights; a company "
-                "needs different experts"
+                f"experts '{other}' and '{member.request.expert}' have the same weights; experts "
+                "that are fitted together have to differ, so leave one out"
             )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.models.model_names import file_names
@@ -65,6 +66,16 @@ class MembersRequest(RunRequest):
         "in 20GiB; else a step reads them from their files.",
     )
 
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _of_the_only_one(cls, given: Any, info: ValidationInfo) -> Any:
+        """A source without a name is of the only expert."""
+        experts: tuple[tuple[str, str], ...] = getattr(info.data.get("recipe"), "experts", ())
+        match given:
+            case (str(source),) if len(experts) == 1 and "=" not in source.partition("?")[0]:
+                return ((experts[0][0], prompt_source(source)),)
+        return given
+
     @field_validator("cache")
     @classmethod
     def _size(cls, given: str | None) -> str | None:
@@ -121,10 +132,11 @@ class FitRequest(MembersRequest):
     limit: float = Field(
         default=1.01,
         gt=1,
+        allow_inf_nan=True,  # to say what is meant by it
         description="What guards allow: how many times the base's perplexity the merge may have "
         "there, on what the base itself would write.",
     )
-    front: tuple[Annotated[float, Field(gt=1, allow_inf_nan=False)], ...] = Field(
+    front: tuple[Annotated[float, Field(gt=1)], ...] = Field(
         default=(),
         description=f"Further limits, each larger than the one before and than {option('limit')}: "
         "at the end the fit goes on under each of them, and the files say what it would buy. Their "
@@ -179,6 +191,21 @@ class FitRequest(MembersRequest):
     restart: Restart = False
     overwrite: Overwrite = False
 
+    @field_validator("start", mode="before")
+    @classmethod
+    def _text(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, int | float) else given
+
+    @field_validator("limit")
+    @classmethod
+    def _finite(cls, given: float) -> float:
+        if math.isinf(given):
+            raise UserError(
+                f"{option('limit', given)}: expected a finite number; for a fit without any limit "
+                f"give {option('unguarded', True)}"
+            )
+        return given
+
 
 def experts_of(
     base: str | os.PathLike[str] | None,
@@ -192,6 +219,11 @@ def experts_of(
     """
     if recipe is not None and base is None and experts is None:
         return recipe if isinstance(recipe, tuple) else Path(recipe)
+    if experts is not None and not isinstance(experts, Mapping):
+        raise UserError(
+            f"experts are given without names, as {experts!r:.60}; expected them by names of your "
+            "choice, as in {'inst': expert}"
+        )
     if recipe is not None or base is None or not experts:
         raise UserError(
             "expected a base and its experts by name, as in base, {'inst': expert}; or a recipe "
@@ -201,8 +233,17 @@ def experts_of(
     return NamedExperts(base=os.fspath(base), experts=named)
 
 
-def by_name(prompts: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
-    """Prompts of each expert, as pairs."""
+def guards_of(given: Sequence[Any] | str | os.PathLike[str]) -> tuple[PromptSource, ...]:
+    """Guards as a caller from Python gives them: sources in a list, or one by itself."""
+    return tuple(map(prompt_source, [given] if isinstance(given, str | os.PathLike) else given))
+
+
+def by_name(
+    prompts: Mapping[str, Any] | Sequence[Any] | str | os.PathLike[str],
+) -> tuple[Any, ...]:
+    """Prompts of each expert, as pairs; those of an only one may be a source without its name."""
+    if isinstance(prompts, str | os.PathLike):
+        prompts = [os.fspath(prompts)]
     pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
     return tuple(  # EXPERT=SOURCE as one text is what a command passes on
         _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))

@@ -307,7 +307,7 @@ def check_company(files: Sequence[ExpertScores]) -> None:
         strangers = [f.path for f in files if f.file.manifest.company != company]
         if fitted != here or strangers:
             raise UserError(
-                f"{file.called} was fitted in the company of {', '.join(fitted)}, but this recipe "
+                f"{file.called} was fitted for a merge of {', '.join(fitted)}, but this recipe "
                 f"merges {', '.join(here)}"
                 + (f", with other scores for some ({strangers[0]})" if strangers else "")
                 + "; fit these experts together: mergekit-wp fit RECIPE"

@@ -34,9 +34,12 @@ from mergekit_wp.merging.model_references import placed, yaml_of
 from mergekit_wp.merging.parameters import SPEC
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import refuse_twice
+from mergekit_wp.terms import FUSIONS
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
+#: parameters that only some fusions look at
+_USED_BY = {"power": ("share",), "estimand": tuple(f for f in FUSIONS if f != "path")}
 
 #: a recipe's file, or what it holds
 RecipeLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
@@ -134,6 +137,7 @@ def read(given: RecipeLike) -> Recipe:
     _refuse_twice(config, path)
     recipe = Recipe(path, source, config, _resolve_score_files(config, path))
     _check_parameters(recipe)
+    _refuse_unused(recipe)
     return recipe
 
 
@@ -324,6 +328,22 @@ def _check_parameters(recipe: Recipe) -> None:
             )
     if not experts:
         raise UserError(f"recipe {recipe.path} names no expert beside the base model")
+
+
+def _refuse_unused(recipe: Recipe) -> None:
+    """Refuse a parameter that no fusion of the recipe looks at."""
+    every = list(_scopes(recipe.config))
+    given = {name for scopes in every for scope in scopes for name in scope.parameters}
+    fusions = [
+        next((s.parameters["fusion"] for s in scopes if "fusion" in s.parameters), FUSIONS[0])
+        for scopes in every
+    ]
+    for name, using in _USED_BY.items():
+        if name in given and all(f in FUSIONS and f not in using for f in fusions):
+            raise UserError(
+                f"recipe {recipe.path}: '{name}' does nothing under fusion '{fusions[0]}', only "
+                f"under {', '.join(using)}; leave it out, or choose another fusion"
+            )
 
 
 def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:

@@ -24,13 +24,16 @@ from mergekit_wp.prompts.shapes import NO_PROMPT, SHAPES, TEXTS, RowShape, recog
 _EXPECTED = "an object with 'prompt' and optional 'contrast' and 'response'"
 
 
-def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts") -> PromptSet:
+def read_prompts(
+    source: PromptSource, limit: int | None, name: str = "prompts", *, distinct: bool = False
+) -> PromptSet:
     """Read prompts from wherever they are, or take them as they are given.
 
     Args:
         source: see `location.Location`, or prompts in memory.
         limit: use the first `limit` prompts only.
         name: of prompts in memory; a file's is its own.
+        distinct: use what repeats another only once; the hash is of all.
 
     Raises:
         UserError: no such source, fields that are not known, a broken row (its number), an empty
@@ -43,17 +46,21 @@ def read_prompts(source: PromptSource, limit: int | None, name: str = "prompts")
             raise UserError(f"{source}: 'checker' is for items, not for prompts; leave it out")
         records = read_records(parsed, "prompt")
         where, name = records.where, parsed.name
-        rows = take(records, parsed)
-        prompts, said, plain = _prompts(records, rows, parsed), rows.said, rows.plain
+        rows = take(records, parsed, once=distinct)
+        every, said, plain = _prompts(records, rows, parsed), rows.said, rows.plain
     else:
         where = f"'{name}'"
-        prompts = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
-    if not prompts:
+        every = [_checked(prompt, f"{where}, prompt {n}") for n, prompt in enumerate(source, 1)]
+    if not every:
         raise UserError(
             f"{where} holds no prompts; expected at least one, in a file one JSON object a line, "
             'such as {"prompt": "..."}' + (f" (it said {said})" if said else "")
         )
-    content = canonical(prompts).encode()
+    prompts = list({canonical([p]): p for p in every}.values()) if distinct else every
+    if len(prompts) < len(every):
+        used = f"{len(prompts)} of {len(every)} are used, each once"
+        said, plain = f"{said}; {used}" if said else used, False
+    content = canonical(every).encode()
     if limit is not None and limit < len(prompts) and said:
         said += f"; the first {limit} are used"
     sha256 = hashlib.sha256(content).hexdigest()
@@ -118,13 +125,16 @@ class Taken:
     plain: bool
 
 
-def take(records: Records, source: Location, every_field: bool = False) -> Taken:
+def take(
+    records: Records, source: Location, every_field: bool = False, *, once: bool = False
+) -> Taken:
     """Rows by their shape, without those that have no prompt; distinct or drawn where asked.
 
     Args:
         records: as they were read.
         source: says how.
         every_field: whether the caller reads the others as well.
+        once: whether the caller leaves out what repeats another, and says so.
 
     Raises:
         UserError: fields that are not known, or a row that is no object.
@@ -157,7 +167,8 @@ def take(records: Records, source: Location, every_field: bool = False) -> Taken
     if repeated and source.distinct:
         skipped["that came before"] = repeated
     elif repeated:
-        notes = [f"{repeated} repeat another ('{source.but(distinct=True)}' leaves them out)"]
+        way_out = "" if once else f" ('{source.but(distinct=True)}' leaves them out)"
+        notes = [f"{repeated} repeat another{way_out}"]
     if source.sample is not None and source.sample < len(chosen):
         notes.append(f"drawn from {len(chosen)} by seed {source.seed}")
         chosen = [chosen[i] for i in source.drawn(len(chosen))]

@@ -102,7 +102,7 @@ def _company(manifest: Manifest) -> list[tuple[str, str]]:
     members = ", ".join(
         f"{clean(member.behavior)} {member.recovery:.2f}" for member in manifest.company
     )
-    return [("company", f"fitted together; recovered by 'path': {members}")]
+    return [("fitted", f"together; recovered by 'path': {members}")]
 
 
 def _model(model: ModelId) -> str:

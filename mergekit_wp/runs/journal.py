@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +32,9 @@ from mergekit_wp.files.atomic import (
 )
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
 from mergekit_wp.models.encoding import today
+
+#: of a changed input, characters that are shown; and of them, those before the first other one
+_SHOWN, _BEFORE = 60, 30
 
 
 def begun(output: Path | None, restart: bool) -> str:
@@ -220,17 +224,30 @@ def _of_these_inputs(folder: Path, inputs: Mapping[str, Any]) -> str:
         raise UserError(
             f"{stated} is damaged ({error}); add {option('restart', True)} to begin anew"
         ) from error
-    keys = sorted(set(earlier) | set(inputs))
-    changed = [key for key in keys if earlier.get(key) != inputs.get(key)]
-    if changed:
-        what = ", ".join(
-            f"{key} ({earlier.get(key)!s:.60} -> {inputs.get(key)!s:.60})" for key in changed
-        )
+    if changed := list(_changes("", earlier, inputs)):
         raise UserError(
-            f"{folder} holds a run with other inputs; changed: {what}; "
+            f"{folder} holds a run with other inputs; changed: {', '.join(changed)}; "
             f"add {option('restart', True)} to begin anew, or choose another {option('out')}"
         )
     return created
+
+
+def _changes(name: str, one: Any, other: Any) -> Iterator[str]:
+    """What is not as it was: of an input by expert, the expert; of several, which."""
+    if one == other:
+        return
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            yield from _changes(f"{name} of {key}" if name else key, one.get(key), other.get(key))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other) > 1:
+        for number, pair in enumerate(zip(one, other, strict=True), 1):
+            yield from _changes(f"{name} {number}", *pair)
+    else:
+        texts = str(one), str(other)
+        alike = takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False))
+        at = max(0, len(list(alike)) - _BEFORE)
+        was, now = ("…" * (at > 0) + text[at : at + _SHOWN] for text in texts)
+        yield f"{name} ({was} -> {now})"
 
 
 def check_output(output: Path, inputs: Callable[[], Mapping[str, Any]] | None) -> None:

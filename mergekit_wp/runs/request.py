@@ -47,7 +47,7 @@ MaxNewTokens = Annotated[
     int,
     Field(ge=1, description="Most tokens of an answer that a model gives itself."),
 ]
-Seed = Annotated[int, Field(description="Of random draws.")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="Of random draws.")]
 Restart = Annotated[
     bool,
     Option(stored=False),

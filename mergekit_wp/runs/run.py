@@ -238,7 +238,8 @@ class Run:
             return {str(i): torch.tensor(ids) for i, ids in zip(chunk, found, strict=True)}
 
         if chunks:
-            self.progress.stage("expert answers", len(missing), "prompt")
+            who = "expert" if position else "base"
+            self.progress.stage(f"{who} answers", len(missing), "prompt")
         for number, chunk in enumerate(chunks):
             key = f"responses.{prefix}batch{number:04d}"
             saved, resumed = journal.block(key, partial(answers, chunk))
