@@ -41,6 +41,7 @@ def fitted(
         "prompts_a_step": 2,
         "steps": 6,
         "granularity": "component",
+        "shrinkage": 16.0,
         "unguarded": not options.get("guards"),
         **options,
     }

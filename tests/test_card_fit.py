@@ -71,7 +71,7 @@ def test_other_gates_are_not_the_fits(world: Path, change: Callable[[Any], objec
 
 def test_what_leaves_the_gates_alone_is_the_fits(world: Path) -> None:
     def spelt_out(data: Any) -> None:
-        data["parameters"] |= {"lambda": 1, "granularity": "component", "power": 2}
+        data["parameters"] |= {"lambda": 1, "granularity": "component"}
         data["models"][0]["parameters"] |= {"weight": 1.0, "density": 1}
 
     assert section(world) == section(world, spelt_out)
@@ -120,7 +120,7 @@ def test_prompts_guards_and_warnings(world: Path) -> None:
     assert f"{west}, and the fit was stopped before it was done.**" in said
     reached |= {"held_out": {"east": 2, "west": 0, "open": 0}, "limit": 1.25, "done": True}
     assert f"{west}.**" in told(world, **reached)
-    held = "Guard open: 1.000 times the base's perplexity on the 4 prompts it was fitted on; "
+    held = "Guard open: 1.000 times the base's perplexity on the 5 prompts it was fitted on; "
     assert f"{held}the limit of 1.25 is held." in said
     harmed = reaching(fit, east=good, west=good, open=Seen(kl=1.0, answers=0.0, tokens=0.0))
     said = told(world, **harmed, held_out={"east": 2, "west": 2, "open": 1}, limit=1.25)

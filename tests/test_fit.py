@@ -21,7 +21,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint import judging
 from mergekit_wp.joint.fit import a_step, warnings
-from mergekit_wp.joint.judging import Split
+from mergekit_wp.joint.judging import PromptSplit
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.texts import encode_texts
 from mergekit_wp.tasks.behaviors import plain_text
@@ -131,7 +131,7 @@ def test_what_is_held_out_is_a_part_of_the_prompts(tmp_path: Path, a_step: int) 
     out = tmp_path / "gates"
     file = fitted(world, out, steps=2, prompts_a_step=a_step, held_out=0.25, seed=3)
     assert file.fit.held_out == {"east": 64, "west": 0} and not file.fit.done
-    aside = sorted(Split.of(256, 0.25, 3).judged)
+    aside = sorted(PromptSplit.of(256, 0.25, 3).judged)
     (tmp_path / "aside.jsonl").write_text("".join(lines[i] for i in aside))
     _, layout = layout_of(world)
     flat = torch.cat([file.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])

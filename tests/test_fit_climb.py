@@ -20,7 +20,7 @@ from mergekit_wp.joint.judging import (
     PATIENCE,
     Judge,
     Judgement,
-    Split,
+    PromptSplit,
 )
 from mergekit_wp.joint.judging import MOST as MOST_JUDGED
 from mergekit_wp.joint.weighing import BACK, FAR, MOST, averaged, prices, running, worst_first
@@ -279,17 +279,17 @@ def test_the_end_of_a_fit() -> None:
 
 
 def test_prompts_are_held_out_at_random() -> None:
-    split = Split.of(800, 0.125, 0)
+    split = PromptSplit.of(800, 0.125, 0)
     assert split.held_out == len(split.judged) == 100 and len(split.fitted) == 700
     assert not split.judged & split.fitted
     quarters = [len([i for i in split.judged if i // 200 == q]) for q in range(4)]
     assert min(quarters) > 12, "a file is often sorted"
-    assert Split.of(800, 0.125, 0) == split != Split.of(800, 0.125, 1)
-    assert Split.of(10_000, 0.125, 0).held_out == MOST_JUDGED
+    assert PromptSplit.of(800, 0.125, 0) == split != PromptSplit.of(800, 0.125, 1)
+    assert PromptSplit.of(10_000, 0.125, 0).held_out == MOST_JUDGED
     everything = frozenset(range(FEW - 1))
-    assert Split.of(FEW - 1, 0.125, 0) == Split(everything, everything)
-    unheld = Split.of(800, 0.0, 0)
+    assert PromptSplit.of(FEW - 1, 0.125, 0) == PromptSplit(everything, everything)
+    unheld = PromptSplit.of(800, 0.0, 0)
     assert (unheld.held_out, len(unheld.fitted), len(unheld.judged)) == (0, 800, MOST_JUDGED)
     for part in (1e-9, 0.999):
-        least = Split.of(FEW, part, 0)
+        least = PromptSplit.of(FEW, part, 0)
         assert 1 <= least.held_out <= FEW - 1 and len(least.fitted) == FEW - least.held_out

@@ -29,7 +29,7 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.ascent import Fitting
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.judging import Split
+from mergekit_wp.joint.judging import PromptSplit
 from mergekit_wp.joint.merged_model import MergedModel, mix
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
@@ -301,7 +301,7 @@ def test_half_of_a_neuron_helps_and_half_harms(
     layout = Layout(pair.partition, (pair.changed,), granularity)
     resident = ResidentModel(pair, torch.float64, "cpu")
     model = MergedModel(resident, [pair], layout, AtOnce(9, print), 1)
-    objective = Objective("east", every, targets, apart, Split.of(9, 0, 0))
+    objective = Objective("east", every, targets, apart, PromptSplit.of(9, 0, 0))
     with Unwritten() as journal:
         fitting = Fitting(request, model, [objective], [], layout, journal, Quiet())
         state = fitting.run(0.5 * layout.share)

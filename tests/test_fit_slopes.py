@@ -18,7 +18,7 @@ from mergekit_wp.engine.replay import Receiver, record
 from mergekit_wp.engine.slopes import Term, slopes
 from mergekit_wp.joint.ascent import Fitting
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.judging import Split
+from mergekit_wp.joint.judging import PromptSplit
 from mergekit_wp.joint.merged_model import MergedModel, fitting, slopes_of
 from mergekit_wp.joint.objective import Objective
 from mergekit_wp.joint.request import FitRequest
@@ -52,7 +52,7 @@ def test_slopes_equal_finite_differences(world: Path) -> None:
         every = list(batches(sequences(world / f"{name}.jsonl"), 4, "cpu"))
         targets = [Targets(logprobs(Decoder(expert), batch)) for batch in every]
         apart = divergence(base, expert, world / f"{name}.jsonl")
-        split = Split.of(sum(batch.size for batch in every), 0, 0)
+        split = PromptSplit.of(sum(batch.size for batch in every), 0, 0)
         objectives.append(Objective(name, every, targets, apart, split))
 
     request = FitRequest(recipe=world, prompts=(), out=world, dtype="float64", held_out=0)

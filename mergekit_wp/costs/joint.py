@@ -11,7 +11,8 @@ from mergekit_wp.costs.scoring import asking, referring
 from mergekit_wp.costs.work import Costs, Held, Stage, Work, fullest, total
 from mergekit_wp.joint.fit import FitOpened
 from mergekit_wp.joint.front import SHARE
-from mergekit_wp.joint.judging import LOOK, Split
+from mergekit_wp.joint.judging import LOOK, PromptSplit
+from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.models.memory import free_memory
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.runs.request import DTYPES
@@ -31,7 +32,7 @@ def fit(opened: FitOpened) -> Costs:
     first = opened.runs[0].pair
     every = [own.packed(opened.a_step, first) for own in (*texts, *guards)]
     judged = [
-        _drawn(own, len(Split.of(len(text.samples), request.held_out, request.seed).judged))
+        _drawn(own, len(_split(text, request).judged) / len(text.samples))
         for text, own in zip([*texts, *guards], every, strict=True)
     ]
     size = pairs[0].size
@@ -93,10 +94,14 @@ def _mean(batches: Sequence[TextBatch]) -> TextBatch:
     return TextBatch(rows / n, width, positions / n)
 
 
-def _drawn(batches: Sequence[TextBatch], rows: int) -> TextBatch:
-    """The batch that stands for so many rows of some, drawn at random."""
-    mean = _mean(batches)
-    return TextBatch(rows, mean.width, mean.positions * rows / mean.rows)
+def _split(texts: Texts, request: FitRequest) -> PromptSplit:
+    return PromptSplit.of(len(texts.samples), request.held_out, request.seed)
+
+
+def _drawn(batches: Sequence[TextBatch], part: float) -> TextBatch:
+    """The batch that stands for a part of the prompts in some, drawn at random."""
+    mean, n = _mean(batches), len(batches)
+    return TextBatch(part * n * mean.rows, mean.width, part * n * mean.positions)
 
 
 def _held(

@@ -25,7 +25,7 @@ from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.files import check_folder, company_files, kept_settings, write_company
 from mergekit_wp.joint.front import front
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.judging import FEW, Split
+from mergekit_wp.joint.judging import FEW, PromptSplit
 from mergekit_wp.joint.members import Member, measure, open_members, refuse_contrary
 from mergekit_wp.joint.objective import guard_of, objective_of
 from mergekit_wp.joint.request import FitRequest, NamedExperts
@@ -141,8 +141,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     return found
 
 
-def _split(request: FitRequest, prompts: PromptSet) -> Split:
-    return Split.of(len(prompts.prompts), request.held_out, request.seed)
+def _split(request: FitRequest, prompts: PromptSet) -> PromptSplit:
+    return PromptSplit.of(len(prompts.prompts), request.held_out, request.seed)
 
 
 def _repeating(request: FitRequest, state: FitState) -> FitRequest:

@@ -27,7 +27,7 @@ _SMALLEST, _SLACK = 1e-4, 1.1
 
 
 @dataclass(frozen=True)
-class Split:
+class PromptSplit:
     """Which prompts of a behaviour or guard are fitted on, and which judged by.
 
     Attributes:
@@ -39,7 +39,7 @@ class Split:
     judged: frozenset[int]
 
     @classmethod
-    def of(cls, prompts: int, part: float, seed: int) -> Split:
+    def of(cls, prompts: int, part: float, seed: int) -> PromptSplit:
         """Of so many prompts, of which a part is held out where they are not few.
 
         Args:

@@ -9,7 +9,7 @@ import torch
 
 from mergekit_wp.criteria import Targets, kl_values, reproduced
 from mergekit_wp.engine.decoder import Decoder
-from mergekit_wp.joint.judging import Split
+from mergekit_wp.joint.judging import PromptSplit
 from mergekit_wp.joint.members import Member
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.prompts import PromptBatch, batches
@@ -35,7 +35,7 @@ class Objective:
     batches: list[PromptBatch]
     targets: list[Targets]
     span: float
-    split: Split
+    split: PromptSplit
 
     def among(self, prompts: Collection[int]) -> list[int]:
         """Batches of nothing but these prompts."""
@@ -46,7 +46,7 @@ class Objective:
         ]
 
 
-def objective_of(member: Member, references: References, split: Split) -> Objective:
+def objective_of(member: Member, references: References, split: PromptSplit) -> Objective:
     """What an expert does on its own prompts.
 
     Args:
@@ -61,7 +61,7 @@ def objective_of(member: Member, references: References, split: Split) -> Object
 
 
 @torch.no_grad()
-def guard_of(run: Run, journal: Journal, size: int, limit: float, split: Split) -> Objective:
+def guard_of(run: Run, journal: Journal, size: int, limit: float, split: PromptSplit) -> Objective:
     """What the base does on some prompts.
 
     Args:

@@ -80,6 +80,6 @@ class ScoreRequest(PairRequest):
     share_steps: int = Field(default=5, ge=1, description="Midpoints of the share integral.")
     restart: Restart = False
     overwrite: Overwrite = False
-    exact_budget: Annotated[float, INTERNAL] = EXACT_BUDGET
+    exact_budget: Annotated[float, INTERNAL, Field(allow_inf_nan=True)] = EXACT_BUDGET
     #: whether first-order scores by a log-probability are made second-order ones
     curvature: Annotated[bool, INTERNAL] = True
