@@ -513,7 +513,10 @@ def test_push_without_a_login_is_one_sentence(
         ("merge a.safetensors b.safetensors -o no", "by the recipe that was written beside them"),
     ],
 )
-def test_everyday_mistakes_are_one_sentence(world: Path, line: str, message: str) -> None:
+def test_everyday_mistakes_are_one_sentence(
+    world: Path, line: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)  # between tries to reach the Hub
     chat = [{"from": "human", "value": "abc"}, {"from": "gpt", "value": "d"}]
     (world / "chats.jsonl").write_text(json.dumps({"conversations": chat}) + "\n")
     assert message in refused(line)
