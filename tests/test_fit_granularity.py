@@ -276,7 +276,10 @@ def test_tensors_and_layers_have_the_mean_of_their_components(world: Path, tmp_p
         assert found == pytest.approx([mean(parts[place]) for place in places], abs=1e-6)
 
 
-@pytest.mark.parametrize("granularity", get_args(GateGranularity))
+@pytest.mark.parametrize(
+    "granularity",
+    ["component", "slice", "channel", pytest.param("row_column", marks=pytest.mark.slow)],
+)
 def test_half_of_a_neuron_helps_and_half_harms(
     world: Path, tmp_path: Path, granularity: GateGranularity
 ) -> None:

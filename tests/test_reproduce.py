@@ -82,7 +82,7 @@ COMMANDS = {
         f"fitted/{NAMES[0]}.safetensors", 1,
     ),
 }  # fmt: skip
-SLOW = {"trace", "verify", "verify, built-in", "fit"}
+SLOW = {"score", "trace", "verify", "verify, built-in", "fit"}
 
 
 @pytest.mark.parametrize(

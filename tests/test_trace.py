@@ -240,10 +240,19 @@ def naive_supply(
 @pytest.mark.parametrize(
     "family",
     [
-        *("llama-tied", "qwen3", "phi3", "gpt2", "gemma3", "olmo2", "phi"),
+        *("llama-tied", "qwen3", "gpt2", "gemma3"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("starcoder2", "gemma2", "granite", "gpt_neox", "cohere2")
+            for name in (
+                "phi3",
+                "olmo2",
+                "phi",
+                "starcoder2",
+                "gemma2",
+                "granite",
+                "gpt_neox",
+                "cohere2",
+            )
         ),
     ],
 )

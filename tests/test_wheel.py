@@ -64,6 +64,7 @@ def test_contents(wheel: Path) -> None:
     assert metadata + "licenses/LICENSE" in names
 
 
+@pytest.mark.slow
 def test_plain_mergekit_knows_the_method(wheel: Path, tmp_path: Path) -> None:
     python = environment_with(tmp_path, wheel)
     shown = run(
