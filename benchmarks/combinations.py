@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.family import Family
 from benchmarks.files import REPO, command, local
-from benchmarks.fit_table import FitTable, N, split_options
+from benchmarks.fit_table import FitTable, prompts_option, split_options
 from benchmarks.perplexity import TEXTS
 from mergekit_wp.comparison.methods import OURS, peers
 
@@ -128,14 +128,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
         click.option(
             "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
         ),
-        click.option(
-            "--prompts",
-            "n",
-            type=click.IntRange(min=1),
-            default=N,
-            show_default=True,
-            help="As of `fitting`.",
-        ),
+        prompts_option("As of `fitting`."),
     ):
         main = add(main)
     return main

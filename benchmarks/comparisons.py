@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from benchmarks.family import Family
-from benchmarks.fit_table import FitTable, N, split_options
+from benchmarks.fit_table import FitTable, prompts_option, split_options
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import UNTUNED
@@ -152,14 +152,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
     """The options of a family's command."""
     for add in (
         click.option("--fit", default="", help="Further options of the fits, as of `bench`."),
-        click.option(
-            "--prompts",
-            "n",
-            type=click.IntRange(min=1),
-            default=N,
-            show_default=True,
-            help="As of `bench`.",
-        ),
+        prompts_option("As of `bench`."),
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
     ):
         main = add(main)

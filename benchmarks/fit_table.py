@@ -340,6 +340,12 @@ def run(
     click.echo(table(rows, family.skills) if rows else "nothing is measured yet")
 
 
+def prompts_option(said: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """How many prompts of each skill a command takes."""
+    least = click.IntRange(min=1)
+    return click.option("--prompts", "n", type=least, default=N, show_default=True, help=said)
+
+
 def options(main: Callable[..., None]) -> Callable[..., None]:
     """The options of a family's command."""
     for add in (
@@ -357,14 +363,7 @@ def options(main: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--fit", "fit", default="", help="Further options of `mergekit-wp fit`, kept apart."
         ),
-        click.option(
-            "--prompts",
-            "n",
-            type=click.IntRange(min=1),
-            default=N,
-            show_default=True,
-            help="Of each skill; results of other numbers are kept apart.",
-        ),
+        prompts_option("Of each skill; results of other numbers are kept apart."),
         click.option(
             "--seed",
             "seeds",

@@ -11,8 +11,8 @@ import torch
 
 from mergekit_wp.components import Partition, TensorLayout
 from mergekit_wp.joint.ascent import FitState, Fitting
+from mergekit_wp.joint.fit import split_of
 from mergekit_wp.joint.gates import Layout
-from mergekit_wp.joint.judging import PromptSplit
 from mergekit_wp.joint.members import measure, open_members
 from mergekit_wp.joint.merged_model import MergedModel
 from mergekit_wp.joint.objective import guard_of, objective_of
@@ -53,13 +53,13 @@ def fit_by_tensor(request: FitRequest, start: float, progress: Progress) -> tupl
     with Unwritten() as journal:
         objectives, guards = [], []
         for member in coarse:
-            split = PromptSplit.of(len(member.prompts.prompts), request.held_out, request.seed)
+            split = split_of(request, len(member.prompts.prompts))
             references = measure(member, journal, size, split.judged)
             objectives.append(objective_of(member, references, split))
         for guard in request.guards:
             prompts = read_prompts(guard, request.max_prompts)
             asked = coarse[0].run.asking(prompts)
-            split = PromptSplit.of(len(prompts.prompts), request.held_out, request.seed)
+            split = split_of(request, len(prompts.prompts))
             guards.append(guard_of(asked, journal, size, math.log(request.limit), split))
         pairs, at_once = [m.pair for m in coarse], AtOnce(size, progress.note)
         together = len(objectives) + len(guards)

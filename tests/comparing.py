@@ -19,11 +19,20 @@ from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.runs.progress import NoProgress
 from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
-from tests.merging import Family
+from tests.merging import Family, llama_config
+from tests.models import save_tokenizer
 
 torch.set_num_threads(1)
 
 NORM = "model.norm.weight"
+
+
+def asked_family(folder: Path) -> Family:
+    """A family whose models can be asked."""
+    made = Family.make(folder, llama_config(vocab_size=40))
+    for model in (made.base, *made.experts):
+        save_tokenizer(model.path)
+    return made
 
 
 @dataclass

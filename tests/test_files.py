@@ -173,6 +173,7 @@ def test_a_move_that_fails_leaves_no_card_without_its_model(
     target = tmp_path / "merged"
     (target / "merge").mkdir(parents=True)
     (target / "merge" / "recipe.yml").write_text("fitted")
+    (target / "config.json").write_bytes(MODEL["config.json"])  # as the model's, but not by it
     replace = os.replace
 
     def failing(source: Any, to: Any) -> None:
@@ -183,7 +184,8 @@ def test_a_move_that_fails_leaves_no_card_without_its_model(
     with monkeypatch.context() as patched, pytest.raises(PermissionError):
         patched.setattr(os, "replace", failing)
         model_into(target)
-    assert contents(tmp_path) == {"merged/merge/recipe.yml": b"fitted"}
+    own = {"merged/config.json": MODEL["config.json"]}
+    assert contents(tmp_path) == {"merged/merge/recipe.yml": b"fitted"} | own
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -16,20 +16,15 @@ from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.comparison.select import coordinate_search
 from mergekit_wp.errors import UserError
 from mergekit_wp.models import checkpoint as models
-from tests.comparing import Distance, is_end, make_plan, merged_by, planted, run
+from tests.comparing import Distance, asked_family, is_end, make_plan, merged_by, planted, run
 from tests.merging import Checkpoint, Family, llama_config, random_state
-from tests.models import save_tokenizer
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = Family.make(tmp_path_factory.mktemp("peers"), llama_config(vocab_size=40))
-    save_tokenizer(made.base.path)
-    for expert in made.experts:
-        save_tokenizer(expert.path)
-    return made
+    return asked_family(tmp_path_factory.mktemp("peers"))
 
 
 def vectors(*shape: int, n: int = 3) -> torch.Tensor:

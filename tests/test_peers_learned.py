@@ -15,20 +15,15 @@ from mergekit_wp.comparison.making import Making
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
-from tests.comparing import Distance, is_end, make_plan, merged_by, planted, run
-from tests.merging import Family, llama_config
-from tests.models import save_tokenizer
+from tests.comparing import Distance, asked_family, is_end, make_plan, merged_by, planted, run
+from tests.merging import Family
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = Family.make(tmp_path_factory.mktemp("peers"), llama_config(vocab_size=40))
-    save_tokenizer(made.base.path)
-    for expert in made.experts:
-        save_tokenizer(expert.path)
-    return made
+    return asked_family(tmp_path_factory.mktemp("peers"))
 
 
 def prompts_of(family: Family) -> Any:

@@ -9,10 +9,9 @@ from mergekit_wp.costs.model_size import PairSize
 from mergekit_wp.costs.passes import TextBatch, Texts, forward, mixed, opening, slopes
 from mergekit_wp.costs.scoring import asking, referring
 from mergekit_wp.costs.work import Costs, Held, Stage, Work, fullest, total
-from mergekit_wp.joint.fit import FitOpened
+from mergekit_wp.joint.fit import FitOpened, split_of
 from mergekit_wp.joint.front import SHARE
-from mergekit_wp.joint.judging import LOOK, PromptSplit
-from mergekit_wp.joint.request import FitRequest
+from mergekit_wp.joint.judging import LOOK
 from mergekit_wp.models.memory import free_memory
 from mergekit_wp.models.model_names import distinct_names
 from mergekit_wp.runs.request import DTYPES
@@ -32,7 +31,7 @@ def fit(opened: FitOpened) -> Costs:
     first = opened.runs[0].pair
     every = [own.packed(opened.a_step, first) for own in (*texts, *guards)]
     judged = [
-        _drawn(own, len(_split(text, request).judged) / len(text.samples))
+        _drawn(own, len(split_of(request, len(text.samples)).judged) / len(text.samples))
         for text, own in zip([*texts, *guards], every, strict=True)
     ]
     size = pairs[0].size
@@ -92,10 +91,6 @@ def _mean(batches: Sequence[TextBatch]) -> TextBatch:
     width = sum(batch.tokens for batch in batches) / max(1, rows)
     positions = sum(batch.positions for batch in batches)
     return TextBatch(rows / n, width, positions / n)
-
-
-def _split(texts: Texts, request: FitRequest) -> PromptSplit:
-    return PromptSplit.of(len(texts.samples), request.held_out, request.seed)
 
 
 def _drawn(batches: Sequence[TextBatch], part: float) -> TextBatch:

@@ -287,7 +287,11 @@ def _refuse_in_the_way(staged: Path, target: Path, names: Iterable[Path], overwr
             )
     for name in names:
         if (place := target / name).exists():  # what stays as it is need not be asked about
-            refuse_existing(place, overwrite or filecmp.cmp(staged / name, place, shallow=False))
+            refuse_existing(place, overwrite or _same(staged / name, place))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and filecmp.cmp(one, other, shallow=False)
 
 
 def _move(staged: Path, target: Path, overwrite: bool) -> None:
@@ -302,6 +306,8 @@ def _move(staged: Path, target: Path, overwrite: bool) -> None:
     names = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
     names.sort(key=lambda name: bool(_ENTRY.match(str(name))))
     _refuse_in_the_way(staged, target, names, overwrite)
+    # files that are the same stay: they are not this merge's to take away, should it fail
+    names = [n for n in names if _WEIGHTS.match(str(n)) or not _same(staged / n, target / n)]
     record = _hidden(target) / _MOVING
     record.write_text("\0".join(map(str, names)), encoding="utf-8")
     synced(record)

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.fit_section import Fit
+from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile, read
 from mergekit_wp.joint.files import RECIPE, company_recipe, kept_settings, score_path
 from mergekit_wp.joint.fit import guard_prompts, warnings
@@ -52,8 +54,7 @@ def finished(request: FitRequest, target: Path, progress: Progress) -> dict[str,
             f"another {option('out')}"
         )
     progress.note(f"{folder} holds this fit, and it is finished: going on with the merge")
-    fit = next(iter(files.values())).manifest.fit
-    for line in () if fit is None else warnings(fit):
+    for line in warnings(_fit_of(next(iter(files.values())).manifest)):
         progress.note(line)
     return files
 
@@ -83,9 +84,8 @@ def _changed(
         if prompts.sha256 != manifest.prompts_sha256:
             yield f"prompts of {name}"
         progress.advance(1)
-    kept = () if first.fit is None else first.fit.guards
     asked = [guard.sha256 for guard in guard_prompts(request)]
-    if asked != [guard.prompts_sha256 for guard in kept]:
+    if asked != [guard.prompts_sha256 for guard in _fit_of(first).guards]:
         yield option("guards")
     yield from _changed_options(request, first.command)
     if _said(_written(folder / RECIPE)) != _said(
@@ -111,6 +111,11 @@ def _changed_options(request: FitRequest, command: Sequence[str]) -> Iterator[st
         if differs:
             switch = isinstance(getattr(request, name), bool)
             yield option(name) + ("" if switch else f" ({old or 'none'} -> {new or 'none'})")
+
+
+def _fit_of(manifest: Manifest) -> Fit:
+    assert manifest.fit is not None  # a manifest that names its company has a fit
+    return manifest.fit
 
 
 def _written(recipe: Path) -> Any:

@@ -106,7 +106,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     with journal_of(
         request, runs, beside, progress, restart=request.restart, **contents
     ) as journal:
-        splits = [_split(request, member.prompts) for member in members]
+        splits = [split_of(request, len(member.prompts.prompts)) for member in members]
         references = [
             measure(member, journal, size, split.judged)
             for member, split in zip(members, splits, strict=True)
@@ -115,7 +115,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         behaviors = [objective_of(*each) for each in every]
         limit = math.log(request.limit)
         guarding = [
-            guard_of(guard, journal, size, limit, _split(request, guard.prompts))
+            guard_of(guard, journal, size, limit, split_of(request, len(guard.prompts.prompts)))
             for guard in guarded
         ]
         together = len(behaviors) + len(guarding)
@@ -141,8 +141,9 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     return found
 
 
-def _split(request: FitRequest, prompts: PromptSet) -> PromptSplit:
-    return PromptSplit.of(len(prompts.prompts), request.held_out, request.seed)
+def split_of(request: FitRequest, prompts: int) -> PromptSplit:
+    """Which of so many prompts of a behaviour or guard are fitted on, and which judged by."""
+    return PromptSplit.of(prompts, request.held_out, request.seed)
 
 
 def _repeating(request: FitRequest, state: FitState) -> FitRequest:
