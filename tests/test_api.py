@@ -236,7 +236,7 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "^prompts: 'p.jsonl' names no expert; write EXPERT=SOURCE",
         ),
         (
-            lambda w: wp.fit(w / "base", {"x": w / "expert"}, prompts={"x": TEXTS}, start="scores"),
+            lambda w: wp.fit("none", {"x": "none"}, prompts={"x": TEXTS}, start="scores"),
             "^start=scores begins with the gates by which a recipe merges, and base and experts "
             "are given without one; give such a recipe in their place, as the recipe.yml of",
         ),
@@ -248,6 +248,10 @@ def test_a_comparison(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (lambda w: wp.merge([], w / "out"), "needs a score file for every expert"),
         (lambda w: wp.fuse({}, {"a": {}}, {}), "experts a and scores of ; give one"),
         (lambda w: wp.fuse({}, {}, {}, fusion="sum"), "'fusion' must be one of share"),
+        (
+            lambda w: wp.fuse({}, {}, {}, power=1, fusion="path"),
+            "^'power' does nothing under fusion 'path', only under share",
+        ),
         (lambda w: wp.fuse({}, {}, {}, powers=1), "no parameter 'powers'; there are fusion, power"),
     ],
 )

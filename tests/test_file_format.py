@@ -86,6 +86,8 @@ def test_a_score_file_is_read_and_adds_up(world: Path) -> None:
     rows = [json.loads(line) for line in (world / "contrasts.jsonl").read_text().splitlines()]
     content = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
     assert manifest["prompts_sha256"] == hashlib.sha256(content.encode()).hexdigest()
+    hashes = [hashlib.sha256(row["prompt"].strip().encode()).hexdigest() for row in rows]
+    assert manifest["prompt_digests"] == [digest[:16] for digest in hashes]
     for criterion in manifest["criteria"]:
         parts = fine(manifest, scores(tensors, f"share/{criterion}"))
         total = sum(part.sum() for part in parts.values())

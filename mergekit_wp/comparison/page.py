@@ -52,6 +52,7 @@ def html_page(resampled: Resampled, title: str, samples: Sequence[SampleItem] = 
         title=title,
         what=table.what(comparison, resampled),
         number=_number(comparison.relative),
+        warnings=comparison.warnings,
         sentences=sentences(resampled, found),
         figures=[figure for figure in figures if figure is not None],
         samples=[_sample(sample) for sample in samples],

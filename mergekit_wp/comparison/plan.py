@@ -36,6 +36,7 @@ class Plan:
         calibration: prompts for AIM.
         prompts: each expert's, by its name, for methods that learn from them.
         max_new_tokens: of the answers that experts give to these prompts.
+        warnings: why numbers on some test items say less than others.
     """
 
     base: str
@@ -56,6 +57,7 @@ class Plan:
     prompts: tuple[tuple[str, PromptSource], ...] = ()
     max_new_tokens: int = 64
     in_memory: bool | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[PlainText]:

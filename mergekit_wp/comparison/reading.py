@@ -63,8 +63,15 @@ def read_comparison(folder: Path) -> Comparison:
             for row in summary["rows"]
             if row["equal"]
         }
-        named = summary["reference"]
-        return Comparison(tuple(rows), tasks, summary["relative"], named, summary["bound"], equal)
+        return Comparison(
+            rows=tuple(rows),
+            tasks=tasks,
+            relative=summary["relative"],
+            reference=summary["reference"],
+            bound=summary["bound"],
+            equal=equal,
+            warnings=tuple(summary["warnings"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(
             f"{folder} holds no finished comparison of 'mergekit-wp compare': "

@@ -22,6 +22,7 @@ from mergekit_wp.comparison.methods import (
     methods_of,
     read_grid,
 )
+from mergekit_wp.comparison.overlap import overlaps
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import SCORE_FILES
 from mergekit_wp.errors import UserError, option
@@ -220,6 +221,8 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
         in_memory={"auto": None, "memory": True, "disk": False}[request.merge_in],
     )
     plan.check()
+    plan = replace(plan, warnings=tuple(overlaps(plan)))
+    notes += plan.warnings
     notes += [task.said for task in plan.tasks if isinstance(task, JsonlTask | Skill) and task.said]
     # other recipes may have tokenizers of their own
     settings = {repr(settings_of(config)): config for config in [*fixed.values(), first]}

@@ -187,6 +187,7 @@ class Comparison:
         bound: of the perplexity in `equal`, times the base's; None where no text was measured.
         equal: by the name of a row, the same method with the best of its parameters that leave
             plain text within ``bound``; without those of which none does.
+        warnings: why numbers on some test items say less than others.
     """
 
     rows: tuple[Row, ...]
@@ -195,6 +196,7 @@ class Comparison:
     reference: str
     bound: float | None = None
     equal: Mapping[str, Row] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def base(self) -> Row | None:

@@ -103,8 +103,15 @@ class Runner:
         bound, equal = self._at_equal_perplexity(rows, reference)
         if self.workers is not None:
             self.results.settle(self.order)
-        names = tuple(self._task_names)
-        return Comparison(tuple(rows), names, plan.relative, reference, bound, equal)
+        return Comparison(
+            rows=tuple(rows),
+            tasks=tuple(self._task_names),
+            relative=plan.relative,
+            reference=reference,
+            bound=bound,
+            equal=equal,
+            warnings=plan.warnings,
+        )
 
     def _at_equal_perplexity(
         self, rows: Sequence[Row], reference: str

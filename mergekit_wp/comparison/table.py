@@ -134,7 +134,7 @@ def terminal_table(resampled: Resampled) -> str:
     head += ["at equal perplexity"] if comparison.bound is not None else []
     said = f"{what(comparison, resampled)}; differences from {comparison.reference}"
     equals = [what_is_equal(comparison)] if comparison.bound is not None else []
-    return "\n".join([said, *equals, "", columns(head, rows), *failed])
+    return "\n".join([said, *equals, *comparison.warnings, "", columns(head, rows), *failed])
 
 
 def markdown_table(resampled: Resampled) -> str:
@@ -161,7 +161,8 @@ def markdown_table(resampled: Resampled) -> str:
         rows.append(cells)
     said = f"{what(comparison, resampled)}"
     said += f"; {what_is_equal(comparison)}" if equals else ""
-    return f"{markdown(head, rows, 1)}\n{said}.\n"
+    warned = "".join(f"\n{line}.\n" for line in comparison.warnings)
+    return f"{markdown(head, rows, 1)}\n{said}.\n{warned}"
 
 
 def summary(resampled: Resampled) -> dict[str, Any]:
@@ -176,6 +177,7 @@ def summary(resampled: Resampled) -> dict[str, Any]:
         "relative": comparison.relative,
         "reference": comparison.reference,
         "bound": comparison.bound,
+        "warnings": list(comparison.warnings),
         "rows": [
             {
                 "name": line.row.name,

@@ -222,10 +222,12 @@ class Manifest(Omitting):
     wrote into the prompts, None where it read none. ``tensor_shapes``, in the order of
     ``tensor_names``, say how many gates each has where these are finer than components; None
     elsewhere. ``left_out`` says by criterion which prompts, from 0, had too small a distance to be
-    divided by it; None where scores are quotients of means.
+    divided by it; None where scores are quotients of means. ``prompt_digests``, see
+    `prompts.prompt.text_digest`, tell whether something is asked that the file was made with; None
+    in files that do not say it.
     """
 
-    omitted: ClassVar = ("fit", "template_date", "tensor_shapes", "left_out")
+    omitted: ClassVar = ("prompt_digests", "fit", "template_date", "tensor_shapes", "left_out")
 
     format_version: int = FORMAT_VERSION
     base: ModelId
@@ -233,6 +235,7 @@ class Manifest(Omitting):
     behavior: str
     n_prompts: PositiveInt
     prompts_sha256: str
+    prompt_digests: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")], ...] | None = None
     responses: Literal["given", "expert", "mixed"]
     template_date: str | None = None
     architecture: str
@@ -274,6 +277,8 @@ class Manifest(Omitting):
             if kind in self.kinds and not self.dims.count(kind):
                 raise ValueError(f"n_{kind}s is 0, but kinds has '{kind}'")
         fitted = ("path" in self.estimands, self.company is not None, self.fit is not None)
+        if self.prompt_digests is not None and len(self.prompt_digests) != self.n_prompts:
+            raise ValueError(f"prompt_digests are not those of {self.n_prompts} prompts")
         if any(fitted) != all(fitted):
             raise ValueError("'path' scores, a 'company' and a 'fit' belong together")
         if self.fit is not None:

@@ -72,6 +72,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     if request.unguarded and request.guards:
         raise UserError(f"{option('unguarded')} and {option('guards')} exclude each other")
     _check_front(request)
+    constant = _start_number(request)
     if request.batch_size is not None:
         raise UserError(
             f"{option('batch_size')} does not go with a fit; give {option('prompts_a_step')}"
@@ -91,7 +92,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     partition = members[0].pair.partition
     changed = tuple(member.pair.changed for member in members)
     layout = Layout(partition, changed, request.granularity)
-    start = _start(request, members, layout)
+    start = _start(request, constant, members, layout)
     contents = {
         "guards": [guard.sha256 for guard in guards],
         "start": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
@@ -175,8 +176,12 @@ def _check_front(request: FitRequest) -> None:
         )
 
 
-def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> torch.Tensor:
-    """Flat gates to start from: a constant, or the recipe's own."""
+def _start_number(request: FitRequest) -> float | None:
+    """The constant that gates start from; None for those of the recipe.
+
+    Raises:
+        UserError: there is no recipe, or no such number.
+    """
     if request.start == "scores":
         if isinstance(request.recipe, NamedExperts):
             raise UserError(
@@ -184,12 +189,7 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
                 "base and experts are given without one; give such a recipe in their place, as the "
                 f"recipe.yml of an earlier fit, or {option('start')} a number"
             )
-        own = recipe_gates(request.recipe)
-        for member, found in zip(members, own, strict=True):
-            for path, file in found.files.items():
-                way_out = "give the recipe the scores of its experts"
-                check_norms(file.file.delta_norm, member.pair, f"score file {path}", way_out)
-        return layout.taking([found.gates for found in own]).clamp(0.0, request.upper)
+        return None
     try:
         value = float(request.start)
     except ValueError:
@@ -199,7 +199,22 @@ def _start(request: FitRequest, members: Sequence[Member], layout: Layout) -> to
         ) from None
     if not 0 <= value <= request.upper:
         raise UserError(f"{option('start', f'{value:g}')} is not within 0 and {request.upper:g}")
-    return value * layout.share
+    return value
+
+
+def _start(
+    request: FitRequest, constant: float | None, members: Sequence[Member], layout: Layout
+) -> torch.Tensor:
+    """Flat gates to start from: a constant, or the recipe's own."""
+    if constant is not None:
+        return constant * layout.share
+    assert not isinstance(request.recipe, NamedExperts)  # see `_start_number`
+    own = recipe_gates(request.recipe)
+    for member, found in zip(members, own, strict=True):
+        for path, file in found.files.items():
+            way_out = "give the recipe the scores of its experts"
+            check_norms(file.file.delta_norm, member.pair, f"score file {path}", way_out)
+    return layout.taking([found.gates for found in own]).clamp(0.0, request.upper)
 
 
 def _check_names(every: Sequence[tuple[str, PromptSet]]) -> None:

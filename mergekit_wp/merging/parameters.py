@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -137,3 +137,19 @@ SPEC = MergeMethodSpec(
     contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
 )
+#: parameters that only some fusions look at
+_USED_BY = {"power": ("share",), "estimand": tuple(f for f in FUSIONS if f != "path")}
+
+
+def refuse_unused(given: Collection[str], fusions: Sequence[str]) -> None:
+    """Refuse a parameter that none of a merge's fusions looks at.
+
+    Raises:
+        UserError: names it.
+    """
+    for name, using in _USED_BY.items():
+        if name in given and not any(fusion in using for fusion in fusions):
+            raise UserError(
+                f"'{name}' does nothing under fusion '{fusions[0]}', only under "
+                f"{', '.join(using)}; leave it out, or choose another fusion"
+            )

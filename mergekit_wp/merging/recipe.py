@@ -31,15 +31,13 @@ from mergekit_wp.errors import UserError
 from mergekit_wp.files.untrusted import complaint, parse_yaml
 from mergekit_wp.merging.expert_scores import ExpertScores, load
 from mergekit_wp.merging.model_references import placed, yaml_of
-from mergekit_wp.merging.parameters import SPEC
+from mergekit_wp.merging.parameters import SPEC, refuse_unused
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import refuse_twice
 from mergekit_wp.terms import FUSIONS
 
 SHARED = tuple(p.name for p in SPEC.shared_parameters)
 PER_EXPERT = tuple(p.name for p in SPEC.input_parameters)
-#: parameters that only some fusions look at
-_USED_BY = {"power": ("share",), "estimand": tuple(f for f in FUSIONS if f != "path")}
 
 #: a recipe's file, or what it holds
 RecipeLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
@@ -338,12 +336,11 @@ def _refuse_unused(recipe: Recipe) -> None:
         next((s.parameters["fusion"] for s in scopes if "fusion" in s.parameters), FUSIONS[0])
         for scopes in every
     ]
-    for name, using in _USED_BY.items():
-        if name in given and all(f in FUSIONS and f not in using for f in fusions):
-            raise UserError(
-                f"recipe {recipe.path}: '{name}' does nothing under fusion '{fusions[0]}', only "
-                f"under {', '.join(using)}; leave it out, or choose another fusion"
-            )
+    if all(fusion in FUSIONS for fusion in fusions):  # else another error says it
+        try:
+            refuse_unused(given, fusions)
+        except UserError as error:
+            raise UserError(f"recipe {recipe.path}: {error}") from error
 
 
 def _check_names(recipe: Recipe, scope: Scope, base: ModelReference) -> None:

@@ -12,7 +12,7 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging.expert_scores import ExpertScores, check_company
 from mergekit_wp.merging.fusion import fuse
 from mergekit_wp.merging.method import tensor_gates
-from mergekit_wp.merging.parameters import RECORDED, SPEC
+from mergekit_wp.merging.parameters import RECORDED, SPEC, refuse_unused
 
 State = Mapping[str, torch.Tensor]
 #: one number for all experts, or one for each by its name
@@ -89,6 +89,7 @@ def _parameters(
                 found[spec.name] = {e: spec.validate(by_name[e]) for e in experts}
     finally:
         RECORDED.take()
+    refuse_unused(parameters, [found["fusion"]])
     return found
 
 

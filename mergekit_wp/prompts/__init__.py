@@ -5,7 +5,7 @@ memory) becomes rows, the shape of the rows is recognised by their fields, and r
 """
 
 from mergekit_wp.prompts.batching import PromptBatch, Sample, batches, together
-from mergekit_wp.prompts.prompt import Message, Prompt, PromptSet, PromptSource, Text
+from mergekit_wp.prompts.prompt import Message, Prompt, PromptSet, PromptSource, Text, text_digest
 from mergekit_wp.prompts.read import prompt_source, read_prompts, source_name
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "prompt_source",
     "read_prompts",
     "source_name",
+    "text_digest",
     "together",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ class PromptSet:
     raw: bool = False
 
     @property
+    def digests(self) -> tuple[str, ...]:
+        """`text_digest` of each."""
+        return tuple(text_digest(prompt.prompt) for prompt in self.prompts)
+
+    @property
     def responses(self) -> Literal["given", "expert", "mixed"]:
         """Whose answers the prompts go on with: the file's, the expert's own, or some of each."""
         given = sum(prompt.response is not None for prompt in self.prompts)
@@ -102,3 +108,16 @@ def canonical(prompts: Sequence[Prompt]) -> str:
     """Prompts as a prompt file, one line each: sorted keys, nothing that is not there."""
     found = [prompt.model_dump(mode="json", exclude_none=True) for prompt in prompts]
     return "".join(json.dumps(p, sort_keys=True, ensure_ascii=False) + "\n" for p in found)
+
+
+def text_digest(text: Text) -> str:
+    """What tells whether two prompts ask the same, 16 hex digits.
+
+    White space around a text does not count, and a chat of one user message is its text.
+    """
+    if not isinstance(text, str):
+        told = [message.model_dump(mode="json", exclude_none=True) for message in text]
+        alone = told[0] if len(told) == 1 else {}
+        only = alone.get("content") if alone.get("role") == "user" else None
+        text = only if isinstance(only, str) else json.dumps(told, sort_keys=True)
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]

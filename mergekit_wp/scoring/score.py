@@ -170,6 +170,7 @@ def common_fields(request: ScoreRequest, run: Run, references: References) -> di
         "behavior": request.behavior or prompts.name,
         "n_prompts": len(prompts.prompts),
         "prompts_sha256": prompts.sha256,
+        "prompt_digests": prompts.digests,
         "responses": prompts.responses,
         "template_date": run.template_date,
         "architecture": pair.base.architecture,
