@@ -12,10 +12,12 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from mergekit_wp.comparison.making import Making
+from mergekit_wp.comparison.methods import as_long_as, peers
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts import Prompt
 from mergekit_wp.runs.progress import NoProgress
 from tests.comparing import Distance, asked_family, is_end, make_plan, merged_by, planted, run
+from tests.factory import make_fit
 from tests.merging import Family
 
 torch.set_num_threads(1)
@@ -38,6 +40,19 @@ def test_what_learns_needs_prompts(family: Family) -> None:
         UserError, match="'regmean' learns from the experts' prompts; .* prompts=expert0=FILE"
     ):
         plan.check()
+
+
+def test_peers_that_learn_step_by_step_take_as_many_as_the_fit() -> None:
+    known = peers(2)
+    fit, _ = make_fit("one", "two")
+    for name in ("adamerging", "expert_merging", "joint_finetuning"):
+        method = as_long_as(known[name], fit)
+        assert method.untuned == known[name].untuned | {"steps": 1, "prompts_a_step": 2}
+        assert [s["rate"] for s in method.grid] == [s["rate"] for s in known[name].grid]
+        assert all((s["steps"], s["prompts_a_step"]) == (1, 2) for s in method.grid)
+        assert as_long_as(known[name], None) == known[name]
+    for name in ("ties", "wudi", "localize_and_stitch", "regmean"):
+        assert as_long_as(known[name], fit) == known[name]
 
 
 def test_prompts_of_nobody_are_refused_before_anything_is_measured(

@@ -20,9 +20,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_wp.comparison.peers.peer import Peer
-from mergekit_wp.comparison.peers.table import PEERS
+from mergekit_wp.comparison.peers.table import AS_A_FIT, PEERS
 from mergekit_wp.comparison.rows import Setting
 from mergekit_wp.errors import UserError
+from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.merging.interface import settings_of
 from mergekit_wp.terms import FUSIONS
 
@@ -283,6 +284,20 @@ def methods_of(
             meant = f"did you mean '{alike[0]}'? " if alike else ""
             raise UserError(f"unknown method '{name}'; {meant}known are {', '.join(known)}")
     return tuple(known[name] for name in names)
+
+
+def as_long_as(method: Method, fit: Fit | None) -> Method:
+    """A peer that learns step by step, with as many steps and prompts a step as a fit took.
+
+    Args:
+        method: which; others stay as they are.
+        fit: of our merge; None leaves the peer its own number of steps.
+    """
+    if fit is None or not AS_A_FIT.keys() <= method.untuned.keys():
+        return method
+    taken = {"steps": fit.history[-1].step, "prompts_a_step": fit.prompts_a_step}
+    grid = tuple(setting | taken for setting in method.grid)
+    return replace(method, untuned=method.untuned | taken, grid=grid)
 
 
 def read_grid(path: Path, methods: Mapping[str, Method]) -> dict[str, tuple[Setting, ...]]:

@@ -33,6 +33,11 @@ _ROLES: dict[RowRole, str] = {
     "ours": "weight patching",
     "peer": "other method",
 }
+#: of the best peers, where every setting is a point
+_MARKS = (
+    *(("s", "#E69F00"), ("^", "#D55E00"), ("D", "#CC79A7")),
+    *(("v", "#009E73"), ("P", "#56B4E9")),
+)
 #: characters of a question or an answer that are shown
 _LONGEST = 240
 
@@ -179,22 +184,35 @@ def _differences(shown: list[Line], reference: str) -> Drawing | None:
     return drawing(f"Paired differences from {reference}", alt, draw, "differences", size)
 
 
+def _best(points: Sequence[tuple[float, float]]) -> float:
+    return max(value for _, value in points)
+
+
 def _trials(shown: list[Line], comparison: Comparison) -> Drawing | None:
-    """Every setting of every tuned method: what it keeps of the skills and of plain text."""
-    by_role: dict[RowRole, list[tuple[float, float]]] = {"peer": [], "ours": []}
+    """Every setting of every tuned method: what it keeps of the skills and of plain text.
+
+    The best peers are told apart, as many as there are marks; the others look alike.
+    """
+    found = []
     for line in shown:
         points = [(t.perplexity, t.value) for t in line.row.trials if t.perplexity is not None]
         if points:
-            by_role[line.row.role] += points
-    if not any(by_role.values()):
+            found.append((line.row.role, line.row.name.replace("$", r"\$"), points))
+    if not found:
         return None
+    peers = sorted((each for each in found if each[0] == "peer"), key=lambda e: -_best(e[2]))
+    others = [point for *_, points in peers[len(_MARKS) :] for point in points]
     bound = comparison.bound
 
     def draw(ax: Axes) -> None:
-        for role, points in by_role.items():
-            if points:
-                x, y = zip(*points, strict=True)
-                ax.plot(x, y, "o", color=COLOURS[role], ms=4, alpha=0.7, label=_ROLES[role])
+        drawn = partial(ax.plot, linestyle="none", ms=4, alpha=0.8)
+        if others:
+            drawn(*zip(*others, strict=True), marker=".", color=COLOURS["base"], label="others")
+        for (_, name, points), (marker, colour) in zip(peers, _MARKS, strict=False):
+            drawn(*zip(*points, strict=True), marker=marker, color=colour, label=name)
+        for role, name, points in found:
+            if role == "ours":
+                drawn(*zip(*points, strict=True), marker="o", color=COLOURS["ours"], label=name)
         if bound is not None:
             ax.axvline(bound, color=INK, lw=0.8, ls="--", label="equal perplexity")
         ax.set_xscale("log")
@@ -206,6 +224,6 @@ def _trials(shown: list[Line], comparison: Comparison) -> Drawing | None:
         ax.set_ylabel("mean over tasks, validation items")
         legend_above(ax)
 
-    count = sum(map(len, by_role.values()))
+    count = sum(len(points) for *_, points in found)
     alt = f"{count} settings by what they keep of plain text and of the tasks"
-    return drawing("Every setting that was tried", alt, draw, "trials", (5.6, 3.4))
+    return drawing("Every setting that was tried", alt, draw, "trials", (5.6, 3.8))

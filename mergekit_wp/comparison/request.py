@@ -19,6 +19,7 @@ from mergekit_wp.comparison.methods import (
     DEFAULT_METHODS,
     QUICK_METHODS,
     Method,
+    as_long_as,
     methods_of,
     read_grid,
 )
@@ -26,6 +27,8 @@ from mergekit_wp.comparison.overlap import overlaps
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import SCORE_FILES
 from mergekit_wp.errors import UserError, option
+from mergekit_wp.files import scorefile
+from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note, settings_of
 from mergekit_wp.merging.model_references import data_of
@@ -194,6 +197,7 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
             wanted = tuple(name for name in wanted if not name.endswith("+aim"))
             notes.append(f"AIM is left out: it needs {option('calibration', 'PROMPTS.jsonl')}")
     methods = methods_of(wanted, len(experts.models), first)
+    methods = tuple(as_long_as(method, _fit_of(first)) for method in methods)
     if request.grid:
         grids = read_grid(request.grid, {method.name: method for method in methods})
         methods = tuple(_with_grid(method, grids) for method in methods)
@@ -229,6 +233,12 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
     lines = [difference_note(c, MergeOptions()) for c in reversed(settings.values())]
     notes += [line for line in lines if line is not None]
     return plan, notes
+
+
+def _fit_of(config: MergeConfiguration) -> Fit | None:
+    """How the gates were fitted that a recipe merges by; None where they were not."""
+    texts = recipes.score_texts(data_of(config))
+    return scorefile.read(local_path(texts[0])).manifest.fit if texts else None
 
 
 def _tasks(request: CompareRequest) -> tuple[tuple[Task, ...], tuple[Task, ...]]:

@@ -337,5 +337,8 @@ def _way_out(how: Fit) -> str:
     if how.granularity != "channel":
         ways.append(f"finer gates, {option('granularity', 'channel')}")
     if any(guard.price > 0 for guard in how.guards):
-        ways.append(f"a larger {option('limit')} for what is guarded")
+        ways.append(
+            f"a larger {option('limit')} for what is guarded ({option('front')} shows what each "
+            "buys)"
+        )
     return f"{', or '.join(ways)}; where nothing helps, these experts cannot share one model"

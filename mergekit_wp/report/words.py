@@ -99,10 +99,8 @@ def identity(manifest: Manifest) -> list[tuple[str, str]]:
 def _company(manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.company is None:
         return []
-    members = ", ".join(
-        f"{clean(member.behavior)} {member.recovery:.2f}" for member in manifest.company
-    )
-    return [("fitted", f"together; recovered by 'path': {members}")]
+    members = ", ".join(clean(member.behavior) for member in manifest.company)
+    return [("fitted", f"together: {members}")]
 
 
 def _model(model: ModelId) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
@@ -20,7 +20,8 @@ EVERY = 60.0
 class BarProgress:
     """A tqdm bar per stage, weighted by cost; its ETA is the average rate of this run's own work.
 
-    Away from a terminal (logs, pipes) a line appears once a minute instead, over all stages.
+    Away from a terminal (logs, pipes) a line appears once a minute instead, over all stages, also
+    while nothing is counted; a thread prints it between entering and leaving.
 
     Args:
         flags: how the user calls options, see `errors.spelled`.
@@ -35,8 +36,8 @@ class BarProgress:
         self._flags, self._forecast = flags, forecast
         self._bar: tqdm | None = None
         self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._pace = {} if self._live else {"mininterval": inf, "delay": inf}  # `_say` does
-        self._said = time.monotonic()
+        self._pace = {} if self._live else {"mininterval": inf, "delay": inf}  # the thread says
+        self._left = threading.Event()
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Begin a stage of `total` units."""
@@ -51,7 +52,6 @@ class BarProgress:
             + "s [{elapsed}<{remaining}]",
             **self._pace,
         )
-        self._say()
 
     def advance(self, amount: float, *, resumed: bool = False) -> None:
         """Count units; resumed ones do not count towards the rate."""
@@ -66,13 +66,12 @@ class BarProgress:
                 self._bar.refresh()
         else:
             self._bar.update(amount)
-        self._say()
 
-    def _say(self) -> None:
-        """A line away from a terminal, where the last one is a minute old."""
-        if not self._live and time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
-            print(self._bar, file=sys.stderr, flush=True)
+    def _keep_saying(self) -> None:
+        """A line a minute, whatever is being done."""
+        while not self._left.wait(EVERY):
+            if (bar := self._bar) is not None:
+                print(bar, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -95,9 +94,12 @@ class BarProgress:
             self._bar = None
 
     def __enter__(self) -> Self:
+        if not self._live:
+            threading.Thread(target=self._keep_saying, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         self.close()
 
 

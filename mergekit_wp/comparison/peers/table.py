@@ -18,7 +18,7 @@ from mergekit_wp.comparison.peers.peer import Peer
 from mergekit_wp.comparison.rows import Setting
 
 LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.3)
-#: as many steps and prompts a step as `mergekit-wp fit` takes at its defaults
+#: of peers that learn step by step where no fit is compared, which says how many it took
 AS_A_FIT: Setting = {"steps": 60, "prompts_a_step": 8}
 
 

@@ -1,4 +1,4 @@
-"""Test items that were seen before are said: in validation, in what scores were made with."""
+"""What a comparison will do: steps of peers, and test items that were seen before are said."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.prompts import Message, Text, prompt_source, read_prompts, text_digest
 from mergekit_wp.runs.progress import NoProgress
 from tests.comparing import asked_family
+from tests.gating import gate, gated_recipe
 from tests.merging import Family
 
 torch.set_num_threads(1)
@@ -105,6 +106,22 @@ def test_whoever_saw_test_items_is_named(family: Family, tmp_path: Path) -> None
         "1 of 2 test items of task 'one' are among the prompts of expert1",
         "1 of 2 test items of task 'one' are among the prompts for calibration",
     ]
+
+
+def test_peers_that_learn_step_by_step_have_the_steps_of_the_recipes_fit(
+    family: Family, tmp_path: Path
+) -> None:
+    gates = gate(family, tmp_path)
+    task = items(tmp_path / "one.jsonl", valid=["a"], test=["b"])
+    given = {
+        "tasks": (task,),
+        "methods": ("weight_patching", "joint_finetuning"),
+        "prompts": tuple((f"expert{n}", prompt_source(["c"])) for n in range(2)),
+    }
+    for recipe, steps in ((family.recipe(), 60), (gated_recipe(family, tmp_path), 1)):
+        plan, _ = make_plan(CompareRequest.model_validate(given | {"recipes": (recipe,)}))
+        assert {setting["steps"] for setting in plan.methods[1].grid} == {steps}
+    assert gates.fit.history[-1].step == 1
 
 
 def test_the_warning_stands_beside_the_numbers(family: Family, tmp_path: Path) -> None:
