@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import mergekit_wp as wp
 from mergekit_wp.cli import cli
+from mergekit_wp.comparison.methods import peers
 from mergekit_wp.comparison.suites.prepare import prepare
 from mergekit_wp.comparison.suites.suite import Suite
 from mergekit_wp.errors import UserError
@@ -184,6 +185,8 @@ def test_shipped_suites_ask_for_what_they_say(path: Path, tmp_path: Path) -> Non
     (instruction,) = suite.validation["instruction"]
     items = JsonlTask.read(Path(instruction), Checkers.load(None), usual="valid")
     assert items.count("valid") == 96 and {i["checker"] for i in items.items} == {"ifeval"}
+    known = {"weight_patching", *peers(len(suite.experts))}
+    assert set(request.methods or known) <= known
     for name in ("reports", "stories", "talk"):
         assert all(Path(place).is_file() for place in suite.keep[name])
 

@@ -25,11 +25,13 @@ from tqdm import tqdm
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.tasks import distinct_items, prompt_line
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.comparison.methods import DEFAULT_METHODS, methods_of
+from mergekit_wp.comparison.methods import DEFAULT_METHODS, as_long_as, methods_of
+from mergekit_wp.comparison.peers.table import PEERS
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import Results
 from mergekit_wp.comparison.rows import Comparison
 from mergekit_wp.comparison.run import Runner
+from mergekit_wp.files import scorefile
 from mergekit_wp.joint.files import RECIPE
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
@@ -50,6 +52,10 @@ FIRST_SEED, N_SEEDS = 2, 5
 #: what an expert must reach on validation items of its own skill to be one
 COMPETENT = 0.9
 N_PROMPTS, N_VALID, N_TEST = 128, 100, 200
+#: of a skill, for the fit and for peers that learn from prompts
+N_FITTED = 256
+#: the default methods, and those that learn
+METHODS = tuple(dict.fromkeys((*DEFAULT_METHODS, *PEERS)))
 #: requests of copying: a skill of the base that no expert and no prompt is about
 N_GUARD = 256
 MAX_NEW_TOKENS = 14
@@ -211,10 +217,13 @@ def compare(
     extra: dict[str, MergeConfiguration],
     label: str,
     bar: Any,
+    n: int = N_PROMPTS,
 ) -> Comparison:
-    """One comparison; finished parts are read, not run."""
+    """One comparison by a fit on ``n`` prompts a skill; finished parts are read, not run."""
     folder = checkpoints(seed)
-    recipe = recipes.read(fitted(folder, seed, experts) / RECIPE).config
+    made = fitted(folder, seed, experts, n)
+    how = scorefile.read(made / f"{experts[0]}.safetensors").manifest.fit
+    recipe = recipes.read(made / RECIPE).config
     recipe.dtype = "float32"
     calibration = [
         Prompt.model_validate_json(line)
@@ -227,16 +236,19 @@ def compare(
         names=tuple(experts),
         recipe=recipe,
         extra=extra,
-        methods=methods_of(methods, len(experts), recipe),
+        methods=tuple(as_long_as(m, how) for m in methods_of(methods, len(experts), recipe)),
         tasks=tuple(task(folder, seed, e) for e in experts),
+        keep=(task(folder, seed, "copy"),),
         relative=True,
         calibration=tuple(calibration),
+        prompts=tuple((e, unlabelled(folder, seed, e, n)) for e in experts),
+        max_new_tokens=MAX_NEW_TOKENS,
         dtype="float32",
         device="cpu",
         eval_dtype=torch.float32,
     )
     plan.check()
-    inputs = {"seed": seed, "experts": list(experts), "label": label, "fitted on": N_PROMPTS}
+    inputs = {"seed": seed, "experts": list(experts), "label": label, "fitted on": n}
     bar.set_postfix_str(f"seed {seed}, {'+'.join(experts)}")
     with Results(folder / label / "-".join(experts), inputs) as results:
         return Runner(plan, results, Notes()).run()
@@ -244,21 +256,24 @@ def compare(
 
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", help="Training seeds: 2,4,6.  [default: the first five with experts]")
+@click.option("--only", metavar="COMBINATION", help="Only this one, such as inst-math-sort.")
 @click.option("--only-run", is_flag=True, help="Do not print the tables.")
-def main(seeds: str | None, only_run: bool) -> None:
+def main(seeds: str | None, only: str | None, only_run: bool) -> None:
     """Train, fit, score, compare, and print the tables."""
     torch.set_num_threads(1)
     ensure_registered()
     os.chdir(ROOT)
     chosen = [int(seed) for seed in seeds.split(",")] if seeds else competent_seeds()
-    found: dict[tuple[str, ...], dict[int, Comparison]] = {c: {} for c in COMBINATIONS}
-    with tqdm(total=len(chosen) * len(COMBINATIONS), unit="comparison", mininterval=5) as bar:
+    found: dict[tuple[str, ...], dict[int, Comparison]] = {
+        c: {} for c in COMBINATIONS if only in (None, "-".join(c))
+    }
+    with tqdm(total=len(chosen) * len(found), unit="comparison", mininterval=5) as bar:
         for seed in chosen:
-            for experts in COMBINATIONS:
+            for experts in found:
                 by_own = scored_alone(checkpoints(seed), seed, experts)
                 extra = {"scored alone, untuned": by_own}
                 found[experts][seed] = compare(
-                    seed, experts, DEFAULT_METHODS, extra, "compare", bar
+                    seed, experts, METHODS, extra, "peers", bar, N_FITTED
                 )
                 bar.update()
     if only_run:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.rows import Comparison
-from mergekit_wp.comparison.table import interval, signed
+from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.comparison.table import cost_words, interval, signed
 
 #: by combination, by training seed
 Found = Mapping[tuple[str, ...], Mapping[int, Comparison]]
@@ -41,6 +43,22 @@ class Bench:
             }
         )
 
+    def _rows(self, name: str) -> list[Row]:
+        return [own.rows[name] for by_seed in self.found.values() for own in by_seed.values()]
+
+    def worst(self, name: str) -> float:
+        """Accuracy of the worst skill in any seed and combination, relative to its expert."""
+        return min(
+            own.task_value(name, task)
+            for by_seed in self.found.values()
+            for own in by_seed.values()
+            for task in own.comparison.tasks
+        )
+
+    def copying(self, name: str) -> float:
+        """Accuracy of copying, which the base can and no expert was taught: mean."""
+        return float(np.mean([row.kept["copy"] for row in self._rows(name)]))
+
     def best_peer(self, combinations: Sequence[tuple[str, ...]]) -> str:
         """The tuned peer with the highest mean on the test items: the hardest to beat."""
         return max(self.peers, key=lambda name: self.pooled(name, combinations).values.mean())
@@ -51,8 +69,9 @@ def tables(found: Found) -> str:
     bench = Bench(found)
     every = list(found)
     names = ["+".join(c) if len(c) < 3 else "all three" for c in every]
-    output = ["| method | " + " | ".join(names) + " | mean, 95% | untuned ours minus it |"]
-    output.append("|---|" + "---:|" * (len(names) + 2))
+    head = [*names, "mean, 95%", "untuned ours minus it", "worst skill", "copying"]
+    head.append(f"cost, seed {bench.seeds[-1]}")
+    output = ["| method | " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1) + "---|"]
     ordered = sorted(bench.merges, key=lambda n: -bench.pooled(n, every).values.mean())
     untuned = bench.pooled(UNTUNED, every)
     for name in ordered:
@@ -60,6 +79,8 @@ def tables(found: Found) -> str:
         mean = bench.pooled(name, every)
         cells.append(interval(mean.t_interval()))
         cells.append("" if name == UNTUNED else signed((untuned - mean).t_interval()))
+        cells += [f"{bench.worst(name):.2f}", f"{bench.copying(name):.2f}"]
+        cells.append(cost_words(bench.found[every[-1]][bench.seeds[-1]].rows[name]))
         output.append(f"| {name} | " + " | ".join(cells) + " |")
     output += ["", "| against the best tuned peer of its column | peer | untuned | tuned | ratio |"]
     output.append("|---|---|---:|---:|---:|")
