@@ -81,7 +81,7 @@ def ratio(own: list[Cost], ties: list[Cost], part: str) -> str:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--program", type=click.Choice(list(PROGRAMS)), default="mergekit-yaml")
 @click.option("--option", "options", multiple=True, help="Of mergekit-yaml, for all merges.")
-@click.option("--only", multiple=True, help="Only these fusions (and ties).")
+@click.option("--only", multiple=True, help="Only these rows (and ties).")
 def main(
     repeats: int, dtype: str, program: str, options: tuple[str, ...], only: tuple[str, ...]
 ) -> None:

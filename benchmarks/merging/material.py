@@ -15,7 +15,7 @@ from mergekit_wp.files.fit_section import Fit, Moment, Seen
 from mergekit_wp.files.manifest import CompanyMember, Fidelity, Manifest, ModelId
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.merging.fusion import delta_norm
-from mergekit_wp.terms import Kind
+from mergekit_wp.terms import Estimand, GateGranularity, Kind
 
 NAMES = ("instruction", "math", "code")
 #: SmolLM2-135M
@@ -29,7 +29,14 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 KINDS: tuple[Kind, ...] = ("tensor", "head", "kv_group", "neuron")
-FUSIONS = ("share", "path", "gate")
+#: by the name of a recipe its fusion, and what each of the fitted gates covers
+RECIPES: dict[str, tuple[str, GateGranularity | None]] = {
+    "share": ("share", None),
+    "gate": ("gate", None),
+    "path": ("path", "component"),
+    "path, channel": ("path", "channel"),
+    "path, row and column": ("path", "row_column"),
+}
 
 
 def make(folder: Path, dtype: torch.dtype) -> dict[str, Path]:
@@ -64,11 +71,12 @@ def make(folder: Path, dtype: torch.dtype) -> dict[str, Path]:
         expert = saved(name, moved)
         norms.append({n: delta_norm(base[n], expert[n]) for n in base})
     dims, stored = Dims.from_config(config), str(dtype).removeprefix("torch.")
+    sizes = {n: tuple(shape) for n, shape in shapes.items()}
     for e, name in enumerate(NAMES):
-        for together, where in ((False, folder), (True, folder / "together")):
-            file = _scores(name, dims, norms[e], stored, generator, together)
-            scorefile.write(file, where / f"{name}.safetensors")
-    return {name: _recipe(folder, name, stored) for name in ("ties", *FUSIONS)}
+        for gates in {gates for _, gates in RECIPES.values()}:
+            file = _scores(name, dims, norms[e], stored, generator, gates, sizes)
+            scorefile.write(file, folder / str(gates) / f"{name}.safetensors")
+    return {name: _recipe(folder, name, stored) for name in ("ties", *RECIPES)}
 
 
 def _model(name: str, stored: str) -> ModelId:
@@ -81,16 +89,18 @@ def _scores(
     norms: dict[str, float],
     stored: str,
     generator: torch.Generator,
-    together: bool,
+    gates: GateGranularity | None,
+    shapes: dict[str, tuple[int, ...]],
 ) -> ScoreFile:
-    estimand = "path" if together else "share"
+    together = gates is not None
+    estimand: Estimand = "path" if together else "share"
     company = [
         CompanyMember(reference=name, weights_sha256="0" * 64, behavior=name, recovery=1.0)
         for name in NAMES
     ]
     seen = dict.fromkeys(NAMES, Seen(kl=0.0, answers=1.0, tokens=1.0))
     fit = Fit(
-        granularity="component",
+        granularity=gates or "component",
         guards=(),
         limit=None,
         start="0.5",
@@ -122,6 +132,7 @@ def _scores(
         noise_floor={},
         completeness={},
         tensor_names=tuple(norms),
+        tensor_shapes=None if gates in (None, "component") else tuple(shapes[n] for n in norms),
         company=tuple(company) if together else None,
         fit=fit if together else None,
         dtype="float32",
@@ -129,10 +140,9 @@ def _scores(
         created="2026-01-01",
         versions={},
     )
-    tensors = {
-        key: torch.randn(manifest.shape(key.split("/")[2]), generator=generator)
-        for key in manifest.score_keys()
-    }
+    wanted = {key: manifest.shape(key.split("/")[2]) for key in manifest.score_keys()}
+    wanted |= manifest.finer_shapes
+    tensors = {key: torch.randn(size, generator=generator) for key, size in wanted.items()}
     if together:
         tensors = {key: value.clamp(0, 1) for key, value in tensors.items()}
     tensors["delta_norm"] = torch.tensor(list(norms.values()))
@@ -141,11 +151,11 @@ def _scores(
 
 def _recipe(folder: Path, name: str, stored: str) -> Path:
     parameters: list[dict[str, object]] = [{"weight": 1.0, "density": 0.5} for _ in NAMES]
-    recipe: dict[str, object] = {"merge_method": "weight_patching", "parameters": {"fusion": name}}
-    if name == "ties":
-        recipe = {"merge_method": "ties"}
-    else:
-        scores = folder / "together" if name == "path" else folder
+    recipe: dict[str, object] = {"merge_method": "ties"}
+    if name != "ties":
+        fusion, gates = RECIPES[name]
+        recipe = {"merge_method": "weight_patching", "parameters": {"fusion": fusion}}
+        scores = folder / str(gates)
         parameters = [{"scores": str(scores / f"{n}.safetensors")} for n in NAMES]
     models = [
         {"model": str(folder / n), "parameters": own}
