@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mergekit_wp.cli import cli
+from mergekit_wp.comparison.making import cost_of
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint import judging
 from mergekit_wp.joint.fit import a_step, warnings
 from mergekit_wp.joint.judging import PromptSplit
+from mergekit_wp.merging.recipe import read as read_recipe
 from mergekit_wp.runs.journal import Journal
 from mergekit_wp.runs.texts import encode_texts
 from mergekit_wp.tasks.behaviors import plain_text
@@ -39,6 +41,30 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(request.param, tmp_path_factory.mktemp("fit"))
+
+
+def test_the_cost_of_a_fit_is_what_went_through_a_model(world: Path, tmp_path: Path) -> None:
+    """Every sequence that comes to an MLP while a fit runs, as `compare` tells it of the files."""
+    passed = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal passed
+        if type(module).__name__.endswith("MLP"):
+            passed += len(inputs[0])
+
+    guard = tmp_path / "guard.jsonl"
+    told = [{"prompt": text, "response": "ab"} for text in ("cc", "dd", "ee", "fa")]
+    guard.write_text("".join(json.dumps(line) + "\n" for line in told))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        fitted(world, tmp_path / "gates", guards=(guard,))
+    finally:
+        hook.remove()
+    recipe = read_recipe(tmp_path / "gates" / "recipe.yml").config
+    assert cost_of(recipe, None).gradient_steps == 6
+    layers = scorefile.read(tmp_path / "gates" / "east.safetensors").manifest.n_layers
+    causal = 2  # sequences of no prompt, by which attention is looked at once
+    assert cost_of(recipe, None).forward_passes == passed / layers - causal
 
 
 IS_B, OTHER = 5, 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +41,8 @@ from mergekit_wp.comparison.results import Job
 from mergekit_wp.comparison.rows import Cost, Setting
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
+from mergekit_wp.files.fit_section import Fit
+from mergekit_wp.joint.judging import MOST
 from mergekit_wp.joint.members import open_members
 from mergekit_wp.joint.request import MembersRequest, NamedExperts
 from mergekit_wp.merging.aim import activation_importance, apply_aim
@@ -165,13 +167,13 @@ class Making:
         begun = perf_counter()
         if omega is None and not (self.in_memory and keeps_shapes(recipe)):
             with merged_on_disk(recipe, self._options(seed), self.folder) as folder:
-                cost = _cost(recipe, _since(begun))
+                cost = cost_of(recipe, _since(begun))
                 yield Made(self._loaded(folder), self._interface_of(folder), cost)
             return
         tensors = merge_in_memory(recipe, self._options(seed))
         if omega is not None:
             tensors = apply_aim(self._base_tensors, tensors, self._importance, float(omega))
-        cost = _cost(recipe, _since(begun))
+        cost = cost_of(recipe, _since(begun))
         if omega is not None:
             prompts = len(self.plan.calibration)
             cost = cost.model_copy(update={"prompts": prompts, "forward_passes": prompts})
@@ -233,15 +235,38 @@ def _since(begun: float) -> float | None:
     return None if "SOURCE_DATE_EPOCH" in os.environ else perf_counter() - begun
 
 
-def _cost(recipe: MergeConfiguration, seconds: float | None) -> Cost:
+def cost_of(recipe: MergeConfiguration, seconds: float | None) -> Cost:
     """Of mergekit's merge; of ours, what its score files say they were made with."""
     if recipe.merge_method != OURS:
         return Cost(seconds=seconds)
     paths = [str((model.parameters or {})["scores"]) for model in recipe.models or []]
     made = [scorefile.read(local_path(path)).manifest for path in paths]
+    experts = {manifest.behavior: manifest.n_prompts for manifest in made}
     fit = made[0].fit  # the same in the files of all experts
-    guards = sum(guard.n_prompts for guard in fit.guards) if fit else 0
+    if fit is None:
+        return Cost(prompts=sum(manifest.n_prompts for manifest in made))
+    guards = {guard.behavior: guard.n_prompts for guard in fit.guards}
     return Cost(
-        prompts=sum(manifest.n_prompts for manifest in made) + guards,
-        gradient_steps=len(fit.history) - 1 if fit else 0,
+        prompts=sum(experts.values()) + sum(guards.values()),
+        gradient_steps=fit.history[-1].step,
+        forward_passes=_passes(fit, experts, guards),
     )
+
+
+def _passes(fit: Fit, experts: Mapping[str, int], guards: Mapping[str, int]) -> int:
+    """Sequences that went through a model in a fit, if each of its batches was full.
+
+    Args:
+        fit: which.
+        experts: how many prompts each behaviour has.
+        guards: the same of the guards.
+    """
+    every = {**experts, **guards}
+    held_out = {name: fit.held_out[name] for name in every}
+    a_step = sum(min(fit.prompts_a_step, n - held_out[name]) for name, n in every.items())
+    judged = sum(held_out[name] or min(n, MOST) for name, n in every.items())
+    looks = sum(moment.judged is not None for moment in fit.history)
+    # before the first step: what each expert says there, how far the base is from it and it from
+    # itself; and what the base says to the guards
+    references = 3 * sum(experts.values()) + sum(guards.values())
+    return references + fit.history[-1].step * a_step + looks * judged

@@ -23,8 +23,7 @@ from mergekit_wp.comparison.methods import (
     methods_of,
     read_grid,
 )
-from mergekit_wp.comparison.overlap import overlaps
-from mergekit_wp.comparison.plan import Plan
+from mergekit_wp.comparison.plan import Plan, overlaps
 from mergekit_wp.comparison.results import SCORE_FILES
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile

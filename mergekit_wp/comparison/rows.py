@@ -34,7 +34,7 @@ class Cost(BaseModel):
         gradient_steps: steps of an optimiser that followed gradients through a whole model.
         forward_passes: sequences that went through a whole model, with gradients or without; the
             experts' own answers, which every method with data needs alike, are not among them.
-            None where none did, or where the merge goes by scores from elsewhere.
+            None where none did, or where the merge goes by scores of single experts.
         seconds: of the clock on the wall; None where the merge goes by scores from elsewhere.
     """
 
