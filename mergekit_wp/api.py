@@ -20,6 +20,7 @@ from mergekit_wp.card.write import write_card
 from mergekit_wp.comparison.compare import ComparisonResult
 from mergekit_wp.comparison.compare import compare as _compare
 from mergekit_wp.comparison.suites.prepare import requested
+from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.files import RECIPE, kept_settings
 from mergekit_wp.joint.finished import finished
@@ -35,6 +36,7 @@ from mergekit_wp.merging.merge import check_free
 from mergekit_wp.merging.merge import merge as _merge
 from mergekit_wp.merging.states import fuse_states
 from mergekit_wp.models.hub import local_path
+from mergekit_wp.models.model_names import place_of
 from mergekit_wp.prompts import prompt_source
 from mergekit_wp.results import Mergeable, PathLike, Scores, ScoresTogether, recipe_for, recipes_for
 from mergekit_wp.runs.progress import Progress, shown_by
@@ -94,8 +96,8 @@ def score(
         UserError: any mistake in the inputs.
     """
     request = ScoreRequest.of(
-        base=os.fspath(base),
-        expert=os.fspath(expert),
+        base=place_of(base, "base"),
+        expert=place_of(expert, "expert"),
         prompts=prompt_source(prompts),
         criterion=criterion,
         out=out,
@@ -122,7 +124,7 @@ def fit(
         base: a folder or a Hub id.
         experts: folders or Hub ids by names of your choice.
         prompts: of each expert, by its name; see `score`. The expert's answers are the target. Of
-            an only expert, a source will do.
+            an only expert, a file or dataset will do without it.
         guards: prompts on which the merge is to stay like the base: a source, or a list of sources
             or of lists of prompts. Without any, plain text of the package's own;
             ``unguarded=True`` for none.
@@ -166,7 +168,7 @@ def load_scores(path: PathLike) -> Scores:
     Raises:
         UserError: missing, unreadable or inconsistent; names the file.
     """
-    return Scores(scorefile.read(local_path(os.fspath(path))))
+    return Scores(scorefile.read(local_path(place_of(path, "path"))))
 
 
 def merge(
@@ -185,7 +187,8 @@ def merge(
         out: the folder.
         options: mergekit's.
         overwrite: replace a model, or files of it, that are there already.
-        progress: say where the merge has another tokenizer than an expert; or where to say it.
+        progress: show mergekit's bars, and say where the merge has another tokenizer than an
+            expert; or where to say it.
 
     Raises:
         UserError: any mistake in the recipe, its score files and its models.
@@ -197,7 +200,7 @@ def merge(
         _merge(
             recipe,
             out,
-            options or MergeOptions(),
+            options or MergeOptions(quiet=progress is False),
             write_card,
             shown.note,
             overwrite=overwrite,
@@ -241,7 +244,7 @@ def merge_experts(
     """
     from mergekit.options import MergeOptions
 
-    options = options or MergeOptions()
+    options = options or MergeOptions(quiet=progress is False)
     check_free(Path(out), options, overwrite)
     steps = Path(out, "merge")
     fit_options |= {"out": steps, "overwrite": overwrite}
@@ -269,19 +272,23 @@ def fuse(
             each expert.
 
     Returns:
-        The merged parameters, in the base's dtypes.
+        The merged parameters, in the base's dtypes. Those that no scores cover, or no gate moves,
+        may be the base's own tensors.
 
     Raises:
         UserError: names that do not fit; an unknown parameter or a bad value; scores of other
             models, or without what is asked for.
     """
+    for name, own in scores.items():
+        if not isinstance(own, Scores):
+            raise UserError(f"scores of '{name}': expected Scores, such as wp.load_scores(FILE) is")
     files = {name: own.file for name, own in scores.items()}
     return fuse_states(base, experts, files, **parameters)
 
 
 def compare(
     *what: Mergeable,
-    tasks: Sequence[PathLike] = (),
+    tasks: Sequence[PathLike] | PathLike = (),
     prompts: Mapping[str, Any] | Sequence[Any] = (),
     suite: PathLike | None = None,
     progress: bool | Progress = True,
@@ -304,7 +311,8 @@ def compare(
         UserError: any mistake that shows before the first merge.
     """
     with shown_by(progress) as shown, recipes_for(what) as recipes:
-        named = tuple(os.fspath(task) for task in tasks)
+        every = [tasks] if isinstance(tasks, str | os.PathLike) else tasks
+        named = tuple(place_of(task, "tasks") for task in every)
         given = options | {"recipes": recipes, "tasks": named, "prompts": by_name(prompts)}
         return _compare(requested(suite, given, shown), shown)
 
@@ -382,7 +390,10 @@ def find_anchors(
         UserError: fewer than four contrasts, or any other mistake in the inputs.
     """
     request = AnchorRequest.of(
-        base=os.fspath(base), expert=os.fspath(expert), prompts=prompt_source(prompts), **options
+        base=place_of(base, "base"),
+        expert=place_of(expert, "expert"),
+        prompts=prompt_source(prompts),
+        **options,
     )
     with shown_by(progress) as shown:
         return _find_anchors(request, shown)

@@ -93,6 +93,9 @@ class Request(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         found = declared(cls).get(str(info.field_name))
+        kind = type(value)
+        if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
+            value = str(value).removeprefix("torch.")
         return value if found is None else found.plain(value)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mergekit_wp.errors import UserError
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
@@ -40,7 +41,7 @@ class Picture:
             temporary.write_bytes(self.png)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Scores:
     """The scores of one expert: a checked score file in memory.
 
@@ -77,8 +78,10 @@ class Scores:
             kind: of one kind; None ranks the fine partition, so that no weight stands twice.
 
         Raises:
-            UserError: there are no such scores; says which there are.
+            UserError: there are no such scores, and which there are; or no such number of them.
         """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise UserError(f"top({n!r:.60}): expected how many, from 1 on")
         selection = select(self.file, estimand, criterion, kind)
         if kind is None:
             fine = tuple(k for k in selection.kinds if k != "layer")
@@ -187,6 +190,10 @@ def recipe_for(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
         yield recipe_of([what]) if os.fspath(what).endswith(".safetensors") else what
         return
     every = [what] if isinstance(what, Scores) else what
+    if not isinstance(every, ScoresTogether | Sequence):
+        raise UserError(
+            f"expected scores, score files, or a recipe, to merge by, not {type(what).__name__}"
+        )
     settings: Mapping[str, Any] = {}
     if isinstance(every, ScoresTogether):
         settings = every.settings

@@ -29,6 +29,6 @@ def stability(file: Path, others: tuple[Path, ...], seed: int) -> None:
     from mergekit_wp.api import stability as run
     from mergekit_wp.report.mechanism import agreement_table
 
-    click.echo(agreement_table(run(file, others, seed)))
+    click.echo(agreement_table(run(file, others, seed=seed)))
     if others:
         click.echo(f"\nwritten into {file}")

@@ -236,7 +236,7 @@ class Results:
 
     def add(self, job: Job, found: Sequence[ItemScore]) -> None:
         """Append a finished job."""
-        lines = [job.line(item=x.item, score=x.score, output=x.output) for x in found]
+        lines = [job.line(item=x.item, score=x.score, output=x.output, cut=x.cut) for x in found]
         self._append(self.path, lines)
         self.done[job] = lines
         self.failed.pop(job, None)

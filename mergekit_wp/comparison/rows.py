@@ -69,6 +69,8 @@ class ResultLine(BaseModel):
     item: str | None = None
     score: float | None = None
     output: str | None = None
+    #: a right answer that had not ended at its last token, and counts as wrong
+    cut: bool = False
     #: set instead of item and score when the merge or its evaluation failed
     failed: str | None = None
 

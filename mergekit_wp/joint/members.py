@@ -147,7 +147,9 @@ def requests_of(request: MembersRequest, folder: Path | None) -> dict[str, Score
         key, prompts = _at_expert(experts, key, prompts)
         fitting = _called(experts, key)
         if len(fitting) != 1:
-            known = ", ".join(experts.values())
+            known = ", ".join(
+                experts if isinstance(request.recipe, NamedExperts) else experts.values()
+            )
             what = "several experts" if fitting else "no expert"
             raise UserError(f"{_named(key, prompts)}: '{key}' is {what} of {whole}; it has {known}")
         if fitting[0] in given:
@@ -241,12 +243,10 @@ def _open(name: str, request: ScoreRequest, progress: Progress, date: str) -> Me
 
 
 def _check_alike(members: Sequence[Member]) -> None:
-    seen: dict[str, str] = {}
+    seen: dict[str, Member] = {}
     for member in members:
-        if (other := seen.setdefault(member.weights_sha256, member.request.expert)) != (
-            member.request.expert
-        ):
+        if (other := seen.setdefault(member.weights_sha256, member)) is not member:
             raise UserError(
-                f"experts '{other}' and '{member.request.expert}' have the same weights; experts "
-                "that are fitted together have to differ, so leave one out"
+                f"experts '{other.request.expert}' and '{member.request.expert}' have the same "
+                "weights; experts that are fitted together have to differ, so leave one out"
             )

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationInfo, field_validator
 
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.models.model_names import file_names
+from mergekit_wp.models.model_names import file_names, place_of
 from mergekit_wp.options import Argument, Option, Places
-from mergekit_wp.prompts import PromptSource, prompt_source
+from mergekit_wp.prompts import Prompt, PromptSource, is_frame, prompt_source
 from mergekit_wp.prompts.dataset import pinned_text
 from mergekit_wp.prompts.location import HUB
 from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Restart, RunRequest
@@ -218,7 +218,7 @@ def experts_of(
         UserError: neither these nor a recipe, or both.
     """
     if recipe is not None and base is None and experts is None:
-        return recipe if isinstance(recipe, tuple) else Path(recipe)
+        return recipe if isinstance(recipe, tuple) else Path(place_of(recipe, "recipe"))
     if experts is not None and not isinstance(experts, Mapping):
         raise UserError(
             f"experts are given without names, as {experts!r:.60}; expected them by names of your "
@@ -229,22 +229,44 @@ def experts_of(
             "expected a base and its experts by name, as in base, {'inst': expert}; or a recipe "
             "that names them, as recipe=FILE"
         )
-    named = tuple((name, os.fspath(expert)) for name, expert in experts.items())
-    return NamedExperts(base=os.fspath(base), experts=named)
+    for name in experts:  # each is the name of a file
+        if not isinstance(name, str) or not name or "/" in name or os.sep in name or "\0" in name:
+            raise UserError(
+                f"expert {name!r}: expected a name of your choice without '/', for its score file "
+                "is named by it, as in {'inst': expert}"
+            )
+    named = tuple((name, place_of(expert, f"expert '{name}'")) for name, expert in experts.items())
+    return NamedExperts(base=place_of(base, "base"), experts=named)
 
 
 def guards_of(given: Sequence[Any] | str | os.PathLike[str]) -> tuple[PromptSource, ...]:
-    """Guards as a caller from Python gives them: sources in a list, or one by itself."""
+    """Guards as a caller from Python gives them: sources in a list, or one by itself.
+
+    Raises:
+        UserError: they are none.
+    """
+    if given is None or is_frame(given):
+        raise UserError(
+            "guards: expected sources of prompts in a list; leave it out for plain text of the "
+            "package's own, or give unguarded=True for none"
+        )
     return tuple(map(prompt_source, [given] if isinstance(given, str | os.PathLike) else given))
 
 
 def by_name(
     prompts: Mapping[str, Any] | Sequence[Any] | str | os.PathLike[str],
 ) -> tuple[Any, ...]:
-    """Prompts of each expert, as pairs; those of an only one may be a source without its name."""
+    """Prompts of each expert, as pairs; those of an only one may be a source without its name.
+
+    Raises:
+        UserError: they are not by name.
+    """
     if isinstance(prompts, str | os.PathLike):
         prompts = [os.fspath(prompts)]
     pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
+    rows = isinstance(pairs, Sequence) and any(isinstance(p, Mapping | Prompt) for p in pairs)
+    if pairs is None or is_frame(pairs) or rows:
+        raise UserError("prompts: expected those of each expert by its name, as in {'inst': [...]}")
     return tuple(  # EXPERT=SOURCE as one text is what a command passes on
         _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))
         for pair in pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,16 @@ from mergekit_wp.files import scorefile
 from mergekit_wp.files.fingerprint import NORM_TOLERANCE
 from mergekit_wp.files.manifest import Agreement
 from mergekit_wp.files.scorefile import ScoreFile
+from mergekit_wp.models.model_names import place_of
 from mergekit_wp.statistics import between_files
 
 
-def stability(file: Path, others: Sequence[Path], seed: int) -> list[Agreement]:
+def stability(
+    file: str | os.PathLike[str],
+    others: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] = (),
+    *,
+    seed: int = 0,
+) -> list[Agreement]:
     """Compare a score file with others, and write what was found into its manifest.
 
     Args:
@@ -31,13 +38,15 @@ def stability(file: Path, others: Sequence[Path], seed: int) -> list[Agreement]:
     Raises:
         UserError: a file that cannot be read, is given twice, or has nothing to compare.
     """
-    if len(set(others)) < len(others):
+    every = [others] if isinstance(others, str | os.PathLike) else others
+    paths = [Path(place_of(other, "others")) for other in every]
+    if len(set(paths)) < len(paths):
         raise UserError("a file is given twice")
-    own = scorefile.read(file)
+    own = scorefile.read(place_of(file, "file"))
     found: list[Agreement] = [a for a in own.manifest.stability if a.against == "halves"]
-    for path in others:
+    for path in paths:
         found += compared(own, scorefile.read(path), path, seed)
-    if others:
+    if paths:
         manifest = own.manifest.model_copy(update={"stability": tuple(found)})
         scorefile.write(replace(own, manifest=manifest), file)
     return found

@@ -52,6 +52,7 @@ def fuse_states(
             "of each under every name"
         )
     given = _parameters(parameters, weight, density, list(experts))
+    _check_states(base, experts, scores)
     files: dict[Hashable, ExpertScores] = {
         name: ExpertScores(f"of '{name}'", file) for name, file in scores.items()
     }
@@ -69,6 +70,30 @@ def fuse_states(
             file.check_delta(file.scored_name(name, None), tensor, own, shown_as=shown_as)
         merged[name] = fuse(tensor, taken, *gated.layout.spread(gated.gates, tensor.shape))
     return merged
+
+
+def _check_states(
+    base: State, experts: Mapping[str, State], scores: Mapping[str, ScoreFile]
+) -> None:
+    """Refuse what is no state dict, and a base without what was scored.
+
+    Raises:
+        UserError: says which.
+    """
+    for what, state in (("base", base), *((f"expert '{name}'", e) for name, e in experts.items())):
+        if not isinstance(state, Mapping):
+            raise UserError(
+                f"{what}: expected parameters by name, as model.state_dict() gives, not "
+                f"{type(state).__name__}"
+            )
+    for name, file in scores.items():
+        names = file.manifest.tensor_names
+        if lacking := [own for own in names if own not in base]:
+            raise UserError(
+                f"base lacks {len(lacking)} of the {len(names)} tensors that the scores of "
+                f"'{name}' name, such as {lacking[0]}; expected parameters by the names of a whole "
+                "checkpoint, as the state_dict() of a model that is not compiled gives"
+            )
 
 
 def _parameters(

@@ -122,7 +122,9 @@ class Adapter:
         """
         if shape is None:
             raise UserError(
-                f"{self.name} changes {name}, of which its model has no weight of its own"
+                f"{self.name} changes {name}, of which its model has no weight of its own (a head "
+                "may be tied, or the vocabulary resized); merge it into its model and give the "
+                "folder of the result"
             )
         if name in self.saved:
             if self.saved[name] != shape:

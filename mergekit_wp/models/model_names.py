@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath, ModelReference
@@ -119,3 +120,21 @@ def place(model: ModelReference) -> object:
             return path.path, path.revision
 
     return of(model.model), of(model.lora)
+
+
+def place_of(given: Any, what: str) -> str:
+    """A path or Hub id, however it is given.
+
+    Args:
+        given: by a caller from Python.
+        what: it is, for errors.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(
+            f"{what}: expected a path or a Hub id, not {type(given).__name__}; what is in memory "
+            "has to be saved first"
+        )
+    return os.fspath(given)

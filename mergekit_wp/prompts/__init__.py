@@ -6,7 +6,7 @@ memory) becomes rows, the shape of the rows is recognised by their fields, and r
 
 from mergekit_wp.prompts.batching import PromptBatch, Sample, batches, together
 from mergekit_wp.prompts.prompt import Message, Prompt, PromptSet, PromptSource, Text, text_digest
-from mergekit_wp.prompts.read import prompt_source, read_prompts, source_name
+from mergekit_wp.prompts.read import is_frame, prompt_source, read_prompts, source_name
 
 __all__ = [
     "Message",
@@ -17,6 +17,7 @@ __all__ = [
     "Sample",
     "Text",
     "batches",
+    "is_frame",
     "prompt_source",
     "read_prompts",
     "source_name",

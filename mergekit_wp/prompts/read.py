@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def prompt_source(given: Any) -> PromptSource:
     Args:
         given: a path, or how `location.Location` is written; or an iterable, such as a list or a
             dataset, of texts, chats (lists of messages), `Prompt` objects and mappings of a shape
-            that is known by its fields.
+            that is known by its fields; or a pandas frame of such rows.
 
     Raises:
         UserError: names the first that is none of these.
@@ -85,6 +85,12 @@ def prompt_source(given: Any) -> PromptSource:
         raise UserError(
             f"prompts are given by name ({', '.join(map(str, given))}); expected those of one: a "
             "list, or one split of a dataset"
+        )
+    if is_frame(given):  # which yields the names of its columns
+        given = given.astype(object).where(given.notna(), None).to_dict("records")
+    if not isinstance(given, Iterable):
+        raise UserError(
+            f"prompts: expected a path, or texts, chats or objects in a list, not {given!r:.60}"
         )
     rows = [without_nulls(row) for row in given]
     shape = SHAPES[0]
@@ -101,6 +107,11 @@ def prompt_source(given: Any) -> PromptSource:
                 f"{_EXPECTED}"
             ) from error
     return tuple(found)
+
+
+def is_frame(given: Any) -> bool:
+    """Whether it is a frame of pandas, which need not be installed."""
+    return hasattr(given, "columns") and hasattr(given, "notna")
 
 
 def source_name(source: PromptSource, otherwise: str) -> str:

@@ -11,7 +11,8 @@ from typing import Protocol, Self
 
 from tqdm.auto import tqdm
 
-from mergekit_wp.errors import spelled
+from mergekit_wp.errors import UserError, spelled
+from mergekit_wp.runs.ambient import plain_torch
 
 #: seconds between two lines of a bar away from a terminal
 EVERY = 60.0
@@ -161,11 +162,22 @@ class Progress(Protocol):
 
 @contextmanager
 def shown_by(progress: bool | Progress) -> Iterator[Progress]:
-    """A bar, nothing, or what the caller brings."""
-    if not isinstance(progress, bool):
-        yield progress
-    elif progress:
-        with BarProgress() as shown:
-            yield shown
-    else:
-        yield NoProgress()
+    """A bar, nothing, or what the caller brings; meanwhile torch is as a command finds it.
+
+    Raises:
+        UserError: that is no place to report to.
+    """
+    given = not isinstance(progress, bool)
+    if given and not all(hasattr(progress, n) for n in ("stage", "advance", "note", "plan")):
+        raise UserError(
+            "progress: expected True, False, or an object with stage, advance, note and plan, not "
+            f"{progress!r:.60}"
+        )
+    with plain_torch():
+        if not isinstance(progress, bool):
+            yield progress
+        elif progress:
+            with BarProgress() as shown:
+                yield shown
+        else:
+            yield NoProgress()

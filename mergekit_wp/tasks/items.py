@@ -167,9 +167,9 @@ class JsonlTask:
         )
         scores = []
         for item, (text, ended) in zip(items, outputs, strict=True):
-            cut = item["checker"] == "exact" and not ended
-            score = 0.0 if cut else self.checkers.judge(item, text)
-            scores.append(ItemScore(item["id"], score, text))
+            score = self.checkers.judge(item, text)
+            cut = item["checker"] == "exact" and not ended and score > 0
+            scores.append(ItemScore(item["id"], 0.0 if cut else score, text, cut))
         return scores
 
 

@@ -12,11 +12,19 @@ from mergekit_wp.terms import Split
 
 @dataclass(frozen=True)
 class ItemScore:
-    """One item's outcome: ``score`` in [0, 1] (or a task's own unit), and what was generated."""
+    """One item's outcome.
+
+    Attributes:
+        item: which.
+        score: in [0, 1], or a task's own unit.
+        output: what was generated.
+        cut: it would be right, but had not ended at its last token, and counts as wrong.
+    """
 
     item: str
     score: float
     output: str | None = None
+    cut: bool = False
 
 
 class Task(Protocol):
