@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ from tqdm import tqdm
 from benchmarks.zoo.evaluate import accuracy, load_model
 from benchmarks.zoo.tasks import distinct_items, prompt_line
 from mergekit_wp.autoload import ensure_registered
-from mergekit_wp.comparison.methods import DEFAULT_METHODS, as_long_as, methods_of
+from mergekit_wp.comparison.methods import (
+    DEFAULT_METHODS,
+    Method,
+    as_long_as,
+    methods_of,
+    product,
+)
 from mergekit_wp.comparison.peers.table import PEERS
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import Results
@@ -56,6 +63,12 @@ N_PROMPTS, N_VALID, N_TEST = 128, 100, 200
 N_FITTED = 256
 #: the default methods, and those that learn
 METHODS = tuple(dict.fromkeys((*DEFAULT_METHODS, *PEERS)))
+#: of peers that learn step by step: such small models want larger rates than the defaults
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "adamerging": {"rate": (1e-3, 1e-2, 3e-2, 1e-1)},
+    "expert_merging": {"rate": (1e-3, 1e-2, 3e-2, 1e-1)},
+    "joint_finetuning": {"rate": (3e-4, 1e-3, 3e-3, 1e-2)},
+}
 #: requests of copying: a skill of the base that no expert and no prompt is about
 N_GUARD = 256
 MAX_NEW_TOKENS = 14
@@ -205,6 +218,14 @@ def scored_alone(folder: Path, seed: int, experts: Sequence[str]) -> MergeConfig
     return weight_patching(folder, experts, own)
 
 
+def _with_grid(method: Method) -> Method:
+    """With the values of `GRIDS`."""
+    if method.name not in GRIDS:
+        return method
+    chosen = product(**GRIDS[method.name])
+    return replace(method, grid=tuple(method.untuned | each for each in chosen))
+
+
 class Notes(NoProgress):
     def note(self, text: str) -> None:
         print(text)
@@ -236,7 +257,9 @@ def compare(
         names=tuple(experts),
         recipe=recipe,
         extra=extra,
-        methods=tuple(as_long_as(m, how) for m in methods_of(methods, len(experts), recipe)),
+        methods=tuple(
+            as_long_as(_with_grid(m), how) for m in methods_of(methods, len(experts), recipe)
+        ),
         tasks=tuple(task(folder, seed, e) for e in experts),
         keep=(task(folder, seed, "copy"),),
         relative=True,
