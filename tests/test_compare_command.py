@@ -137,7 +137,7 @@ def world(family: Family, tmp_path: Path) -> Path:
     (tmp_path / "fixed.yml").write_text(yaml.safe_dump(other))
     for name, prompts in (("one", "abc"), ("two", "hgf")):
         lines = [
-            {"prompt": p + q, "answer": "", "checker": "contains", "split": split}
+            {"prompt": p + q, "pattern": "", "checker": "regex", "split": split}
             for p in prompts
             for q in "kl"
             for split in ("valid", "test")
@@ -207,7 +207,7 @@ def test_a_failed_merge_ends_with_one(world: Path) -> None:
         "    return 1\n"
     )
     for name in ("one", "two"):
-        text = (world / f"{name}.jsonl").read_text().replace("contains", "flaky")
+        text = (world / f"{name}.jsonl").read_text().replace("regex", "flaky")
         (world / f"{name}.jsonl").write_text(text)
     command = [str(world / "recipe.yml"), "--methods", "weight_patching,ram", "--untuned"]
     done = invoke(world, *command, "--checkers", str(world / "mine.py"))

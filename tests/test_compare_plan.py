@@ -32,7 +32,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def items(path: Path, **prompts: list[Text]) -> str:
     """A task file with these prompts by split."""
     rows = [
-        {"prompt": prompt, "answer": "", "checker": "contains", "split": split, "id": f"{split}{n}"}
+        {"prompt": prompt, "pattern": "", "checker": "regex", "split": split, "id": f"{split}{n}"}
         for split, texts in prompts.items()
         for n, prompt in enumerate(texts)
     ]

@@ -70,6 +70,10 @@ def test_answers_as_datasets_hold_them(
         ({"answer": True}, "'answer' holds true"),
         ({"answer": None}, "'answer' holds null"),
         ({"answer": []}, "'answer' is an empty list"),
+        (
+            {"answer": ["b", ""], "checker": "contains"},
+            "'answer' is empty, which every output cont",
+        ),
         ({"answer": ["a", ["b"]]}, "'answer' holds"),
         ({"answer": "many", "checker": "number"}, "'answer' is 'many'"),
         ({"answer": "1,5", "checker": "number"}, "'answer' is '1,5'"),

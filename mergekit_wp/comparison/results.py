@@ -378,7 +378,10 @@ def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = earlier.get(key), now.get(key)
         if key in GROWING:
             old, new = old or {}, new or {}
-            found += [f"{key}: {name}" for name in old if name in new and old[name] != new[name]]
+            # a task is its items with their checkers, and how long an answer may be
+            what = " (items, checkers or max_new_tokens)" if key == "tasks" else ""
+            names = [name for name in old if name in new and old[name] != new[name]]
+            found += [f"{key}: {name}{what}" for name in names]
         elif old != new:
             found.append(key)
     return found

@@ -111,6 +111,11 @@ def _check_ifeval(item: dict[str, Any]) -> None:
         raise ValueError(str(error)) from error
 
 
+def _check_contains(item: dict[str, Any]) -> None:
+    if not all(_answers(item)):
+        raise ValueError("'answer' is empty, which every output contains; give a text of its own")
+
+
 BUILT_IN: dict[str, Checker] = {
     "exact": exact,
     "contains": contains,
@@ -122,7 +127,7 @@ BUILT_IN: dict[str, Checker] = {
 _UNFIT = (UserError, ValueError, re.error)
 #: what an item of theirs must fulfil, so that no output can make them fail; ValueErrors
 _CHECKS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "contains": _answers,
+    "contains": _check_contains,
     "exact": _answers,
     "number": _check_number,
     "regex": _check_regex,
