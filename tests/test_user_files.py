@@ -72,7 +72,7 @@ def test_answers_as_datasets_hold_them(
         ({"answer": []}, "'answer' is an empty list"),
         (
             {"answer": ["b", ""], "checker": "contains"},
-            "'answer' is empty, which every output cont",
+            "'answer' is empty, which every",
         ),
         ({"answer": ["a", ["b"]]}, "'answer' holds"),
         ({"answer": "many", "checker": "number"}, "'answer' is 'many'"),
