@@ -7,7 +7,6 @@ prompts are made of documents, and nothing tells whether a prompt is of the same
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -146,7 +145,8 @@ def _digests(task: Task, split: Split) -> list[str]:
 
 def _both(items: Collection[str], seen: Collection[str]) -> str:
     """How many of some items were seen, "" where none was."""
-    count = Counter(item in set(seen) for item in items)[True]
+    known = set(seen)
+    count = sum(item in known for item in items)
     return f"{count} of {len(items)}" if count else ""
 
 
