@@ -71,7 +71,8 @@ class CompareRequest(Request):
         description="What to measure on; once per task. SOURCE or NAME=SOURCE (see `prompts`) "
         "of items: 'prompt', 'answer', 'split' (valid or test), 'checker' (exact: nothing but the "
         "answer, which the model ends; contains, number, regex, ifeval; SOURCE?checker=NAME for "
-        "all). Anything else is an lm-eval task, by name or YAML file (pip install 'mergekit-wp[eval]'); lm-eval:TASK?split=NAME&sample=N "
+        "all). Anything else is an lm-eval task, by name or YAML file (pip install "
+        "'mergekit-wp[eval]'); lm-eval:TASK?split=NAME&sample=N "
         "takes other documents. Tasks that are given one NAME are one column.",
     )
     validation: Annotated[tuple[str, ...], Option(metavar="NAME=SPEC", repeated=True)] = Field(
