@@ -227,9 +227,10 @@ def known_module(line: str) -> None:
         return
     path = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
     source = (ROOT / path.replace("../", "benchmarks/zoo/")).read_text()
-    shared = re.findall(r"^from benchmarks\.(\w+) import", source, re.MULTILINE)
-    modules = [ROOT / "benchmarks" / f"{name}.py" for name in shared]
-    source += "".join(module.read_text() for module in modules if module.exists())
+    for _ in range(2):  # options may be a shared module's, or one's that it imports
+        shared = re.findall(r"^from benchmarks\.(\w+) import", source, re.MULTILINE)
+        modules = {ROOT / "benchmarks" / f"{name}.py" for name in shared}
+        source += "".join(module.read_text() for module in modules if module.exists())
     given = [word for word in shlex.split(line) if " " not in word]  # else another command's
     options = [word.split("=")[0] for word in given if word.startswith("--")]
     assert all(f'"{option}"' in source for option in options), line
