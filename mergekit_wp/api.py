@@ -124,7 +124,7 @@ def fit(
         base: a folder or a Hub id.
         experts: folders or Hub ids by names of your choice.
         prompts: of each expert, by its name; see `score`. The expert's answers are the target. Of
-            an only expert, a file or dataset will do without it.
+            an only expert, a file or a dataset's name will do without it.
         guards: prompts on which the merge is to stay like the base: a source, or a list of sources
             or of lists of prompts. Without any, plain text of the package's own;
             ``unguarded=True`` for none.

@@ -80,7 +80,7 @@ class Scores:
         Raises:
             UserError: there are no such scores, and which there are; or no such number of them.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
             raise UserError(f"top({n!r:.60}): expected how many, from 1 on")
         selection = select(self.file, estimand, criterion, kind)
         if kind is None:

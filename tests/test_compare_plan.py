@@ -82,7 +82,7 @@ def test_whoever_saw_test_items_is_named(family: Family, tmp_path: Path) -> None
     task = items(tmp_path / "one.jsonl", valid=["c", "k"], test=["a", chat, "d", "e"])
     given = {"recipes": (recipe,), "tasks": (task,), "methods": ("weight_patching",)}
     assert asked() == [
-        f"2 of 4 test items of task 'one' are among the prompts that score file {path} was made "
+        "2 of 4 test items of task 'one' are among the prompts that the scores of 'test' were made "
         "with"
     ]
     unseen = items(tmp_path / "unseen.jsonl", valid=["c", "k"], test=["d", "e"])
@@ -96,6 +96,8 @@ def test_whoever_saw_test_items_is_named(family: Family, tmp_path: Path) -> None
     assert asked(tasks=(f"one={both}",), validation=(f"one={apart}",)) == []
     seen = (prompt_source(["e", "f", "z"]), tmp_path / "calibration.jsonl")
     seen[1].write_text('{"prompt": "e"}\n')
+    unread = {"prompts": (("expert0", seen[0]),), "calibration": seen[1]}
+    assert asked(tasks=(f"one={unseen}",), **unread) == [], "no method looks at them"
     learning = {
         "methods": ("weight_patching", "regmean", "ties+aim"),
         "prompts": tuple((f"expert{n}", seen[0]) for n in range(2)),

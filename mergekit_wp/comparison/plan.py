@@ -156,9 +156,12 @@ def _seen(plan: Plan) -> Iterator[tuple[str, Collection[str]]]:
     paths = [path for config in configs for path in recipes.score_texts(data_of(config))]
     for path in dict.fromkeys(paths):
         manifest = scorefile.read(local_path(path)).manifest
-        yield f"that score file {path} was made with", manifest.prompt_digests or ()
-    for name, source in plan.prompts:
+        yield (
+            f"that the scores of '{manifest.behavior}' were made with",
+            manifest.prompt_digests or (),
+        )
+    for name, source in plan.prompts if any(m.needs_prompts for m in plan.methods) else ():
         yield f"of {name}", read_prompts(source, None, name).digests
-    if plan.calibration:
+    if plan.calibration and any(method.aim for method in plan.methods):
         calibration = [text_digest(prompt.prompt) for prompt in plan.calibration]
         yield "for calibration", calibration

@@ -197,7 +197,8 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
             wanted = tuple(name for name in wanted if not name.endswith("+aim"))
             notes.append(f"AIM is left out: it needs {option('calibration', 'PROMPTS.jsonl')}")
     methods = methods_of(wanted, len(experts.models), first)
-    methods = tuple(as_long_as(method, _fit_of(first)) for method in methods)
+    how = _fit_of(first)
+    methods = tuple(as_long_as(method, how) for method in methods)
     if request.grid:
         grids = read_grid(request.grid, {method.name: method for method in methods})
         methods = tuple(_with_grid(method, grids) for method in methods)

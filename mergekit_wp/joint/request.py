@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -264,8 +264,9 @@ def by_name(
     if isinstance(prompts, str | os.PathLike):
         prompts = [os.fspath(prompts)]
     pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
-    rows = isinstance(pairs, Sequence) and any(isinstance(p, Mapping | Prompt) for p in pairs)
-    if pairs is None or is_frame(pairs) or rows:
+    if isinstance(pairs, Iterable) and not is_frame(pairs):
+        pairs = list(pairs)
+    if not isinstance(pairs, list) or any(isinstance(p, Mapping | Prompt) for p in pairs):
         raise UserError("prompts: expected those of each expert by its name, as in {'inst': [...]}")
     return tuple(  # EXPERT=SOURCE as one text is what a command passes on
         _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))

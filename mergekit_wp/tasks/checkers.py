@@ -112,7 +112,7 @@ def _check_ifeval(item: dict[str, Any]) -> None:
 
 
 def _check_contains(item: dict[str, Any]) -> None:
-    if not all(_answers(item)):
+    if not all(answer.strip() for answer in _answers(item)):
         raise ValueError("'answer' is empty, which every output contains; give a text of its own")
 
 
