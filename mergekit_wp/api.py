@@ -7,7 +7,6 @@ disk unless a path is given.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -311,7 +310,7 @@ def compare(
         UserError: any mistake that shows before the first merge.
     """
     with shown_by(progress) as shown, recipes_for(what) as recipes:
-        every = [tasks] if isinstance(tasks, str | os.PathLike) else tasks
+        every = tasks if isinstance(tasks, Sequence) and not isinstance(tasks, str) else [tasks]
         named = tuple(place_of(task, "tasks") for task in every)
         given = options | {"recipes": recipes, "tasks": named, "prompts": by_name(prompts)}
         return _compare(requested(suite, given, shown), shown)

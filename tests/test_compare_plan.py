@@ -110,6 +110,28 @@ def test_whoever_saw_test_items_is_named(family: Family, tmp_path: Path) -> None
     ]
 
 
+def test_guards_are_looked_at_and_what_is_kept(family: Family, tmp_path: Path) -> None:
+    """A guard's prompts are those that a skill of the base is not lost on."""
+    for file in gate(family, tmp_path).files:
+        assert file.manifest.fit is not None
+        data = file.manifest.model_dump()
+        data["fit"]["guards"][0]["prompt_digests"] = [text_digest("x"), text_digest("y")]
+        path = tmp_path / f"{Path(file.manifest.expert.reference).name}.safetensors"
+        scorefile.write(ScoreFile(Manifest.model_validate(data), file.tensors), path)
+    task = items(tmp_path / "one.jsonl", valid=["a"], test=["b"])
+    kept = items(tmp_path / "kept.jsonl", test=["x", "z"])
+    request = CompareRequest(
+        recipes=(gated_recipe(family, tmp_path),),
+        tasks=(task,),
+        keep=(kept,),
+        methods=("weight_patching",),
+    )
+    [line] = make_plan(request)[0].warnings
+    assert line.startswith(
+        "warning: 1 of 2 test items of task 'kept' are among the prompts of guard plain; "
+    )
+
+
 def test_peers_that_learn_step_by_step_have_the_steps_of_the_recipes_fit(
     family: Family, tmp_path: Path
 ) -> None:
@@ -144,7 +166,7 @@ def test_the_warning_stands_beside_the_numbers(family: Family, tmp_path: Path) -
     assert found.comparison.warnings == read_comparison(out).warnings
 
 
-def test_prompts_that_cannot_be_read_are_refused_before_anything_is_merged(
+def test_scores_that_are_not_there_are_refused_before_anything_is_merged(
     family: Family, tmp_path: Path
 ) -> None:
     task = items(tmp_path / "one.jsonl", valid=["a"], test=["b"])

@@ -11,12 +11,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import ModelOutput
 
-from mergekit_wp.comparison.evaluation import Kept
+from mergekit_wp.comparison.compare import cut_short
 from mergekit_wp.comparison.results import Job, Results
 from mergekit_wp.errors import UserError
 from mergekit_wp.models import generation
 from mergekit_wp.models.generation import TextInterface
-from mergekit_wp.runs.progress import NotesOnly
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask, answers
 from tests.models import EOS, LETTERS, make_model, save
@@ -82,16 +81,16 @@ def test_an_answer_that_was_cut_is_not_exact(world, tmp_path: Path) -> None:
     task = JsonlTask.read(write(tmp_path / "t.jsonl", line, wrong, inside), NONE)
     found = task.evaluate(model, asked, "test")
     assert [(x.score, x.cut) for x in found] == [(0, True), (0, False), (1, False)]
-    said: list[str] = []
     with Results(tmp_path / "out", {}) as results:
-        job = Job.of("ties", {}, 0, "t", "test")
-        Kept(results, NotesOnly(said.append), job).add(job, found)
-    assert [line.partition("; ")[0] for line in said] == [
-        "warning: ties on task 't': 1 of 3 answers are right, but had not ended at the most tokens "
-        "they may have, and count as wrong ('exact')"
-    ]
+        for model, split in (("ties", "test"), ("base", "test"), ("ties", "valid")):
+            results.add(Job.of(model, {}, 0, "t", split), found)  # type: ignore[arg-type]
+        [warning] = cut_short(results, [task])
+    assert warning.partition("; ")[0] == (
+        "warning: right answers to task 't' had not ended at the most tokens they may have, and "
+        "count as wrong (ties 1, base 1)"
+    )
     lines = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [x["cut"] for x in lines] == [True, False, False]
+    assert [x["cut"] for x in lines] == [True, False, False] * 3
 
 
 @pytest.mark.parametrize(

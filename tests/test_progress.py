@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import queue
 import sys
-import time
 
 import pytest
 
@@ -14,21 +15,51 @@ def test_a_line_a_minute_over_all_stages_whatever_is_counted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Short stages, of which none would say anything, and one that counts nothing for long."""
-    monkeypatch.setattr(progress, "EVERY", 0.2)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    with progress.BarProgress() as bar:
+    minutes: queue.Queue[bool] = queue.Queue()  # one for each minute, True at the end
+    said = queue.Queue[None]()
+
+    class Clock:
+        def wait(self, seconds: float) -> bool:
+            assert seconds == 60
+            said.put(None)
+            return minutes.get()
+
+        def set(self) -> None:
+            minutes.put(True)
+
+    def a_minute() -> None:
+        minutes.put(False)
+        said.get(timeout=10)
+
+    bar = progress.BarProgress()
+    bar._left = Clock()  # type: ignore[assignment]
+    with bar:
+        said.get(timeout=10)
         for stage in ("comparing", "hashing", "answering"):
             bar.stage(stage, 3, "tensor")
             for _ in range(3):
                 bar.advance(1)
         assert not capsys.readouterr().err
+        a_minute()
         bar.stage("base on guard", 4, "prompt")
         bar.advance(2, resumed=True)
-        time.sleep(0.7)
-        lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 3 and all(line.startswith("base on guard:  50%") for line in lines)
-    time.sleep(0.3)
-    assert not capsys.readouterr().err, "nothing is said any more"
+        a_minute()
+        a_minute()
+        lines = [line.partition("%")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["answering: 100", "base on guard:  50", "base on guard:  50"]
+    assert not bar._minutes.is_alive() and not capsys.readouterr().err
+
+
+def test_bars_may_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, disable=True))
+    with progress.BarProgress() as bar:
+        bar.stage("comparing", 3, "job")
+        bar.advance(1, resumed=True)
+    assert not capsys.readouterr().err
 
 
 def test_a_stage_may_be_longer_than_was_said(

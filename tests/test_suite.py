@@ -19,7 +19,7 @@ from mergekit_wp.comparison.suites.prepare import prepare
 from mergekit_wp.comparison.suites.suite import Suite
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts.location import Location
-from mergekit_wp.runs.progress import NoProgress
+from mergekit_wp.runs.progress import NoProgress, NotesOnly
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from tests.models import finetuned, make_model, save, write_prompts
@@ -171,6 +171,24 @@ def test_one_command_from_weights_to_the_table(
     other = CliRunner().invoke(cli, command)
     assert isinstance(other.exception, UserError)
     assert "out holds a fit of another suite" in str(other.exception)
+
+
+def test_items_that_will_be_fitted_on_are_said_before_the_fit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no peer learns from the prompts."""
+    said: list[str] = []
+
+    def fitted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergekit_wp.comparison.suites.prepare._fitted", fitted)
+    items, quick = {"dd": ["items.jsonl?checker=contains"]}, {"methods": ["task_arithmetic"]}
+    path = write(world, test=items, validation=None, keep=None, compare=quick | {"untuned": True})
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, {"out": tmp_path / "out", "device": "cpu"}, NotesOnly(said.append))
+    told = "warning: 3 of 3 test items of task 'dd' are among the prompts of "
+    assert len(said) == 2 and all(line.startswith(told) for line in said)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -279,7 +279,7 @@ def compare(
 
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", help="Training seeds: 2,4,6.  [default: the first five with experts]")
-@click.option("--only", metavar="COMBINATION", help="Only this one, such as inst-math-sort.")
+@click.option("--only", type=click.Choice(["-".join(c) for c in COMBINATIONS]))
 @click.option("--only-run", is_flag=True, help="Do not print the tables.")
 def main(seeds: str | None, only: str | None, only_run: bool) -> None:
     """Train, fit, score, compare, and print the tables."""

@@ -70,7 +70,7 @@ def tables(found: Found) -> str:
     every = list(found)
     names = ["+".join(c) if len(c) < 3 else "all three" for c in every]
     head = [*names, "mean, 95%", "untuned ours minus it", "worst skill", "copying"]
-    head.append(f"cost, seed {bench.seeds[-1]}")
+    head.append(f"cost, {names[-1]}, seed {bench.seeds[-1]}")
     output = ["| method | " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1) + "---|"]
     ordered = sorted(bench.merges, key=lambda n: -bench.pooled(n, every).values.mean())
     untuned = bench.pooled(UNTUNED, every)

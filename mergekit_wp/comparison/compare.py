@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,7 @@ from mergekit_wp.models.encoding import one_clock
 from mergekit_wp.report.table import frame
 from mergekit_wp.runs.cluster import Cluster, Machine, cluster, installed
 from mergekit_wp.runs.progress import Progress
+from mergekit_wp.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def compare(request: CompareRequest, progress: Progress) -> ComparisonResult:
             runner = Runner(plan, results, progress, options)
             with _workers(request, inputs, results, options, progress) as runner.workers:
                 comparison = runner.run()
+            cut = cut_short(results, (*plan.tasks, *plan.keep))
+            comparison = replace(comparison, warnings=(*comparison.warnings, *cut))
             samples = results.samples(comparison, plan.tasks)
     title = f"{len(plan.experts)} experts merged: {', '.join(plan.names)}"
     found = ComparisonResult(comparison, title, runner.chosen, samples)
@@ -181,3 +185,17 @@ def _folder(request: CompareRequest) -> Iterator[Path]:
         return
     with TemporaryDirectory() as scratch:
         yield Path(scratch)
+
+
+def cut_short(results: Results, tasks: Sequence[Task]) -> Iterator[str]:
+    """A warning for each task on whose test items right answers had no token to end with."""
+    for task in tasks:
+        cut: Counter[str] = Counter()
+        for job, lines in results.done.items():
+            if (job.task, job.split) == (task.name, "test"):
+                cut[job.model] += sum(line.cut for line in lines)
+        if named := ", ".join(f"{model} {n}" for model, n in cut.items() if n):
+            yield (
+                f"warning: right answers to task '{task.name}' had not ended at the most tokens "
+                f"they may have, and count as wrong ({named}); allow more (max_new_tokens)"
+            )

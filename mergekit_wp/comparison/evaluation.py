@@ -25,7 +25,7 @@ from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.comparison.results import MERGE, Job, Results
 from mergekit_wp.comparison.rows import Cost
-from mergekit_wp.errors import DiskError, OutOfMemory, UserError, option
+from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.interrupts import Interrupted, finishing, unmasked
 from mergekit_wp.merging.host import raised_by_mergekit
 from mergekit_wp.models.encoding import Clock, one_clock
@@ -114,12 +114,6 @@ class Kept(Outcome):
 
     def add(self, job: Job, scores: Sequence[ItemScore]) -> None:
         """A job is done."""
-        if cut := sum(found.cut for found in scores):
-            self.progress.note(
-                f"warning: {job.model} on task '{job.task}': {cut} of {len(scores)} answers are "
-                "right, but had not ended at the most tokens they may have, and count as wrong "
-                f"('exact'); give more by {option('max_new_tokens')} or the items' own"
-            )
         self.results.add(job, scores)
         super().add(job, scores)
         self.progress.advance(1)

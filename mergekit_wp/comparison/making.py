@@ -236,15 +236,23 @@ def _since(begun: float) -> float | None:
 
 
 def cost_of(recipe: MergeConfiguration, seconds: float | None) -> Cost:
-    """Of mergekit's merge; of ours, what its score files say they were made with."""
+    """What a merge took.
+
+    Args:
+        recipe: of mergekit's methods, or of ours, whose score files say what they were made with.
+        seconds: that mergekit took; None where nobody is to know.
+
+    Raises:
+        UserError: a score file that cannot be read.
+    """
     if recipe.merge_method != OURS:
         return Cost(seconds=seconds)
     paths = [str((model.parameters or {})["scores"]) for model in recipe.models or []]
     made = [scorefile.read(local_path(path)).manifest for path in paths]
-    experts = {manifest.behavior: manifest.n_prompts for manifest in made}
     fit = made[0].fit  # the same in the files of all experts
     if fit is None:
         return Cost(prompts=sum(manifest.n_prompts for manifest in made))
+    experts = {manifest.behavior: manifest.n_prompts for manifest in made}
     guards = {guard.behavior: guard.n_prompts for guard in fit.guards}
     return Cost(
         prompts=sum(experts.values()) + sum(guards.values()),

@@ -34,10 +34,7 @@ _ROLES: dict[RowRole, str] = {
     "peer": "other method",
 }
 #: of the best peers, where every setting is a point
-_MARKS = (
-    *(("s", "#E69F00"), ("^", "#D55E00"), ("D", "#CC79A7")),
-    *(("v", "#009E73"), ("P", "#56B4E9")),
-)
+_MARKS = {"s": "#E69F00", "^": "#D55E00", "D": "#CC79A7", "v": "#009E73", "P": "#56B4E9"}
 #: characters of a question or an answer that are shown
 _LONGEST = 240
 
@@ -184,8 +181,10 @@ def _differences(shown: list[Line], reference: str) -> Drawing | None:
     return drawing(f"Paired differences from {reference}", alt, draw, "differences", size)
 
 
-def _best(points: Sequence[tuple[float, float]]) -> float:
-    return max(value for _, value in points)
+def _best(points: Sequence[tuple[float, float]], bound: float | None) -> float:
+    """The best mean within a bound on perplexity, where any setting is."""
+    within = [value for cost, value in points if bound is None or cost <= bound]
+    return max(within, default=max(value for _, value in points) - 1)  # after all that are
 
 
 def _trials(shown: list[Line], comparison: Comparison) -> Drawing | None:
@@ -200,15 +199,15 @@ def _trials(shown: list[Line], comparison: Comparison) -> Drawing | None:
             found.append((line.row.role, line.row.name.replace("$", r"\$"), points))
     if not found:
         return None
-    peers = sorted((each for each in found if each[0] == "peer"), key=lambda e: -_best(e[2]))
-    others = [point for *_, points in peers[len(_MARKS) :] for point in points]
     bound = comparison.bound
+    peers = sorted((e for e in found if e[0] == "peer"), key=lambda e: -_best(e[2], bound))
+    others = [point for *_, points in peers[len(_MARKS) :] for point in points]
 
     def draw(ax: Axes) -> None:
         drawn = partial(ax.plot, linestyle="none", ms=4, alpha=0.8)
         if others:
             drawn(*zip(*others, strict=True), marker=".", color=COLOURS["base"], label="others")
-        for (_, name, points), (marker, colour) in zip(peers, _MARKS, strict=False):
+        for (_, name, points), (marker, colour) in zip(peers, _MARKS.items(), strict=False):
             drawn(*zip(*points, strict=True), marker=marker, color=colour, label=name)
         for role, name, points in found:
             if role == "ours":

@@ -118,7 +118,7 @@ def overlaps(plan: Plan) -> Iterator[str]:
     Raises:
         UserError: a score file or prompts that cannot be read.
     """
-    asked = {task.name: _digests(task, "test") for task in plan.tasks}
+    asked = {task.name: _digests(task, "test") for task in (*plan.tasks, *plan.keep)}
     for task in plan.tasks if plan.tuned else ():
         if both := _both(asked[task.name], _digests(task, "valid")):
             yield (
@@ -154,13 +154,20 @@ def _seen(plan: Plan) -> Iterator[tuple[str, Collection[str]]]:
     """Sources of prompts, as a warning calls them, and the digests of their prompts."""
     configs = [config for config in (plan.recipe, *plan.extra.values()) if config is not None]
     paths = [path for config in configs for path in recipes.score_texts(data_of(config))]
+    guards: dict[str, Collection[str]] = {}  # the same in the files of all experts of a fit
     for path in dict.fromkeys(paths):
         manifest = scorefile.read(local_path(path)).manifest
         yield (
             f"that the scores of '{manifest.behavior}' were made with",
             manifest.prompt_digests or (),
         )
-    for name, source in plan.prompts if any(m.needs_prompts for m in plan.methods) else ():
+        for guard in manifest.fit.guards if manifest.fit else ():
+            guards[guard.behavior] = guard.prompt_digests or ()
+    for name, digests in guards.items():
+        yield f"of guard {name}", digests
+    # experts without scores are still to be fitted on these
+    used = not paths or any(method.needs_prompts for method in plan.methods)
+    for name, source in plan.prompts if used else ():
         yield f"of {name}", read_prompts(source, None, name).digests
     if plan.calibration and any(method.aim for method in plan.methods):
         calibration = [text_digest(prompt.prompt) for prompt in plan.calibration]

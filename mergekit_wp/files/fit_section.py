@@ -18,11 +18,12 @@ class Guard(StrictModel):
     """A behaviour of the base that a fit was to keep; its teacher is the base.
 
     ``price``: by how much the objective would rise, a small part more of its limit allowed, times
-    that part; 0 where the limit cost nothing.
+    that part; 0 where the limit cost nothing. ``prompt_digests`` are as a manifest's.
     """
 
     behavior: str
     prompts_sha256: str
+    prompt_digests: tuple[str, ...] | None = None
     n_prompts: PositiveInt
     price: float
 

@@ -259,7 +259,13 @@ def _how(
     prices = torch.where(state.prices > NOTHING, state.prices, 0.0).tolist()
     return Fit(
         guards=tuple(
-            Guard(behavior=p.name, prompts_sha256=p.sha256, n_prompts=len(p.prompts), price=price)
+            Guard(
+                behavior=p.name,
+                prompts_sha256=p.sha256,
+                prompt_digests=p.digests,
+                n_prompts=len(p.prompts),
+                price=price,
+            )
             for p, price in zip(guards, prices, strict=True)
         ),
         granularity=request.granularity,

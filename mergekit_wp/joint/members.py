@@ -247,6 +247,7 @@ def _check_alike(members: Sequence[Member]) -> None:
     for member in members:
         if (other := seen.setdefault(member.weights_sha256, member)) is not member:
             raise UserError(
-                f"experts '{other.request.expert}' and '{member.request.expert}' have the same "
-                "weights; experts that are fitted together have to differ, so leave one out"
+                f"experts {other.name} ({other.request.expert}) and {member.name} "
+                f"({member.request.expert}) have the same weights; experts that are fitted "
+                "together have to differ, so leave one out"
             )

@@ -75,7 +75,7 @@ def fuse_states(
 def _check_states(
     base: State, experts: Mapping[str, State], scores: Mapping[str, ScoreFile]
 ) -> None:
-    """Refuse what is no state dict, and a base without what was scored.
+    """Refuse what is no state dict, and a base without anything that was scored.
 
     Raises:
         UserError: says which.
@@ -88,11 +88,11 @@ def _check_states(
             )
     for name, file in scores.items():
         names = file.manifest.tensor_names
-        if lacking := [own for own in names if own not in base]:
+        if not base.keys() & set(names):
             raise UserError(
-                f"base lacks {len(lacking)} of the {len(names)} tensors that the scores of "
-                f"'{name}' name, such as {lacking[0]}; expected parameters by the names of a whole "
-                "checkpoint, as the state_dict() of a model that is not compiled gives"
+                f"base has none of the {len(names)} tensors that the scores of '{name}' name, such "
+                f"as {names[0]}; expected parameters by the names of a checkpoint, as the "
+                "state_dict() of a whole model that is not compiled gives"
             )
 
 

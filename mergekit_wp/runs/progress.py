@@ -39,6 +39,7 @@ class BarProgress:
         self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._pace = {} if self._live else {"mininterval": inf, "delay": inf}  # the thread says
         self._left = threading.Event()
+        self._minutes = threading.Thread(target=self._keep_saying, daemon=True)
 
     def stage(self, name: str, total: float, unit: str) -> None:
         """Begin a stage of `total` units."""
@@ -56,7 +57,7 @@ class BarProgress:
 
     def advance(self, amount: float, *, resumed: bool = False) -> None:
         """Count units; resumed ones do not count towards the rate."""
-        if self._bar is None:
+        if self._bar is None or self._bar.disable:  # by TQDM_DISABLE
             return
         # of what was only about right, for tqdm drops the total of a bar that runs over
         self._bar.total = max(self._bar.total, self._bar.n + amount)
@@ -72,7 +73,8 @@ class BarProgress:
         """A line a minute, whatever is being done."""
         while not self._left.wait(EVERY):
             if (bar := self._bar) is not None:
-                print(bar, file=sys.stderr, flush=True)
+                sys.stderr.write(f"{bar}\n")  # at once: notes come between text and end of a print
+                sys.stderr.flush()
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -96,11 +98,13 @@ class BarProgress:
 
     def __enter__(self) -> Self:
         if not self._live:
-            threading.Thread(target=self._keep_saying, daemon=True).start()
+            self._minutes.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
+        if self._minutes.is_alive():
+            self._minutes.join(timeout=1)
         self.close()
 
 

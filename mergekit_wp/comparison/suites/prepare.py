@@ -111,6 +111,8 @@ def prepare(
             )
         return request
     check(path, suite, request)
+    for line in outlook(path, options).plan.warnings:
+        progress.note(line)
     if only_to_plan:
         with TemporaryDirectory() as scratch:
             elsewhere = fitting.model_copy(update={"recipe": Path(scratch, _EXPERTS)})
