@@ -203,7 +203,7 @@ class Declared:
         if self.element is None or value is None:
             return value
         if get_origin(self.element) is tuple:
-            return tuple(value.items()) if isinstance(value, Mapping) else _pairs(value)
+            return tuple(value.items()) if isinstance(value, Mapping) else self._pairs(value)
         if callable(value) or isinstance(value, int | float):
             value = [value]
         elif isinstance(value, str | Path):
@@ -213,6 +213,24 @@ class Declared:
         if self.choices:
             return self._chosen(list(value))
         return tuple(value) if self.element is float else tuple(dict.fromkeys(value))
+
+    def _pairs(self, values: Any) -> tuple[Any, ...]:
+        metavar = str(self.option.metavar)
+        what, pairs = metavar.partition("=")[0].lower(), []
+        for value in [values] if isinstance(values, str) else values:
+            if isinstance(value, str):
+                name, equals, rest = value.partition("=")
+                if not equals:
+                    raise ValueError(f"'{value}' names no {what}; write {metavar}")
+                if (second := _SECOND.search(rest)) and not Path(rest).exists():
+                    one, two = f"{name}={rest[: second.start()]}", rest[second.start() + 1 :]
+                    raise ValueError(
+                        f"'{value}' is several in one; give the option once for each: {one} "
+                        f"and {two}"
+                    )
+                value = (name, rest)
+            pairs.append(value)
+        return tuple(pairs)
 
     def _number(self, value: Any) -> Any:
         if value == "auto":
@@ -253,23 +271,6 @@ def _written(kind: Any) -> Any:
 
 #: where another expert begins in a source; ``?`` begins the source's own keys and values
 _SECOND = re.compile(r",(?=[^,=?&]+=)")
-
-
-def _pairs(values: Any) -> tuple[Any, ...]:
-    pairs = []
-    for value in [values] if isinstance(values, str) else values:
-        if isinstance(value, str):
-            name, equals, rest = value.partition("=")
-            if not equals:
-                raise ValueError(f"'{value}' names no expert; write EXPERT=SOURCE")
-            if (second := _SECOND.search(rest)) and not Path(rest).exists():
-                one, two = f"{name}={rest[: second.start()]}", rest[second.start() + 1 :]
-                raise ValueError(
-                    f"'{value}' is several in one; give the option once for each: {one} and {two}"
-                )
-            value = (name, rest)
-        pairs.append(value)
-    return tuple(pairs)
 
 
 @cache

@@ -138,6 +138,7 @@ def test_a_job_whose_merge_failed_goes_on_with_it(unmerged: str) -> None:
     ("more", "changed"),
     [
         ("--limit 1.5", "--limit (1.01 -> 1.5)"),
+        ("--limit-of plain-text=1.5", "--limit-of (none -> plain-text=1.5)"),
         ("--unguarded", "--guard, --unguarded"),
         ("--steps 3", "--steps (2 -> 3)"),
         ("--guard open.jsonl", "--guard"),

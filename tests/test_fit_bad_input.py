@@ -43,6 +43,15 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             {"guards": (Path("plain.jsonl"),), "unguarded": True},
             "unguarded and guards exclude each other",
         ),
+        (
+            {"unguarded": False, "limits": (("open", 1.05),)},
+            "limits=open=1.05 is of no guard; expected one of plain-text",
+        ),
+        ({"limits": (("open", 1.05),)}, "limits=open=1.05 is of no guard; nothing is guarded"),
+        (
+            {"unguarded": False, "limits": (("plain-text", 1.05), ("plain-text", 1.1))},
+            "limits=plain-text=1.1: 'plain-text' has a limit already; give each guard one",
+        ),
     ],
 )
 def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -59,6 +68,13 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
         *(
             ({name: "inf"}, f"{name}: it should be a finite number, not 'inf'")
             for name in ("upper", "rate", "shrinkage", "front")
+        ),
+        ({"limits": {"open": 1}}, "limits: it should be greater than 1, not 1"),
+        ({"limits": "open=inf"}, "limits: it should be a finite number, not 'inf'"),
+        ({"limits": "1.05"}, "limits: '1.05' names no guard; write GUARD=NUMBER"),
+        (
+            {"limits": "a=1.1,b=1.2"},
+            "several in one; give the option once for each: a=1.1 and b=1.2",
         ),
         ({"front": ""}, "front: '' holds nothing; give one, or several with commas"),
         ({"seed": "99999999999999999999"}, "seed: it should be less than 4294967296"),

@@ -13,12 +13,16 @@ from click.testing import CliRunner
 
 import mergekit_wp.joint.fit
 from mergekit_wp.cli import cli
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import UserError, option
+from mergekit_wp.files.fit_section import FrontPoint
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.joint.ascent import FitState, Fitting
+from mergekit_wp.joint.fit import warnings
 from mergekit_wp.joint.front import front
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.runs.journal import Journal
+from mergekit_wp.terms import FINE_KINDS
+from tests.factory import make_fit
 from tests.fitting import divergence, fitted, layout_of, load, merged
 from tests.gating import Gates
 from tests.joint_world import NAMES, make_world, write_task
@@ -75,10 +79,59 @@ def test_every_point_is_what_its_gates_do(
         for name, teacher in teachers.items():
             naive = divergence(model, teacher, world / f"{name}.jsonl")
             assert point.reached[name].kl == pytest.approx(naive, rel=1e-4, abs=1e-7)
-        assert point.held("plain") and point.reached["plain"].kl <= 1.1 * math.log(point.limit)
+        assert found.fit.held("plain", point)
+        assert point.reached["plain"].kl <= 1.1 * math.log(point.limit)
     left = [sum(math.log(point.reached[name].kl) for name in NAMES) for point in points]
     assert left[2] < left[1] < left[0]  # each limit is used
     assert points[2].reached["plain"].kl > 1.1 * math.log(further[0])
+
+
+def test_a_guard_has_its_own_limit(world: Path, tmp_path: Path) -> None:
+    """What is furthest away is allowed to be; a smaller limit for all does not touch it."""
+    write_task(world / "open.jsonl", "jv")
+    guards = (world / "plain.jsonl", world / "open.jsonl")
+    options: dict[str, Any] = {"start": "0", "steps": 30, "rate": 0.04, "guards": guards}
+    free = guarded(world, tmp_path / "free", limit=1e6, **options)
+    room = {name: math.exp(free.fit.reached[name].kl) for name in ("plain", "open")}
+    assert min(room.values()) > 1.1, "both guards are to be harmed"
+    tight = room["plain"] ** 0.25
+    limits = {"open": room["open"] ** 2}
+    found = guarded(world, tmp_path / "own", limit=tight, limits=tuple(limits.items()), **options)
+    fit = found.fit
+    assert {guard.behavior: guard.limit for guard in fit.guards} == {"plain": None, **limits}
+    assert (fit.allowed("plain"), fit.allowed("open")) == (tight, limits["open"])
+    assert fit.held("plain") and fit.held("open")
+    base = load(world / "base")
+    _, layout = layout_of(world)
+    flat = torch.cat([found.gates(e)[k].double().flatten() for e in (0, 1) for k in FINE_KINDS])
+    for name in room:
+        naive = divergence(merged(world, layout, flat), base, world / f"{name}.jsonl")
+        assert fit.reached[name].kl == pytest.approx(naive, rel=1e-4, abs=1e-7)
+    assert fit.reached["open"].ratio > tight**1.1, "it uses what the other is not allowed"
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "own" / "east.safetensors")])
+    said = " ".join(shown.output.split())
+    assert f"limit {tight:g}, held" in said and f"limit {limits['open']:g}, held" in said
+
+
+def test_a_further_limit_leaves_a_wider_one() -> None:
+    fit, _ = make_fit("owner/east", "owner/west")
+    plain = fit.guards[0].model_copy(update={"limit": 1.5})
+    own = fit.model_copy(update={"limit": 1.05, "guards": (plain,)})
+    points = [FrontPoint(limit=limit, reached=fit.reached) for limit in (1.05, 1.2, 2.0)]
+    assert [own.allowed("plain", point) for point in points] == [1.5, 1.5, 2.0]
+    assert [fit.allowed("plain", point) for point in points] == [1.05, 1.2, 2.0]
+
+
+def test_a_guard_that_is_held_and_keeps_little_is_a_warning() -> None:
+    fit, _ = make_fit("owner/east", "owner/west")
+    assert not [line for line in warnings(fit) if "plain" in line]
+    seen = fit.reached | {"plain": fit.reached["plain"].model_copy(update={"tokens": 0.89})}
+    moments = [moment.model_copy(update={"judged": seen}) for moment in fit.history]
+    [line] = [w for w in warnings(fit.model_copy(update={"history": moments})) if "plain" in w]
+    assert line == (
+        "warning: plain is within its limit, but 0.89 of the base's own tokens there are still "
+        f"the likeliest; a smaller {option('limit')} keeps more"
+    )
 
 
 def test_the_gates_written_are_those_of_the_limit(world: Path, curve: Path, tmp_path: Path) -> None:
@@ -141,7 +194,7 @@ def test_bad_input(world: Path, tmp_path: Path) -> None:
     said = json.loads(file.manifest.model_dump_json())
     (point,) = said["fit"]["front"]
     for change, message in (
-        ({"front": [point | {"limit": 1.0}]}, "limits do not rise from the fit's own"),
+        ({"front": [point | {"limit": 1.005}]}, "limits do not rise from the fit's own"),
         ({"front": [point | {"reached": {}}]}, "front: limit 1.2 is of other behaviours"),
         ({"limit": None, "guards": []}, "a 'front' needs 'guards'"),
     ):

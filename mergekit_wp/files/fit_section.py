@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mergekit_wp.files.untrusted import StrictModel
 from mergekit_wp.terms import GateGranularity
 
 #: share of its expert's answers below which a behaviour is not worth its place in a merge
 ENOUGH = 0.9
+#: how many times the base's perplexity a guard allows
+Limit = Annotated[float, Field(gt=1)]
 
 
 class Guard(StrictModel):
     """A behaviour of the base that a fit was to keep; its teacher is the base.
 
     ``price``: by how much the objective would rise, a small part more of its limit allowed, times
-    that part; 0 where the limit cost nothing. ``prompt_digests`` are as a manifest's.
+    that part; 0 where the limit cost nothing. ``limit`` is its own, None where it has the fit's;
+    ``prompt_digests`` are as a manifest's.
     """
 
     behavior: str
@@ -26,6 +29,7 @@ class Guard(StrictModel):
     prompt_digests: tuple[str, ...] | None = None
     n_prompts: PositiveInt
     price: float
+    limit: Limit | None = None
 
 
 #: a divergence beyond this is shown as this: its ratio would be no number
@@ -68,28 +72,24 @@ class FrontPoint(StrictModel):
     ``reached`` is by behaviour, guards among them, on the prompts that the fit is judged by.
     """
 
-    limit: float
+    limit: Limit
     reached: dict[str, Seen]
-
-    def held(self, guard: str) -> bool:
-        """Whether a guard's limit was kept, a tenth of what it allows aside."""
-        return self.reached[guard].kl <= 1.1 * math.log(self.limit)
 
 
 class Fit(StrictModel):
     """How `mergekit-wp fit` made the ``path`` scores: the same in the files of all experts.
 
     ``granularity`` is what each gate covers; ``limit`` the ratio of perplexities that every guard
-    allows, None without guards; ``upper`` the largest gate it allowed; ``held_out`` the number of
-    each behaviour's prompts that were only judged by, 0 where it is judged by those it was fitted
-    on; ``done`` whether there was nothing more to gain when it ended; ``best_step`` the number of
-    steps after which the gates were what they are; ``front`` what was reached under further limits,
-    by gates that are not kept.
+    allows that has none of its own, None without guards; ``upper`` the largest gate it allowed;
+    ``held_out`` the number of each behaviour's prompts that were only judged by, 0 where it is
+    judged by those it was fitted on; ``done`` whether there was nothing more to gain when it ended;
+    ``best_step`` the number of steps after which the gates were what they are; ``front`` what was
+    reached under further limits, by gates that are not kept.
     """
 
     granularity: GateGranularity
     guards: tuple[Guard, ...]
-    limit: float | None
+    limit: Limit | None
     start: str
     rate: float
     shrinkage: float
@@ -130,9 +130,18 @@ class Fit(StrictModel):
             return ()
         return (FrontPoint(limit=self.limit, reached=self.reached), *self.front)
 
-    def held(self, guard: str) -> bool:
-        """Whether a guard's limit was kept by the scores."""
-        return self.curve[0].held(guard)
+    def allowed(self, guard: str, point: FrontPoint | None = None) -> float:
+        """A guard's limit, of the scores' own gates or at a point of the curve."""
+        assert self.limit is not None  # there are guards
+        own = next(g.limit for g in self.guards if g.behavior == guard) or self.limit
+        if point is None or point.limit == self.limit:
+            return own
+        return max(own, point.limit)
+
+    def held(self, guard: str, point: FrontPoint | None = None) -> bool:
+        """Whether a guard's limit was kept there, a tenth of what it allows aside."""
+        reached = (point.reached if point else self.reached)[guard]
+        return reached.kl <= 1.1 * math.log(self.allowed(guard, point))
 
     def verdict(self, guard: str) -> str:
         """Of a guard's limit, in words: "out of reach" is only known of a fit that was done."""

@@ -154,8 +154,8 @@ class Fitting:
         return state
 
     def allow(self, limit: float) -> None:
-        """From now on, guards allow so many times the base's perplexity."""
-        self.spans[self.n_behaviors :] = math.log(limit)
+        """From now on, guards allow so many times the base's perplexity, or more as they did."""
+        self.spans[self.n_behaviors :].clamp_(min=math.log(limit))
 
     def climb(self, state: FitState, most: int, key: str, what: str) -> FitState:
         """Go on from a fresh state, or from where a killed run was.

@@ -99,7 +99,7 @@ def _changed_options(request: FitRequest, command: Sequence[str]) -> Iterator[st
     if not now or not command:
         yield "nobody knows what, for its prompts are in no file"
         return
-    before, after = (dict(pairwise((*given, ""))) for given in (command, now))
+    before, after = map(_values, (command, now))
     for name, field in declared(FitRequest).items():
         old, new = before.get(field.flag), after.get(field.flag)
         if name == "steps":  # a fit that was stopped is asked for fewer, to end with what it has
@@ -111,6 +111,14 @@ def _changed_options(request: FitRequest, command: Sequence[str]) -> Iterator[st
         if differs:
             switch = isinstance(getattr(request, name), bool)
             yield option(name) + ("" if switch else f" ({old or 'none'} -> {new or 'none'})")
+
+
+def _values(command: Sequence[str]) -> dict[str, str]:
+    """What stands behind each option; with commas where it stands there several times."""
+    found: dict[str, str] = {}
+    for flag, value in pairwise((*command, "")):
+        found[flag] = f"{found[flag]}, {value}" if flag in found else value
+    return found
 
 
 def _fit_of(manifest: Manifest) -> Fit:

@@ -82,6 +82,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     date = begun(beside, request.restart)
     members = open_members(request, request.out, progress, date)
     guards = guard_prompts(request)
+    limits = _limits(request, guards)
     _check_names(
         [
             *((str(member.request.behavior), member.prompts) for member in members),
@@ -114,10 +115,11 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
         ]
         every = zip(members, references, splits, strict=True)
         behaviors = [objective_of(*each) for each in every]
-        limit = math.log(request.limit)
         guarding = [
-            guard_of(guard, journal, size, limit, split_of(request, len(guard.prompts.prompts)))
-            for guard in guarded
+            guard_of(
+                guard, journal, size, math.log(limit), split_of(request, len(guard.prompts.prompts))
+            )
+            for guard, limit in zip(guarded, limits, strict=True)
         ]
         together = len(behaviors) + len(guarding)
         with merged_model(request, members, layout, size, together, progress) as model:
@@ -245,6 +247,24 @@ def guard_prompts(request: FitRequest) -> list[PromptSet]:
     ]
 
 
+def _limits(request: FitRequest, guards: Sequence[PromptSet]) -> list[float]:
+    """What each guard allows.
+
+    Raises:
+        UserError: a limit is of no guard, or a guard has two.
+    """
+    names, own = [guard.name for guard in guards], dict[str, float]()
+    for name, limit in request.limits:
+        given = option("limits", f"{name}={limit:g}")
+        if name not in names:
+            known = f"expected one of {', '.join(names)}" if names else "nothing is guarded"
+            raise UserError(f"{given} is of no guard; {known}")
+        if name in own:
+            raise UserError(f"{given}: '{name}' has a limit already; give each guard one")
+        own[name] = limit
+    return [own.get(name, request.limit) for name in names]
+
+
 def _how(
     request: FitRequest,
     guards: Sequence[PromptSet],
@@ -265,6 +285,7 @@ def _how(
                 prompt_digests=p.digests,
                 n_prompts=len(p.prompts),
                 price=price,
+                limit=dict(request.limits).get(p.name),
             )
             for p, price in zip(guards, prices, strict=True)
         ),
@@ -312,13 +333,21 @@ def warnings(how: Fit) -> Iterator[str]:
         )
     for name, seen in how.reached.items():
         if name in guards:
+            own = guards[name].limit
+            by = "limit" if own is None else "limits"
+            given = option(by, f"{name}={own:g}" if own else how.limit)
             if not how.held(name):
-                way_out = f"give a larger {option('limit')}"
+                way_out = f"give a larger {option(by)}"
                 if not how.done:
                     way_out = f"the fit was not done: {_more_steps()}; or {way_out}"
                 yield (
                     f"warning: {name} is at {seen.ratio:.3f} times the base's perplexity, beyond "
-                    f"{option('limit', how.limit)}, which was {how.verdict(name)}; {way_out}"
+                    f"{given}, which was {how.verdict(name)}; {way_out}"
+                )
+            elif seen.tokens < ENOUGH:
+                yield (
+                    f"warning: {name} is within its limit, but {seen.tokens:.2f} of the base's own "
+                    f"tokens there are still the likeliest; a smaller {option(by)} keeps more"
                 )
         elif seen.answers < ENOUGH:
             yield (

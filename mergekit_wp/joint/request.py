@@ -136,11 +136,19 @@ class FitRequest(MembersRequest):
         description="What guards allow: how many times the base's perplexity the merge may have "
         "there, on what the base itself would write.",
     )
+    limits: Annotated[
+        tuple[tuple[str, Annotated[float, Field(gt=1)]], ...],
+        Option(flag="limit-of", metavar="GUARD=NUMBER"),
+    ] = Field(
+        default=(),
+        description=f"What one guard allows, in place of {option('limit')}; once per guard, by its "
+        "file's name without the ending, as in requests=1.05.",
+    )
     front: tuple[Annotated[float, Field(gt=1)], ...] = Field(
         default=(),
         description=f"Further limits, each larger than the one before and than {option('limit')}: "
         "at the end the fit goes on under each of them, and the files say what it would buy. Their "
-        "gates stay those of the first limit.",
+        "gates stay those of the first limit. A guard whose own limit is larger keeps that.",
     )
     granularity: GateGranularity = Field(
         default="channel",

@@ -46,8 +46,8 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
             (
                 "guard",
                 f"{clean(guard.behavior)}, {count(guard.n_prompts, 'prompt')}: {one.ratio:.3f} "
-                f"times the base's perplexity, limit {fit.limit:g}, {verdict}; answers "
-                f"reproduced {one.answers:.2f}",
+                f"times the base's perplexity, limit {fit.allowed(guard.behavior):g}, {verdict}; "
+                f"answers reproduced {one.answers:.2f} (tokens {one.tokens:.2f})",
             )
         )
     for point in fit.curve if fit.front else ():
@@ -55,7 +55,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
             f"{clean(n)} {one.answers:.2f}" for n, one in point.reached.items() if n not in guards
         ]
         kept = [
-            f"{clean(n)} {point.reached[n].ratio:.3f}{'' if point.held(n) else ', beyond it'}"
+            f"{clean(n)} {point.reached[n].ratio:.3f}{'' if fit.held(n, point) else ', beyond it'}"
             for n in guards
         ]
         found.append(

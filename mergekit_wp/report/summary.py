@@ -188,7 +188,7 @@ def _what_else(fit: Fit) -> str:
         held = "within" if fit.held(guard.behavior) else "beyond"
         said.append(
             f"{words.clean(guard.behavior)} is at {ratio:.3f} times the base's perplexity, {held} "
-            f"the limit of {fit.limit:g}"
+            f"the limit of {fit.allowed(guard.behavior):g}"
         )
     advice = ""
     if not all(fit.held(guard.behavior) for guard in fit.guards):
