@@ -30,6 +30,7 @@ from mergekit_wp.mechanism.anchors import find_anchors as _find_anchors
 from mergekit_wp.mechanism.circuit import trace as _trace
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
 from mergekit_wp.mechanism.stability import stability
+from mergekit_wp.mechanism.verify import items_of
 from mergekit_wp.mechanism.verify import verify as _verify
 from mergekit_wp.merging.merge import check_free
 from mergekit_wp.merging.merge import merge as _merge
@@ -340,7 +341,7 @@ def verify(
     """
     request = VerifyRequest.of(file=file, prompts=prompt_source(prompts), top=top, **options)
     with shown_by(progress) as shown:
-        return _verify(request, items, shown)
+        return _verify(request, items_of(request, items), shown)
 
 
 def trace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 #: characters of a message; a file from elsewhere may have names of any length
 _LONGEST = 2000
@@ -63,6 +64,10 @@ class UserError(Exception):
         """Take the message, made one line."""
         self._message = message
         super().__init__(spelled(message))
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        """From another process as it was raised there, its options still to be spelt."""
+        return type(self), (self._message,)
 
     def use_flags(self, flags: Mapping[str, str]) -> None:
         """Spell the options that the message names as a command does; see `spelled`."""

@@ -228,7 +228,8 @@ class Declared:
                         f"'{value}' is several in one; give the option once for each: {one} "
                         f"and {two}"
                     )
-                value = (name, rest)
+                number = _written(get_args(self.element)[1]) is float  # then "=" may be in the name
+                value = tuple(value.rsplit("=", 1)) if number else (name, rest)
             pairs.append(value)
         return tuple(pairs)
 

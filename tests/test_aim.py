@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError
-from mergekit_wp.merging.aim import activation_importance, apply_aim
+from mergekit_wp.merging.aim import activation_importance, apply_aim, untouched
 from mergekit_wp.prompts import Prompt
 from tests.models import EOS, LETTERS, make_model, perturbed, save
 
@@ -64,6 +64,31 @@ def test_the_formula(world) -> None:
                 want[:, j] = start + (want[:, j] - start) * (1 - s * 0.6)
         torch.testing.assert_close(found[name].float(), want, atol=1e-6, rtol=1e-5)
         assert found[name].dtype == tensor.dtype
+
+
+def test_every_matrix_is_drawn_back_or_named(tmp_path: Path) -> None:
+    """GPT-2's matrices lie the other way round; a mixture's experts are in no linear layer."""
+    model = make_model("gpt2")
+    save(model, tmp_path / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    base, merged = dict(model.named_parameters()), dict(perturbed(model).named_parameters())
+    importance = activation_importance(model, tokenizer, PROMPTS, 2)
+    assert untouched(model, importance) is None and len(importance) == 8
+    found = apply_aim(base, merged, importance, 0.4)
+    for name, s in importance.items():
+        want = merged[name].float().clone()
+        for row, value in enumerate(s.flatten().tolist()):  # an input channel is a row
+            start = base[name][row].float()
+            want[row] = start + (want[row] - start) * (1 - value * 0.6)
+        torch.testing.assert_close(found[name].float(), want, atol=1e-6, rtol=1e-5)
+    wrong = {"w": torch.ones(3, 1)}
+    with pytest.raises(UserError, match=r"w is \[2, 3\]"):
+        apply_aim({"w": torch.ones(2, 3)}, {"w": torch.ones(2, 3)}, wrong, 0.5)
+    mixture = make_model("mixtral")
+    left = untouched(mixture, activation_importance(mixture, tokenizer, PROMPTS, 2))
+    assert left is not None and ".mlp." in left and left.endswith("no linear layer has them")
+    with pytest.raises(UserError, match="this model has none"):
+        activation_importance(torch.nn.Embedding(2, 2), tokenizer, PROMPTS, 2)
 
 
 def test_omega_one_changes_nothing_and_zero_keeps_the_busiest_channel() -> None:

@@ -14,6 +14,7 @@ from mergekit_wp.cli import cli
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.mechanism.request import AnchorRequest, TraceRequest, VerifyRequest
+from mergekit_wp.options import INTERNAL
 from mergekit_wp.scoring.request import ScoreRequest
 
 PAGE = Path(__file__).parents[1] / "docs/api.md"
@@ -26,7 +27,7 @@ REQUESTS = {
     "find_anchors": ("anchor", AnchorRequest),
 }
 #: of the command line alone, or given under another name
-LEFT_OUT = {"recipes", "recipe", "builtin", "task", "checkers", "exact_budget"}
+LEFT_OUT = {"recipes", "recipe", "builtin"}
 #: inherited, and refused
 REFUSED = {"fit": {"batch_size"}}
 
@@ -34,10 +35,11 @@ REFUSED = {"fit": {"batch_size"}}
 def rows() -> Iterator[str]:
     for name, (command, request) in REQUESTS.items():
         named = set(inspect.signature(getattr(wp, name)).parameters)
+        others = named | LEFT_OUT | REFUSED.get(name, set())
         fields = [
             f"`{f}`"
-            for f in request.model_fields
-            if f not in named | LEFT_OUT | REFUSED.get(name, set())
+            for f, info in request.model_fields.items()
+            if INTERNAL not in info.metadata and f not in others
         ]
         yield f"| `{name}` | `{command}` | {', '.join(sorted(fields))} |"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mergekit_wp.cli import main
-from mergekit_wp.errors import UserError
+from mergekit_wp.errors import OutOfMemory, UserError, option
 from mergekit_wp.interrupts import Interrupted, listening
 from mergekit_wp.models.memory import AtOnce
 from mergekit_wp.models.pair import open_pair
@@ -120,12 +120,14 @@ class Task:
 class FakeRay:
     """Ray's calls, one after the other in this process; ``kills`` says how often a block's dies."""
 
-    def __init__(self, cpus: int, kills: dict[str, int]) -> None:
-        self.cpus, self.kills, self.at_once, self.started = cpus, kills, 0, 0
+    def __init__(self, cpus: int | list[int], kills: dict[str, int]) -> None:
+        self.cpus = [cpus] if isinstance(cpus, int) else cpus  # of each node
+        self.kills, self.at_once, self.started = kills, 0, 0
         self.exceptions = type("E", (), {"RayTaskError": Wrong, "RayActorError": Lost})
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus}
+    def nodes(self) -> list[dict[str, Any]]:
+        dead = {"Alive": False, "Resources": {"CPU": 64.0}}
+        return [dead, *({"Alive": True, "Resources": {"CPU": float(n)}} for n in self.cpus)]
 
     def put(self, value: Any) -> Any:
         return value
@@ -186,6 +188,27 @@ def test_a_killed_workers_block_is_computed_again(world: Path) -> None:
         notes
         == ["a worker has ended; its part noise.gain.batch0000.layer0001 is computed again"] * 2
     )
+
+
+def test_a_worker_is_within_one_node(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two nodes with 3 and 5 CPUs, workers of 2 have room for 1 + 2, not for 4."""
+    assert cluster_on(FakeRay([3, 5], {}), world, Quiet()).count == 8
+    ours = assignment(recorded(world))
+    wide = replace(ours, models=replace(ours.models, threads=2))
+    ray = FakeRay([3, 5], {})
+    monkeypatch.setattr(ray, "remote", lambda _: type("A", (), {"options": lambda **_: None}))
+    assert Cluster(ray, wide, Quiet()).count == 3  # type: ignore[arg-type]
+    ray.cpus = [1, 1]
+    with pytest.raises(UserError, match="no worker with 2 CPUs"):
+        Cluster(ray, wide, Quiet())  # type: ignore[arg-type]
+
+
+def test_a_mistake_comes_from_a_worker_as_it_was_raised() -> None:
+    """Its options are still to be spelt, as the command does that shows it."""
+    error = pickle.loads(pickle.dumps(OutOfMemory(f"free some, or add {option('restart', True)}")))
+    assert isinstance(error, OutOfMemory) and str(error) == "free some, or add restart=True"
+    error.use_flags({"restart": "--restart"})
+    assert str(error) == "free some, or add --restart"
 
 
 def test_a_block_that_kills_its_workers_is_given_up(world: Path) -> None:

@@ -142,6 +142,13 @@ def test_our_settings_go_on_top_of_the_recipe(family: Family) -> None:
     assert made.parameters == {"power": 2.0, "lambda": 0.7}
     assert recipe.parameters == {"power": 2.0}
     assert made.models == recipe.models
+    own = family.recipe({"density": 0.5, "weight": 2.0}, {"density": 0.3})
+    recipe = MergeConfiguration.model_validate(own)
+    made = methods.configuration(ours, {"density": 0.9}, "b", [], "float32", recipe)
+    assert made.parameters == {"density": 0.9}, "which mergekit looks at after the models' own"
+    kept = [dict(model.parameters or {}) for model in made.models or []]
+    assert [sorted(each) for each in kept] == [["scores", "weight"], ["scores"]]
+    assert [m.parameters["density"] for m in recipe.models or [] if m.parameters] == [0.5, 0.3]
     for fusion in ("path", "gate"):
         other = MergeConfiguration.model_validate(family.recipe(parameters={"fusion": fusion}))
         assert {tuple(s) for s in methods.ours(other).grid} == {("lambda",)}

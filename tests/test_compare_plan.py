@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mergekit_wp.comparison.compare import compare
+from mergekit_wp.comparison.making import cost_of
 from mergekit_wp.comparison.reading import read_comparison
-from mergekit_wp.comparison.request import CompareRequest, make_plan
+from mergekit_wp.comparison.request import CompareRequest, fingerprint, make_plan
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.manifest import Manifest
@@ -63,6 +65,38 @@ def test_a_score_file_says_which_prompts_it_was_made_with(family: Family) -> Non
     for wrong in (prompts.digests[:1], ("A" * 16, "b" * 16), ("a", "b")):
         with pytest.raises(ValueError, match="prompt_digests"):
             Manifest.model_validate(data | {"prompt_digests": wrong})
+
+
+@pytest.mark.parametrize("written", ["top", "base among them", "filtered"])
+def test_scores_may_stand_wherever_a_merge_reads_them(
+    family: Family, tmp_path: Path, written: str
+) -> None:
+    """What it cost and what results depend on is of the files, wherever a recipe names them."""
+    own, (first, *_) = family.recipe(), family.paths
+    models: list[dict[str, Any]] = own["models"]  # type: ignore[assignment]
+    if written == "top":
+        own["models"] = [{"model": models[0]["model"]}]
+        own["parameters"] = {"scores": str(first)}
+    elif written == "base among them":
+        own["models"] = [{"model": own["base_model"]}, *models]
+    else:
+        last = models[1]["parameters"]["scores"]
+        models[1]["parameters"]["scores"] = [{"filter": "mlp", "value": last}, {"value": last}]
+    task = items(tmp_path / "one.jsonl", valid=["c"], test=["d"])
+    request = {"recipes": (own,), "tasks": (task,), "methods": ("weight_patching",)}
+    plan, _ = make_plan(CompareRequest.model_validate(request))
+    assert plan.recipe is not None
+    before, cost = fingerprint(plan), cost_of(plan.recipe, None)
+    assert cost.prompts == sum(f.manifest.n_prompts for f in family.files[: len(own["models"])])  # type: ignore[arg-type]
+    content = first.read_bytes()
+    scorefile.write(family.files[0], first)
+    try:
+        other = family.files[0].manifest.model_copy(update={"created": "2020-01-01"})
+        scorefile.write(ScoreFile(other, family.files[0].tensors), first)
+        assert fingerprint(plan)["recipe"] != before["recipe"]
+    finally:
+        first.write_bytes(content)
+    assert fingerprint(plan) == before
 
 
 def test_whoever_saw_test_items_is_named(family: Family, tmp_path: Path) -> None:

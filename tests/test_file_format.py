@@ -6,6 +6,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from mergekit_wp import terms
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.cli import main
+from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.files.manifest import Manifest
 from tests.format_reader import (
     belongs,
@@ -176,6 +178,24 @@ def test_the_specification_names_every_key() -> None:
     page = PAGE.read_text()
     for key in sorted(keys_of(Manifest)):
         assert f"`{key}`" in page, key
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from models_in(part)
+
+
+def test_the_specification_names_keys_where_they_stand() -> None:
+    """An object's keys are named beside the key that holds it."""
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    for model in (Manifest, Fit):
+        for name, info in model.model_fields.items():
+            beside = "".join("|".join(row) for row in rows if f"`{name}`" in row[1])
+            for inner in models_in(info.annotation):
+                for key in set(inner.model_fields) - {"format_version"} if inner is not Fit else ():
+                    assert f"`{key}`" in beside, f"{name}: {key}"
 
 
 def test_the_specification_names_every_value() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_wp.cli import main
-from mergekit_wp.errors import DiskError, UserError
+from mergekit_wp.errors import DiskError, OutOfMemory, UserError
 from mergekit_wp.files.atomic import (
     disk_trouble,
     locked,
@@ -22,7 +22,7 @@ from mergekit_wp.files.atomic import (
     staged_folder,
     written_whole,
 )
-from mergekit_wp.runs.journal import Journal
+from mergekit_wp.runs.journal import Journal, unfinished
 from tests.killing import contents, small_files
 from tests.merging import Family, llama_config
 from tests.test_merge_command import write
@@ -265,6 +265,16 @@ def test_a_changed_input_is_named_to_where_it_changed(
     with pytest.raises(UserError) as refused, Journal(tmp_path / "out", other, False):
         pass
     assert f"changed: {said}" in str(refused.value)
+
+
+def test_a_run_for_which_there_is_no_memory_now_keeps_its_answers(tmp_path: Path) -> None:
+    """It says to free some and to begin again; refused inputs will not go on."""
+    for error, kept in ((OutOfMemory("full"), True), (UserError("no"), False)):
+        out = tmp_path / type(error).__name__
+        with pytest.raises(type(error)), Journal(out, {"a": 1}, False) as journal:
+            journal.save("responses.east", {"ids": torch.ones(1)})
+            raise error
+        assert unfinished(out) == kept
 
 
 def test_a_refused_run_does_not_cost_the_answers_of_the_one_before(tmp_path: Path) -> None:

@@ -44,13 +44,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             "unguarded and guards exclude each other",
         ),
         (
-            {"unguarded": False, "limits": (("open", 1.05),)},
-            "limits=open=1.05 is of no guard; expected one of plain-text",
+            {"unguarded": False, "limit_of": (("open", 1.05),)},
+            "limit_of=open=1.05 is of no guard; expected one of plain-text",
         ),
-        ({"limits": (("open", 1.05),)}, "limits=open=1.05 is of no guard; nothing is guarded"),
+        ({"limit_of": (("open", 1.05),)}, "limit_of=open=1.05 is of no guard; nothing is guarded"),
         (
-            {"unguarded": False, "limits": (("plain-text", 1.05), ("plain-text", 1.1))},
-            "limits=plain-text=1.1: 'plain-text' has a limit already; give each guard one",
+            {"unguarded": False, "limit_of": (("plain-text", 1.05), ("plain-text", 1.1))},
+            "limit_of=plain-text=1.1: 'plain-text' has a limit already; give each guard one",
         ),
     ],
 )
@@ -69,13 +69,14 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
             ({name: "inf"}, f"{name}: it should be a finite number, not 'inf'")
             for name in ("upper", "rate", "shrinkage", "front")
         ),
-        ({"limits": {"open": 1}}, "limits: it should be greater than 1, not 1"),
-        ({"limits": "open=inf"}, "limits: it should be a finite number, not 'inf'"),
-        ({"limits": "1.05"}, "limits: '1.05' names no guard; write GUARD=NUMBER"),
+        ({"limit_of": {"open": 1}}, "limit_of: it should be greater than 1, not 1"),
+        ({"limit_of": "open=inf"}, "limit_of: it should be a finite number, not 'inf'"),
+        ({"limit_of": "1.05"}, "limit_of: '1.05' names no guard; write GUARD=NUMBER"),
         (
-            {"limits": "a=1.1,b=1.2"},
+            {"limit_of": "a=1.1,b=1.2"},
             "several in one; give the option once for each: a=1.1 and b=1.2",
         ),
+        ({"limit_of": "lr=2e-5=much"}, "it should be a valid number, .* not 'much'"),
         ({"front": ""}, "front: '' holds nothing; give one, or several with commas"),
         ({"seed": "99999999999999999999"}, "seed: it should be less than 4294967296"),
         ({"seed": -1}, "seed: it should be greater than or equal to 0"),

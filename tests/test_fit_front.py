@@ -96,7 +96,7 @@ def test_a_guard_has_its_own_limit(world: Path, tmp_path: Path) -> None:
     assert min(room.values()) > 1.1, "both guards are to be harmed"
     tight = room["plain"] ** 0.25
     limits = {"open": room["open"] ** 2}
-    found = guarded(world, tmp_path / "own", limit=tight, limits=tuple(limits.items()), **options)
+    found = guarded(world, tmp_path / "own", limit=tight, limit_of=tuple(limits.items()), **options)
     fit = found.fit
     assert {guard.behavior: guard.limit for guard in fit.guards} == {"plain": None, **limits}
     assert (fit.allowed("plain"), fit.allowed("open")) == (tight, limits["open"])
@@ -159,22 +159,42 @@ def test_a_run_killed_in_the_second_point_goes_on(
 
     def killed(self: Journal, key: str, tensors: Any) -> None:
         saved.append(key)
-        if saved.count("front-1") == 2:
+        if saved.count("front-9-1") == 2:
             raise KeyboardInterrupt
         keep(self, key, tensors)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Journal, "save", killed)
         guarded(world, again, **options)
-    assert [saved.count(key) for key in ("state", "front-0", "front-1")] == [9, 3, 2]
+    assert [saved.count(key) for key in ("state", "front-9-0", "front-9-1")] == [9, 3, 2]
     saved.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "save", lambda *given: (saved.append(given[1]), keep(*given)))
         guarded(world, again, **options)
-    assert saved == ["front-1"] * 2  # of three steps, one was kept
+    assert saved == ["front-9-1"] * 2  # of three steps, one was kept
     for name in NAMES:
         one, two = (folder / f"{name}.safetensors" for folder in (again, curve))
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_points_of_a_fit_that_was_given_more_steps_begin_anew(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were kept began from other gates."""
+    options = SHORT | {"front": (1.05, 1.2)}
+    again, keep = tmp_path / "again", Journal.save
+
+    def killed(self: Journal, key: str, tensors: Any) -> None:
+        if key == "front-9-1":
+            raise KeyboardInterrupt
+        keep(self, key, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "save", killed)
+        guarded(world, again, **options)
+    more = options | {"steps": 12}
+    found, whole = guarded(world, again, **more), guarded(world, tmp_path / "whole", **more)
+    assert found.fit == whole.fit and len(whole.fit.history) == 13
 
 
 def test_bad_input(world: Path, tmp_path: Path) -> None:

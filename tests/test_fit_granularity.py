@@ -362,6 +362,17 @@ def test_a_fit_goes_on_from_a_file(world: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_fit_goes_on_where_files_name_tensors_otherwise(tmp_path: Path) -> None:
+    """GPT-NeoX's head is `embed_out.weight` in its files, and `lm_head.weight` in the model."""
+    world = make_world("gpt_neox", tmp_path)
+    options: dict[str, Any] = {"granularity": "channel", "held_out": 0, "shrinkage": 0}
+    first = fitted(world, tmp_path / "one", steps=3, **options)
+    options |= {"recipe": tmp_path / "one" / "recipe.yml", "start": "scores", "rate": 1e-12}
+    again = fitted(world, tmp_path / "two", steps=1, **options)
+    for key, tensor in first.tensors.items():
+        torch.testing.assert_close(again.tensors[key], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_a_recipe_may_ask_for_tensors(world: Path, fit_of: tuple[Path, Gates]) -> None:
     folder, files = fit_of
     states = {name: load_file(world / name / "model.safetensors") for name in ("base", *NAMES)}

@@ -137,9 +137,19 @@ def test_a_benchmark_imports_only_what_there_is(path: Path) -> None:
 
 
 def names_in(module: Path) -> set[str]:
-    """What a module defines or imports anywhere in it."""
+    """What a module defines or imports for others: not within a function."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(module.read_text())):
+    tree = ast.parse(module.read_text())
+    inside = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        for inner in ast.walk(node)
+        if inner is not node
+    }
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
 from huggingface_hub.utils import filter_repo_objects
 from mergekit.config import MergeConfiguration
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card import sources as card_sources
 from mergekit_wp.card.sources import NOT_READ
-from mergekit_wp.cli import main
+from mergekit_wp.cli import cli, main
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.joint.fit import fit
@@ -226,6 +227,10 @@ def test_a_merge_of_hub_models_by_scores_on_the_hub(
             "parameters": {"scores": f"hf://owner/expert{e}/scores.safetensors"},
         }
     assert_close(merged(recipe, tmp_path / "out"), expected(family))
+    file = "hf://owner/expert0/scores.safetensors"
+    for command in (["inspect", file], ["plot", file, "--out", str(tmp_path / "page.html")]):
+        done = CliRunner().invoke(cli, command)
+        assert done.exception is None, done.exception
     swapped = recipe["models"][0]["parameters"], recipe["models"][1]["parameters"]
     recipe["models"][1]["parameters"], recipe["models"][0]["parameters"] = swapped
     with pytest.raises(UserError, match="these are scores of another expert"):

@@ -132,6 +132,12 @@ def test_verdict_of_a_fit_says_what_comes_back_and_what_it_costs() -> None:
     )
     assert "something of" in taken
     assert "plain is at 1.010 times the base's perplexity, within the limit of 1.05" in cost
+    own = fit.guards[0].model_copy(update={"limit": 1.001})
+    for guard, flag in ((own, "--limit-of"), (own.model_copy(update={"limit": None}), "--limit")):
+        beyond = fit.model_copy(update={"guards": (guard,), "limit": 1.001})
+        harmed = ScoreFile(file.manifest.model_copy(update={"fit": beyond}), file.tensors)
+        said = "beyond the limit of 1.001; give more --steps, or a larger "
+        assert summary.verdict(harmed)[2].endswith(f"{said}{flag}.")
     unguarded = fit.model_copy(update={"guards": (), "limit": None})
     alone = ScoreFile(file.manifest.model_copy(update={"fit": unguarded}), file.tensors)
     assert summary.verdict(alone)[2].startswith("Nothing was guarded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,41 @@ def test_items_that_will_be_fitted_on_are_said_before_the_fit(
         prepare(path, {"out": tmp_path / "out", "device": "cpu"}, NotesOnly(said.append))
     told = "warning: 3 of 3 test items of task 'dd' are among the prompts of "
     assert len(said) == 2 and all(line.startswith(told) for line in said)
+
+
+def test_a_fit_is_known_by_what_it_was_made_of(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the paths: the same command from elsewhere takes it, other contents do not."""
+    own = tmp_path / "own"
+    shutil.copytree(world, own)
+    tasks = {"dd": ["items.jsonl?checker=contains"]}
+    same: dict[str, Any] = {"test": tasks, "validation": None, "keep": None}
+    same["compare"] = {"methods": ["task_arithmetic"], "untuned": True}
+    monkeypatch.chdir(tmp_path)
+
+    def prepared(out: str | Path, **changed: Any) -> None:
+        prepare(write(own, **same | changed), {"out": out, "device": "cpu"}, NoProgress())
+
+    prepared("out")
+    monkeypatch.setattr("mergekit_wp.comparison.suites.prepare.fit", None)  # not fitted again
+    prepared(tmp_path / "out")
+    for changed, said in (
+        ({"base": "west"}, "base or experts"),
+        ({"fit": SUITE["fit"] | {"limit": 1.5}}, "--limit|limit"),
+        ({"fit": SUITE["fit"] | {"steps": 4}}, "steps"),
+        ({"experts": SUITE["experts"] | {"ab": {"model": "east", "prompts": "west.jsonl"}}}, "pro"),
+    ):
+        with pytest.raises(UserError, match=f"holds a fit of another suite, .*changed: {said}"):
+            prepared("out", **changed)
+    for name, said in (("open.jsonl", "guards"), ("east/model.safetensors", "expert east")):
+        before = (own / name).read_bytes()
+        other = "west/model.safetensors" if name.startswith("east") else "west.jsonl"
+        (own / name).write_bytes((own / other).read_bytes())
+        with pytest.raises(UserError, match=f"changed: {said}"):
+            prepared("out")
+        (own / name).write_bytes(before)
+    prepared("out")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

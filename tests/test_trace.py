@@ -269,6 +269,8 @@ def test_supplies_equal_naive_path_patching(tmp_path: Path, family: str) -> None
         for c in fine_components(pair.partition)
         if c.kind != "tensor"
     }
+    # as many are drawn as lead, leaders among them: a sample of all
+    assert found.screen.verified_random == found.screen.verified_top > 0
     assert len(found.edges) > 8 and {e.via for e in found.edges} == {"weights", "activations"}
     kinds = {(parts[e.source].kind, parts[e.target].kind) for e in found.edges}
     assert {target for _, target in kinds} == {"head", "neuron"} and len(kinds) >= 3

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import mergekit_wp as wp
 from benchmarks.components import Component, fine_components, slices
 from mergekit_wp.cli import cli
 from mergekit_wp.components import Partition
@@ -22,7 +23,7 @@ from mergekit_wp.files.manifest import SetPoint, Verification
 from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.mechanism.request import VerifyRequest
 from mergekit_wp.mechanism.sets import extreme, matched
-from mergekit_wp.mechanism.verify import estimate, verify
+from mergekit_wp.mechanism.verify import estimate, sizes_of, verify
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.pair import open_pair
 from mergekit_wp.report import verification
@@ -370,6 +371,33 @@ def test_a_built_in_behaviour(world: Path, file: Path) -> None:
     found = scorefile.read(file).manifest.verification
     assert found is not None and found.n_prompts == 3
     assert found.n_items == sum(i["split"] == "test" for i in behavior("capitals").items())
+
+
+def test_answers_are_checked_from_python_as_by_the_command(world: Path, file: Path) -> None:
+    """A task is no word in the file alone: its answers are looked at."""
+    prompts = world / "prompts.jsonl"
+    items = [{"prompt": "ab", "answer": "b", "split": s, "checker": "contains"} for s in ("test",)]
+    task, options = world / "asked.jsonl", {"draws": 2, "max_new_tokens": 2, "device": DEVICE}
+    task.write_text("".join(json.dumps(item) + "\n" for item in items))
+    found = wp.verify(file, prompts=prompts, top="3", task=task, progress=False, **options)
+    assert found.n_items == 1 and "--task" in found.command
+    given = JsonlTask.read(task, Checkers.load(None))
+    with pytest.raises(UserError, match="are two tasks; give one"):
+        wp.verify(file, prompts=prompts, top="3", task=task, items=given, progress=False)
+    with pytest.raises(UserError, match="checkers goes with task"):
+        wp.verify(file, prompts=prompts, top="3", checkers=world / "c.py", progress=False)
+    for builtin in ("capitals", "title"):
+        with pytest.raises(UserError, match=f"builtin={builtin} is of the command line; from Pyth"):
+            wp.verify(file, prompts=prompts, top="3", builtin=builtin, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "size"), [("7%", 100, 7), ("28%", 100, 28), ("55%", 200, 110), ("0.5%", 3, 1)]
+)
+def test_parts_of_all_components_are_rounded_up_by_no_noise(
+    text: str, total: int, size: int
+) -> None:
+    assert sizes_of((text,), total) == [size]
 
 
 @pytest.mark.parametrize(

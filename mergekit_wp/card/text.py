@@ -128,7 +128,7 @@ def how_to_repeat(config: str, version: str, scored: bool) -> str:
     files = " and its score files, all in this folder" if scored else ", in this folder"
     return (
         "## Repeat it\n\n"
-        f"`mergekit-wp merge {config} OUT` with `pip install mergekit-wp=={version}` merges the "
+        f"`mergekit-wp merge {config} OUT` of mergekit-wp {version} merges the "
         f"same models by the same recipe{files}.\n"
     )
 

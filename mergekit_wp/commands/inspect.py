@@ -9,6 +9,7 @@ import click
 
 from mergekit_wp.commands.derive import OnceEach, options_of
 from mergekit_wp.files.scorefile import read
+from mergekit_wp.models.hub import local_path
 from mergekit_wp.report.ranking import select, to_json
 from mergekit_wp.report.request import TOP, InspectRequest
 from mergekit_wp.report.table import render
@@ -44,7 +45,7 @@ def inspect(
     "criterion", "score", "se"}, ...]}, highest score first; layer is null outside the layers, se
     (the standard error over prompts) where it is not known.
     """
-    score_file = read(file)
+    score_file = read(local_path(file))
     selection = select(score_file, estimand, criterion, kind, stable)
     if as_json:
         for piece in to_json(score_file, selection, top):

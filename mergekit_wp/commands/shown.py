@@ -89,7 +89,8 @@ def prompt_file(options: Mapping[str, Any]) -> Iterator[Path]:
     assert builtin is not None
     with TemporaryDirectory() as scratch:
         path = Path(scratch, f"{builtin}.jsonl")
-        path.write_text(behaviors.jsonl(behaviors.behavior(builtin).prompts()))
+        lines = behaviors.behavior(builtin).prompts()
+        path.write_text(behaviors.jsonl(lines), encoding="utf-8")
         yield path
 
 

@@ -29,29 +29,10 @@ def verify(dry_run: bool, **options: Any) -> None:
       mergekit-wp verify expert.safetensors --top 1%,5%,20% --builtin capitals
     """
     from mergekit_wp import api
-    from mergekit_wp.errors import UserError
     from mergekit_wp.report.verification import table
-    from mergekit_wp.tasks import behaviors
-    from mergekit_wp.tasks.checkers import Checkers
-    from mergekit_wp.tasks.items import JsonlTask
 
-    task, builtin = options["task"], options["builtin"]
-    if options["checkers"] is not None and task is None:
-        raise UserError("--checkers goes with --task")
     with progress(dry_run) as bar, prompt_file(options) as path:
-        if builtin is not None and task is None:
-            task = path.with_suffix(".items.jsonl")  # beside its prompts, and gone with them
-            task.write_text(behaviors.jsonl(behaviors.behavior(builtin).items()))
-        items = None
-        if task is not None:
-            items = JsonlTask.read(
-                task,
-                Checkers.load(options["checkers"]),
-                usual="test",
-                max_new_tokens=options["max_new_tokens"],
-                batch_size=options["batch_size"],
-            )
         fields = given(VerifyRequest, options | {"prompts": path})
-        found = api.verify(**fields, items=items, progress=bar)
+        found = api.verify(**fields, progress=bar)
     click.echo(table(found))
     click.echo(f"\nwritten into {options['file']}")

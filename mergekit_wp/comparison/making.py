@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -38,15 +37,17 @@ from mergekit_wp.comparison.peers.prompted import PromptedExperts
 from mergekit_wp.comparison.peers.sources import Sources
 from mergekit_wp.comparison.plan import Plan
 from mergekit_wp.comparison.results import Job
-from mergekit_wp.comparison.rows import Cost, Setting
+from mergekit_wp.comparison.rows import Cost, Setting, since
 from mergekit_wp.errors import UserError
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.fit_section import Fit
 from mergekit_wp.joint.judging import MOST
 from mergekit_wp.joint.members import open_members
 from mergekit_wp.joint.request import MembersRequest, NamedExperts
-from mergekit_wp.merging.aim import activation_importance, apply_aim
+from mergekit_wp.merging.aim import activation_importance, apply_aim, untouched
 from mergekit_wp.merging.interface import write_beside
+from mergekit_wp.merging.model_references import data_of
+from mergekit_wp.merging.recipe import score_texts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.generation import TextInterface, read_tokenizer
 from mergekit_wp.models.hub import local_path
@@ -167,13 +168,13 @@ class Making:
         begun = perf_counter()
         if omega is None and not (self.in_memory and keeps_shapes(recipe)):
             with merged_on_disk(recipe, self._options(seed), self.folder) as folder:
-                cost = cost_of(recipe, _since(begun))
+                cost = cost_of(recipe, since(begun))
                 yield Made(self._loaded(folder), self._interface_of(folder), cost)
             return
         tensors = merge_in_memory(recipe, self._options(seed))
         if omega is not None:
             tensors = apply_aim(self._base_tensors, tensors, self._importance, float(omega))
-        cost = cost_of(recipe, _since(begun))
+        cost = cost_of(recipe, since(begun))
         if omega is not None:
             prompts = len(self.plan.calibration)
             cost = cost.model_copy(update={"prompts": prompts, "forward_passes": prompts})
@@ -225,14 +226,12 @@ class Making:
     def _importance(self) -> dict[str, torch.Tensor]:
         """How much the base uses each input channel on the calibration prompts, for AIM."""
         model, texts = self.evaluation.load_checkpoint(self.base), self.plan.calibration
-        return AtOnce(16, self.progress.note).run(
+        found = AtOnce(16, self.progress.note).run(
             lambda size: activation_importance(model, self.tokenizer, texts, size), len(texts)
         )
-
-
-def _since(begun: float) -> float | None:
-    """Seconds; None where a run is to be the same to the last byte whenever it is made."""
-    return None if "SOURCE_DATE_EPOCH" in os.environ else perf_counter() - begun
+        if line := untouched(model, found):
+            self.progress.note(line)
+        return found
 
 
 def cost_of(recipe: MergeConfiguration, seconds: float | None) -> Cost:
@@ -247,7 +246,7 @@ def cost_of(recipe: MergeConfiguration, seconds: float | None) -> Cost:
     """
     if recipe.merge_method != OURS:
         return Cost(seconds=seconds)
-    paths = [str((model.parameters or {})["scores"]) for model in recipe.models or []]
+    paths = dict.fromkeys(score_texts(data_of(recipe)))
     made = [scorefile.read(local_path(path)).manifest for path in paths]
     fit = made[0].fit  # the same in the files of all experts
     if fit is None:

@@ -239,8 +239,12 @@ def configuration(
     """
     if method.merge_method == OURS:
         assert recipe is not None
-        merged = (recipe.parameters or {}) | setting
-        return recipe.model_copy(deep=True, update={"parameters": merged or None})
+        merged, own = (recipe.parameters or {}) | setting, recipe.model_copy(deep=True)
+        for model in own.models or []:  # whose own parameters count before the recipe's
+            model.parameters = {
+                k: v for k, v in (model.parameters or {}).items() if k not in setting
+            } or None
+        return own.model_copy(update={"parameters": merged or None})
     scopes = {p.name: p.scope for p in merge_methods.get(method.merge_method).spec.parameters}
     per_model = {
         k: v for k, v in setting.items() if k in scopes and scopes[k] != ParameterScope.SHARED

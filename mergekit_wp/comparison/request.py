@@ -272,14 +272,14 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         how = "" if asked is None else f" {asked.digest()[:16]}"
         return f"{checkpoint.config_hash[:16]} {checkpoint.weights_sha256()[:32]}{how}"
 
+    def content(path: str) -> str:
+        return hashlib.sha256(Path(local_path(path)).read_bytes()).hexdigest()
+
     def recipe(config: MergeConfiguration) -> str:
-        digest = hashlib.sha256(json.dumps(data_of(config, exclude={"models"})).encode())
-        for model in config.models or []:
-            if scores := (model.parameters or {}).get("scores"):
-                digest.update(Path(local_path(str(scores))).read_bytes())
-            rest = {k: v for k, v in (model.parameters or {}).items() if k != "scores"}
-            digest.update(repr(sorted(rest.items())).encode())
-        return digest.hexdigest()[:32]
+        data = recipes.with_scores(data_of(config), content)
+        models = [model.get("parameters") for model in data.pop("models", None) or []]
+        said = json.dumps([data, models], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     return {
         "base": weights(plan.base),
@@ -287,7 +287,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "recipe": recipe(plan.recipe) if plan.recipe else None,
         "other recipes": {name: recipe(config) for name, config in plan.extra.items()},
         SCORE_FILES: {
-            path: hashlib.sha256(Path(local_path(path)).read_bytes()).hexdigest()
+            path: content(path)
             for config in (plan.recipe, *plan.extra.values())
             if config is not None
             for path in recipes.score_texts(data_of(config))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -24,6 +26,11 @@ EQUAL = " (at equal perplexity)"
 def recipe_name(row: str) -> str:
     """The file name, without its ending, under which a row's recipe is kept."""
     return row.replace(UNTUNED, "-untuned").replace(" ", "-")
+
+
+def since(begun: float) -> float | None:
+    """Seconds; None where a run is to be the same to the last byte whenever it is made."""
+    return None if "SOURCE_DATE_EPOCH" in os.environ else perf_counter() - begun
 
 
 class Cost(BaseModel):

@@ -177,7 +177,7 @@ class TraceFile(Omitting):
 def write(trace: TraceFile, path: Path) -> None:
     """Write the file under its name only when complete."""
     with written_whole(path) as temporary:
-        temporary.write_text(trace.model_dump_json(indent=1) + "\n")
+        temporary.write_text(trace.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def is_trace_file(path: str | os.PathLike[str]) -> bool:

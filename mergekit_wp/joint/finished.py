@@ -25,6 +25,9 @@ from mergekit_wp.runs.command import command_of
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.scoring.request import ScoreRequest
 
+#: options whose content is compared, and what a result does not depend on
+_APART = ("prompts", "guards", "device")
+
 
 def finished(request: FitRequest, target: Path, progress: Progress) -> dict[str, ScoreFile] | None:
     """The score files of a fit that is there already, by the experts' names.
@@ -43,10 +46,8 @@ def finished(request: FitRequest, target: Path, progress: Progress) -> dict[str,
     folder = request.out
     if folder is None or request.overwrite or request.restart or not (folder / RECIPE).exists():
         return None
-    experts = requests_of(request, folder)
-    paths = {name: score_path(folder, name) for name in experts}
-    files = {name: read(path) for name, path in paths.items() if path.exists()}
-    if changed := list(_changed(request, folder, experts, files, progress)):
+    files, changed = compared(request, folder, progress)
+    if changed:
         command = shlex.join(["mergekit-wp", "merge", str(folder / RECIPE), str(target)])
         raise UserError(
             f"{folder} holds a finished fit of something else; changed: {', '.join(changed)}; "
@@ -57,6 +58,25 @@ def finished(request: FitRequest, target: Path, progress: Progress) -> dict[str,
     for line in warnings(_fit_of(next(iter(files.values())).manifest)):
         progress.note(line)
     return files
+
+
+def compared(
+    request: FitRequest, folder: Path, progress: Progress
+) -> tuple[dict[str, ScoreFile], list[str]]:
+    """The score files of a finished fit, and what it was made of that `request` is not.
+
+    Args:
+        request: the fit that is asked for.
+        folder: of the finished one.
+        progress: told how far the comparison is.
+
+    Raises:
+        UserError: a file of it is damaged, or any mistake in the inputs.
+    """
+    experts = requests_of(request, folder)
+    paths = {name: score_path(folder, name) for name in experts}
+    files = {name: read(path) for name, path in paths.items() if path.exists()}
+    return files, list(_changed(request, folder, experts, files, progress))
 
 
 def _changed(
@@ -107,7 +127,7 @@ def _changed_options(request: FitRequest, command: Sequence[str]) -> Iterator[st
         elif name == "start":  # of scores nobody knows any more what they were
             differs = old != new or new == "scores"
         else:
-            differs = old != new and not field.positional and name not in ("prompts", "guards")
+            differs = old != new and not field.positional and name not in _APART
         if differs:
             switch = isinstance(getattr(request, name), bool)
             yield option(name) + ("" if switch else f" ({old or 'none'} -> {new or 'none'})")

@@ -254,8 +254,8 @@ def _limits(request: FitRequest, guards: Sequence[PromptSet]) -> list[float]:
         UserError: a limit is of no guard, or a guard has two.
     """
     names, own = [guard.name for guard in guards], dict[str, float]()
-    for name, limit in request.limits:
-        given = option("limits", f"{name}={limit:g}")
+    for name, limit in request.limit_of:
+        given = option("limit_of", f"{name}={limit:g}")
         if name not in names:
             known = f"expected one of {', '.join(names)}" if names else "nothing is guarded"
             raise UserError(f"{given} is of no guard; {known}")
@@ -285,7 +285,7 @@ def _how(
                 prompt_digests=p.digests,
                 n_prompts=len(p.prompts),
                 price=price,
-                limit=dict(request.limits).get(p.name),
+                limit=dict(request.limit_of).get(p.name),
             )
             for p, price in zip(guards, prices, strict=True)
         ),
@@ -334,7 +334,7 @@ def warnings(how: Fit) -> Iterator[str]:
     for name, seen in how.reached.items():
         if name in guards:
             own = guards[name].limit
-            by = "limit" if own is None else "limits"
+            by = "limit" if own is None else "limit_of"
             given = option(by, f"{name}={own:g}" if own else how.limit)
             if not how.held(name):
                 way_out = f"give a larger {option(by)}"

@@ -21,11 +21,12 @@ def front(fitting: Fitting, fitted: FitState) -> list[FitState]:
     """
     points: list[FitState] = []
     most = max(1, fitted.climb.steps // SHARE)
+    # points of a fit that was given more steps since then began elsewhere: their names tell
     for limit in fitting.request.front:
         fitting.allow(limit)
         start = (points or [fitted])[-1].onwards()
         where = f"allowed {limit:g} times the base's perplexity"
-        point = fitting.climb(start, most, f"front-{len(points)}", where)
+        point = fitting.climb(start, most, f"front-{fitted.climb.steps}-{len(points)}", where)
         fitting.progress.note(f"{where}, {fitting.said(point.reached)}")
         points.append(point)
     return points

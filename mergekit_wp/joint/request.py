@@ -136,9 +136,9 @@ class FitRequest(MembersRequest):
         description="What guards allow: how many times the base's perplexity the merge may have "
         "there, on what the base itself would write.",
     )
-    limits: Annotated[
+    limit_of: Annotated[
         tuple[tuple[str, Annotated[float, Field(gt=1)]], ...],
-        Option(flag="limit-of", metavar="GUARD=NUMBER"),
+        Option(metavar="GUARD=NUMBER"),
     ] = Field(
         default=(),
         description=f"What one guard allows, in place of {option('limit')}; once per guard, by its "

@@ -247,6 +247,6 @@ def recovered(values: torch.Tensor, reference: Reference, seed: int) -> Estimate
 
 
 def best_anchor(found: Sequence[LayerAnchor]) -> LayerAnchor | None:
-    """The usable layer that separates best_anchor, if there is one."""
+    """The usable layer that separates best, if there is one."""
     usable = [layer for layer in found if layer.usable]
     return max(usable, key=lambda layer: layer.separation, default=None)

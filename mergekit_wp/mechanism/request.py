@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
-from mergekit_wp.errors import option
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.circuitfile import Rules
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts.request import SOURCE, Prompts
@@ -19,12 +19,29 @@ from mergekit_wp.runs.request import (
     RunRequest,
     Seed,
 )
+from mergekit_wp.tasks import behaviors
+from mergekit_wp.tasks.behaviors import jsonl
 from mergekit_wp.terms import BuiltInCriterion, Estimand
+
+
+def _known(name: str | None, info: ValidationInfo) -> str | None:
+    """A file keeps the name in place of its prompts, which have to be that behaviour's."""
+    if name is None:
+        return None
+    prompts, own = info.data.get("prompts"), behaviors.behavior(name).prompts()
+    if not isinstance(prompts, Path) or prompts.read_text(encoding="utf-8") != jsonl(own):
+        raise UserError(
+            f"{option('builtin', name)} is of the command line; from Python give its prompts, "
+            f"which `mergekit-wp behaviors {name}` writes, as {option('prompts')}"
+        )
+    return name
+
 
 BuiltIn = Annotated[
     str | None,
     Option(instead_of="prompts", metavar="NAME"),
     Field(description=f"Instead of {option('prompts')}: a built-in behaviour, see `behaviors`."),
+    AfterValidator(_known),
 ]
 
 

@@ -41,13 +41,14 @@ _ESTIMAND: dict[Via, Estimand] = {"weights": "gain", "activations": "activation_
 
 @dataclass(frozen=True)
 class SupplyPair:
-    """One supply to measure exactly; ``leading`` by the screen, else drawn at random."""
+    """One supply to measure exactly: ``leading`` by the screen, ``drawn`` at random, or both."""
 
     target: Place
     via: Via
     source: Place
     screened: float
     leading: bool
+    drawn: bool
 
 
 @dataclass(frozen=True)

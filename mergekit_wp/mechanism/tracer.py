@@ -125,12 +125,15 @@ class Tracer:
                 order = torch.sort(flat.abs(), descending=True, stable=True).indices[:count]
                 top = [i for i in order.tolist() if flat[i] != 0]
                 nonzero = flat.nonzero().flatten()
-                drawn = nonzero[torch.randperm(len(nonzero), generator=generator)[:count]]
-                for i in sorted({*top, *drawn.tolist()}):
+                chosen = torch.randperm(len(nonzero), generator=generator)[:count]
+                drawn = nonzero[chosen].tolist()
+                for i in sorted({*top, *drawn}):
                     which = int(torch.searchsorted(starts, i, right=True)) - 1
                     place, kind = places[which]
                     source = Place(place.layer, kind, i - int(starts[which]))
-                    yield SupplyPair(target, via, source, float(flat[i]), i in set(top))
+                    yield SupplyPair(
+                        target, via, source, float(flat[i]), leading=i in top, drawn=i in drawn
+                    )
 
     def _supplies(self, pairs: Sequence[SupplyPair]) -> list[Measured]:
         """Exact supply of every pair."""
@@ -193,5 +196,5 @@ class Tracer:
         predicted = torch.tensor([pair.screened for pair in pairs], dtype=torch.float64)
         exact = torch.tensor([supply.value for supply in supplies], dtype=torch.float64)
         top = [p for p, pair in enumerate(pairs) if pair.leading]
-        drawn = [p for p, pair in enumerate(pairs) if not pair.leading]
+        drawn = [p for p, pair in enumerate(pairs) if pair.drawn]
         return verdict(predicted, exact, top, drawn, "first-order")

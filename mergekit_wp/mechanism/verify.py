@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,8 @@ from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
 from mergekit_wp.runs.scored import check_pair, check_scores, scored_model
 from mergekit_wp.statistics import Array, mib_sizes, percentiles
+from mergekit_wp.tasks import behaviors
+from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.terms import CRITERIA, Direction, SetName
 
@@ -83,7 +88,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     if not fine:
         raise UserError(f"score file {request.file} has only whole layers; no sets to verify")
     total = sum(part.numel() for part in fine.values())
-    sizes = _sizes(request.top, total)
+    sizes = sizes_of(request.top, total)
     if task is not None and not task.count("test"):
         raise UserError(f"task '{task.name}' has no 'test' items")
     prompts = read_prompts(request.prompts, request.max_prompts)
@@ -224,7 +229,38 @@ def estimate(
     return found.value, found.low, found.high
 
 
-def _sizes(top: Sequence[str], total: int) -> list[int]:
+def items_of(request: VerifyRequest, given: JsonlTask | None = None) -> JsonlTask | None:
+    """Items whose answers are checked: those of a caller, of a file, or of a built-in behaviour.
+
+    Raises:
+        UserError: both of the first two are given, checkers of nothing, or a bad file.
+    """
+    if request.checkers is not None and request.task is None:
+        raise UserError(f"{option('checkers')} goes with {option('task')}")
+    if given is not None and request.task is not None:
+        raise UserError(f"items and {option('task', request.task)} are two tasks; give one")
+    if given is not None or (request.task is None and request.builtin is None):
+        return given
+    with TemporaryDirectory() as scratch:
+        path = request.task or Path(scratch, f"{request.builtin}.items.jsonl")
+        if request.task is None:
+            lines = behaviors.behavior(str(request.builtin)).items()
+            path.write_text(behaviors.jsonl(lines), encoding="utf-8")
+        return JsonlTask.read(
+            path,
+            Checkers.load(request.checkers),
+            usual="test",
+            max_new_tokens=request.max_new_tokens,
+            batch_size=request.batch_size,
+        )
+
+
+def sizes_of(top: Sequence[str], total: int) -> list[int]:
+    """Sizes of sets as they are written, of so many components.
+
+    Raises:
+        UserError: one is no size, or none of that many.
+    """
     sizes = []
     for text in top:
         if text == MIB:
@@ -232,9 +268,9 @@ def _sizes(top: Sequence[str], total: int) -> list[int]:
             continue
         try:
             percent = text.endswith("%")
-            number = float(text.removesuffix("%"))
-            size = math.ceil(number / 100 * total) if percent else int(text)
-        except (ValueError, OverflowError):
+            part = Fraction(text.removesuffix("%")) / 100  # a float's noise would round up
+            size = math.ceil(part * total) if percent else int(text)
+        except (ValueError, ZeroDivisionError):
             raise UserError(
                 f"{option('top')}: '{text}' is no size; write a count, 5% or {MIB}"
             ) from None

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mergekit_wp.architectures.computation import RopeBorders
 from mergekit_wp.engine.decoder import hooked
@@ -80,13 +81,16 @@ def aim(request: AimRequest, progress: Progress) -> None:
     importance = AtOnce(request.batch_size or AT_ONCE, progress.note).run(
         partial(activation_importance, model, tokenizer, prompts), max(1, len(prompts))
     )
+    if line := untouched(model, importance):
+        progress.note(line)
     del model
     with staged_folder(target, overwrite=request.overwrite) as folder:
         _write(start, end, importance, omega, folder, progress)
         readme = folder / "README.md"
         if readme.exists():
             note = _NOTE.format(omega=omega, count=len(prompts))
-            readme.write_text(readme.read_text(encoding="utf-8").rstrip() + "\n" + note)
+            text = readme.read_text(encoding="utf-8").rstrip()
+            readme.write_text(f"{text}\n{note}", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -102,11 +106,13 @@ def activation_importance(
         batch_size: prompts at once.
 
     Returns:
-        ``[in_features]`` by weight name. A head that is tied to the embedding is not listed: its
-        weight is the embedding's, which has no input channels.
+        ``[in_features]`` by weight name, or ``[in_features, 1]`` where the matrix lies the other
+        way round (GPT-2's). A head that is tied to the embedding is not listed: its weight is the
+        embedding's, which has no input channels. Nor are matrices that no linear layer has, as of
+        the experts in a mixture; see `untouched`.
 
     Raises:
-        UserError: no prompts.
+        UserError: no prompts, or no linear layer.
     """
     if not prompts:
         raise UserError("AIM needs calibration prompts, and the file holds none")
@@ -115,8 +121,9 @@ def activation_importance(
     real = torch.zeros(0, dtype=torch.bool)  # which positions are no padding
 
     def hook(name: str) -> Any:
-        def before(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             found = args[0][real].abs().double().sum(0).cpu()
+            found = found[:, None] if isinstance(module, Conv1D) else found
             sums[name] = sums[name] + found if name in sums else found
 
         return before
@@ -124,8 +131,10 @@ def activation_importance(
     handles = [
         module.register_forward_pre_hook(hook(f"{path}.weight"))
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in tied
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in tied
     ]
+    if not handles:
+        raise UserError("AIM draws the matrices of linear layers back, and this model has none")
     encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
     side = RopeBorders.of(model.config).side
     with hooked(handles):
@@ -141,6 +150,20 @@ def activation_importance(
         name: (total / total.max()).float() if total.max() > 0 else total.float()
         for name, total in sums.items()
     }
+
+
+def untouched(model: Any, importance: Mapping[str, torch.Tensor]) -> str | None:
+    """Which matrices AIM leaves as they are in the merge, in words; None where there are none."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    left = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name not in importance and id(parameter) not in tables
+    ]
+    if not left:
+        return None
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    return f"warning: AIM leaves {left[0]}{more} as merged: no linear layer has them"
 
 
 def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -177,7 +200,8 @@ def apply_aim(
     result = dict(merged)
     for name, s in importance.items():
         ours, theirs = base[name], merged[name]
-        if ours.shape != theirs.shape or ours.shape[-1] != len(s):
+        channels = ours.shape[-1] if s.ndim == 1 else ours.shape[0]
+        if ours.shape != theirs.shape or channels != len(s):
             raise UserError(
                 f"{name} is {list(theirs.shape)} in the merge and {list(ours.shape)} in the base"
             )

@@ -87,7 +87,8 @@ def recipe_gates(path: Path) -> list[ExpertGates]:
         if gated is not None:
             for expert, gates in zip(gated.experts, gated.gates, strict=True):
                 own, file = found[order.index(expert)], planned_source(task, expert)
-                own.gates[task.output_weight.name] = gated.layout, gates
+                name = file.scored_name(task.output_weight.name, None)  # the parameter's
+                own.gates[name] = gated.layout, gates
                 own.files[file.path] = file
     return found
 

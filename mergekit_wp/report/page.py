@@ -16,6 +16,7 @@ from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.files.circuitfile import TraceFile
 from mergekit_wp.files.manifest import Manifest, Verification
 from mergekit_wp.files.scorefile import ScoreFile, read
+from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import last_name
 from mergekit_wp.report import (
     circuit_graph,
@@ -137,7 +138,7 @@ def plot(file: str | Path, out: Path, trace: Path | None) -> None:
         raise UserError(
             f"{option('trace')} is drawn into a page; give {option('out', 'FILE.html')}"
         )
-    scores = read(file)
+    scores = read(local_path(str(file)))
     circuit = None if trace is None else circuitfile.read(trace, scores)
     content = png(scores) if ending == ".png" else html(scores, circuit).encode()
     with written_whole(out) as temporary:

@@ -144,7 +144,7 @@ class Ranking:
             yield RankedComponent(kind, *place, estimand, criterion, score, known)
 
     def _address(self, kind: Kind, position: int) -> tuple[int | None, int, str]:
-        """Layer, index and name as `Partition.components` gives them."""
+        """Layer, index within its kind and layer, and name."""
         if kind == "tensor":
             name = self.manifest.tensor_names[position]
             return layout_of(name, self.manifest.dims).layer, position, name

@@ -190,9 +190,9 @@ def _what_else(fit: Fit) -> str:
             f"{words.clean(guard.behavior)} is at {ratio:.3f} times the base's perplexity, {held} "
             f"the limit of {fit.allowed(guard.behavior):g}"
         )
-    advice = ""
-    if not all(fit.held(guard.behavior) for guard in fit.guards):
-        advice = f"; give more {_flag('steps')}, or a larger {_flag('limit')}"
+    beyond = [guard for guard in fit.guards if not fit.held(guard.behavior)]
+    flags = dict.fromkeys(_flag("limit" if guard.limit is None else "limit_of") for guard in beyond)
+    advice = f"; give more {_flag('steps')}, or a larger {' and '.join(flags)}" if beyond else ""
     return f"Of what was to stay as in the base, {'; '.join(said)}{advice}."
 
 

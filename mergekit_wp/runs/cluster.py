@@ -195,8 +195,10 @@ class Cluster:
         models = assignment.models
         on_gpu = models.device == "cuda"
         needs = {"num_gpus": 1} if on_gpu else {"num_cpus": models.threads}
-        have = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)
-        self.count = int(have // next(iter(needs.values())))
+        what, (need,) = "GPU" if on_gpu else "CPU", needs.values()
+        # a worker is within one node
+        have = [node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"]]
+        self.count = sum(int(here // need) for here in have)
         if self.count < 1:
             what = "a GPU" if on_gpu else f"{models.threads} CPUs"
             raise UserError(f"the Ray cluster has no worker with {what}, as this process uses")

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mergekit_wp.errors import DiskError, UserError, option
+from mergekit_wp.errors import DiskError, OutOfMemory, UserError, option
 from mergekit_wp.files.atomic import (
     locked,
     naming_disk,
@@ -131,7 +131,7 @@ class Journal:
     ) -> None:
         blocks = [block.name for block in self.folder.glob("*.safetensors")]
         found = None if error is None else unmasked(error)
-        if isinstance(found, UserError):
+        if isinstance(found, UserError) and not isinstance(found, OutOfMemory):
             # a run of refused inputs will not go on; its expert's answers are no loss
             worthless = ("responses.", "batch-size.")
             blocks = [name for name in blocks if not name.startswith(worthless)]

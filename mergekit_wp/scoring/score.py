@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mergekit_wp.criteria import SMALL_GAP, Criteria, CriterionFunction, named, source_sha256
-from mergekit_wp.errors import UserError, option
+from mergekit_wp.errors import OutOfMemory, UserError, option
 from mergekit_wp.files.atomic import refuse_existing
 from mergekit_wp.files.container import COUNTS
 from mergekit_wp.files.manifest import DRAWS, Agreement, Manifest, ModelId, Scale
@@ -260,7 +260,7 @@ def _references(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        raise UserError(
+        raise OutOfMemory(
             f"this run was begun with {size} sequences per forward pass, for which there is "
             f"no memory now; free some, or add {option('restart', True)} to begin anew"
         )

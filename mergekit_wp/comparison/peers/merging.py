@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mergekit_wp.comparison.peers.peer import Learned, OneTensor, Peer
 from mergekit_wp.comparison.peers.sources import Sources
-from mergekit_wp.comparison.rows import Cost, Setting
+from mergekit_wp.comparison.rows import Cost, Setting, since
 from mergekit_wp.files.atomic import naming_disk
 
 
@@ -82,7 +82,8 @@ class PeerMerges:
             out.copy_(self._merged(tensor, peer, setting, learned))
 
         fill(write)
-        seconds = (cost.seconds or 0.0) + perf_counter() - begun
+        took = since(begun)
+        seconds = None if took is None else took + (cost.seconds or 0.0)
         return cost.model_copy(update={"seconds": seconds})
 
     def _merged(self, name: str, peer: Peer, setting: Setting, learned: Learned) -> torch.Tensor:
@@ -100,7 +101,7 @@ class PeerMerges:
                 _ = self.sources.prompted.samples  # answers are every such peer's alike
                 begun = perf_counter()
             found = peer.learn(self.sources, setting)
-            seconds = perf_counter() - begun
+            seconds = since(begun)
             path = self.scratch / f"{len(self._kept)}.safetensors"
             with naming_disk(path):
                 save_file({n: t.detach().cpu().contiguous() for n, t in found.items()}, path)

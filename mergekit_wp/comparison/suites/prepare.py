@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from mergekit_wp.comparison.suites.suite import Suite
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.joint.files import RECIPE
+from mergekit_wp.joint.finished import compared
 from mergekit_wp.joint.fit import fit
 from mergekit_wp.joint.request import FitRequest
 from mergekit_wp.options import Option, Request
@@ -28,14 +28,12 @@ from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.load import Loading
 from mergekit_wp.terms import Split
 
-#: in the folder of results: names the experts; the fit; what the fit was asked for
-_EXPERTS, _FIT, _STATED = "experts.yml", "fit", "suite.json"
+#: in the folder of results: names the experts; the fit
+_EXPERTS, _FIT = "experts.yml", "fit"
 #: what a suite says, and nobody beside it
 WHOLE = ("recipes", "tasks", "prompts")
 #: fields of a comparison that a fit has as well
 _SHARED = ("device", "restart")
-#: fields of a fit on which its result does not depend
-_FREE = {"out", "restart", "overwrite", "device"}
 
 
 class SuiteRequest(Request):
@@ -102,12 +100,12 @@ def prepare(
         fitting = suite.fit_request(
             out / _EXPERTS, out / _FIT, overwrite=bool(shared.get("restart")), **shared
         )
-    stated = json.dumps(json.loads(fitting.model_dump_json(exclude=_FREE)), indent=1)
     if recipe.exists() and not fitting.restart:
-        if _read(out / _STATED) != stated:
+        if changed := _changed(suite, fitting, out, progress):
             raise UserError(
-                f"{out} holds a fit of another suite, or of other settings; add "
-                f"{option('restart', True)} to begin anew, or choose another {option('out')}"
+                f"{out} holds a fit of another suite, or of other settings; changed: "
+                f"{', '.join(changed)}; add {option('restart', True)} to begin anew, or choose "
+                f"another {option('out')}"
             )
         return request
     check(path, suite, request)
@@ -116,8 +114,8 @@ def prepare(
     if only_to_plan:
         with TemporaryDirectory() as scratch:
             elsewhere = fitting.model_copy(update={"recipe": Path(scratch, _EXPERTS)})
-            _fitted(suite, elsewhere, Path(scratch), stated, progress)
-    _fitted(suite, fitting, out, stated, progress)
+            _fitted(suite, elsewhere, Path(scratch), progress)
+    _fitted(suite, fitting, out, progress)
     return request
 
 
@@ -175,18 +173,18 @@ def naming(path: Path, key: str | None = None) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from error
 
 
-def _fitted(suite: Suite, request: FitRequest, out: Path, stated: str, progress: Progress) -> None:
-    for name, text in (
-        (_EXPERTS, yaml.safe_dump(suite.recipe, sort_keys=False)),
-        (_STATED, stated),
-    ):
-        with written_whole(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    fit(request, progress)
-
-
-def _read(path: Path) -> str | None:
+def _changed(suite: Suite, request: FitRequest, out: Path, progress: Progress) -> list[str]:
+    """What the fit that is there was made of, and this suite's is not: contents, not paths."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
+        before = yaml.safe_load((out / _EXPERTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if before != suite.recipe:
+        return ["base or experts"]
+    return compared(request, out / _FIT, progress)[1]
+
+
+def _fitted(suite: Suite, request: FitRequest, out: Path, progress: Progress) -> None:
+    with written_whole(out / _EXPERTS) as temporary:
+        temporary.write_text(yaml.safe_dump(suite.recipe, sort_keys=False), encoding="utf-8")
+    fit(request, progress)
