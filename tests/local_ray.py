@@ -45,9 +45,9 @@ class LocalRay:
     def shutdown(self) -> None:
         """Nothing is ended."""
 
-    def cluster_resources(self) -> dict[str, float]:
-        """The CPUs."""
-        return {"CPU": self.cpus}
+    def nodes(self) -> list[dict[str, Any]]:
+        """The one with the CPUs."""
+        return [{"Alive": True, "Resources": {"CPU": self.cpus}}]
 
     def put(self, value: Any) -> Any:
         """As it is sent: Ray's pickle takes functions, too."""
