@@ -49,7 +49,7 @@ class Likeness:
     needed: int | None = None
 
 
-def leaders(n: int) -> int | None:
+def n_leaders(n: int) -> int | None:
     """How many leaders of `n` components are compared; None where they would be most of them."""
     k = max(MIN_TOP, round(TOP * n))
     return k if 2 * k <= n else None
@@ -80,7 +80,7 @@ def between_halves(changes: Array, distance: Array, seed: int) -> Likeness | Non
         None with fewer than four prompts, too few components, or scores that do not vary.
     """
     n = len(changes)
-    k = leaders(changes.shape[1])
+    k = n_leaders(changes.shape[1])
     if n < MIN_PROMPTS or k is None:
         return None
     rng = np.random.default_rng(seed)
@@ -165,7 +165,7 @@ def leads(changes: Array, distance: Array, seed: int, draws: int) -> npt.NDArray
         ``[components]``; None with fewer than four prompts, or too few components.
     """
     n = len(changes)
-    k = leaders(changes.shape[1])
+    k = n_leaders(changes.shape[1])
     if n < MIN_PROMPTS or k is None:
         return None
     rng = np.random.default_rng(seed)
@@ -191,7 +191,7 @@ def between_files(one: Array, two: Array, seed: int) -> Likeness | None:
     Returns:
         None with too few components, or scores that do not vary.
     """
-    k = leaders(one.size)
+    k = n_leaders(one.size)
     if k is None or np.ptp(one) == 0 or np.ptp(two) == 0:
         return None
     x, y = (stats.rankdata(v).reshape(len(v), -1) for v in (one, two))

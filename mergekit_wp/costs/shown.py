@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from mergekit_wp.costs.forecast import Forecast
 from mergekit_wp.costs.work import Held, Work
 from mergekit_wp.errors import option
-
-GIB = 2**30
+from mergekit_wp.models.memory import GIB
 
 
 def table(forecast: Forecast, spelt: Callable[[str], str]) -> str:

@@ -11,11 +11,12 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.report import words
 from mergekit_wp.report.ranking import leaders
 from mergekit_wp.report.verification import curve, measures
+from mergekit_wp.runs.warnings import CLOSE
 from mergekit_wp.terms import SLICED_KINDS, CriterionName, Estimand
 
 _DEPTHS = ("early", "middle", "late")
-#: how far a sum of shares may be from 1, and a correlation with exact swaps, before it is said
-_CLOSE, _CORRELATED = 0.1, 0.8
+#: a correlation with exact swaps below this is said
+_CORRELATED = 0.8
 
 
 def verdict(score_file: ScoreFile) -> tuple[str, str, str]:
@@ -104,7 +105,7 @@ def _trust(score_file: ScoreFile, estimand: Estimand, criterion: CriterionName) 
     if estimand == "share":
         facts = words.portrait(score_file, estimand, criterion)
         total = manifest.completeness.get(f"share/{criterion}", facts.total)
-        if abs(total - 1) <= _CLOSE:
+        if abs(total - 1) <= CLOSE:
             return (
                 f"The parts add up to {total:.2f} of the whole way from base to expert, so a merge "
                 "can go by them."

@@ -17,7 +17,7 @@ from mergekit_wp.comparison.peers import (
 from mergekit_wp.comparison.peers.peer import Peer
 from mergekit_wp.comparison.rows import Setting
 
-LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.3)
+SPECTRAL_LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.3)
 #: of peers that learn step by step where no fit is compared, which says how many it took
 AS_A_FIT: Setting = {"steps": 60, "prompts_a_step": 8}
 
@@ -38,8 +38,8 @@ class Entry:
 
 
 PEERS = {
-    "tsv_merge": Entry(Peer(spectral.tsv_merge), {"lambda": 1.0}, {"lambda": LAMBDAS}),
-    "iso_c": Entry(Peer(spectral.iso_c), {"lambda": 1.0}, {"lambda": LAMBDAS}),
+    "tsv_merge": Entry(Peer(spectral.tsv_merge), {"lambda": 1.0}, {"lambda": SPECTRAL_LAMBDAS}),
+    "iso_c": Entry(Peer(spectral.iso_c), {"lambda": 1.0}, {"lambda": SPECTRAL_LAMBDAS}),
     "consensus_ta": Entry(
         Peer(masks.consensus),
         {"mask_lambda": 0.2, "k": 2, "lambda": 0.4},
