@@ -80,9 +80,9 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     check_folder(request)
     beside = None if request.out is None else request.out / "fit"
     date = begun(beside, request.restart)
-    members = open_members(request, request.out, progress, date)
     guards = guard_prompts(request)
     limits = _limits(request, guards)
+    members = open_members(request, request.out, progress, date)
     _check_names(
         [
             *((str(member.request.behavior), member.prompts) for member in members),
