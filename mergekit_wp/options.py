@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -217,7 +217,11 @@ class Declared:
     def _pairs(self, values: Any) -> tuple[Any, ...]:
         metavar = str(self.option.metavar)
         what, pairs = metavar.partition("=")[0].lower(), []
-        for value in [values] if isinstance(values, str) else values:
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            values = [values]
+        for value in values:
+            if not isinstance(value, str | tuple | list):
+                raise ValueError(f"{value!r:.60} names no {what}; write {metavar}")
             if isinstance(value, str):
                 name, equals, rest = value.partition("=")
                 if not equals:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mergekit_wp.errors import UserError
-from mergekit_wp.files.atomic import written_whole
+from mergekit_wp.files.atomic import refuse_existing, written_whole
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.files.scorefile import ScoreFile, write
 from mergekit_wp.joint.files import RECIPE, write_company
@@ -115,8 +115,13 @@ class Scores:
         """One figure with a row of panels for each estimand and criterion."""
         return Picture(png(self.file))
 
-    def save(self, path: PathLike) -> None:
-        """Write the score file, which appears only when it is complete."""
+    def save(self, path: PathLike, *, overwrite: bool = False) -> None:
+        """Write the score file, which appears only when it is complete.
+
+        Raises:
+            UserError: there is one already, and it is not to be replaced.
+        """
+        refuse_existing(Path(path), overwrite)
         write(self.file, Path(path))
 
 
@@ -165,12 +170,17 @@ class ScoresTogether(Mapping[str, Scores]):
             if scores.manifest.fit is not None
         }
 
-    def save(self, folder: PathLike) -> Path:
+    def save(self, folder: PathLike, *, overwrite: bool = False) -> Path:
         """Write ``NAME.safetensors`` of every expert, and the recipe that merges by them.
 
         Returns:
             The recipe.
+
+        Raises:
+            UserError: one of them is there already, and it is not to be replaced.
         """
+        for name in (RECIPE, *(f"{name}.safetensors" for name in self)):
+            refuse_existing(Path(folder, name), overwrite)
         files = {name: scores.file for name, scores in self.items()}
         write_company(Path(folder), files, self.settings)
         return Path(folder, RECIPE)
@@ -196,13 +206,15 @@ def recipe_for(what: Mergeable) -> Iterator[PathLike | Mapping[str, Any]]:
         )
     settings: Mapping[str, Any] = {}
     if isinstance(every, ScoresTogether):
-        settings = every.settings
+        settings, names = every.settings, list(every)
         every = list(every.values())
+    else:
+        names = [str(number) for number in range(len(every))]
     with TemporaryDirectory() as scratch:
         files: list[PathLike] = []
-        for number, one in enumerate(every):
+        for name, one in zip(names, every, strict=True):
             if isinstance(one, Scores):
-                path = Path(scratch, f"{number}.safetensors")
+                path = Path(scratch, f"{name}.safetensors")
                 one.save(path)
                 files.append(path)
             else:

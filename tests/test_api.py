@@ -72,6 +72,9 @@ def test_scores_are_those_of_the_command_and_nothing_is_written(
         assert torch.equal(tensor, theirs.file.tensors[key]), key
     quiet.save("own.safetensors")
     assert wp.load_scores("own.safetensors").manifest == quiet.manifest
+    with pytest.raises(wp.UserError, match="own.safetensors exists already; .*overwrite=True"):
+        quiet.save("own.safetensors")
+    quiet.save("own.safetensors", overwrite=True)
 
 
 def test_prompts_may_be_texts_chats_objects_or_a_dataset(world: Path, scores: Scores) -> None:
@@ -143,7 +146,11 @@ def test_fitted_experts_are_merged_and_fused_alike(
         torch.testing.assert_close(tensor, fused[name].to(tensor.dtype), rtol=0, atol=1e-6)
     assert "answers reproduced" in repr(found)
     assert Path("merged/README.md").exists()
+    assert {path.stem for path in Path("merged/scores").iterdir()} == set(NAMES)
     recipe = found.save("saved")
+    with pytest.raises(wp.UserError, match="exists already; .*overwrite=True"):
+        found.save("saved")
+    found.save("saved", overwrite=True)
     assert yaml.safe_load(recipe.read_text())["parameters"] == {"fusion": "path"}
     done = CliRunner().invoke(cli, ["merge", "saved/recipe.yml", "again", "--quiet"])
     assert done.exit_code == 0, done.output

@@ -121,11 +121,11 @@ def test_prompts_guards_and_warnings(world: Path) -> None:
     reached |= {"held_out": {"east": 2, "west": 0, "open": 0}, "limit": 1.25, "done": True}
     assert f"{west}.**" in told(world, **reached)
     held = "Guard open: 1.000 times the base's perplexity on the 5 prompts it was fitted on; "
-    assert f"{held}the limit of 1.25 is held." in said
+    assert f"{held}the limit of 1.25 is held; of the base's own tokens there 1.00 are" in said
     harmed = reaching(fit, east=good, west=good, open=Seen(kl=1.0, answers=0.0, tokens=0.0))
     said = told(world, **harmed, held_out={"east": 2, "west": 2, "open": 1}, limit=1.25)
     assert "2.718 times the base's perplexity on 1 held-out prompt; " in said
-    assert "the limit of 1.25 is not held yet." in said
+    assert "the limit of 1.25 is not held yet; of the base's own tokens" in said
     assert "were held out" not in said and "less than" not in said
     said = told(world, guards=(), limit=None)
     assert "Nothing was guarded" in said and "`--keep`" in said

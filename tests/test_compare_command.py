@@ -258,6 +258,7 @@ def test_from_python(world: Path, family: Family) -> None:
         ),
         (["recipe.yml", "--methods", "ties+aim"], "AIM needs --calibration"),
         (["recipe.yml", "fixed.yml", "fixed.yml"], "two recipes are called 'fixed'"),
+        (["recipe.yml", "recipe.yml", "recipe.yml"], "two recipes are called 'FOLDER'"),
         (["recipe.yml", "--task", "one.jsonl"], "two tasks are called 'one'"),
         (["recipe.yml", "--task", "none.jsonl"], "none.jsonl cannot be read"),
         (["recipe.yml", "--grid", "none.yml"], "none.yml cannot be read"),
@@ -268,7 +269,7 @@ def test_bad_input(world: Path, arguments: list[str], message: str) -> None:
     named = [str(world / a) if re.search(r"\.(yml|jsonl)$", a) else a for a in arguments]
     done = invoke(world, *named)
     assert isinstance(done.exception, UserError), done.output
-    assert message in str(done.exception)
+    assert message.replace("FOLDER", world.name) in str(done.exception)
     assert not (world / "out").exists()
 
 

@@ -20,7 +20,7 @@ from mergekit_wp.files.scorefile import ScoreFile
 from mergekit_wp.joint.gates import Layout
 from mergekit_wp.joint.request import FitRequest
 from tests.fitting import fitted, load
-from tests.joint_world import NAMES, make_world
+from tests.joint_world import NAMES, make_world, write_task
 from tests.models import save
 from tests.test_scoring import Quiet
 
@@ -71,6 +71,7 @@ def test_bad_input(world: Path, tmp_path: Path, change: dict[str, Any], message:
         ),
         ({"limit_of": {"open": 1}}, "limit_of: it should be greater than 1, not 1"),
         ({"limit_of": "open=inf"}, "limit_of: it should be a finite number, not 'inf'"),
+        ({"limit_of": 1.05}, "limit_of: 1.05 names no guard; write GUARD=NUMBER"),
         ({"limit_of": "1.05"}, "limit_of: '1.05' names no guard; write GUARD=NUMBER"),
         (
             {"limit_of": "a=1.1,b=1.2"},
@@ -105,7 +106,7 @@ def test_slopes_that_are_not_finite_end_a_fit(
 def test_behaviours_of_one_name_are_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     guard = tmp_path / "other" / f"{NAMES[0]}.jsonl"
-    guard.write_text((world / f"{NAMES[0]}.jsonl").read_text())
+    write_task(guard, "q")
     with pytest.raises(UserError, match=f"would be called '{NAMES[0]}'; rename one"):
         fitted(world, tmp_path / "gates", guards=(guard,))
     assert not (tmp_path / "gates").exists()
@@ -241,3 +242,23 @@ def test_bad_recipes_and_files(world: Path, tmp_path: Path) -> None:
     for change in ({"company": None}, {"fit": None}, {"estimands": ["share"]}):
         with pytest.raises(ValueError, match="'path' scores, a 'company' and a 'fit' belong toge"):
             Manifest.model_validate(said | change)
+
+
+def test_an_inputs_folder_is_none_for_a_fit(world: Path) -> None:
+    for name in ("base", "east"):
+        with pytest.raises(UserError, match=f"{name} is an input of the fit; give another folder"):
+            fitted(world, world / name)
+        assert not (world / name / "recipe.yml").exists()
+
+
+def test_an_experts_prompts_as_guard_are_called_that(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no prompt but those of expert 'east'"):
+        fitted(world, tmp_path / "no", guards=(world / "east.jsonl",))
+
+
+def test_limits_are_the_same_in_any_order() -> None:
+    one, two = (
+        FitRequest.of(recipe="r.yml", prompts=(), limit_of=given)
+        for given in (["b=1.2", "a=1.1"], {"a": 1.1, "b": 1.2})
+    )
+    assert one == two and one.limit_of == (("a", 1.1), ("b", 1.2))

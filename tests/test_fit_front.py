@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import mergekit_wp.joint.fit
 from mergekit_wp.cli import cli
 from mergekit_wp.errors import UserError, option
-from mergekit_wp.files.fit_section import FrontPoint
+from mergekit_wp.files.fit_section import Guard
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.joint.ascent import FitState, Fitting
 from mergekit_wp.joint.fit import warnings
@@ -113,13 +113,24 @@ def test_a_guard_has_its_own_limit(world: Path, tmp_path: Path) -> None:
     assert f"limit {tight:g}, held" in said and f"limit {limits['open']:g}, held" in said
 
 
-def test_a_further_limit_leaves_a_wider_one() -> None:
-    fit, _ = make_fit("owner/east", "owner/west")
-    plain = fit.guards[0].model_copy(update={"limit": 1.5})
-    own = fit.model_copy(update={"limit": 1.05, "guards": (plain,)})
-    points = [FrontPoint(limit=limit, reached=fit.reached) for limit in (1.05, 1.2, 2.0)]
-    assert [own.allowed("plain", point) for point in points] == [1.5, 1.5, 2.0]
-    assert [fit.allowed("plain", point) for point in points] == [1.05, 1.2, 2.0]
+def test_a_further_limit_leaves_a_guards_own(world: Path, tmp_path: Path) -> None:
+    write_task(world / "open.jsonl", "jv")
+    guards = (world / "plain.jsonl", world / "open.jsonl")
+    options: dict[str, Any] = SHORT | {"guards": guards, "front": (1.2, 3.0), "start": "1"}
+    fit = guarded(world, tmp_path / "own", limit_of=(("open", 1.001),), **options).fit
+    assert [fit.allowed("open", point) for point in fit.curve] == [1.001] * 3
+    assert [fit.allowed("plain", point) for point in fit.curve] == [1.02, 1.2, 3.0]
+    both = guarded(world, tmp_path / "both", **options).fit
+    assert fit.curve[2].reached["open"].kl < both.curve[2].reached["open"].kl, "it is still held"
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "own" / "east.safetensors")])
+    said = " ".join(shown.output.split())
+    for point in fit.curve[1:]:
+        one = point.reached
+        held = ["" if fit.held(name, point) else ", beyond it" for name in ("plain", "open")]
+        ratios = f"plain {one['plain'].ratio:.3f}{held[0]}, open {one['open'].ratio:.3f} (limit "
+        assert f"base's perplexity: {ratios}1.001){held[1]}" in said
+    with pytest.raises(UserError, match="front are further limits of guards without one of their"):
+        guarded(world, tmp_path / "no", limit_of=(("plain", 1.1),), front=(1.2,))
 
 
 def test_a_guard_that_is_held_and_keeps_little_is_a_warning() -> None:
@@ -129,9 +140,29 @@ def test_a_guard_that_is_held_and_keeps_little_is_a_warning() -> None:
     moments = [moment.model_copy(update={"judged": seen}) for moment in fit.history]
     [line] = [w for w in warnings(fit.model_copy(update={"history": moments})) if "plain" in w]
     assert line == (
-        "warning: plain is within its limit, but 0.89 of the base's own tokens there are still "
-        f"the likeliest; a smaller {option('limit')} keeps more"
+        "warning: of the base's own tokens on plain 0.89 are still the likeliest; a smaller "
+        f"{option('limit')} keeps more"
     )
+
+
+def test_ways_out_name_the_limit_that_binds() -> None:
+    fit, _ = make_fit("owner/east", "owner/west")
+    own = fit.guards[0].model_copy(update={"limit": 1.05, "behavior": "open"})
+    harmed = {"behavior 0": fit.reached["behavior 0"]}
+    assert fit.guards[0].price > 0 and harmed["behavior 0"].answers < 0.9
+
+    def way_out(*guards: Guard) -> str:
+        seen = fit.reached | {"open": fit.reached["plain"]}
+        moments = [moment.model_copy(update={"judged": seen}) for moment in fit.history]
+        how = fit.model_copy(update={"guards": guards, "history": moments, "done": True})
+        return next(line for line in warnings(how) if "of behavior 0 only" in line)
+
+    plain = fit.guards[0]
+    assert f"a larger {option('limit')} for" in way_out(plain)
+    assert f"a larger {option('limit_of')} for" in way_out(own)
+    assert f"a larger {option('limit')} for" not in way_out(own)
+    free = plain.model_copy(update={"price": 0.0})
+    assert f"a larger {option('limit')} for" not in way_out(own, free)
 
 
 def test_the_gates_written_are_those_of_the_limit(world: Path, curve: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mergekit_wp.scoring.request import ScoreRequest
 from mergekit_wp.scoring.score import score
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
+from mergekit_wp.tasks.plain_text import PlainText
 from tests.models import EOS, FAMILIES, LETTERS, OTHERS, make_model, perturbed, save
 from tests.test_scoring import Quiet
 
@@ -310,3 +311,7 @@ def test_items_beyond_the_positions_are_refused(gpt2: Path, tmp_path: Path) -> N
     fits = JsonlTask.read(path, Checkers.load(None), max_new_tokens=5)
     assert fits.too_long(model, tokenizer) is None
     fits.evaluate(model, TextInterface(tokenizer, (EOS,)), "test")
+    short, long = (PlainText("plain", "", text(1, n)) for n in (6, 40))
+    assert short.too_long(model, tokenizer) is None
+    with pytest.raises(UserError, match="text 'plain' has 40 tokens; .* 16"):
+        long.too_long(model, tokenizer)

@@ -17,6 +17,8 @@ from mergekit_wp.prompts import (
     batches,
     read_prompts,
 )
+from mergekit_wp.prompts.preview import look
+from mergekit_wp.prompts.request import PromptsRequest
 from mergekit_wp.scoring.score import choose_criteria
 from tests.models import EOS, LETTERS, make_model, save
 
@@ -36,6 +38,16 @@ def test_reading_survives_what_editors_do(tmp_path) -> None:
     assert found.prompts[1].response == ""
     assert len(read_prompts(path, 1).prompts) == 1
     assert read_prompts(path, 1).sha256 == found.sha256
+
+
+def test_no_file_is_replaced_by_what_was_read(tmp_path) -> None:
+    source = tmp_path / "p.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(UserError, match="p.jsonl exists already; give another file"):
+        look(PromptsRequest.of(source=source, out=source, max_prompts=1))
+    assert len(source.read_text().splitlines()) == 2
+    look(PromptsRequest.of(source=source, out=tmp_path / "new.jsonl", max_prompts=1))
+    assert len((tmp_path / "new.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

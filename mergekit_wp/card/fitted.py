@@ -103,7 +103,8 @@ def _lines(fit: Fit, manifests: Sequence[Manifest]) -> Iterator[str]:
         yield (
             f"Guard {clean(guard.behavior)}: {fit.reached[guard.behavior].ratio:.3f} times the "
             f"base's perplexity on {_prompts(fit, guard.behavior, guard.n_prompts)}; the limit of "
-            f"{fit.allowed(guard.behavior):g} is {fit.verdict(guard.behavior)}."
+            f"{fit.allowed(guard.behavior):g} is {fit.verdict(guard.behavior)}; of the base's own "
+            f"tokens there {fit.reached[guard.behavior].tokens:.2f} are still the likeliest."
         )
     if not fit.guards:
         yield (

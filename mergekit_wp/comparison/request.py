@@ -28,6 +28,7 @@ from mergekit_wp.comparison.results import SCORE_FILES
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.files import scorefile
 from mergekit_wp.files.fit_section import Fit
+from mergekit_wp.joint.files import RECIPE
 from mergekit_wp.merging import recipe as recipes
 from mergekit_wp.merging.interface import difference_note, settings_of
 from mergekit_wp.merging.model_references import data_of
@@ -181,9 +182,11 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
                 f"recipe {other.path} has other models than {read[0].path}; all recipes of a "
                 "comparison merge the same experts into the same base"
             )
-        if other.path.stem in fixed:
-            raise UserError(f"two recipes are called '{other.path.stem}'; rename one")
-        fixed[other.path.stem] = other.config
+        # every fit's recipe is called alike
+        name = other.path.absolute().parent.name if other.path.name == RECIPE else other.path.stem
+        if name in fixed:
+            raise UserError(f"two recipes are called '{name}'; rename one")
+        fixed[name] = other.config
     notes: list[str] = []
     calibration: tuple[Prompt, ...] = ()
     if request.calibration:

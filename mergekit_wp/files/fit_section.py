@@ -133,10 +133,8 @@ class Fit(StrictModel):
     def allowed(self, guard: str, point: FrontPoint | None = None) -> float:
         """A guard's limit, of the scores' own gates or at a point of the curve."""
         assert self.limit is not None  # there are guards
-        own = next(g.limit for g in self.guards if g.behavior == guard) or self.limit
-        if point is None or point.limit == self.limit:
-            return own
-        return max(own, point.limit)
+        own = next(g.limit for g in self.guards if g.behavior == guard)
+        return own or (self.limit if point is None else point.limit)
 
     def held(self, guard: str, point: FrontPoint | None = None) -> bool:
         """Whether a guard's limit was kept there, a tenth of what it allows aside."""

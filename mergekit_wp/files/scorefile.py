@@ -194,7 +194,8 @@ def read(path: str | os.PathLike[str]) -> ScoreFile:
     if not here.is_file():
         what = _unfinished(here, here.with_name("fit")) or (
             "make one with "
-            "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors'"
+            "'mergekit-wp score BASE EXPERT --prompts FILE.jsonl --out FILE.safetensors', or with "
+            "'mergekit-wp fit' for a recipe with 'fusion: path'"
         )
         raise UserError(f"score file {path} not found; {what}")
     try:

@@ -154,8 +154,11 @@ class Fitting:
         return state
 
     def allow(self, limit: float) -> None:
-        """From now on, guards allow so many times the base's perplexity, or more as they did."""
-        self.spans[self.n_behaviors :].clamp_(min=math.log(limit))
+        """From now on, guards without a limit of their own allow so many times the perplexity."""
+        own = {name for name, _ in self.request.limit_of}
+        for number, objective in enumerate(self.objectives):
+            if number >= self.n_behaviors and objective.name not in own:
+                self.spans[number] = math.log(limit)
 
     def climb(self, state: FitState, most: int, key: str, what: str) -> FitState:
         """Go on from a fresh state, or from where a killed run was.

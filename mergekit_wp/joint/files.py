@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,13 @@ def check_folder(request: FitRequest) -> None:
             f"{option('out', folder)}: the recipe that merges by the new scores is written to "
             f"{path}, where the recipe is that is read; give another folder"
         )
+    base, experts, _ = named_experts(request)
+    for source in (base, *experts.values()):
+        if folder.exists() and os.path.exists(source) and folder.samefile(source):
+            raise UserError(f"{option('out', folder)} is an input of the fit; give another folder")
     refuse_existing(path, request.overwrite)
     begun = unfinished(folder / "fit")
-    for file in (score_path(folder, name) for name in named_experts(request)[1]):
+    for file in (score_path(folder, name) for name in experts):
         # a fit that was killed at its end has written some
         if not (begun and file.exists() and read(file).manifest.fit is not None):
             refuse_existing(file, request.overwrite)

@@ -83,13 +83,13 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     guards = guard_prompts(request)
     limits = _limits(request, guards)
     members = open_members(request, request.out, progress, date)
+    refuse_contrary(members, guards)
     _check_names(
         [
             *((str(member.request.behavior), member.prompts) for member in members),
             *((guard.name, guard) for guard in guards),
         ]
     )
-    refuse_contrary(members, guards)
     partition = members[0].pair.partition
     changed = tuple(member.pair.changed for member in members)
     layout = Layout(partition, changed, request.granularity)
@@ -168,6 +168,11 @@ def _check_front(request: FitRequest) -> None:
     if request.front and request.unguarded:
         raise UserError(
             f"{option('front')} are limits of guards; leave out {option('unguarded')} or them"
+        )
+    if request.front and len(request.limit_of) >= max(1, len(request.guards)):
+        raise UserError(
+            f"{option('front')} are further limits of guards without one of their own, and each "
+            f"has; leave out {option('front')} or one {option('limit_of')}"
         )
     limits = [request.limit, *request.front]
     if any(one >= after for one, after in pairwise(limits)):
@@ -344,10 +349,10 @@ def warnings(how: Fit) -> Iterator[str]:
                     f"warning: {name} is at {seen.ratio:.3f} times the base's perplexity, beyond "
                     f"{given}, which was {how.verdict(name)}; {way_out}"
                 )
-            elif seen.tokens < ENOUGH:
+            if seen.tokens < ENOUGH:
                 yield (
-                    f"warning: {name} is within its limit, but {seen.tokens:.2f} of the base's own "
-                    f"tokens there are still the likeliest; a smaller {option(by)} keeps more"
+                    f"warning: of the base's own tokens on {name} {seen.tokens:.2f} are still the "
+                    f"likeliest; a smaller {option(by)} keeps more"
                 )
         elif seen.answers < ENOUGH:
             yield (
@@ -371,9 +376,8 @@ def _way_out(how: Fit) -> str:
     ways = ["give more prompts"]
     if how.granularity != "channel":
         ways.append(f"finer gates, {option('granularity', 'channel')}")
-    if any(guard.price > 0 for guard in how.guards):
-        ways.append(
-            f"a larger {option('limit')} for what is guarded ({option('front')} shows what each "
-            "buys)"
-        )
+    binding = [guard for guard in how.guards if guard.price > 0]
+    for by in dict.fromkeys("limit" if guard.limit is None else "limit_of" for guard in binding):
+        shown = f" ({option('front')} shows what each buys)" if by == "limit" else ""
+        ways.append(f"a larger {option(by)} for what is guarded{shown}")
     return f"{', or '.join(ways)}; where nothing helps, these experts cannot share one model"

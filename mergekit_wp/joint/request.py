@@ -148,7 +148,7 @@ class FitRequest(MembersRequest):
         default=(),
         description=f"Further limits, each larger than the one before and than {option('limit')}: "
         "at the end the fit goes on under each of them, and the files say what it would buy. Their "
-        "gates stay those of the first limit. A guard whose own limit is larger keeps that.",
+        "gates stay those of the first limit; guards with a limit of their own keep it.",
     )
     granularity: GateGranularity = Field(
         default="channel",
@@ -203,6 +203,11 @@ class FitRequest(MembersRequest):
     @classmethod
     def _text(cls, given: Any) -> Any:
         return str(given) if isinstance(given, int | float) else given
+
+    @field_validator("limit_of")
+    @classmethod
+    def _in_order(cls, given: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        return tuple(sorted(given))  # for the same limits are the same fit
 
     @field_validator("limit")
     @classmethod

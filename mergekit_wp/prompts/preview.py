@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergekit_wp.errors import UserError, option
 from mergekit_wp.files.atomic import written_whole
 from mergekit_wp.prompts.dataset import pinned_text
 from mergekit_wp.prompts.prompt import PromptSet, Text, canonical
@@ -21,6 +22,8 @@ def look(request: PromptsRequest) -> PromptSet:
     source = type(request.source)(pinned_text(str(request.source)))
     found = read_prompts(source, request.max_prompts)
     if request.out is not None:
+        if request.out.exists():
+            raise UserError(f"{option('out', request.out)} exists already; give another file")
         with written_whole(request.out) as temporary:
             temporary.write_text(canonical(found.prompts), encoding="utf-8")
     return found

@@ -28,6 +28,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
         )
     ]
     guards = [guard.behavior for guard in fit.guards]
+    own = {guard.behavior for guard in fit.guards if guard.limit is not None}
     which = clean(fit.judged_on(*(name for name in fit.held_out if name not in guards)))
     for step in dict.fromkeys((0, fit.best_step)):
         seen = fit.history[step].judged or {}
@@ -55,7 +56,9 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
             f"{clean(n)} {one.answers:.2f}" for n, one in point.reached.items() if n not in guards
         ]
         kept = [
-            f"{clean(n)} {point.reached[n].ratio:.3f}{'' if fit.held(n, point) else ', beyond it'}"
+            f"{clean(n)} {point.reached[n].ratio:.3f}"
+            + (f" (limit {fit.allowed(n, point):g})" if n in own else "")
+            + ("" if fit.held(n, point) else ", beyond it")
             for n in guards
         ]
         found.append(

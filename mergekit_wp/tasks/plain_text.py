@@ -58,13 +58,14 @@ class PlainText:
         """The text is no question: its name."""
         return self.name
 
-    def too_long(self, model: Any, _tokenizer: Any) -> str | None:
+    def too_long(self, model: Any, tokenizer: Any) -> str | None:
         """Windows are cut to `WINDOW` tokens.
 
         Raises:
             UserError: the model has not even positions for these.
         """
-        return too_long(model, [TextLength(f"text '{self.name}'", WINDOW, 0)], "the model")
+        tokens = min(WINDOW, len(tokenizer(self.text)["input_ids"]))
+        return too_long(model, [TextLength(f"text '{self.name}'", tokens)], "the model")
 
     @torch.no_grad()
     def evaluate(
