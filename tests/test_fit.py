@@ -307,7 +307,9 @@ def test_a_limit_is_kept_or_said_to_be_out_of_reach(world: Path, tmp_path: Path)
     (warning,) = [note for note in said.notes if "warning: plain is at" in note]
     assert "which was not held yet; the fit was not done: give more" in warning
     (ended,) = [
-        line for line in warnings(beyond.fit.model_copy(update={"done": True})) if "plain" in line
+        line
+        for line in warnings(beyond.fit.model_copy(update={"done": True}))
+        if "plain is" in line
     ]
     assert "which was out of reach; give a larger" in ended
     assert "warning: plain is at" in warning and warning.endswith(f"a larger {option('limit')}")
