@@ -120,6 +120,11 @@ def fit(world: Path, name: Any = "a", **given: Any) -> Any:
         (lambda w, s: fit(w, 1), "^expert 1: expected a name of your choice"),
         (lambda w, s: fit(w, prompts=[{"prompt": "a"}]), "^prompts: expected those of each expert"),
         (lambda w, s: fit(w, prompts=None), "^prompts: expected those of each expert by its name"),
+        (
+            lambda w, s: fit(w, prompts=[1, 2]),
+            "^prompts: expected those of each expert by its name",
+        ),
+        (lambda w, s: fit(w, prompts=[["a"], ["b"]]), "^prompts: expected those of each expert by"),
         (lambda w, s: fit(w, guards=None), "^guards: expected sources of prompts in a list; leave"),
         (lambda w, s: fit(w, progress=None), "^progress: expected True, False, or an object with"),
         (lambda w, s: fit(w, prompts={"b": TEXTS}), "'b' is no expert of this fit; it has a$"),

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from mergekit_wp.errors import UserError, option
 from mergekit_wp.models.model_names import file_names, place_of
 from mergekit_wp.options import Argument, Option, Places
-from mergekit_wp.prompts import Prompt, PromptSource, is_frame, prompt_source
+from mergekit_wp.prompts import PromptSource, is_frame, prompt_source
 from mergekit_wp.prompts.dataset import pinned_text
 from mergekit_wp.prompts.location import HUB
 from mergekit_wp.runs.request import PROMPTS_OF_EACH, Overwrite, Restart, RunRequest
@@ -279,12 +279,17 @@ def by_name(
     pairs = prompts.items() if isinstance(prompts, Mapping) else prompts
     if isinstance(pairs, Iterable) and not is_frame(pairs):
         pairs = list(pairs)
-    if not isinstance(pairs, list) or any(isinstance(p, Mapping | Prompt) for p in pairs):
+    if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise UserError("prompts: expected those of each expert by its name, as in {'inst': [...]}")
     return tuple(  # EXPERT=SOURCE as one text is what a command passes on
         _pinned_pair(pair) if isinstance(pair, str) else (pair[0], prompt_source(pair[1]))
         for pair in pairs
     )
+
+
+def _is_pair(pair: Any) -> bool:
+    named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+    return named or isinstance(pair, str)
 
 
 def _pinned_pair(pair: str) -> str:
