@@ -66,7 +66,9 @@ def test_the_formula(world) -> None:
         assert found[name].dtype == tensor.dtype
 
 
-def test_every_matrix_is_drawn_back_or_named(tmp_path: Path) -> None:
+def test_every_matrix_is_drawn_back_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPT-2's matrices lie the other way round; a mixture's experts are in no linear layer."""
     model = make_model("gpt2")
     save(model, tmp_path / "gpt2")
@@ -87,6 +89,12 @@ def test_every_matrix_is_drawn_back_or_named(tmp_path: Path) -> None:
     mixture = make_model("mixtral")
     left = untouched(mixture, activation_importance(mixture, tokenizer, PROMPTS, 2))
     assert left is not None and ".mlp." in left and left.endswith("no linear layer has them")
+    monkeypatch.setattr("mergekit_wp.merging.aim.untouched", lambda *_: left)
+    save(perturbed(model), tmp_path / "merged")
+    (tmp_path / "c.jsonl").write_text('{"prompt": "abc"}\n')
+    given = ("--base", tmp_path / "gpt2", "--calibration", tmp_path / "c.jsonl")
+    done = run_aim(tmp_path / "merged", tmp_path / "drawn", *given)
+    assert done.exception is None and left in done.output, "the user is told"
     with pytest.raises(UserError, match="this model has none"):
         activation_importance(torch.nn.Embedding(2, 2), tokenizer, PROMPTS, 2)
 

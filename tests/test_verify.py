@@ -386,9 +386,11 @@ def test_answers_are_checked_from_python_as_by_the_command(world: Path, file: Pa
         wp.verify(file, prompts=prompts, top="3", task=task, items=given, progress=False)
     with pytest.raises(UserError, match="checkers goes with task"):
         wp.verify(file, prompts=prompts, top="3", checkers=world / "c.py", progress=False)
-    for builtin in ("capitals", "title"):
-        with pytest.raises(UserError, match=f"builtin={builtin} is of the command line; from Pyth"):
-            wp.verify(file, prompts=prompts, top="3", builtin=builtin, progress=False)
+    for source in (prompts, world / "none.jsonl", world, file, ["a"]):
+        with pytest.raises(
+            UserError, match="builtin=title is of the command line; from Python give"
+        ):
+            wp.verify(file, prompts=source, top="3", builtin="title", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
@@ -24,12 +24,17 @@ from mergekit_wp.tasks.behaviors import jsonl
 from mergekit_wp.terms import BuiltInCriterion, Estimand
 
 
-def _known(name: str | None, info: ValidationInfo) -> str | None:
+def _is_file_of(prompts: Any, name: str) -> bool:
+    try:
+        own = jsonl(behaviors.behavior(name).prompts())
+        return isinstance(prompts, Path) and prompts.read_text(encoding="utf-8") == own
+    except (OSError, UnicodeDecodeError):  # a source of another kind, or none
+        return False
+
+
+def _of_its_prompts(name: str | None, info: ValidationInfo) -> str | None:
     """A file keeps the name in place of its prompts, which have to be that behaviour's."""
-    if name is None:
-        return None
-    prompts, own = info.data.get("prompts"), behaviors.behavior(name).prompts()
-    if not isinstance(prompts, Path) or prompts.read_text(encoding="utf-8") != jsonl(own):
+    if name is not None and not _is_file_of(info.data.get("prompts"), name):
         raise UserError(
             f"{option('builtin', name)} is of the command line; from Python give its prompts, "
             f"which `mergekit-wp behaviors {name}` writes, as {option('prompts')}"
@@ -41,7 +46,7 @@ BuiltIn = Annotated[
     str | None,
     Option(instead_of="prompts", metavar="NAME"),
     Field(description=f"Instead of {option('prompts')}: a built-in behaviour, see `behaviors`."),
-    AfterValidator(_known),
+    AfterValidator(_of_its_prompts),
 ]
 
 

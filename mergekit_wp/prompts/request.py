@@ -33,5 +33,5 @@ class PromptsRequest(Request):
     command: ClassVar[str] = "prompts"
 
     source: Annotated[Path, Argument(path="any")] = Field(description=PROMPTS)
-    out: Path | None = Field(default=None, description="Prompt file to write (JSONL).")
+    out: Path | None = Field(default=None, description="New prompt file to write (JSONL).")
     max_prompts: MaxPrompts = None

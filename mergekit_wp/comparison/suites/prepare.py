@@ -174,7 +174,11 @@ def naming(path: Path, key: str | None = None) -> Iterator[None]:
 
 
 def _changed(suite: Suite, request: FitRequest, out: Path, progress: Progress) -> list[str]:
-    """What the fit that is there was made of, and this suite's is not: contents, not paths."""
+    """What the fit that is there was made of, and this suite's is not.
+
+    Of base and experts the places, of experts, prompts and guards the contents. A base whose
+    weights alone have changed is found when the experts are merged into it.
+    """
     try:
         before = yaml.safe_load((out / _EXPERTS).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
