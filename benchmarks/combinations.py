@@ -21,6 +21,8 @@ from mergekit_wp.comparison.methods import OURS, peers
 GRID = REPO / "benchmarks" / "grid.yml"
 #: of each behaviour, for scores
 MAX_PROMPTS = 12
+#: a row, named like its recipe; scores of single experts take as long as a fit
+ALONE = "scored-alone"
 
 
 def make_missing(family: Family) -> None:
@@ -64,7 +66,7 @@ def scored_alone(family: Family, experts: Sequence[str]) -> Path:
                 *("--prompts", local(family.prompts(expert)), "--out", local(file)),
                 *("--estimand", "share", "--criterion", "kl", "--max-prompts", str(MAX_PROMPTS)),
             )
-    recipe = folder / "recipes" / "-".join(experts) / "scored-alone.yml"
+    recipe = folder / "recipes" / "-".join(experts) / f"{ALONE}.yml"
     write_recipe(family, recipe, experts, alone)
     return recipe
 
@@ -80,15 +82,14 @@ def compare(
     table: FitTable,
     experts: Sequence[str],
     recipes: Sequence[Path],
-    methods: str | None,
+    methods: Sequence[str],
     max_new_tokens: int,
 ) -> None:
     """One comparison on all tasks of the combination; peers that learn have the fit's prompts."""
     family, name = table.family, table.name(experts)
     calibration = family.build / "calibration.jsonl"
     calibration.write_text("".join(family.prompts(e).read_text() for e in family.skills))
-    chosen = methods.split(",") if methods else [OURS, *peers(len(experts))]
-    grid = write_grid(family.build / "grid.yml", chosen)
+    grid = write_grid(family.build / "grid.yml", methods)
     given = {
         "--task": [local(family.task(e)) for e in experts],
         "--keep": [
@@ -103,7 +104,7 @@ def compare(
         *("--out", local(family.folder / "compare" / name), "--relative"),
         *("--grid", local(grid), "--checkers", f"{family.here}/checkers.py"),
         *("--calibration", local(calibration), "--dtype", "bfloat16"),
-        *("--methods", ",".join(chosen), "--max-new-tokens", str(max_new_tokens)),
+        *("--methods", ",".join(methods), "--max-new-tokens", str(max_new_tokens)),
     )
 
 
@@ -115,8 +116,11 @@ def run(
     table = FitTable(family, split_options(fit), n=n)
     for experts in family.combinations:
         if only in (None, "-".join(experts)):
-            recipes = [table.fitted(experts, max_new_tokens), scored_alone(family, experts)]
-            compare(table, experts, recipes, methods, max_new_tokens)
+            chosen = methods.split(",") if methods else [OURS, ALONE, *peers(len(experts))]
+            recipes = [table.fitted(experts, max_new_tokens)]
+            if ALONE in chosen:
+                recipes.append(scored_alone(family, experts))
+            compare(table, experts, recipes, [m for m in chosen if m != ALONE], max_new_tokens)
 
 
 def options(main: click.decorators.FC) -> click.decorators.FC:
@@ -124,7 +128,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
     for add in (
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
         click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
-        click.option("--methods", help="Only these methods, A,B,... (docs/peers.md)."),
+        click.option("--methods", help=f"Only these methods, A,B,... (docs/peers.md, and {ALONE})."),
         click.option(
             "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
         ),

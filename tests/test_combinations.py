@@ -87,7 +87,7 @@ def test_a_grid_has_the_methods_that_are_compared(tmp_path: Path) -> None:
 def test_peers_have_the_fits_own_prompts(build: Path, ran: Commands, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yml"
     table = FitTable(FAMILY, ("--steps", "3"))
-    compare(table, ("a", "b"), [recipe], "ties,regmean", 9)
+    compare(table, ("a", "b"), [recipe], ["ties", "regmean"], 9)
     [words] = ran
     assert words[:3] == ("mergekit-wp", "compare", "recipe.yml")
     assert after(words, "--prompts") == [
@@ -102,14 +102,14 @@ def test_peers_have_the_fits_own_prompts(build: Path, ran: Commands, tmp_path: P
 def test_a_skill_that_is_not_merged_is_what_to_keep(build: Path, ran: Commands) -> None:
     three = Family("toys", ("a", "b", "c"))
     three.prompts("c").write_text("")
-    compare(FitTable(three), ("a", "b"), [], "ties", 9)
+    compare(FitTable(three), ("a", "b"), [], ["ties"], 9)
     assert after(ran[0], "--task") == ["build/toys/tasks/a.jsonl", "build/toys/tasks/b.jsonl"]
     texts = {"stories.txt", "reports.txt", "talk.txt"}
     assert {Path(path).name for path in after(ran[0], "--keep")} == {"c.jsonl", *texts}
 
 
 def test_a_family_is_fitted_and_scored_before_it_is_compared(build: Path, ran: Commands) -> None:
-    run(FAMILY, "ties", None, "--steps 3", 32, 9)
+    run(FAMILY, "ties,scored-alone", None, "--steps 3", 32, 9)
     assert [words[1] for words in ran] == ["fit", "score", "score", "compare"]
     fit, *scores, comparison = ran
     assert fit[-2:] == ("--steps", "3")
@@ -120,3 +120,9 @@ def test_a_family_is_fitted_and_scored_before_it_is_compared(build: Path, ran: C
         "build/toys/fitting/a-b+steps-3/recipe.yml",
         "build/toys/recipes/a-b/scored-alone.yml",
     )
+    assert after(comparison, "--methods") == ["ties"]
+
+
+def test_nothing_is_scored_that_is_not_asked_for(build: Path, ran: Commands) -> None:
+    run(FAMILY, "ties", None, "--steps 3", 32, 9)
+    assert [words[1] for words in ran] == ["fit", "compare"]
