@@ -128,7 +128,9 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
     for add in (
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
         click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
-        click.option("--methods", help=f"Only these methods, A,B,... (docs/peers.md, and {ALONE})."),
+        click.option(
+            "--methods", help=f"Only these methods, A,B,... (docs/peers.md, and {ALONE})."
+        ),
         click.option(
             "--fit", default="", help="Further options of `mergekit-wp fit`, as of `fitting`."
         ),

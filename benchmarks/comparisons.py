@@ -1,159 +1,259 @@
-"""A family's tables over all combinations, from its comparisons.
+"""A family's tables over all combinations and training seeds, from its comparisons.
 
 Intervals are paired bootstraps over test items; a skill's items are resampled alike in every
-combination that has it.
+comparison that has it. Those over several training seeds are over seeds as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
+from pydantic import TypeAdapter
 
 from benchmarks.family import Family
 from benchmarks.fit_table import FitTable, prompts_option, split_options
+from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.rows import UNTUNED
+from mergekit_wp.comparison.rows import UNTUNED, Comparison
 from mergekit_wp.comparison.table import cost_words, interval, signed
-from mergekit_wp.statistics import Array, Estimate, percentiles
+from mergekit_wp.statistics import Estimate, percentiles
 
 OURS = "weight_patching"
+#: by training seed, by combination
+Found = Mapping[int, Mapping[str, Comparison]]
+_FILE = TypeAdapter(Comparison)
 
 
 class Bench:
-    """The comparisons of all combinations, resampled."""
+    """Comparisons, resampled: of one training seed, or of the same combinations in several."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.found = [Resampled(read_comparison(folder)) for folder in folders]
-        rows = self.found[0].rows.values()
-        self.merges = [row.name for row in rows if row.role in ("peer", "ours")]
-        self.peers = [r.name for r in rows if r.role == "peer" and r.valid is not None]
+    def __init__(self, found: Found) -> None:
+        self.found = {
+            seed: {label: Resampled(comparison) for label, comparison in by_label.items()}
+            for seed, by_label in found.items()
+        }
+        self.every = [own for by_label in self.found.values() for own in by_label.values()]
+        self.labels = list(next(iter(self.found.values())))
+        rows = self.every[0].rows.values()
+        self.merges = [
+            row.name
+            for row in rows
+            if row.role in ("peer", "ours") and all(row.name in own.rows for own in self.every)
+        ]
+        tuned = [r.name for r in rows if r.role == "peer" and r.valid is not None]
+        self.peers = [name for name in self.merges if name in tuned]
 
-    def value(self, name: str, chosen: Sequence[Resampled]) -> float:
-        """Mean over combinations."""
-        return float(np.mean([found.value(name) for found in chosen]))
+    def pooled(self, name: str, labels: Sequence[str]) -> Pooled:
+        """A method's mean over combinations, by training seed."""
+        return Pooled.of(
+            {
+                seed: [(by_label[c].value(name), by_label[c].draws(name)) for c in labels]
+                for seed, by_label in self.found.items()
+            }
+        )
 
-    def draws(self, name: str, chosen: Sequence[Resampled]) -> Array:
-        """Resamples of `value`."""
-        return np.asarray(np.mean([found.draws(name) for found in chosen], axis=0))
+    def mean(self, name: str, labels: Sequence[str]) -> Estimate:
+        """Over combinations and training seeds."""
+        return _interval(self.pooled(name, labels))
 
-    def mean(self, name: str, chosen: Sequence[Resampled]) -> Estimate:
-        """`value` with its interval."""
-        return percentiles(self.value(name, chosen), self.draws(name, chosen))
-
-    def difference(self, a: str, b: str, chosen: Sequence[Resampled]) -> Estimate:
+    def difference(self, a: str, b: str, labels: Sequence[str]) -> Estimate:
         """Row a minus row b, paired."""
-        value = self.value(a, chosen) - self.value(b, chosen)
-        return percentiles(value, self.draws(a, chosen) - self.draws(b, chosen))
+        return _interval(self.pooled(a, labels) - self.pooled(b, labels))
+
+    def worst(self, name: str) -> float:
+        """The worst skill of all comparisons, relative to its expert."""
+        return min(
+            own.task_value(name, task) for own in self.every for task in own.comparison.tasks
+        )
 
     def perplexity(self, name: str) -> float | None:
-        """Of plain text, times the base's: geometric mean over combinations; None unmeasured."""
+        """Of plain text, times the base's: geometric mean of all; None unmeasured."""
         found = [
             own.rows[name].perplexity(base)
-            for own in self.found
+            for own in self.every
             if (base := own.comparison.base) is not None
         ]
         values = [value for value in found if value is not None]
         return float(np.exp(np.mean(np.log(values)))) if values else None
 
     def worst_loss(self, name: str) -> str:
-        """The most that a combination lost of what the base can, and of what."""
+        """The most that a merge lost of what the base can, and of what."""
         found = [
             (loss, task)
-            for own in self.found
+            for own in self.every
             if (base := own.comparison.base) is not None
             for task, loss in own.rows[name].losses(base).items()
         ]
         return "{:.2f} of {}".format(*max(found)) if found else ""
 
     def equal(self, name: str) -> Estimate | None:
-        """`mean` at equal perplexity; None where a combination has no such parameters."""
-        rows = [own.comparison.equal.get(name) for own in self.found]
-        chosen = [(own, row.name) for own, row in zip(self.found, rows, strict=True) if row]
-        if len(chosen) < len(rows):
-            return None
-        value = float(np.mean([own.value(row) for own, row in chosen]))
-        draws = np.mean([own.draws(row) for own, row in chosen], axis=0)
-        return percentiles(value, np.asarray(draws))
+        """`mean` at equal perplexity; None where a comparison has no such parameters."""
+        parts: dict[int, list[tuple[float, np.ndarray]]] = {}
+        for seed, by_label in self.found.items():
+            for own in by_label.values():
+                row = own.comparison.equal.get(name)
+                if row is None:
+                    return None
+                parts.setdefault(seed, []).append((own.value(row.name), own.draws(row.name)))
+        return _interval(Pooled.of(parts))
 
-    def best_peer(self, chosen: Sequence[Resampled]) -> str:
+    def best_peer(self, labels: Sequence[str]) -> str:
         """The tuned peer with the highest mean on the test items: the hardest to beat."""
-        return max(self.peers, key=lambda name: self.value(name, chosen))
+        return max(self.peers, key=lambda name: self.pooled(name, labels).values.mean())
 
 
-def tables(bench: Bench, names: Sequence[str]) -> str:
-    """The tables in Markdown."""
-    every, untuned = bench.found, OURS + UNTUNED
-    skills = list(dict.fromkeys(task for found in every for task in found.comparison.tasks))
+def _interval(pooled: Pooled) -> Estimate:
+    """Over items, and over training seeds where there are several."""
+    if len(pooled.values) > 1:
+        return pooled.over_both()
+    return percentiles(float(pooled.values.mean()), pooled.draws.mean(0))
+
+
+def tables(bench: Bench) -> str:
+    """The tables in Markdown; a column for each combination, of several training seeds for each."""
+    labels, untuned = bench.labels, OURS + UNTUNED
+    several = len(bench.found) > 1
+    columns = [f"seed {seed}" for seed in bench.found] if several else labels
     output = [
-        "| method | " + " | ".join(names) + " | mean, 95% | untuned ours minus it "
+        "| method | " + " | ".join(columns) + " | mean, 95% | untuned ours minus it | worst skill "
         "| perplexity, x base | mean at equal perplexity | worst loss | cost of the last |"
     ]
-    output.append("|---|" + "---:|" * (len(names) + 4) + "---|---|")
-    for name in sorted(bench.merges, key=lambda n: -bench.value(n, every)):
-        cells = [f"{found.value(name):.2f}" for found in every]
-        cells.append(interval(bench.mean(name, every)))
+    output.append("|---|" + "---:|" * (len(columns) + 5) + "---|---|")
+    if several:
+        output.insert(0, f"Means over: {', '.join(labels)}.\n")
+    for name in sorted(bench.merges, key=lambda n: -bench.mean(n, labels).value):
+        if several:
+            values = bench.pooled(name, labels).values
+        else:
+            values = np.array([bench.mean(name, [label]).value for label in labels])
+        cells = [f"{value:.2f}" for value in values]
+        cells.append(interval(bench.mean(name, labels)))
         same = name == untuned
-        cells.append("" if same else signed(bench.difference(untuned, name, every)))
+        cells.append("" if same else signed(bench.difference(untuned, name, labels)))
+        cells.append(f"{bench.worst(name):.2f}")
         cost = bench.perplexity(name)
         cells.append("" if cost is None else f"{cost:.2f}")
         equal = bench.equal(name)
         cells.append("none" if equal is None else interval(equal))
         cells.append(bench.worst_loss(name))
-        cells.append(cost_words(every[-1].rows[name]))
+        cells.append(cost_words(bench.every[-1].rows[name]))
         output.append(f"| {name} | " + " | ".join(cells) + " |")
     output += ["", "| against the best tuned peer of its column | peer | untuned | tuned |"]
     output.append("|---|---|---:|---:|")
-    for label, chosen in [*zip(names, [[f] for f in every], strict=True), ("mean", every)]:
+    for heading, chosen in [*((label, [label]) for label in labels), ("mean", labels)]:
         peer = bench.best_peer(chosen)
-        cells = [signed(bench.difference(ours, peer, chosen)) for ours in (untuned, OURS)]
-        output.append(f"| {label} | {peer} | " + " | ".join(cells) + " |")
-    output += ["", "| accuracy | combination | " + " | ".join(skills) + " |"]
+        ours = (signed(bench.difference(own, peer, chosen)) for own in (untuned, OURS))
+        output.append(f"| {heading} | {peer} | " + " | ".join(ours) + " |")
+    return "\n".join([*output, "", *_accuracies(bench)])
+
+
+def _accuracies(bench: Bench) -> list[str]:
+    """Right answers of base, experts, ours and each combination's best peer."""
+    skills = list(dict.fromkeys(task for own in bench.every for task in own.comparison.tasks))
+    output = ["| accuracy | combination | " + " | ".join(skills) + " |"]
     output.append("|---|---|" + "---:|" * len(skills))
-    for label, found in zip(names, every, strict=True):
-        shown = ["base", *(r for r in found.rows if r.startswith("expert")), untuned, OURS]
-        for name in [*shown, bench.best_peer([found])]:
-            row = found.rows[name]
-            cells = [
-                f"{np.mean(row.scores[task]):.2f}" if task in row.scores else "" for task in skills
-            ]
-            output.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
-    return "\n".join(output)
+    for seed, by_label in bench.found.items():
+        for label, own in by_label.items():
+            shown = ["base", *(r for r in own.rows if r.startswith("expert")), OURS + UNTUNED, OURS]
+            place = label if len(bench.found) == 1 else f"{label}, seed {seed}"
+            for name in [*shown, bench.best_peer([label])]:
+                row = own.rows[name]
+                cells = [
+                    f"{np.mean(row.scores[task]):.2f}" if task in row.scores else ""
+                    for task in skills
+                ]
+                output.append(f"| {name} | {place} | " + " | ".join(cells) + " |")
+    return output
 
 
-def show(family: Family, fit: str, n: int) -> str:
-    """The tables of the combinations that were compared.
+def find(table: FitTable, *, record: bool = False) -> dict[str, Comparison]:
+    """The comparisons of one training seed, by combination: made here, else committed.
+
+    Args:
+        table: its fits.
+        record: write those that were made here to ``measured/``.
+    """
+    found = {}
+    for experts in table.family.combinations:
+        name = table.name(experts)
+        folder, committed = table.family.folder / "compare" / name, _committed(table, name)
+        if (folder / "summary.json").exists():
+            comparison = read_comparison(folder)
+            if record:
+                committed.parent.mkdir(parents=True, exist_ok=True)
+                committed.write_bytes(_FILE.dump_json(comparison) + b"\n")
+        elif committed.exists():
+            comparison = _FILE.validate_json(committed.read_bytes())
+        else:
+            continue
+        found[" + ".join(experts)] = comparison
+    return found
+
+
+def _committed(table: FitTable, name: str) -> Path:
+    return table.committed / "compare" / f"{name}.json"
+
+
+def show(
+    family: Family, seeds: Sequence[int], fits: Sequence[str], n: int, *, record: bool = False
+) -> str:
+    """The tables of the combinations that were compared in every training seed.
 
     Args:
         family: whose.
-        fit: further options that it was fitted by.
+        seeds: of the experts' training.
+        fits: further options that it was fitted by, of all seeds or of each.
         n: prompts of each skill.
+        record: see `find`.
 
     Raises:
-        ClickException: none was.
+        ClickException: none was; ``fits`` are neither one nor as many as the seeds.
     """
-    name = FitTable(family, split_options(fit), n=n).name
-    folders = {
-        " + ".join(experts): family.folder / "compare" / name(experts)
-        for experts in family.combinations
+    if len(fits) not in (1, len(seeds)):
+        raise click.ClickException(f"--fit is given {len(fits)} times for {len(seeds)} seeds")
+    found = {
+        seed: find(FitTable(replace(family, seed=seed), split_options(fit), n=n), record=record)
+        for seed, fit in zip(seeds, fits if len(fits) > 1 else [*fits] * len(seeds), strict=True)
     }
-    made = {
-        label: folder for label, folder in folders.items() if (folder / "summary.json").exists()
-    }
-    if not made:
-        raise click.ClickException(f"no comparison of {family.name} was made; run its bench first")
-    return tables(Bench(list(made.values())), list(made))
+    labels = [c for c in found[seeds[0]] if all(c in by_label for by_label in found.values())]
+    if not labels:
+        raise click.ClickException(
+            f"no comparison of {family.name} was made in {'each' if len(seeds) > 1 else 'the'} "
+            "training seed; run its bench first"
+        )
+    return tables(Bench({s: {c: by_label[c] for c in labels} for s, by_label in found.items()}))
 
 
 def options(main: click.decorators.FC) -> click.decorators.FC:
     """The options of a family's command."""
     for add in (
-        click.option("--fit", default="", help="Further options of the fits, as of `bench`."),
+        click.option(
+            "--fit",
+            "fits",
+            multiple=True,
+            default=("",),
+            help="Further options of the fits, as of `bench`; one for all seeds, or one for each.",
+        ),
         prompts_option("As of `bench`."),
-        click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
+        click.option(
+            "--record",
+            is_flag=True,
+            help="Write what was compared here, without answers, to measured/, to be committed.",
+        ),
+        click.option(
+            "--seed",
+            "seeds",
+            multiple=True,
+            type=int,
+            default=(0,),
+            show_default=True,
+            help="Of the experts' training; may be given several times, for one table of all.",
+        ),
     ):
         main = add(main)
     return main

@@ -132,6 +132,11 @@ def test_pooled_intervals() -> None:
     t = exact.t_interval()
     assert (t.low, t.high) == pytest.approx((want.low, want.high))
     assert (exact - exact).t_interval().value == 0
+    assert exact.over_both() == t  # items add nothing
+    shared = np.random.default_rng(0).normal(0, 0.5, 2000)
+    both = Pooled.of({s: [(v, v + shared)] for s, v in enumerate(values)}).over_both()
+    low = np.hypot(both.value - want.low, -np.quantile(shared, 0.025))
+    assert both.value - both.low == pytest.approx(low)
     mean = Pooled.of({0: [(0.2, np.zeros(3)), (0.4, np.ones(3))]})
     assert mean.values.tolist() == pytest.approx([0.3]) and mean.draws.tolist() == [[0.5] * 3]
     with pytest.raises(ValueError, match="needs two"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
+from scipy import stats
 
 from benchmarks import comparisons
-from benchmarks.comparisons import Bench, show, tables
+from benchmarks.comparisons import OURS, Bench, find, show, tables
 from benchmarks.family import Family
+from benchmarks.fit_table import FitTable
 from mergekit_wp.comparison.rows import EQUAL, UNTUNED, Comparison, Row
 
 ITEMS = 20
@@ -39,15 +42,16 @@ def read(cells: str) -> list[str]:
     return [cell.strip() for cell in cells.strip("|").split("|")]
 
 
+ONE, TWO = comparison(18, 5.0, equal=True), comparison(20, 3.2, equal=False)
+
+
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    made = {"one": comparison(18, 5.0, equal=True), "two": comparison(20, 3.2, equal=False)}
-    monkeypatch.setattr(comparisons, "read_comparison", lambda folder: made[folder.name])
-    return Bench([Path("one"), Path("two")])
+def bench() -> Bench:
+    return Bench({0: {"one": ONE, "two": TWO}})
 
 
 def test_a_row_has_its_mean_and_what_that_cost(bench: Bench) -> None:
-    lines = tables(bench, ["one", "two"]).splitlines()
+    lines = tables(bench).splitlines()
     head = read(lines[0])
     found = {cells[0]: dict(zip(head, cells, strict=True)) for cells in map(read, lines[2:6])}
     ours, ties = found[f"weight_patching{UNTUNED}"], found["ties"]
@@ -61,15 +65,64 @@ def test_a_row_has_its_mean_and_what_that_cost(bench: Bench) -> None:
 
 def test_equal_perplexity_is_told_only_where_every_combination_has_it(bench: Bench) -> None:
     assert bench.equal("ties") is None
-    found = Bench([Path("one")]).equal("ties")
+    found = Bench({0: {"one": ONE}}).equal("ties")
     assert found is not None and found.value == pytest.approx(0.2)
 
 
 def test_the_best_peer_is_the_hardest_to_beat(bench: Bench) -> None:
-    assert bench.best_peer(bench.found) == "ties"
+    assert bench.best_peer(bench.labels) == "ties"
 
 
-def test_nothing_to_show_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_seeds_are_columns_and_their_spread_is_in_the_interval() -> None:
+    bench = Bench({0: {"one": ONE}, 1: {"one": TWO}, 2: {"one": TWO}})
+    lines = tables(bench).splitlines()
+    assert lines[0] == "Means over: one."
+    found = {cells[0]: cells for cells in map(read, lines[4:8])}
+    assert found[f"weight_patching{UNTUNED}"][1:4] == ["0.90", "1.00", "1.00"]
+    mean = bench.mean(OURS, ["one"])
+    over = stats.ttest_1samp([0.9, 1.0, 1.0], 0).confidence_interval()
+    items = stats.binom.ppf([0.025, 0.975], 2 * ITEMS, 0.1) / (2 * ITEMS) / 3
+    assert mean.value == pytest.approx(0.9 / 3 + 2 / 3)
+    want = math.hypot(mean.value - over.low, items[1] - 0.1 / 3)
+    assert mean.value - mean.low == pytest.approx(want, abs=0.01)
+    assert bench.worst(OURS) == pytest.approx(0.9)
+
+
+def test_a_method_of_some_seeds_only_is_left_out() -> None:
+    without = replace(ONE, rows=ONE.rows[:-1])
+    bench = Bench({0: {"one": without}, 1: {"one": TWO}})
+    assert "linear" not in bench.merges and bench.peers == ["ties"]
+
+
+def test_what_is_recorded_is_read_where_nothing_was_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("family", "fit_table"):
+        monkeypatch.setattr(f"benchmarks.{module}.REPO", tmp_path)
+    family = Family("toys", ("a", "b"))
+    made = family.folder / "compare" / "a-b"
+    made.mkdir(parents=True)
+    (made / "summary.json").touch()
+    monkeypatch.setattr(comparisons, "read_comparison", lambda folder: ONE)
+    recorded = find(FitTable(family), record=True)
+    (made / "summary.json").unlink()
+    assert find(FitTable(family)) == recorded == {"a + b": ONE}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "fits", "said"),
+    [
+        ((0,), ("",), "run its bench first"),
+        ((0, 1, 2), ("", "--steps 3"), "2 times for 3 seeds"),
+    ],
+)
+def test_what_cannot_be_shown_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seeds: tuple[int, ...],
+    fits: tuple[str, ...],
+    said: str,
+) -> None:
     monkeypatch.setattr("benchmarks.family.REPO", tmp_path)
-    with pytest.raises(click.ClickException, match="run its bench first"):
-        show(Family("gemma3", ("a", "b")), "", 32)
+    with pytest.raises(click.ClickException, match=said):
+        show(Family("gemma3", ("a", "b")), seeds, fits, 32)

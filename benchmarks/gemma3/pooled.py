@@ -1,11 +1,10 @@
-"""The benchmark's tables over all combinations, from the comparisons in build/gemma3/compare.
+"""The benchmark's tables over all combinations and training seeds.
 
-``python -m benchmarks.gemma3.pooled`` prints them.
+``python -m benchmarks.gemma3.pooled`` prints them, of the comparisons in build/gemma3 and of
+those that are committed.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import click
 
@@ -15,9 +14,9 @@ from benchmarks.gemma3.tasks import GEMMA3
 
 @click.command()
 @options
-def main(seed: int, fit: str, n: int) -> None:
+def main(seeds: tuple[int, ...], fits: tuple[str, ...], n: int, record: bool) -> None:
     """Print the tables."""
-    click.echo(show(replace(GEMMA3, seed=seed), fit, n))
+    click.echo(show(GEMMA3, seeds, fits, n, record=record))
 
 
 if __name__ == "__main__":
