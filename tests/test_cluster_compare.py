@@ -173,7 +173,7 @@ def spread(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[i
     return of
 
 
-@pytest.mark.parametrize("cpus", [1, 4])
+@pytest.mark.parametrize("cpus", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_any_number_of_workers_write_the_files_of_one_process(
     cpus: int, alone: Callable[[], dict[str, bytes]], spread: Callable[[int], Spread]
 ) -> None:

@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*/README.md"))
 #: a built-in behaviour with long prompts, and a fit to its end; test_first_steps has its commands
-SLOW = {"mechanism.md", "tutorial.md"}
+SLOW = {"compare.md", "mechanism.md", "tutorial.md"}
 KINDS = {"bash", "text", "yaml", "json", "python", "mermaid"}
 #: blocks of output that are compared elsewhere or cannot be here, by how they begin
 NOT_COMPARED = {

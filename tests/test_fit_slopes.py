@@ -39,7 +39,9 @@ from tests.test_scoring import Quiet
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=["llama-tied", "qwen2"])
+@pytest.fixture(
+    scope="module", params=["llama-tied", pytest.param("qwen2", marks=pytest.mark.slow)]
+)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(request.param, tmp_path_factory.mktemp("fit"))
 

@@ -21,7 +21,7 @@ from tests.test_scoring import Quiet
 
 torch.set_num_threads(1)
 EVERY = [*CONFIGS, *FAMILIES]
-QUICK = ("llama-tied", "gpt2", "olmo2", "qwen3_moe")
+QUICK = ("llama-tied", "gpt2", "qwen3_moe")
 
 
 def world(folder: Path, family: str) -> dict[str, Any]:

@@ -110,8 +110,11 @@ def double_precision_file(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tor
 @pytest.mark.parametrize(
     "family",
     [
-        *("llama", "qwen3"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama-tied", "mistral", "qwen2")),
+        "llama",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("llama-tied", "mistral", "qwen2", "qwen3")
+        ),
     ],
 )
 def test_exact_scores_equal_naive_patching(
@@ -270,7 +273,7 @@ def planted(seed: int) -> tuple[PreTrainedModel, PreTrainedModel, set[tuple[str,
     return base, expert, places
 
 
-@pytest.mark.parametrize("method", ["exact", "second-order"])
+@pytest.mark.parametrize("method", ["exact", pytest.param("second-order", marks=pytest.mark.slow)])
 def test_planted_components_lead_the_ranking(tmp_path, method) -> None:
     for seed in range(20):
         base, expert, places = planted(seed)
