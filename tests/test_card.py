@@ -478,6 +478,14 @@ def test_results_of_the_row_with_the_same_recipe(family: Family, tmp_path: Path)
     assert "| ties | 0.25 [" in card.text and "failed: out of memory" in card.text
     [other] = carded(out, "--results", results, "--row", "ties+aim").data.eval_results
     assert other.metric_value == 0.5, "replaced, not added"
+    text = (out / "README.md").read_text()
+    theirs = text.replace("(mergekit-wp compare)", "(by hand)")
+    (out / "README.md").write_text(theirs)
+    assert carded(out).data.eval_results == ModelCard(theirs).data.eval_results, "others' stay"
+    (out / "README.md").write_text(text)
+    bare = carded(out)
+    assert bare.data.eval_results is None and "| ties |" not in bare.text
+    assert "model-index" not in (out / "README.md").read_text()
 
 
 def test_results_of_score_files_that_were_made_anew_since_are_refused(

@@ -128,6 +128,8 @@ def test_whoever_saw_test_items_is_named(family: Family, tmp_path: Path) -> None
     assert asked(tasks=(f"one={both}",), untuned=True) == [], "nothing is chosen by them"
     apart = items(tmp_path / "apart.jsonl", valid=["g"])
     assert asked(tasks=(f"one={both}",), validation=(f"one={apart}",)) == []
+    with pytest.raises(UserError, match="nothing is chosen by validation with untuned=True"):
+        asked(tasks=(f"one={both}",), validation=(f"one={apart}",), untuned=True)
     seen = (prompt_source(["e", "f", "z"]), tmp_path / "calibration.jsonl")
     seen[1].write_text('{"prompt": "e"}\n')
     unread = {"prompts": (("expert0", seen[0]),), "calibration": seen[1]}

@@ -43,6 +43,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             {"guards": (Path("plain.jsonl"),), "unguarded": True},
             "unguarded and guards exclude each other",
         ),
+        ({"limit": 1.05, "unguarded": True}, "limit is of guards; leave out unguarded or it"),
         (
             {"unguarded": False, "limit_of": (("open", 1.05),)},
             "limit_of=open=1.05 is of no guard; expected one of plain-text",

@@ -21,6 +21,8 @@ from mergekit_wp.errors import UserError, option
 from mergekit_wp.merging.model_references import data_of
 from mergekit_wp.merging.recipe import with_scores
 
+_BY = "(mergekit-wp compare)"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -93,6 +95,11 @@ def _canonical(config: MergeConfiguration, digest: Callable[[str], str]) -> Any:
     return filled(with_scores(data_of(config, exclude_none=True), digest))
 
 
+def is_ours(result: EvalResult) -> bool:
+    """Whether a result of a card came from a comparison."""
+    return str(result.metric_name).endswith(_BY)
+
+
 def _result(task: str, scores: list[list[float]]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
@@ -100,7 +107,7 @@ def _result(task: str, scores: list[list[float]]) -> EvalResult:
         dataset_name=task,
         dataset_split="test",
         metric_type="accuracy",
-        metric_name=f"mean score of {len(scores[0])} test items (mergekit-wp compare)",
+        metric_name=f"mean score of {len(scores[0])} test items {_BY}",
         metric_value=round(float(np.mean(scores)), 4),
         verified=False,
     )

@@ -23,7 +23,7 @@ from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.card import text
 from mergekit_wp.card.chart import chart
 from mergekit_wp.card.contributions import contributions, used_scores
-from mergekit_wp.card.evaluation import Evaluation, evaluation
+from mergekit_wp.card.evaluation import Evaluation, evaluation, is_ours
 from mergekit_wp.card.fitted import fit_section
 from mergekit_wp.card.front_matter import with_keys
 from mergekit_wp.card.scores import ScoreCopy, copy_scores
@@ -119,10 +119,16 @@ def _changed(
         changes["base_model_relation"] = "merge"
     if data.license is None and (licence := common_licence(found)) is not None:
         changes["license"] = licence
+    before = data.eval_results or []
+    # without a comparison the table goes, and its numbers with it
+    after = [result for result in before if not is_ours(result)]
     if measured is not None:
         data.model_name = data.model_name or name
-        data.eval_results = _replaced(data.eval_results or [], measured.results)
-        changes["model-index"] = yaml.safe_load(data.to_yaml())["model-index"]
+        after = _replaced(before, measured.results)
+    if after != before:
+        data.eval_results = after
+        written = yaml.safe_load(data.to_yaml())
+        changes["model-index"] = written["model-index"] if after else None
     return changes
 
 

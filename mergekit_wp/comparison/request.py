@@ -249,8 +249,14 @@ def _tasks(request: CompareRequest) -> tuple[tuple[Task, ...], tuple[Task, ...]]
     """What is measured, with the items that parameters are chosen on, and what is kept.
 
     Raises:
-        UserError: no such task, a file that cannot be used, or validation of no task.
+        UserError: no such task, a file that cannot be used, or validation of no task or without
+            choice.
     """
+    if request.untuned and request.validation:
+        raise UserError(
+            f"nothing is chosen by {option('validation')} with {option('untuned', True)} or "
+            f"{option('quick', True)}; leave out one of them"
+        )
     loading = Loading(Checkers.load(request.checkers), request.max_new_tokens, request.batch_size)
     tasks = loading.load(request.tasks, "test" if request.untuned else None)
     instead = {task.name: task for task in loading.load(request.validation, "valid")}

@@ -71,6 +71,8 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     """
     if request.unguarded and request.guards:
         raise UserError(f"{option('unguarded')} and {option('guards')} exclude each other")
+    if request.unguarded and request.limit != FitRequest.model_fields["limit"].default:
+        raise UserError(f"{option('limit')} is of guards; leave out {option('unguarded')} or it")
     _check_front(request)
     constant = _start_number(request)
     if request.batch_size is not None:
