@@ -141,9 +141,17 @@ class _Watcher:
         self._halfway.add(name)
         try:
             execute(module)
-        finally:
+        except KeyboardInterrupt:  # a method that was not waited for is not missing
             self._halfway.discard(name)
-            self._register_when_settled()
+            raise
+        except BaseException:
+            self._ended(name)
+            raise
+        self._ended(name)
+
+    def _ended(self, name: str) -> None:
+        self._halfway.discard(name)
+        self._register_when_settled()
 
     def _register_when_settled(self) -> None:
         if self._host_ready and not self._halfway:

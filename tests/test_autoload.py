@@ -289,6 +289,32 @@ def test_a_missing_method_is_said_on_one_line(
     assert errors.count("\n") == 1
 
 
+def test_an_interrupted_import_is_no_missing_method(site: Site) -> None:
+    site.write(
+        "mergekit_wp/merging/fusion.py",
+        "import sys, mergekit.merge_methods\n"
+        "if not hasattr(sys, 'once'):\n"
+        "    sys.once = True\n"
+        "    raise KeyboardInterrupt\n",
+    )
+    site.write("mergekit_wp/merging/method.py", "raise OSError('for want of time')")
+    errors = site.run(
+        "try: import mergekit_wp.merging.fusion\n"
+        "except KeyboardInterrupt: pass\n"
+        "else: assert False, 'not interrupted'"
+    )
+    assert errors == ""
+    site.write("mergekit_wp/merging/method.py", STAND_INS["mergekit_wp/merging/method.py"])
+    assert (
+        site.run(
+            "try: import mergekit_wp.merging.fusion\n"
+            "except KeyboardInterrupt: pass\n"
+            f"import mergekit_wp.merging.fusion\n{REGISTERED}"
+        )
+        == ""
+    )
+
+
 def test_a_missing_method_without_stderr(site: Site) -> None:
     site.remove("mergekit_wp/merging/method.py")
     assert site.run(f"import sys; sys.stderr = None; {NOT_REGISTERED}") == ""
