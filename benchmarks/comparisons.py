@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from benchmarks.family import Family
-from benchmarks.fit_table import FitTable, prompts_option, split_options
+from benchmarks.fit_table import FitTable, prompts_option, seeds_option, split_options
 from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
@@ -245,15 +245,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
             is_flag=True,
             help="Write what was compared here, without answers, to measured/, to be committed.",
         ),
-        click.option(
-            "--seed",
-            "seeds",
-            multiple=True,
-            type=int,
-            default=(0,),
-            show_default=True,
-            help="Of the experts' training; may be given several times, for one table of all.",
-        ),
+        seeds_option,
     ):
         main = add(main)
     return main

@@ -346,6 +346,17 @@ def prompts_option(said: str) -> Callable[[click.decorators.FC], click.decorator
     return click.option("--prompts", "n", type=least, default=N, show_default=True, help=said)
 
 
+seeds_option = click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=int,
+    default=(0,),
+    show_default=True,
+    help="Of the experts' training; may be given several times, for one table of all.",
+)
+
+
 def options(main: Callable[..., None]) -> Callable[..., None]:
     """The options of a family's command."""
     for add in (
@@ -364,15 +375,7 @@ def options(main: Callable[..., None]) -> Callable[..., None]:
             "--fit", "fit", default="", help="Further options of `mergekit-wp fit`, kept apart."
         ),
         prompts_option("Of each skill; results of other numbers are kept apart."),
-        click.option(
-            "--seed",
-            "seeds",
-            multiple=True,
-            type=int,
-            default=(0,),
-            show_default=True,
-            help="Of the experts' training; may be given several times, for one table of all.",
-        ),
+        seeds_option,
         click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
     ):
         main = add(main)
