@@ -20,7 +20,7 @@ from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.request import CompareRequest
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.results import Job, Results
-from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.comparison.rows import Comparison, Row, Setting, Trial
 from mergekit_wp.comparison.table import markdown_table, summary, terminal_table
 from mergekit_wp.errors import UserError, spelled
 from mergekit_wp.models.load import load_folder
@@ -71,6 +71,25 @@ def test_tables_carry_the_numbers() -> None:
     assert rows["ties"]["difference"]["value"] == pytest.approx(-0.6)
     assert rows["sce"]["failed"] == "no <memory>" and rows["base"]["difference"] is None
     json.dumps(summary(made))
+
+
+def test_a_choice_at_an_end_of_its_grid_is_said() -> None:
+    def tuned(name: str, *tried: Setting) -> Row:
+        trials = tuple(Trial(setting, 0.1) for setting in tried)
+        return Row(name, "peer", tried[0], {"t": [[1.0, 0.0]]}, valid=0.1, trials=trials)
+
+    made = table_of(
+        Row("base", "base", scores={"t": [[0.0, 0.0]]}),
+        Row("expert a", "expert", scores={"t": [[1.0, 1.0]]}),
+        tuned("ours", {"lambda": 1.0}, {"lambda": 0.7}, {"lambda": 1.3}),
+        tuned("ties", {"density": 0.2, "lambda": 1.0}, {"density": 0.5, "lambda": 1.0}),
+        tuned("fisher", {"normalize": True}, {"normalize": False}),
+        tuned("regmean", {"x": 0.9, "y": 2}, {"x": 0.1, "y": 1}),
+    )
+    said = "better may lie beyond it: ties (density 0.2), regmean (x 0.9, y 2)"
+    for text in (terminal_table(made), markdown_table(made), html_page(made, "x")):
+        assert said in text
+    assert "an end of" not in terminal_table(table_of(*made.comparison.rows[:3]))
 
 
 def test_the_page_is_offline_escaped_and_the_same_twice() -> None:

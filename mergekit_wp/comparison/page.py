@@ -72,6 +72,7 @@ def html_page(resampled: Resampled, title: str, samples: Sequence[SampleItem] = 
         loss=lambda row: table.loss_words(row, comparison),
         equals=None if comparison.bound is None else table.what_is_equal(comparison),
         equal=table.equal_words,
+        ends=table.ends(comparison),
     )
 
 

@@ -158,6 +158,17 @@ class Row:
         """How many settings were evaluated on the validation items."""
         return len(self.trials)
 
+    @property
+    def at_an_end(self) -> tuple[str, ...]:
+        """Numbers among its parameters of which none higher, or none lower, was tried."""
+        found = []
+        for key, chosen in self.setting.items():
+            values = {trial.setting.get(key) for trial in self.trials}
+            numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+            if len(numbers) > 1 and chosen in (min(numbers), max(numbers)):
+                found.append(key)
+        return tuple(found)
+
     def perplexity(self, base: Row) -> float | None:
         """Of plain text, times the base's: the geometric mean over texts, None without any."""
         return perplexity(self.kept, base.kept)

@@ -111,6 +111,18 @@ def what_is_equal(comparison: Comparison) -> str:
     )
 
 
+def ends(comparison: Comparison) -> list[str]:
+    """Which methods might do better beyond their grids, in one sentence; none if none might."""
+    found = [
+        f"{row.name} ({', '.join(f'{key} {row.setting[key]:g}' for key in row.at_an_end)})"
+        for row in comparison.rows
+        if row.at_an_end
+    ]
+    if not found:
+        return []
+    return [f"chosen at an end of what was tried, better may lie beyond it: {', '.join(found)}"]
+
+
 def terminal_table(resampled: Resampled) -> str:
     """Columns of at most 100 characters for three tasks of short names."""
     comparison = resampled.comparison
@@ -134,6 +146,7 @@ def terminal_table(resampled: Resampled) -> str:
     head += ["at equal perplexity"] if comparison.bound is not None else []
     said = f"{what(comparison, resampled)}; differences from {comparison.reference}"
     equals = [what_is_equal(comparison)] if comparison.bound is not None else []
+    equals += ends(comparison)
     return "\n".join([said, *equals, *comparison.warnings, "", columns(head, rows), *failed])
 
 
@@ -161,6 +174,7 @@ def markdown_table(resampled: Resampled) -> str:
         rows.append(cells)
     said = f"{what(comparison, resampled)}"
     said += f"; {what_is_equal(comparison)}" if equals else ""
+    said = "; ".join([said, *ends(comparison)])
     warned = "".join(f"\n{line}.\n" for line in comparison.warnings)
     return f"{markdown(head, rows, 1)}\n{said}.\n{warned}"
 
