@@ -1,7 +1,8 @@
 """A family's tables over all combinations and training seeds, from its comparisons.
 
-Intervals are paired bootstraps over test items; a skill's items are resampled alike in every
-comparison that has it. Those over several training seeds are over seeds as well.
+Intervals are paired bootstraps over test items, of the trainings as they are; a skill's items are
+resampled alike in every comparison that has it. Of differences between methods there is one over
+training seeds as well.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class Bench:
         tuned = [r.name for r in rows if r.role == "peer" and r.valid is not None]
         self.peers = [name for name in self.merges if name in tuned]
 
+    def of(self, seed: int) -> Bench:
+        """One training seed alone."""
+        return Bench({seed: {c: own.comparison for c, own in self.found[seed].items()}})
+
     def pooled(self, name: str, labels: Sequence[str]) -> Pooled:
         """A method's mean over combinations, by training seed."""
         return Pooled.of(
@@ -59,11 +64,15 @@ class Bench:
 
     def mean(self, name: str, labels: Sequence[str]) -> Estimate:
         """Over combinations and training seeds."""
-        return _interval(self.pooled(name, labels))
+        return _over_items(self.pooled(name, labels))
 
     def difference(self, a: str, b: str, labels: Sequence[str]) -> Estimate:
         """Row a minus row b, paired."""
-        return _interval(self.pooled(a, labels) - self.pooled(b, labels))
+        return _over_items(self.pooled(a, labels) - self.pooled(b, labels))
+
+    def over_trainings(self, a: str, b: str, labels: Sequence[str]) -> Estimate:
+        """`difference` with an interval for other trainings of the experts."""
+        return (self.pooled(a, labels) - self.pooled(b, labels)).over_both()
 
     def worst(self, name: str) -> float:
         """The worst skill of all comparisons, relative to its expert."""
@@ -100,17 +109,14 @@ class Bench:
                 if row is None:
                     return None
                 parts.setdefault(seed, []).append((own.value(row.name), own.draws(row.name)))
-        return _interval(Pooled.of(parts))
+        return _over_items(Pooled.of(parts))
 
     def best_peer(self, labels: Sequence[str]) -> str:
         """The tuned peer with the highest mean on the test items: the hardest to beat."""
         return max(self.peers, key=lambda name: self.pooled(name, labels).values.mean())
 
 
-def _interval(pooled: Pooled) -> Estimate:
-    """Over items, and over training seeds where there are several."""
-    if len(pooled.values) > 1:
-        return pooled.over_both()
+def _over_items(pooled: Pooled) -> Estimate:
     return percentiles(float(pooled.values.mean()), pooled.draws.mean(0))
 
 
@@ -119,11 +125,10 @@ def tables(bench: Bench) -> str:
     labels, untuned = bench.labels, OURS + UNTUNED
     several = len(bench.found) > 1
     columns = [f"seed {seed}" for seed in bench.found] if several else labels
-    output = [
-        "| method | " + " | ".join(columns) + " | mean, 95% | untuned ours minus it | worst skill "
-        "| perplexity, x base | mean at equal perplexity | worst loss | cost of the last |"
-    ]
-    output.append("|---|" + "---:|" * (len(columns) + 5) + "---|---|")
+    head = ["method", *columns, "mean, 95%", "untuned ours minus it"]
+    head += [*(["over trainings, too"] if several else []), "worst skill", "perplexity, x base"]
+    head += ["mean at equal perplexity", "worst loss", "cost of the last"]
+    output = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 3) + "---|---|"]
     if several:
         output.insert(0, f"Means over: {', '.join(labels)}.\n")
     for name in sorted(bench.merges, key=lambda n: -bench.mean(n, labels).value):
@@ -135,6 +140,9 @@ def tables(bench: Bench) -> str:
         cells.append(interval(bench.mean(name, labels)))
         same = name == untuned
         cells.append("" if same else signed(bench.difference(untuned, name, labels)))
+        if several:
+            wide = bench.over_trainings(untuned, name, labels)
+            cells.append("" if same else signed(wide))
         cells.append(f"{bench.worst(name):.2f}")
         cost = bench.perplexity(name)
         cells.append("" if cost is None else f"{cost:.2f}")
@@ -145,9 +153,14 @@ def tables(bench: Bench) -> str:
         output.append(f"| {name} | " + " | ".join(cells) + " |")
     output += ["", "| against the best tuned peer of its column | peer | untuned | tuned |"]
     output.append("|---|---|---:|---:|")
-    for heading, chosen in [*((label, [label]) for label in labels), ("mean", labels)]:
-        peer = bench.best_peer(chosen)
-        ours = (signed(bench.difference(own, peer, chosen)) for own in (untuned, OURS))
+    parts = [bench.of(seed) for seed in bench.found] if several else []
+    for heading, part, chosen in [
+        *((f"seed {next(iter(part.found))}", part, labels) for part in parts),
+        *((label, bench, [label]) for label in labels),
+        *([("mean", bench, labels)] if len(labels) > 1 else []),
+    ]:
+        peer = part.best_peer(chosen)
+        ours = (signed(part.difference(own, peer, chosen)) for own in (untuned, OURS))
         output.append(f"| {heading} | {peer} | " + " | ".join(ours) + " |")
     return "\n".join([*output, "", *_accuracies(bench)])
 

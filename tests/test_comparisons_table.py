@@ -80,12 +80,16 @@ def test_training_seeds_are_columns_and_their_spread_is_in_the_interval() -> Non
     found = {cells[0]: cells for cells in map(read, lines[4:8])}
     assert found[f"weight_patching{UNTUNED}"][1:4] == ["0.90", "1.00", "1.00"]
     mean = bench.mean(OURS, ["one"])
-    over = stats.ttest_1samp([0.9, 1.0, 1.0], 0).confidence_interval()
     items = stats.binom.ppf([0.025, 0.975], 2 * ITEMS, 0.1) / (2 * ITEMS) / 3
     assert mean.value == pytest.approx(0.9 / 3 + 2 / 3)
-    want = math.hypot(mean.value - over.low, items[1] - 0.1 / 3)
-    assert mean.value - mean.low == pytest.approx(want, abs=0.01)
+    assert 1 - mean.low == pytest.approx(items[1], abs=0.01), "of these trainings"
+    difference = bench.difference(OURS, "linear", ["one"])
+    both = bench.over_trainings(OURS, "linear", ["one"])
+    over = stats.ttest_1samp([0.5, 0.6, 0.6], 0).confidence_interval()
+    want = math.hypot(both.value - over.low, difference.value - difference.low)
+    assert both.value - both.low == pytest.approx(want)
     assert bench.worst(OURS) == pytest.approx(0.9)
+    assert "| seed 1 | ties | +0.50" in "\n".join(lines)
 
 
 def test_a_method_of_some_seeds_only_is_left_out() -> None:
