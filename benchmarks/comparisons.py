@@ -151,8 +151,9 @@ def tables(bench: Bench) -> str:
         cells.append(bench.worst_loss(name))
         cells.append(cost_words(bench.every[-1].rows[name]))
         output.append(f"| {name} | " + " | ".join(cells) + " |")
-    output += ["", "| against the best tuned peer of its column | peer | untuned | tuned |"]
-    output.append("|---|---|---:|---:|")
+    head = ["against the best tuned peer", "peer", "untuned", "tuned"]
+    head += ["untuned, over trainings, too", "tuned, over trainings, too"] if several else []
+    output += ["", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
     parts = [bench.of(seed) for seed in bench.found] if several else []
     for heading, part, chosen in [
         *((f"seed {next(iter(part.found))}", part, labels) for part in parts),
@@ -160,8 +161,11 @@ def tables(bench: Bench) -> str:
         *([("mean", bench, labels)] if len(labels) > 1 else []),
     ]:
         peer = part.best_peer(chosen)
-        ours = (signed(part.difference(own, peer, chosen)) for own in (untuned, OURS))
-        output.append(f"| {heading} | {peer} | " + " | ".join(ours) + " |")
+        cells = [signed(part.difference(own, peer, chosen)) for own in (untuned, OURS)]
+        for own in (untuned, OURS) if several else ():
+            alone = len(part.found) == 1
+            cells.append("" if alone else signed(part.over_trainings(own, peer, chosen)))
+        output.append(f"| {heading} | {peer} | " + " | ".join(cells) + " |")
     return "\n".join([*output, "", *_accuracies(bench)])
 
 
