@@ -141,8 +141,7 @@ def tables(bench: Bench) -> str:
         same = name == untuned
         cells.append("" if same else signed(bench.difference(untuned, name, labels)))
         if several:
-            wide = bench.over_trainings(untuned, name, labels)
-            cells.append("" if same else signed(wide))
+            cells.append("" if same else signed(bench.over_trainings(untuned, name, labels)))
         cells.append(f"{bench.worst(name):.2f}")
         cost = bench.perplexity(name)
         cells.append("" if cost is None else f"{cost:.2f}")

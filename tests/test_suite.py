@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import mergekit_wp as wp
 from mergekit_wp.cli import cli
 from mergekit_wp.comparison.methods import peers
-from mergekit_wp.comparison.suites.prepare import prepare
+from mergekit_wp.comparison.suites.prepare import outlook, prepare
 from mergekit_wp.comparison.suites.suite import Suite
 from mergekit_wp.errors import UserError
 from mergekit_wp.prompts.location import Location
@@ -190,6 +190,19 @@ def test_items_that_will_be_fitted_on_are_said_before_the_fit(
         prepare(path, {"out": tmp_path / "out", "device": "cpu"}, NotesOnly(said.append))
     told = "warning: 3 of 3 test items of task 'dd' are among the prompts of "
     assert len(said) == 2 and all(line.startswith(told) for line in said)
+
+
+@pytest.mark.parametrize("option", ["quick", "untuned"])
+def test_what_tunes_nothing_leaves_out_a_suites_validation_items(
+    world: Path, tmp_path: Path, option: str
+) -> None:
+    items = {"dd": ["items.jsonl?checker=contains"]}
+    path = write(world, test=items, validation={"dd": ["more.jsonl?checker=contains"]}, keep=None)
+    options: dict[str, Any] = {"out": tmp_path / "out", "device": "cpu", option: True}
+    assert not outlook(path, options).plan.tuned
+    asked = ("dd=more.jsonl?checker=contains",)
+    with pytest.raises(UserError, match="nothing is chosen by validation"):
+        outlook(path, options | {"validation": asked})
 
 
 def test_a_fit_is_known_by_what_it_was_made_of(

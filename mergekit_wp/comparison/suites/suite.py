@@ -194,6 +194,8 @@ class Suite(StrictModel):
         own = self.compare
         if options.get("quick"):  # which chooses methods itself, whatever the suite does
             own = {key: value for key, value in own.items() if key not in ("methods", "grid")}
+        if options.get("quick") or options.get("untuned"):  # then nothing is chosen by them
+            del tasks["validation"]
         fields = tasks | self.generation.model_dump() | own | options
         return CompareRequest.of(recipes=(recipe,), prompts=self.prompts, **fields)
 
