@@ -21,7 +21,7 @@ from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import UNTUNED, Comparison
-from mergekit_wp.comparison.table import cost_words, interval, signed
+from mergekit_wp.comparison.table import cost_words, interval, none_tried, signed
 from mergekit_wp.statistics import Estimate, percentiles
 
 OURS = "weight_patching"
@@ -65,6 +65,11 @@ class Bench:
     def mean(self, name: str, labels: Sequence[str]) -> Estimate:
         """Over combinations and training seeds."""
         return _over_items(self.pooled(name, labels))
+
+    def capped(self, name: str) -> float:
+        """The mean with no skill counted above its expert."""
+        parts = [own.task_value(name, t) for own in self.every for t in own.comparison.tasks]
+        return float(np.minimum(parts, 1).mean())
 
     def difference(self, a: str, b: str, labels: Sequence[str]) -> Estimate:
         """Row a minus row b, paired."""
@@ -125,7 +130,7 @@ def tables(bench: Bench) -> str:
     labels, untuned = bench.labels, OURS + UNTUNED
     several = len(bench.found) > 1
     columns = [f"seed {seed}" for seed in bench.found] if several else labels
-    head = ["method", *columns, "mean, 95%", "untuned ours minus it"]
+    head = ["method", *columns, "mean, 95%", "skills capped at 1", "untuned ours minus it"]
     head += [*(["over trainings, too"] if several else []), "worst skill", "perplexity, x base"]
     head += ["mean at equal perplexity", "worst loss", "cost of the last"]
     output = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 3) + "---|---|"]
@@ -137,7 +142,7 @@ def tables(bench: Bench) -> str:
         else:
             values = np.array([bench.mean(name, [label]).value for label in labels])
         cells = [f"{value:.2f}" for value in values]
-        cells.append(interval(bench.mean(name, labels)))
+        cells += [interval(bench.mean(name, labels)), f"{bench.capped(name):.2f}"]
         same = name == untuned
         cells.append("" if same else signed(bench.difference(untuned, name, labels)))
         if several:
@@ -146,7 +151,8 @@ def tables(bench: Bench) -> str:
         cost = bench.perplexity(name)
         cells.append("" if cost is None else f"{cost:.2f}")
         equal = bench.equal(name)
-        cells.append("none" if equal is None else interval(equal))
+        tried = [own.rows[name] for own in bench.every]
+        cells.append(none_tried(tried) if equal is None else interval(equal))
         cells.append(bench.worst_loss(name))
         cells.append(cost_words(bench.every[-1].rows[name]))
         output.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -187,6 +193,17 @@ def _accuracies(bench: Bench) -> list[str]:
     return output
 
 
+def commit(comparison: Comparison, path: Path) -> None:
+    """Write a comparison item by item, without answers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_FILE.dump_json(comparison) + b"\n")
+
+
+def read_committed(path: Path) -> Comparison:
+    """What `commit` wrote."""
+    return _FILE.validate_json(path.read_bytes())
+
+
 def find(table: FitTable, *, record: bool = False) -> dict[str, Comparison]:
     """The comparisons of one training seed, by combination: made here, else committed.
 
@@ -201,10 +218,9 @@ def find(table: FitTable, *, record: bool = False) -> dict[str, Comparison]:
         if (folder / "summary.json").exists():
             comparison = read_comparison(folder)
             if record:
-                committed.parent.mkdir(parents=True, exist_ok=True)
-                committed.write_bytes(_FILE.dump_json(comparison) + b"\n")
+                commit(comparison, committed)
         elif committed.exists():
-            comparison = _FILE.validate_json(committed.read_bytes())
+            comparison = read_committed(committed)
         else:
             continue
         found[" + ".join(experts)] = comparison

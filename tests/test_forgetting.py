@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.rows import Comparison, Row
+from mergekit_wp.comparison.rows import Comparison, Row, Trial
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.generation import TextInterface
@@ -203,15 +203,17 @@ def test_at_equal_perplexity_the_best_setting_within_the_references_is_reported(
     assert again == found and len(task.asked) == count, "nothing is measured twice"
 
 
-def test_a_method_without_parameters_at_equal_perplexity_says_none() -> None:
+def test_a_method_without_parameters_at_equal_perplexity_says_how_near_they_come() -> None:
     rows = tuple(
         Row(name, role, scores={"t": [[1.0, 0.0, 1.0, 1.0]]}, valid=0.7, kept={"prose": -score})
         for name, role, score in (("base", "base", 1.0), ("ours", "ours", 1.0), ("ties", "peer", 2))
     )
+    tried = tuple(Trial({"lambda": x}, 0.7, 1 + x) for x in (0.5, 0.25))
+    rows = (*rows[:2], replace(rows[2], trials=tried))
     equal = {"ours": replace(rows[1], name="ours (at equal perplexity)")}
     made = Resampled(Comparison(rows, ("t",), False, "ours", 1.0, equal), 500)
     lines = terminal_table(made).splitlines()
-    assert lines[-1].startswith("ties") and lines[-1].endswith(" none")
+    assert lines[-1].startswith("ties") and lines[-1].endswith(" none tried (lowest 1.25)")
     assert lines[-2].startswith("ours") and re.search(r"0\.75 \[0\.\d\d, [01]\.\d\d\]$", lines[-2])
     assert "| at equal perplexity |" in markdown_table(made)
     told = {row["name"]: row["equal"] for row in summary(made)["rows"]}

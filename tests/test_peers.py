@@ -113,6 +113,25 @@ def test_regression() -> None:
     torch.testing.assert_close(regmean.regression(weights, grams, 0.0), want)
 
 
+def test_regression_of_few_inputs_leaves_the_rest_at_the_mean() -> None:
+    """Fewer inputs than dimensions, one far larger than all, in float32 as a model gives them."""
+    rng = torch.Generator().manual_seed(0)
+    shared = torch.randn((8, 64), generator=rng)
+    weights = shared + 0.1 * torch.randn((3, 8, 64), generator=rng)
+    inputs = torch.randn((3, 10, 64), generator=rng)
+    inputs[..., 5] *= 300
+    grams = inputs.mT @ inputs / 10
+    found = regmean.regression(weights, grams, 1.0)
+    # the oracle: the least change of their mean, in float64, that meets all 30 inputs at once
+    seen, mean = inputs.flatten(0, 1).double(), weights.mean(0).double()
+    size = seen.square().mean(0).sqrt()
+    goal = torch.cat([x @ w.T for x, w in zip(inputs.double(), weights.double(), strict=True)])
+    change = torch.linalg.lstsq(seen / size, goal - seen @ mean.T, driver="gelsd").solution
+    want = mean + change.T / size
+    torch.testing.assert_close(found.double(), want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(seen @ found.double().T, goal, atol=1e-2, rtol=1e-3)
+
+
 def test_coordinate_search_climbs_from_where_it_begins() -> None:
     asked: list[Setting] = []
 

@@ -221,14 +221,19 @@ def entropy(logits: torch.Tensor, _answer: torch.Tensor) -> torch.Tensor:
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def with_coefficients(family: Family, start: float) -> tuple[dict[str, Any], Any]:
+def with_coefficients(
+    family: Family,
+    start: float,
+    into: Callable[[Any], Any] = lambda c: c,
+    out_of: Callable[[Any], Any] = lambda x: x,
+) -> tuple[dict[str, Any], Any]:
     base = family.base.state
     deltas = {n: [e.state[n] - base[n] for e in family.experts] for n in base}
-    found = {n: torch.nn.Parameter(torch.full((2,), start)) for n in base}
+    found = {n: torch.nn.Parameter(into(torch.full((2,), start))) for n in base}
 
     def weights() -> dict[str, torch.Tensor]:
         return {
-            n: t + sum(c * d for c, d in zip(found[n], deltas[n], strict=True))
+            n: t + sum(c * d for c, d in zip(out_of(found[n]), deltas[n], strict=True))
             for n, t in base.items()
         }
 
@@ -272,7 +277,7 @@ def test_joint_fine_tuning(family: Family, experts: Experts, tmp_path: Path) -> 
 
 def test_expert_merging(family: Family, experts: Experts, tmp_path: Path) -> None:
     """Temperature, hidden states and the pull as in the authors' expert_merging_base.py."""
-    own, weights = with_coefficients(family, 0.1)
+    own, weights = with_coefficients(family, 0.1, torch.logit, torch.sigmoid)
     matrices = [n for n, t in family.base.state.items() if t.dim() == 2 and not is_end(n)]
     model = AutoModelForCausalLM.from_pretrained(family.base.path, dtype=torch.float32)
     adam = torch.optim.Adam([own[n] for n in matrices], lr=0.02)
@@ -305,9 +310,10 @@ def test_expert_merging(family: Family, experts: Experts, tmp_path: Path) -> Non
                 )
                 mse = torch.nn.functional.mse_loss(shallow, deep)
                 total = total + (9 * kl + 0.1 * mse) / len(experts.inputs(e))
-        away = sum((own[n] - 0.1).abs().sum() for n in matrices) / len(matrices)
+        away = sum((own[n].sigmoid() - 0.1).abs().sum() for n in matrices) / len(matrices)
         adam.zero_grad()
         (total + 0.1 * away).backward()
+        assert torch.nn.utils.clip_grad_norm_([own[n] for n in matrices], 1.0) > 1
         adam.step()
     changed = {"steps": 4, "rate": 0.02}
     found, row = merged_by(family, tmp_path, "expert_merging", prompts_of(family), **changed)

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.zoo.bench`` (from the repository's root) trains what is missing, fits,
 scores, compares through `mergekit_wp.comparison`, and prints the tables of README.md. Everything is
-kept in build/zoo and resumes.
+kept in build/zoo and resumes. ``--print`` prints the tables of what is committed in measured/.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import yaml
 from mergekit.config import MergeConfiguration
 from tqdm import tqdm
 
+from benchmarks.comparisons import commit, read_committed
 from benchmarks.zoo.evaluate import accuracy, load_model
+from benchmarks.zoo.pooled import tables
 from benchmarks.zoo.tasks import distinct_items, prompt_line
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.methods import (
@@ -52,6 +54,8 @@ from mergekit_wp.tasks.items import JsonlTask
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "zoo"
+#: comparisons item by item, without answers, to be committed
+MEASURED = ROOT / "benchmarks" / "zoo" / "measured"
 COMBINATIONS = (("inst", "math"), ("inst", "sort"), ("math", "sort"), ("inst", "math", "sort"))
 SKILLS = COMBINATIONS[-1]
 #: training seeds 0 and 1 were looked at while the method was made
@@ -281,29 +285,46 @@ def compare(
 @click.option("--seeds", help="Training seeds: 2,4,6.  [default: the first five with experts]")
 @click.option("--only", type=click.Choice(["-".join(c) for c in COMBINATIONS]))
 @click.option("--only-run", is_flag=True, help="Do not print the tables.")
-def main(seeds: str | None, only: str | None, only_run: bool) -> None:
+@click.option("--record", is_flag=True, help="Write what was compared, without answers, to commit.")
+@click.option("--print", "print_only", is_flag=True, help="Print the tables of what is committed.")
+def main(
+    seeds: str | None, only: str | None, only_run: bool, record: bool, print_only: bool
+) -> None:
     """Train, fit, score, compare, and print the tables."""
     torch.set_num_threads(1)
     ensure_registered()
     os.chdir(ROOT)
+    combinations = [c for c in COMBINATIONS if only in (None, "-".join(c))]
+    if print_only:
+        click.echo(tables(committed(combinations)))
+        return
     chosen = [int(seed) for seed in seeds.split(",")] if seeds else competent_seeds()
-    found: dict[tuple[str, ...], dict[int, Comparison]] = {
-        c: {} for c in COMBINATIONS if only in (None, "-".join(c))
-    }
+    found: dict[tuple[str, ...], dict[int, Comparison]] = {c: {} for c in combinations}
     with tqdm(total=len(chosen) * len(found), unit="comparison", mininterval=5) as bar:
         for seed in chosen:
             for experts in found:
                 by_own = scored_alone(checkpoints(seed), seed, experts)
                 extra = {"scored alone, untuned": by_own}
-                found[experts][seed] = compare(
-                    seed, experts, METHODS, extra, "peers", bar, N_FITTED
-                )
+                made = compare(seed, experts, METHODS, extra, "peers", bar, N_FITTED)
+                found[experts][seed] = made
+                if record:
+                    commit(made, MEASURED / f"{'-'.join(experts)}-{seed}.json")
                 bar.update()
-    if only_run:
-        return
-    from benchmarks.zoo.pooled import tables
+    if not only_run:
+        click.echo(tables(found))
 
-    click.echo(tables(found))
+
+def committed(combinations: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
+    """What ``--record`` wrote, by combination and training seed."""
+    found: dict[tuple[str, ...], dict[int, Comparison]] = {}
+    for experts in combinations:
+        start = f"{'-'.join(experts)}-"
+        for path in sorted(MEASURED.glob(f"{start}*.json")):
+            if (seed := path.stem.removeprefix(start)).isdigit():
+                found.setdefault(experts, {})[int(seed)] = read_committed(path)
+    if not found:
+        raise click.ClickException(f"nothing is committed in {MEASURED}")
+    return found
 
 
 if __name__ == "__main__":

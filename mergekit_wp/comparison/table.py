@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,14 @@ def equal_words(line: Line) -> str:
     """A merge's mean at equal perplexity; base and experts have none."""
     if line.row.role in ("base", "expert"):
         return ""
-    return "none" if line.equal is None else interval(line.equal)
+    return none_tried([line.row]) if line.equal is None else interval(line.equal)
+
+
+def none_tried(rows: Sequence[Row]) -> str:
+    """That no setting of a method left plain text so good, and how good the best left it."""
+    tried = [trial.perplexity for row in rows for trial in row.trials]
+    known = [perplexity for perplexity in tried if perplexity is not None]
+    return f"none tried (lowest {min(known):.2f})" if known else "none tried"
 
 
 def what_is_equal(comparison: Comparison) -> str:

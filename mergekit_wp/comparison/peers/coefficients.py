@@ -5,7 +5,8 @@ W = B + Σ_e c_e·Δ_e for each tensor, and ∂L/∂c_e = ⟨∂L/∂W, Δ_e⟩.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ from mergekit_wp.criteria import per_prompt_mean
 from mergekit_wp.engine.decoder import Decoder, hooked
 from mergekit_wp.prompts import PromptBatch
 
+Map = Callable[[torch.Tensor], torch.Tensor]
 #: Expert Merging's temperature, weight of hidden states, and weight of staying near the start
 TEMPERATURE, OF_HIDDEN, PULL = 3.0, 0.1, 0.1
+#: the longest step that its gradient may ask for
+CLIP = 1.0
 
 
 def weighted(one: OneTensor, _setting: Setting) -> torch.Tensor:
@@ -53,8 +57,9 @@ def mean_entropy(decoder: Decoder, batch: PromptBatch) -> torch.Tensor:
 def expert_merging(sources: Sources, setting: Setting) -> dict[str, torch.Tensor]:
     """Expert Merging (Zhang et al., arXiv 2509.25712): coefficients by distillation.
 
-    The weights of linear layers have coefficients, everything else stays the base's. The loss on
-    an expert's prompts is T²·KL to its predictions at `TEMPERATURE`, plus `OF_HIDDEN` times the
+    The weights of linear layers have coefficients between 0 and 1, the sigmoids of what is learned;
+    everything else stays the base's, and gradients are clipped at `CLIP`. The loss on an expert's
+    prompts is T²·KL to its predictions at `TEMPERATURE`, plus `OF_HIDDEN` times the
     mean squared difference from its hidden states, plus `PULL` times the mean distance of the
     coefficients from where they began (`expert_merging_base.py` of Littleor/ExpertMerging). Here
     both differences are taken at the answers' positions, and hidden states of all layers count;
@@ -68,7 +73,26 @@ def expert_merging(sources: Sources, setting: Setting) -> dict[str, torch.Tensor
         losses.append(teacher.loss)
     sources.spent(passes=prompted.count)
     names = [name for name in sources.names if name in sources.matrices]
-    return learned_coefficients(sources, setting, names, losses, pull=PULL)
+    return learned_coefficients(sources, setting, names, losses, SIGMOID, pull=PULL, clip=CLIP)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a coefficient is of the number that is learned for it.
+
+    Attributes:
+        into: from coefficients to numbers.
+        out_of: from numbers to coefficients.
+        slope: of `out_of`, by the coefficient.
+    """
+
+    into: Map
+    out_of: Map
+    slope: Map
+
+
+IDENTITY = Link(lambda c: c, lambda x: x, torch.ones_like)
+SIGMOID = Link(torch.logit, torch.sigmoid, lambda c: c * (1 - c))
 
 
 @dataclass(frozen=True)
@@ -114,7 +138,10 @@ def learned_coefficients(
     setting: Setting,
     names: Sequence[str],
     losses: Sequence[Loss],
+    link: Link = IDENTITY,
+    *,
     pull: float = 0.0,
+    clip: float = math.inf,
 ) -> dict[str, torch.Tensor]:
     """Adam's way down a sum of losses.
 
@@ -124,7 +151,9 @@ def learned_coefficients(
             of each expert.
         names: of the tensors that have coefficients.
         losses: one for each expert, on its prompts.
+        link: of what Adam changes.
         pull: weight of the mean, times the number of experts, of how far coefficients went.
+        clip: the largest norm of all gradients.
 
     Returns:
         ``[experts]`` by tensor.
@@ -132,10 +161,13 @@ def learned_coefficients(
     prompted, count, start = sources.prompted, int(setting["steps"]), float(setting["start"])
     model, n = prompted.model, len(sources.experts)
     tensors = {name: sources.vectors(name) for name in names}
-    found = {name: torch.nn.Parameter(torch.full((n,), start)) for name in names}
+    raw = {name: torch.nn.Parameter(link.into(torch.full((n,), start))) for name in names}
     gradients = {name: torch.zeros(n) for name in names}
     parameters = dict(model.model.named_parameters())
-    adam = torch.optim.Adam(found.values(), lr=float(setting["rate"]))
+    adam = torch.optim.Adam(raw.values(), lr=float(setting["rate"]))
+
+    def coefficients(name: str) -> torch.Tensor:
+        return link.out_of(raw[name].detach())
 
     def collect(name: str) -> Any:
         def after(parameter: torch.Tensor) -> None:
@@ -151,11 +183,11 @@ def learned_coefficients(
             gradient.zero_()
 
     def write(name: str, out: torch.Tensor) -> None:
-        if name not in found:
+        if name not in raw:
             sources.base.read(name, out)
             return
         base, vectors = tensors[name]
-        out.copy_(base + torch.tensordot(found[name].detach().to(vectors), vectors, 1))
+        out.copy_(base + torch.tensordot(coefficients(name).to(vectors), vectors, 1))
 
     model.fill(write)
     for name in names:
@@ -165,12 +197,14 @@ def learned_coefficients(
         with hooked(handles):
             for chosen in prompted.steps(count, int(setting["prompts_a_step"])):
                 prompted.descend(chosen, losses, forget)
-                for name, parameter in found.items():
-                    towards = torch.sign(parameter.detach() - start) / len(names)
-                    parameter.grad = gradients[name] + pull * towards
+                for name, parameter in raw.items():
+                    now = coefficients(name)
+                    away = torch.sign(now - start) / len(names)
+                    parameter.grad = (gradients[name] + pull * away) * link.slope(now)
+                torch.nn.utils.clip_grad_norm_(raw.values(), clip)
                 adam.step()
                 model.fill(write)
                 sources.spent(steps=1, passes=sum(batch.size for batch in chosen))
     finally:
         model.model.requires_grad_(False)
-    return {name: parameter.detach() for name, parameter in found.items()}
+    return {name: coefficients(name) for name in names}

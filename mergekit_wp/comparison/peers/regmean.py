@@ -3,7 +3,8 @@
 A linear layer of the merge is to give what each expert's gives on that expert's inputs:
 W = (Σ_e W_e·G_e)·(Σ_e G_e)⁻¹, where G_e = XᵀX/n is the Gram matrix of the inputs and its entries
 off the diagonal are multiplied by ``off_diagonal`` first (`regmean_utils.py` of uiuctml/MergeBench,
-after bloomberg/dataless-model-merging). Everything else is averaged.
+after bloomberg/dataless-model-merging). Everything else is averaged, embeddings as well, as in the
+paper; MergeBench leaves these the base's.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def reg_mean(sources: Sources, setting: Setting) -> dict[str, torch.Tensor]:
 def reg_mean_plus(sources: Sources, setting: Setting) -> dict[str, torch.Tensor]:
     """The same from inputs that the merge's earlier layers make.
 
-    The experts' prompts enter the first layer through the averaged embeddings
-    (`regmean_plusplus.py` of uiuctml/MergeBench and FusionBench).
+    The experts' prompts enter the first layer through the averaged embeddings; else this is
+    `regmean_plusplus.py` of uiuctml/MergeBench.
     """
     return _layer_by_layer(sources, setting, onward_by_merge=True)
 
@@ -55,12 +56,19 @@ def regression(weights: torch.Tensor, grams: torch.Tensor, off_diagonal: float) 
         off_diagonal: factor of entries off the diagonal.
 
     Returns:
-        ``[out, in]``; the shortest solution where inputs do not determine it.
+        ``[out, in]``: the mean of the weights where inputs do not determine it. There MergeBench's
+        pseudoinverse gives zero, which forgets what the experts share.
     """
     eye = torch.eye(grams.shape[-1], dtype=torch.bool, device=grams.device)
     damped = torch.where(eye, grams, off_diagonal * grams).double()
-    total, goal = damped.sum(0), (weights.double() @ damped).sum(0)
-    found: torch.Tensor = goal @ torch.linalg.pinv(total, hermitian=True)
+    total, mean = damped.sum(0), weights.double().mean(0)
+    goal = ((weights.double() - mean) @ damped).sum(0)
+    # relative to their own size, as few inputs of a language model are far larger than all others
+    own = total.diagonal().rsqrt().nan_to_num(posinf=0.0)
+    # inputs are float32: what is smaller than this is rounding, which must not be inverted
+    rounding = len(eye) * torch.finfo(torch.float32).eps
+    inverse = torch.linalg.pinv(own[:, None] * total * own, hermitian=True, atol=rounding)
+    found: torch.Tensor = mean + (goal * own) @ inverse * own
     return found.to(weights.dtype)
 
 
