@@ -7,6 +7,7 @@ training seeds as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.fit_table import FitTable, prompts_option, seeds_option, split_o
 from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.reading import read_comparison
 from mergekit_wp.comparison.resampling import Resampled
-from mergekit_wp.comparison.rows import UNTUNED, Comparison
+from mergekit_wp.comparison.rows import UNTUNED, Comparison, Row
 from mergekit_wp.comparison.table import cost_words, interval, none_tried, signed
 from mergekit_wp.statistics import Estimate, percentiles
 
@@ -171,7 +172,18 @@ def tables(bench: Bench) -> str:
             alone = len(part.found) == 1
             cells.append("" if alone else signed(part.over_trainings(own, peer, chosen)))
         output.append(f"| {heading} | {peer} | " + " | ".join(cells) + " |")
-    return "\n".join([*output, "", *_accuracies(bench)])
+    chosen_at = ends({name: [own.rows[name] for own in bench.every] for name in bench.merges})
+    return "\n".join([*output, "", chosen_at, "", *_accuracies(bench)])
+
+
+def ends(of_methods: Mapping[str, Sequence[Row]]) -> str:
+    """Which methods were chosen at an end of what was tried, and how often, in one sentence."""
+    found = []
+    for name, rows in of_methods.items():
+        counts = Counter(f"{key} {row.setting[key]:g}" for row in rows for key in row.at_an_end)
+        found += [f"{name} ({what}, {n} of {len(rows)})" for what, n in counts.items()]
+    said = f"{', '.join(found)}." if found else "none."
+    return f"Chosen at an end of what was tried, so that better may lie beyond it: {said}"
 
 
 def _accuracies(bench: Bench) -> list[str]:

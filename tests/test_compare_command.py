@@ -84,6 +84,8 @@ def test_a_choice_at_an_end_of_its_grid_is_said() -> None:
         tuned("ours", {"lambda": 1.0}, {"lambda": 0.7}, {"lambda": 1.3}),
         tuned("ties", {"density": 0.2, "lambda": 1.0}, {"density": 0.5, "lambda": 1.0}),
         tuned("fisher", {"normalize": True}, {"normalize": False}),
+        tuned("sce", {"select_topk": 1.0}, {"select_topk": 0.5}),
+        tuned("linear", {"base_weight": 0.0}, {"base_weight": 0.5}),
         tuned("regmean", {"x": 0.9, "y": 2}, {"x": 0.1, "y": 1}),
     )
     said = "better may lie beyond it: ties (density 0.2), regmean (x 0.9, y 2)"

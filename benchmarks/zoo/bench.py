@@ -70,7 +70,7 @@ METHODS = tuple(dict.fromkeys((*DEFAULT_METHODS, *PEERS)))
 #: of peers that learn step by step: such small models want larger rates than the defaults
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "adamerging": {"rate": (1e-3, 1e-2, 3e-2, 1e-1)},
-    "expert_merging": {"rate": (1e-3, 1e-2, 3e-2, 1e-1)},
+    "expert_merging": {"rate": (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)},
     "joint_finetuning": {"rate": (3e-4, 1e-3, 3e-3, 1e-2)},
 }
 #: requests of copying: a skill of the base that no expert and no prompt is about

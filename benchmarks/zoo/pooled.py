@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from benchmarks.comparisons import ends
 from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import Comparison, Row
@@ -43,7 +44,7 @@ class Bench:
             }
         )
 
-    def _rows(self, name: str) -> list[Row]:
+    def rows(self, name: str) -> list[Row]:
         return [own.rows[name] for by_seed in self.found.values() for own in by_seed.values()]
 
     def worst(self, name: str) -> float:
@@ -57,7 +58,7 @@ class Bench:
 
     def copying(self, name: str) -> float:
         """Accuracy of copying, which the base can and no expert was taught: mean."""
-        return float(np.mean([row.kept["copy"] for row in self._rows(name)]))
+        return float(np.mean([row.kept["copy"] for row in self.rows(name)]))
 
     def best_peer(self, combinations: Sequence[tuple[str, ...]]) -> str:
         """The tuned peer with the highest mean on the test items: the hardest to beat."""
@@ -99,4 +100,5 @@ def tables(found: Found) -> str:
         last = bench.found[every[-1]][seed]
         values.append(f"{max(last.value(name) for name in bench.peers):.2f}")
         output.append(f"| {seed} | " + " | ".join(values) + " |")
+    output += ["", ends({name: bench.rows(name) for name in bench.merges})]
     return "\n".join(output)

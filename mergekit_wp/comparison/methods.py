@@ -1,7 +1,7 @@
 """Merge methods to compare: what a user would write untuned, and a written grid to tune over.
 
 Grids are small on purpose and the same for every method's kind of knob: how much of the task
-vectors (weight or lambda, 0.3 to 1.3), and how many of their entries (density). docs/peers.md lists
+vectors (weight or lambda, 0.1 to 2.2), and how many of their entries (density). docs/peers.md lists
 them with the sources of the formulas.
 """
 
@@ -117,9 +117,9 @@ DEFAULT_METHODS = (
 )
 #: of a first look
 QUICK_METHODS = (OURS, TASK_ARITHMETIC, "ties")
-SCALES = (0.3, 0.5, 0.7, 1.0)
-LAMBDAS = (0.5, 0.7, 1.0, 1.3)
-OMEGAS = (0.2, 0.4, 0.6)
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.3)
+OMEGAS = (0.2, 0.4, 0.6, 0.8)
 
 
 def peers(n_experts: int) -> dict[str, Method]:
@@ -133,7 +133,7 @@ def peers(n_experts: int) -> dict[str, Method]:
         Method(
             "task_arithmetic",
             {"weight": share},
-            product(weight=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)),
+            product(weight=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)),
         ),
         Method(
             "ties",

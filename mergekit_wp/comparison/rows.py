@@ -22,6 +22,9 @@ UNTUNED = " (untuned)"
 #: and where they were chosen among those that leave plain text as good as the reference does
 EQUAL = " (at equal perplexity)"
 
+#: parameters of which 1 is all there is
+SHARES = frozenset({"density", "off_diagonal", "select_topk", "sparsity"})
+
 
 def recipe_name(row: str) -> str:
     """The file name, without its ending, under which a row's recipe is kept."""
@@ -160,11 +163,16 @@ class Row:
 
     @property
     def at_an_end(self) -> tuple[str, ...]:
-        """Numbers among its parameters of which none higher, or none lower, was tried."""
+        """Numbers among its parameters of which none higher, or none lower, was tried.
+
+        Nothing, and of a share all, is an end of the parameter itself: nothing lies beyond it.
+        """
         found = []
         for key, chosen in self.setting.items():
             values = {trial.setting.get(key) for trial in self.trials}
             numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+            if chosen == 0 or (key in SHARES and chosen == 1):
+                continue
             if len(numbers) > 1 and chosen in (min(numbers), max(numbers)):
                 found.append(key)
         return tuple(found)

@@ -17,7 +17,7 @@ from mergekit_wp.comparison.peers import (
 from mergekit_wp.comparison.peers.peer import Peer
 from mergekit_wp.comparison.rows import Setting
 
-SPECTRAL_LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.3)
+SPECTRAL_LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.3, 1.7, 2.2)
 #: of peers that learn step by step where no fit is compared, which says how many it took
 AS_A_FIT: Setting = {"steps": 60, "prompts_a_step": 8}
 
@@ -48,9 +48,11 @@ PEERS = {
     "localize_and_stitch_dataless": Entry(
         Peer(masks.stitched, masks.kept_thresholds, ("sparsity",)),
         {"sparsity": 0.1},
-        {"sparsity": (0.01, 0.05, 0.1, 0.2, 0.4, 0.7)},
+        {"sparsity": (0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)},
     ),
-    "wudi": Entry(Peer(wudi.wudi), {"steps": 300, "rate": 1e-5}, {"rate": (1e-6, 1e-5, 1e-4)}),
+    "wudi": Entry(
+        Peer(wudi.wudi), {"steps": 300, "rate": 1e-5}, {"rate": (1e-6, 1e-5, 1e-4, 1e-3)}
+    ),
     "regmean": Entry(
         Peer(regmean.regressed, regmean.reg_mean, ("off_diagonal",), needs_prompts=True),
         {"off_diagonal": 0.5},
