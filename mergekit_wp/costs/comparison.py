@@ -22,6 +22,7 @@ from mergekit_wp.models.memory import in_gib
 from mergekit_wp.models.refusals import width
 from mergekit_wp.runs.texts import find_tokenizer
 from mergekit_wp.tasks.items import AT_ONCE
+from mergekit_wp.tasks.plain_text import ROWS, WINDOW, PlainText
 from mergekit_wp.terms import Split
 
 #: bytes of a line of results, about
@@ -132,12 +133,19 @@ def _asked(size: ModelSize, plan: Plan, split: Split, tokenizer: Any) -> Asking:
 
 
 def _answering(size: ModelSize, width_: int, plan: Plan) -> float:
-    """Bytes of keys and values of as many tokens as go together, and of two copies of logits."""
+    """Bytes of keys and values of as many tokens as go together, and of two copies of logits.
+
+    Or of what reading plain text takes, where that is more: the logits of all windows that are read
+    together, and two copies of one window's in float32.
+    """
     rows, tokens = AT_ONCE["cpu" if plan.device == "cpu" else "cuda"]
     most = max((task.count("test") for task in plan.tasks), default=1)
     rows = min(rows, most)
     kept = 2.0 * size.layers * size.heads * width_ * min(tokens, rows * 256)
-    return kept + 2.0 * width_ * rows * size.vocabulary
+    answering = kept + 2.0 * width_ * rows * size.vocabulary
+    if not any(isinstance(task, PlainText) for task in plan.keep):
+        return answering
+    return max(answering, float((ROWS * width_ + 2 * 4) * WINDOW * size.vocabulary))
 
 
 def _bytes(checkpoint: Checkpoint) -> list[int]:

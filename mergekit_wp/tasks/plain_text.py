@@ -19,7 +19,7 @@ from mergekit_wp.tasks.task import ItemScore
 from mergekit_wp.terms import Split
 
 #: tokens that are read together, and sequences of them
-WINDOW, _ROWS = 256, 8
+WINDOW, ROWS = 256, 8
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class PlainText:
         first = ids[:1] if ids[0] == asked.tokenizer.bos_token_id else []
         rest, size = ids[len(first) :], WINDOW - len(first)
         windows = [[*first, *rest[at : at + size]] for at in range(0, len(rest), size)]
-        memory = at_once or AtOnce(_ROWS, lambda _: None)
+        memory = at_once or AtOnce(ROWS, lambda _: None)
         total, start = 0.0, 0
         while start < len(windows):
-            some = windows[start : start + _ROWS]
+            some = windows[start : start + ROWS]
             found, read = memory.run(partial(_log_probability, model, some), len(some))
             total, start = total + found, start + read
         predicted = sum(len(window) - 1 for window in windows)
@@ -104,6 +104,9 @@ def _log_probability(model: Any, windows: Sequence[Sequence[int]], size: int) ->
     width = max(map(len, some))
     # padding is on the right: causal attention never sees it
     ids = torch.tensor([[*w, *[0] * (width - len(w))] for w in some], device=model.device)
-    logp = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    picked = logp.gather(-1, ids[:, 1:, None])[..., 0]
-    return sum(float(picked[i, : len(w) - 1].sum()) for i, w in enumerate(some)), len(some)
+    logits, total = model(input_ids=ids, use_cache=False).logits, 0.0
+    for row, own, window in zip(logits, ids, some, strict=True):
+        # a window at a time: over a vocabulary of 262,000 all together are gigabytes twice over
+        logp = row[: len(window) - 1].float().log_softmax(-1)
+        total += float(logp.gather(-1, own[1 : len(window), None]).sum())
+    return total, len(some)
