@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from scipy import stats
 
 from benchmarks import comparisons
-from benchmarks.comparisons import OURS, Bench, find, show, tables
+from benchmarks.comparisons import OURS, Bench, ends, find, show, tables
 from benchmarks.family import Family
 from benchmarks.fit_table import FitTable
-from mergekit_wp.comparison.rows import EQUAL, UNTUNED, Comparison, Row
+from benchmarks.zoo.bench import main as zoo
+from mergekit_wp.comparison.rows import EQUAL, UNTUNED, Comparison, Row, Trial
 
 ITEMS = 20
 
@@ -90,6 +92,32 @@ def test_training_seeds_are_columns_and_their_spread_is_in_the_interval() -> Non
     assert both.value - both.low == pytest.approx(want)
     assert bench.worst(OURS) == pytest.approx(0.9)
     assert "| seed 1 | ties | +0.50" in "\n".join(lines)
+
+
+def test_choices_at_an_end_are_counted_and_skills_above_their_expert_count_as_it() -> None:
+    def tuned(chosen: float) -> Row:
+        tried = tuple(Trial({"lambda": x, "density": 1.0}, x) for x in (0.5, 1.0, 1.5))
+        return Row("ties", "peer", {"lambda": chosen, "density": 1.0}, trials=tried)
+
+    told = ends({"ties": [tuned(0.5), tuned(1.0), tuned(0.5), tuned(1.5)], "sce": [tuned(1.0)]})
+    assert told.endswith("beyond it: ties (lambda 0.5, 2 of 4), ties (lambda 1.5, 1 of 4).")
+    assert ends({"sce": [tuned(1.0)]}).endswith("beyond it: none.")
+    expert, *others = ONE.rows[1], ONE.rows[0], *ONE.rows[2:]
+    weaker = replace(expert, scores={"a": [[1.0] * 9 + [0.0] * 11], "b": expert.scores["b"]})
+    bench = Bench({0: {"one": replace(ONE, rows=(others[0], weaker, *others[1:]))}})
+    assert bench.mean(OURS, ["one"]).value == pytest.approx((2 + 0.9) / 2)
+    assert bench.capped(OURS) == pytest.approx((1 + 0.9) / 2)
+
+
+def test_the_zoos_tables_are_printed_of_what_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(zoo, ["--print", "--only", "inst-math-sort"])
+    page = (Path(__file__).parents[1] / "benchmarks" / "zoo" / "README.md").read_text()
+    rows = [line for line in told.output.splitlines() if line.startswith("| expert_merging |")]
+    name, _, *cells = (cell.strip() for cell in rows[0].strip("|").split("|"))
+    assert f"| {' | '.join((name, *cells))} |" in page
 
 
 def test_a_method_of_some_seeds_only_is_left_out() -> None:
