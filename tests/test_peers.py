@@ -132,6 +132,20 @@ def test_regression_of_few_inputs_leaves_the_rest_at_the_mean() -> None:
     torch.testing.assert_close(seen @ found.double().T, goal, atol=1e-2, rtol=1e-3)
 
 
+def test_regression_by_inputs_that_are_nearly_alike_is_still_least_squares() -> None:
+    """What is small, but larger than the rounding of float32 sums, is kept."""
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randn((2, 4, 64), generator=rng)
+    inputs = torch.randn((2, 400, 64), generator=rng)
+    inputs[..., 1] = inputs[..., 0] + 3e-3 * inputs[..., 1]
+    found = regmean.regression(weights, inputs.mT @ inputs / 400, 1.0)
+    goal = torch.cat([x @ w.T for x, w in zip(inputs.double(), weights.double(), strict=True)])
+    want = torch.linalg.lstsq(inputs.flatten(0, 1).double(), goal, driver="gelsd").solution.T
+    apart, apart_mean = want[:, 1] - want[:, 0], weights.mean(0)[:, 1] - weights.mean(0)[:, 0]
+    error = (found[:, 1] - found[:, 0] - apart).norm()
+    assert error < 0.1 * (apart_mean - apart).norm()
+
+
 def test_coordinate_search_climbs_from_where_it_begins() -> None:
     asked: list[Setting] = []
 

@@ -65,8 +65,8 @@ def regression(weights: torch.Tensor, grams: torch.Tensor, off_diagonal: float) 
     goal = ((weights.double() - mean) @ damped).sum(0)
     # relative to their own size, as few inputs of a language model are far larger than all others
     own = total.diagonal().rsqrt().nan_to_num(posinf=0.0)
-    # inputs are float32: what is smaller than this is rounding, which must not be inverted
-    rounding = len(eye) * torch.finfo(torch.float32).eps
+    # their sums are float32, whose rounding, about a quarter of this, must not be inverted
+    rounding = len(eye) ** 0.5 * torch.finfo(torch.float32).eps
     inverse = torch.linalg.pinv(own[:, None] * total * own, hermitian=True, atol=rounding)
     found: torch.Tensor = mean + (goal * own) @ inverse * own
     return found.to(weights.dtype)
