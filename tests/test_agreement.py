@@ -159,7 +159,7 @@ def test_a_family_is_measured_once_and_goes_on(
     assert done.exit_code == 0, done.output
     rows = Journal(toys.folder / "agreement.jsonl").rows
     assert [r["merge"] for r in rows[:2]] == ["base", "base"]
-    assert len(rows) == 2 * (1 + 4 + 1)  # the base, the grid's four weights, one drawn
+    assert len(rows) == 2 * (1 + 7 + 1)  # the base, the grid's seven weights, one drawn
     base = {r["skill"]: r for r in rows[:2]}
     best = {skill: max(r["answers"] for r in rows if r["skill"] == skill) for skill in toys.skills}
     assert base["inst"]["kl"] > 0.1
