@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from mergekit_wp.comparison.page import html_page
 from mergekit_wp.comparison.resampling import Resampled
 from mergekit_wp.comparison.rows import Comparison, Row, Trial
 from mergekit_wp.comparison.table import markdown_table, records, summary, terminal_table
+from mergekit_wp.costs.comparison import _answering
+from mergekit_wp.costs.model_size import ModelSize
 from mergekit_wp.errors import UserError
 from mergekit_wp.models.generation import TextInterface
 from mergekit_wp.models.memory import AtOnce
@@ -218,3 +222,43 @@ def test_a_method_without_parameters_at_equal_perplexity_says_how_near_they_come
     assert "| at equal perplexity |" in markdown_table(made)
     told = {row["name"]: row["equal"] for row in summary(made)["rows"]}
     assert told["ties"] is None and told["ours"]["value"] == 0.75
+
+
+def test_text_is_read_by_window_and_what_that_takes_is_estimated() -> None:
+    """Eight windows in float32 over a vocabulary of 262,000 are gigabytes; one is not."""
+    n, vocabulary, longest = 8, 300, 64
+    logits = torch.randn((n, longest, vocabulary), generator=torch.Generator().manual_seed(0))
+    windows = [[(7 * i + j) % vocabulary for j in range(longest - i)] for i in range(n)]
+    half = logits.bfloat16()
+    most = 0
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                most = max(most, out.untyped_storage().nbytes())
+            return out
+
+    class Model:
+        device = "cpu"
+
+        def __call__(self, **_: Any) -> Any:
+            return SimpleNamespace(logits=half)
+
+    with Watching():
+        found, read = plain_text._log_probability(Model(), windows, n)
+    want = -sum(
+        float(cross_entropy(own[: len(w) - 1], torch.tensor(w[1:]), reduction="sum"))
+        for own, w in zip(half.double(), windows, strict=True)
+    )
+    assert read == n and found == pytest.approx(want, rel=1e-5)
+    assert most <= longest * vocabulary * 4, "one window's in float32 at a time"
+
+    plan: Any = SimpleNamespace(device="cpu", tasks=(), keep=(PlainText("x", "1", "text"),))
+    size = ModelSize(2, 8, 8, 64.0, 64.0, 128.0, 8, 8, 262_144, 10**6, True)
+    assert _answering(size, 2, plan) == (8 * 2 + 2 * 4) * 256 * 262_144
+    plan.keep = ()
+    assert _answering(size, 2, plan) < 256 * 262_144

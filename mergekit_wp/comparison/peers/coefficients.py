@@ -6,7 +6,7 @@ W = B + Σ_e c_e·Δ_e for each tensor, and ∂L/∂c_e = ⟨∂L/∂W, Δ_e⟩.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,9 @@ from mergekit_wp.criteria import per_prompt_mean
 from mergekit_wp.engine.decoder import Decoder, hooked
 from mergekit_wp.prompts import PromptBatch
 
-Map = Callable[[torch.Tensor], torch.Tensor]
 #: Expert Merging's temperature, weight of hidden states, and weight of staying near the start
 TEMPERATURE, OF_HIDDEN, PULL = 3.0, 0.1, 0.1
-#: the longest step that its gradient may ask for
+#: the largest norm of its gradient
 CLIP = 1.0
 
 
@@ -73,26 +72,7 @@ def expert_merging(sources: Sources, setting: Setting) -> dict[str, torch.Tensor
         losses.append(teacher.loss)
     sources.spent(passes=prompted.count)
     names = [name for name in sources.names if name in sources.matrices]
-    return learned_coefficients(sources, setting, names, losses, SIGMOID, pull=PULL, clip=CLIP)
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a coefficient is of the number that is learned for it.
-
-    Attributes:
-        into: from coefficients to numbers.
-        out_of: from numbers to coefficients.
-        slope: of `out_of`, by the coefficient.
-    """
-
-    into: Map
-    out_of: Map
-    slope: Map
-
-
-IDENTITY = Link(lambda c: c, lambda x: x, torch.ones_like)
-SIGMOID = Link(torch.logit, torch.sigmoid, lambda c: c * (1 - c))
+    return learned_coefficients(sources, setting, names, losses, bounded=True, pull=PULL, clip=CLIP)
 
 
 @dataclass(frozen=True)
@@ -138,8 +118,8 @@ def learned_coefficients(
     setting: Setting,
     names: Sequence[str],
     losses: Sequence[Loss],
-    link: Link = IDENTITY,
     *,
+    bounded: bool = False,
     pull: float = 0.0,
     clip: float = math.inf,
 ) -> dict[str, torch.Tensor]:
@@ -151,7 +131,7 @@ def learned_coefficients(
             of each expert.
         names: of the tensors that have coefficients.
         losses: one for each expert, on its prompts.
-        link: of what Adam changes.
+        bounded: Adam changes their logits, so that they stay between 0 and 1.
         pull: weight of the mean, times the number of experts, of how far coefficients went.
         clip: the largest norm of all gradients.
 
@@ -161,13 +141,15 @@ def learned_coefficients(
     prompted, count, start = sources.prompted, int(setting["steps"]), float(setting["start"])
     model, n = prompted.model, len(sources.experts)
     tensors = {name: sources.vectors(name) for name in names}
-    raw = {name: torch.nn.Parameter(link.into(torch.full((n,), start))) for name in names}
+    began = torch.full((n,), start)
+    raw = {name: torch.nn.Parameter(began.logit() if bounded else began.clone()) for name in names}
     gradients = {name: torch.zeros(n) for name in names}
     parameters = dict(model.model.named_parameters())
     adam = torch.optim.Adam(raw.values(), lr=float(setting["rate"]))
 
     def coefficients(name: str) -> torch.Tensor:
-        return link.out_of(raw[name].detach())
+        value = raw[name].detach()
+        return value.sigmoid() if bounded else value
 
     def collect(name: str) -> Any:
         def after(parameter: torch.Tensor) -> None:
@@ -200,7 +182,8 @@ def learned_coefficients(
                 for name, parameter in raw.items():
                     now = coefficients(name)
                     away = torch.sign(now - start) / len(names)
-                    parameter.grad = (gradients[name] + pull * away) * link.slope(now)
+                    slope = now * (1 - now) if bounded else 1.0
+                    parameter.grad = (gradients[name] + pull * away) * slope
                 torch.nn.utils.clip_grad_norm_(raw.values(), clip)
                 adam.step()
                 model.fill(write)
