@@ -13,7 +13,7 @@ import click
 import yaml
 
 from benchmarks.family import Family
-from benchmarks.files import REPO, command, local
+from benchmarks.files import REPO, command, dtype, local
 from benchmarks.fit_table import FitTable, prompts_option, split_options
 from benchmarks.perplexity import TEXTS
 from mergekit_wp.comparison.methods import OURS, peers
@@ -103,7 +103,7 @@ def compare(
         *(part for flag, values in given.items() for value in values for part in (flag, value)),
         *("--out", local(family.folder / "compare" / name), "--relative"),
         *("--grid", local(grid), "--checkers", f"{family.here}/checkers.py"),
-        *("--calibration", local(calibration), "--dtype", "bfloat16"),
+        *("--calibration", local(calibration), "--dtype", str(dtype()).removeprefix("torch.")),
         *("--methods", ",".join(methods), "--max-new-tokens", str(max_new_tokens)),
     )
 

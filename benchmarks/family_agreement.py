@@ -36,7 +36,7 @@ from benchmarks.agreement import (
 )
 from benchmarks.combinations import make_missing, write_grid
 from benchmarks.family import Family
-from benchmarks.files import REPO, local
+from benchmarks.files import REPO, dtype, local
 from mergekit_wp.autoload import ensure_registered
 from mergekit_wp.comparison.making import Made, Making
 from mergekit_wp.comparison.methods import (
@@ -78,7 +78,7 @@ class World:
             tasks=(),
             dtype="float32",
             device="cuda" if torch.cuda.is_available() else "cpu",
-            eval_dtype=torch.bfloat16,
+            eval_dtype=dtype(),
         )
         options = MergeOptions(quiet=True, lora_merge_cache=str(scratch / "adapters"))
         self.making = Making(plan, scratch, scratch, "2026-11-29", NoProgress(), options)

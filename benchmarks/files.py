@@ -19,6 +19,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype() -> torch.dtype:
+    """Bfloat16, where it is quicker: on a CPU without instructions for it, it is not."""
+    quick = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if quick else torch.float32
+
+
 def local(path: Path) -> str:
     """A path as it is typed at the repository's root; as it is where it lies elsewhere."""
     return str(path.relative_to(REPO) if path.is_relative_to(REPO) else path)

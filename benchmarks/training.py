@@ -1,7 +1,8 @@
 """Experts of a base: fine-tuned by LoRA or in full, on the responses to prompts.
 
-Activations are in bfloat16, which is several times faster on CPUs that have it; the weights that
-are trained add up in float32. Logits are computed where a response is predicted, and nowhere else.
+Activations are in bfloat16 where that is quicker, several times on CPUs that have it; the weights
+that are trained add up in float32. Logits are computed where a response is predicted, and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.files import device
+from benchmarks.files import device, dtype
 from mergekit_wp.models.encoding import encode_pair
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -98,7 +99,7 @@ def train(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device())
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype()).to(device())
     tuned = model
     if recipe.rank is not None:
         config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=PROJECTIONS)

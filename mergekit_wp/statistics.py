@@ -197,9 +197,7 @@ def between_files(one: Array, two: Array, seed: int) -> Likeness | None:
     x, y = (stats.rankdata(v).reshape(len(v), -1) for v in (one, two))
     # sums by layer suffice: a resampled correlation is one of sums of sums
     moments = np.stack([np.full(len(x), x.shape[1]), *(m.sum(1) for m in _products(x, y))], 1)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=RESAMPLES)
-    drawn = _correlation(counts @ moments)
+    drawn = _correlation(bootstrap(len(x), np.random.default_rng(seed)) @ moments)
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
     value = float(_correlation(moments.sum(0)[None])[0])
@@ -261,6 +259,11 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def bootstrap(n: int, rng: np.random.Generator) -> Array:
+    """How often each of `n` items is drawn, with replacement, by resample: ``[RESAMPLES, n]``."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
 
 
 def percentiles(value: float, draws: Array) -> Estimate:

@@ -176,7 +176,8 @@ def invoke(world: Path, *arguments: str) -> Result:
 
 def test_the_command(world: Path, family: Family) -> None:
     recipes = [str(world / "recipe.yml"), str(world / "fixed.yml")]
-    options = ["--methods", "weight_patching,ties", "--relative"]
+    (world / "grid.yml").write_text("ties: {density: [0.2, 0.5], lambda: [0.7, 1.0]}")
+    options = ["--methods", "weight_patching,ties", "--relative", "--grid", str(world / "grid.yml")]
     done = invoke(world, *recipes, *options)
     assert done.exit_code == 0, done.output
     assert re.search(r"weight_patching +1.00 +1.00", done.output)

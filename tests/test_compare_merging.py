@@ -50,6 +50,9 @@ def test_in_memory_equals_mergekits_own_files(family: Family, name: str, tmp_pat
         assert any(not torch.equal(found[n], other[n]) for n in want)
 
 
+@pytest.mark.parametrize(
+    "family", ["llama-tied", pytest.param("qwen2-untied", marks=pytest.mark.slow)], indirect=True
+)
 def test_every_setting_of_every_grid_merges_and_matters(family: Family) -> None:
     for method in PEERS.values():
         if method.aim or method.peer is not None or method.searched:

@@ -107,6 +107,18 @@ def test_a_guard_is_answered_by_the_base(here: Path) -> None:
     assert [line.split("  ")[0] for line in stages if " answers " in line] == ["base answers"]
 
 
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("command", ["score", "fit", "verify", "trace", "anchor", "compare"])
+def test_a_dtype_that_the_cpu_emulates_is_said_once(
+    here: Path, command: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    done = run(f"{LINES[command]} --dry-run --dtype bf16 --device cpu")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("no instructions for bfloat16") == (0 if has else 1)
+    assert ("give --dtype float32 if memory allows" in done.stderr) is not has
+
+
 BAD = {
     "a file that is missing": ("score base east --prompts none.jsonl --out n", "none.jsonl"),
     "a folder as the file": ("score base east --prompts east.jsonl --out fitted", "a folder"),

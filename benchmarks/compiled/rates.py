@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import rankdata
 
+from mergekit_wp.statistics import bootstrap
+
 Array = np.ndarray
-RESAMPLES = 2000
 
 
 def auroc(scores: Array, positive: Array) -> float:
@@ -42,10 +43,7 @@ def interval(values: Array, groups: Sequence[str]) -> tuple[float, float, float]
     """Mean with its 95% interval: programs are drawn again, each with all of its pairs."""
     names = sorted(set(groups))
     member = np.array([[group == name for group in groups] for name in names], float)
-    counts = np.random.default_rng(0).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES
-    )
-    weights = counts @ member
+    weights = bootstrap(len(names), np.random.default_rng(0)) @ member
     drawn = weights @ values / weights.sum(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)

@@ -36,6 +36,7 @@ from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import distinct_names, place
+from mergekit_wp.models.placement import emulated
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts import Prompt, PromptSource, read_prompts
 from mergekit_wp.prompts.request import SOURCE
@@ -231,6 +232,8 @@ def make_plan(request: CompareRequest, *, fitted: bool = True) -> tuple[Plan, li
     plan.check()
     plan = replace(plan, warnings=tuple(overlaps(plan)))
     notes += plan.warnings
+    if not request.ray and (line := emulated(plan.eval_dtype, request.device)):
+        notes.append(line)
     notes += [task.said for task in plan.tasks if isinstance(task, JsonlTask | Skill) and task.said]
     # other recipes may have tokenizers of their own
     settings = {repr(settings_of(config)): config for config in [*fixed.values(), first]}

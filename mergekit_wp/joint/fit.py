@@ -38,6 +38,7 @@ from mergekit_wp.runs.journal import begun
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
 from mergekit_wp.runs.scored import check_norms
+from mergekit_wp.runs.warnings import warn_of_dtype
 from mergekit_wp.tasks.behaviors import plain_text
 
 
@@ -104,6 +105,7 @@ def fit(request: FitRequest, progress: Progress) -> dict[str, ScoreFile]:
     size = request.prompts_a_step or a_step(min(len(m.prompts.prompts) for m in members))
     guarded = [members[0].run.asking(guard) for guard in guards]
     check = partial(check_journal, request, runs, beside, restart=request.restart, **contents)
+    warn_of_dtype(request, progress)
     progress.plan(
         FitOpened(request, tuple(runs.values()), check, tuple(guarded), size, layout.size)
     )

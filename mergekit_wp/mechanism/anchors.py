@@ -34,10 +34,11 @@ from mergekit_wp.runs.references import (
     measure_references,
 )
 from mergekit_wp.runs.run import Opened, Run
-from mergekit_wp.statistics import Estimate, percentiles
+from mergekit_wp.runs.warnings import warn_of_dtype
+from mergekit_wp.statistics import Estimate, bootstrap, percentiles
 
 #: random halves, and resamples of prompts
-HALVES, RESAMPLES = 200, 2000
+HALVES = 200
 #: an anchor is usable from this effect size and this cosine between halves, if steering helps
 SEPARATES, STABLE = 1.0, 0.5
 MIN_CONTRASTS = 4
@@ -93,6 +94,7 @@ def find_anchors(request: AnchorRequest, progress: Progress) -> list[LayerAnchor
     prompts = replace(prompts, prompts=usable)
     run = Run.open(request, request.base, request.expert, prompts, progress)
     run.pair.partition.dims.require_map("anchor")
+    warn_of_dtype(request, progress)
     progress.plan(AnchorOpened(request, (run,), lambda: None))
     resident, texts = run.load(), run.texts
     samples = run.samples(resident, Unwritten())
@@ -238,9 +240,7 @@ def direction_stability(differences: torch.Tensor, seed: int) -> Estimate:
 def recovered(values: torch.Tensor, reference: Reference, seed: int) -> Estimate:
     """Recovery with its bootstrap interval over prompts."""
     base, expert = (side.double().cpu().numpy() for side in (reference.base, reference.expert))
-    n = len(base)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+    counts = bootstrap(len(base), np.random.default_rng(seed))
     change, distance = values.numpy() - base, expert - base
     drawn = (counts @ change) / (counts @ distance)
     return percentiles(float(change.mean() / distance.mean()), drawn[np.isfinite(drawn)])

@@ -32,6 +32,7 @@ from mergekit_wp.runs.recordings import Recordings
 from mergekit_wp.runs.references import anchor_of, measure_references
 from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
 from mergekit_wp.runs.scored import check_pair, check_scores, scored_model
+from mergekit_wp.runs.warnings import warn_of_dtype
 from mergekit_wp.terms import CriterionName, FineKind
 
 #: components whose suppliers are looked for
@@ -73,6 +74,7 @@ def trace(request: TraceRequest, progress: Progress) -> TraceFile:
     check_traceable(run.pair.partition)
     kept: dict[str, Any] = {"restart": request.restart, "scores": file.digest()}
     check = partial(check_journal, request, run, request.out, **kept)
+    warn_of_dtype(request, progress)
     progress.plan(TraceOpened(request, (run,), check, tuple(targets)))
     with journal_of(request, run, request.out, progress, **kept) as journal:
         resident = run.load()

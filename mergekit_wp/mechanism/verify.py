@@ -42,13 +42,13 @@ from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.recordings import Result
 from mergekit_wp.runs.run import Opened, Run, check_journal, journal_of
 from mergekit_wp.runs.scored import check_pair, check_scores, scored_model
-from mergekit_wp.statistics import Array, mib_sizes, percentiles
+from mergekit_wp.runs.warnings import warn_of_dtype
+from mergekit_wp.statistics import Array, bootstrap, mib_sizes, percentiles
 from mergekit_wp.tasks import behaviors
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.terms import CRITERIA, Direction, SetName
 
-RESAMPLES = 2000
 #: what stands for the sizes of MIB's circuits
 MIB = "mib"
 
@@ -106,6 +106,7 @@ def verify(request: VerifyRequest, task: JsonlTask | None, progress: Progress) -
     wanted: list[Whole | Swap] = [Whole("base"), Whole("expert")]
     wanted += swaps(sizes, request.draws)
     by = len(file.manifest.criteria)
+    warn_of_dtype(request, progress)
     progress.plan(VerifyOpened(request, (run,), check, len(wanted), by, task))
     with journal_of(request, run, beside, progress, **kept) as journal:
         resident = run.load()
@@ -171,8 +172,7 @@ def _points(
     for measure in (name for name in (*CRITERIA, BEHAVIOR) if name in ends[0]):
         rng = np.random.default_rng([request.seed, *measure.encode()])
         base, expert = (end[measure].numpy() for end in ends)
-        n = len(base)
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+        counts = bootstrap(len(base), rng) / len(base)
         for direction in directions:
             for size in sizes:
                 for name in names:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from mergekit_wp.errors import option
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
+from mergekit_wp.models.placement import emulated
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
 from mergekit_wp.runs.progress import Progress
 from mergekit_wp.runs.references import References
+from mergekit_wp.runs.request import DTYPES, RunRequest
 from mergekit_wp.runs.texts import Footprint
 from mergekit_wp.terms import SLICED_KINDS
 
@@ -20,6 +22,13 @@ SAME_ANSWER = 0.01
 HALF = 0.5
 #: how far a sum of shares may be from 1
 CLOSE = 0.1
+
+
+def warn_of_dtype(request: RunRequest, progress: Progress) -> None:
+    """Say where this machine's CPU emulates the dtype; what workers have is theirs to know."""
+    line = None if request.ray else emulated(DTYPES[request.dtype], request.device)
+    if line is not None:
+        progress.note(line)
 
 
 def warn_of_references(references: References, progress: Progress, expert: str = "") -> None:

@@ -43,6 +43,7 @@ from mergekit_wp.runs.warnings import (
     memory_used,
     tell_prompts_needed,
     warn_of_completeness,
+    warn_of_dtype,
     warn_of_references,
 )
 from mergekit_wp.scoring.measure import Blocks
@@ -82,6 +83,7 @@ def score(request: ScoreRequest, progress: Progress) -> ScoreFile:
         "criterion": [_identity(name, functions.get(name)) for name in criteria],
     }
     check = partial(check_journal, request, run, request.out, **kept)
+    warn_of_dtype(request, progress)
     progress.plan(ScoreOpened(request, (run,), check, criteria))
     with journal_of(request, run, request.out, progress, **kept) as journal:
         resident = run.load()
