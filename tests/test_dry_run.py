@@ -15,6 +15,7 @@ import mergekit_wp.costs.forecast as forecasts
 from mergekit_wp.cli import cli, main
 from mergekit_wp.files.atomic import locked
 from mergekit_wp.models.resident import ResidentModel
+from mergekit_wp.runs.warnings import emulated
 from tests.every_command import make_world
 
 torch.set_num_threads(1)
@@ -117,6 +118,25 @@ def test_a_dtype_that_the_cpu_emulates_is_said_once(
     assert done.exit_code == 0, done.output
     assert done.stderr.count("no instructions for bfloat16") == (0 if has else 1)
     assert ("give --dtype float32 if memory allows" in done.stderr) is not has
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "said"),
+    [
+        (torch.bfloat16, "cpu", "no instructions for bfloat16"),
+        (torch.float16, "cpu", "no instructions for float16"),
+        (torch.float32, "cpu", None),
+        (torch.float64, "cpu", None),
+        (torch.bfloat16, "cuda", None),
+    ],
+)
+def test_what_a_cpu_emulates(
+    dtype: torch.dtype, device: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    found = emulated(dtype, device)
+    assert (found is None) if said is None else (found is not None and said in found)
 
 
 BAD = {

@@ -13,7 +13,6 @@ from mergekit_wp.models.load import skeleton
 from mergekit_wp.models.placement import (
     DISK,
     check_places,
-    emulated,
     free_places,
     parse_max_memory,
     placement,
@@ -108,22 +107,3 @@ def test_devices_without_a_map() -> None:
     check_places("cuda:1")
     with pytest.raises(UserError, match="device_map works with device=cpu and cuda, not with"):
         check_places("mps")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device", "said"),
-    [
-        (torch.bfloat16, "cpu", "no instructions for bfloat16"),
-        (torch.float16, "cpu", "no instructions for float16"),
-        (torch.float32, "cpu", None),
-        (torch.float64, "cpu", None),
-        (torch.bfloat16, "cuda", None),
-    ],
-)
-def test_what_a_cpu_emulates(
-    dtype: torch.dtype, device: str, said: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("bf16", "fp16"):
-        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
-    found = emulated(dtype, device)
-    assert (found is None) if said is None else (found is not None and said in found)

@@ -36,7 +36,6 @@ from mergekit_wp.merging.recipe import Experts
 from mergekit_wp.models.checkpoint import Checkpoint
 from mergekit_wp.models.hub import local_path
 from mergekit_wp.models.model_names import distinct_names, place
-from mergekit_wp.models.placement import emulated
 from mergekit_wp.options import Argument, Option, Request
 from mergekit_wp.prompts import Prompt, PromptSource, read_prompts
 from mergekit_wp.prompts.request import SOURCE
@@ -50,6 +49,7 @@ from mergekit_wp.runs.request import (
     Ray,
     Restart,
 )
+from mergekit_wp.runs.warnings import emulated
 from mergekit_wp.tasks.checkers import Checkers
 from mergekit_wp.tasks.items import JsonlTask
 from mergekit_wp.tasks.load import Loading

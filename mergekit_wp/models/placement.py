@@ -174,23 +174,3 @@ def choose_device(name: str) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
     return name
-
-
-def emulated(dtype: torch.dtype, device: str) -> str | None:
-    """What to say of a dtype that the CPU has no instructions for; None where all is well.
-
-    Torch multiplies such matrices number by number, which takes many times as long as float32.
-    """
-    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if dtype not in supported or supported[dtype]():
-        return None
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"warning: this CPU has no instructions for {name}, which takes many times as long here as "
-        f"float32; give {option('dtype', 'float32')} if memory allows"
-    )

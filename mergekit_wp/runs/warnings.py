@@ -1,13 +1,14 @@
-"""What a run says of its results: where they are none, what to do about it, and what they took."""
+"""What a run says of its machine and its results: what is slow or none, and what to do about it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from mergekit_wp.errors import option
 from mergekit_wp.files.manifest import Manifest
 from mergekit_wp.models.memory import in_gib, peak_memory, peak_on_gpus
-from mergekit_wp.models.placement import emulated
 from mergekit_wp.models.resident import ResidentModel
 from mergekit_wp.prompts import Sample
 from mergekit_wp.runs.progress import Progress
@@ -22,6 +23,26 @@ SAME_ANSWER = 0.01
 HALF = 0.5
 #: how far a sum of shares may be from 1
 CLOSE = 0.1
+
+
+def emulated(dtype: torch.dtype, device: str) -> str | None:
+    """What to say of a dtype that the CPU has no instructions for; None where all is well.
+
+    Torch multiplies such matrices number by number, which takes many times as long as float32.
+    """
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype not in supported or supported[dtype]():
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"warning: this CPU has no instructions for {name}, which takes many times as long here as "
+        f"float32; give {option('dtype', 'float32')} if memory allows"
+    )
 
 
 def warn_of_dtype(request: RunRequest, progress: Progress) -> None:
