@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mergekit_wp.runs.warnings import emulated
+
 REPO = Path(__file__).resolve().parents[1]
 IFEVAL = REPO.parent / "shared" / "data" / "ifeval" / "input_data.jsonl"
 
@@ -20,9 +22,8 @@ def device() -> torch.device:
 
 
 def dtype() -> torch.dtype:
-    """Bfloat16, where it is quicker: on a CPU without instructions for it, it is not."""
-    quick = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if quick else torch.float32
+    """Bfloat16, but not where the CPU would take many times as long for it."""
+    return torch.float32 if emulated(torch.bfloat16, device().type) else torch.bfloat16
 
 
 def local(path: Path) -> str:

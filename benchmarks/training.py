@@ -1,8 +1,7 @@
 """Experts of a base: fine-tuned by LoRA or in full, on the responses to prompts.
 
-Activations are in bfloat16 where that is quicker, several times on CPUs that have it; the weights
-that are trained add up in float32. Logits are computed where a response is predicted, and nowhere
-else.
+Activations are in bfloat16, or in float32 on a CPU that would only emulate that; the weights that
+are trained add up in float32. Logits are computed where a response is predicted, and nowhere else.
 """
 
 from __future__ import annotations
