@@ -33,12 +33,12 @@ from tests.circuit import HEAD, LATE, NEURON, write_world
 from tests.models import (
     DEVICE,
     EOS,
-    EXACT,
     LETTERS,
     count_fetched,
     make_model,
     perturbed,
     save,
+    tolerance,
     write_prompts,
 )
 from tests.oracle import WRITERS, layers_of, swapped, values, with_activation
@@ -282,7 +282,7 @@ def test_supplies_equal_naive_path_patching(tmp_path: Path, family: str) -> None
         want = naive_supply(
             tmp_path, pair.partition, parts[edge.source], parts[edge.target], edge.via
         )
-        assert edge.supply.value == pytest.approx(want, abs=EXACT), edge
+        assert edge.supply.value == pytest.approx(want, abs=tolerance(family)), edge
     for node in found.nodes:
         for estimand, measured in (("gain", node.gain), ("activation_gain", node.activation)):
             scores = file.scores(estimand, "kl", node.kind)
