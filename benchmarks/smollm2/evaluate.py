@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-import torch
 from scipy.stats import binomtest
 
 from benchmarks.files import read_jsonl
@@ -74,13 +73,9 @@ def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
 HEADER = f"{'model':<34} asked    all capitals, 95% interval  letters  against the first"
 
 
-def measure(
-    folder: Path, requests: list[str], *, asked: bool, max_new_tokens: int, dtype: torch.dtype
-) -> Outcome:
+def measure(folder: Path, requests: list[str], *, asked: bool, max_new_tokens: int) -> Outcome:
     """Generate and judge."""
-    answers = generate(
-        folder, requests, max_new_tokens=max_new_tokens, dtype=dtype, label=folder.name
-    )
+    answers = generate(folder, requests, max_new_tokens=max_new_tokens, label=folder.name)
     texts = [answer.text for answer in answers]
     capitals = [follows([CAPITALS], [{}], text) == [True] for text in texts]
     return Outcome(str(folder), asked, capitals, texts)
@@ -96,7 +91,6 @@ def measure(
 )
 @click.option("--n", default=0, help="Only the first N prompts.")
 @click.option("--max-new-tokens", default=40, show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
 @click.option("--asked-only", is_flag=True, help="Leave out the requests without instruction.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write every response.")
 def main(
@@ -104,7 +98,6 @@ def main(
     prompts: Path,
     n: int,
     max_new_tokens: int,
-    dtype: str,
     asked_only: bool,
     out: Path | None,
 ) -> None:
@@ -123,7 +116,6 @@ def main(
                 requests,
                 asked=asked,
                 max_new_tokens=max_new_tokens,
-                dtype=getattr(torch, dtype),
             )
             outcomes.append(outcome)
             click.echo(outcome.row(outcomes[first]))

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.files import device
+from benchmarks.files import device, dtype
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,11 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    dtype: torch.dtype = torch.bfloat16,
     label: str = "answers",
 ) -> list[Answer]:
     """The model's greedy answers to single-turn requests, in their order."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype()).to(device()).eval()
     texts = [chat(tokenizer, request) for request in requests]
     # similar lengths together: less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

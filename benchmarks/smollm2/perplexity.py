@@ -15,10 +15,9 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.files import IFEVAL, device, read_jsonl
+from benchmarks.files import IFEVAL, device, dtype, read_jsonl
 from benchmarks.items import split_of
 from benchmarks.perplexity import perplexity, ratio, surprise
 from benchmarks.smollm2.ifeval import identity, request_of
@@ -50,9 +49,8 @@ def plain_texts(rows: Sequence[dict[str, Any]], count: int = TEXTS) -> list[str]
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--ifeval", type=click.Path(exists=True, path_type=Path), default=IFEVAL)
 @click.option("--texts", default=TEXTS, show_default=True, help="At most so many.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write each text's.")
-def main(folders: tuple[Path, ...], ifeval: Path, texts: int, dtype: str, out: Path | None) -> None:
+def main(folders: tuple[Path, ...], ifeval: Path, texts: int, out: Path | None) -> None:
     """Print the perplexity of the model FOLDERS, the base first."""
     chosen = plain_texts(read_jsonl(ifeval), texts)
     if not chosen:
@@ -61,7 +59,7 @@ def main(folders: tuple[Path, ...], ifeval: Path, texts: int, dtype: str, out: P
     click.echo(f"{'model':<34} perplexity  against the first, 95% interval")
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
         rows = found[str(folder)] = surprise(model.to(device()).eval(), tokenizer, chosen)
         line = f"{folder!s:<34} {perplexity(rows):<10.2f}"
         if len(found) > 1:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 import yaml
 from tqdm import tqdm
 
@@ -48,7 +47,7 @@ def measure_point(scores: Path, density: float, requests: list[str], work: Path)
     path.write_text(recipe(scores, density))
     command("mergekit-wp", "merge", str(path), str(merged), quiet=True)
     try:
-        outcome = measure(merged, requests, asked=True, max_new_tokens=40, dtype=torch.bfloat16)
+        outcome = measure(merged, requests, asked=True, max_new_tokens=40)
     finally:
         shutil.rmtree(merged)
     return Point(scores.stem, density, sum(outcome.capitals), len(requests))
@@ -82,7 +81,7 @@ def main(scores: Path, prompts: Path, n: int, draws: int, out: Path, plot: Path)
         points.append(Point(**journal[key]))
     levels = {}
     for name, folder in (("base", BASE), ("expert", EXPERT)):
-        outcome = measure(folder, requests, asked=True, max_new_tokens=40, dtype=torch.bfloat16)
+        outcome = measure(folder, requests, asked=True, max_new_tokens=40)
         levels[name] = outcome.rate
     shutil.rmtree(work)
     click.echo(table(points, scores.stem))
