@@ -111,12 +111,7 @@ def main(
             continue
         first = len(outcomes)
         for folder in folders:
-            outcome = measure(
-                folder,
-                requests,
-                asked=asked,
-                max_new_tokens=max_new_tokens,
-            )
+            outcome = measure(folder, requests, asked=asked, max_new_tokens=max_new_tokens)
             outcomes.append(outcome)
             click.echo(outcome.row(outcomes[first]))
     if out is not None:

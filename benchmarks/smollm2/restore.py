@@ -18,7 +18,7 @@ import click
 import yaml
 from tqdm import tqdm
 
-from benchmarks.files import command, read_jsonl
+from benchmarks.files import command, dtype, read_jsonl
 from benchmarks.smollm2.control import random_control
 from benchmarks.smollm2.curve import Point, draw, table
 from benchmarks.smollm2.evaluate import measure
@@ -74,7 +74,7 @@ def main(scores: Path, prompts: Path, n: int, draws: int, out: Path, plot: Path)
     jobs = [(file, density) for file in files for density in DENSITIES]
     for file, density in tqdm(jobs, desc="restoration", unit="merge"):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        key = f"{digest} {density:g} n={len(requests)}"
+        key = f"{digest} {density:g} n={len(requests)} {dtype()}"
         if key not in journal:
             journal[key] = asdict(measure_point(file, density, requests, work))
             out.write_text(json.dumps(journal, indent=1))
