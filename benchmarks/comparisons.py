@@ -173,7 +173,21 @@ def tables(bench: Bench) -> str:
             cells.append("" if alone else signed(part.over_trainings(own, peer, chosen)))
         output.append(f"| {heading} | {peer} | " + " | ".join(cells) + " |")
     chosen_at = ends({name: [own.rows[name] for own in bench.every] for name in bench.merges})
-    return "\n".join([*output, "", chosen_at, "", *_accuracies(bench)])
+    return "\n".join([*output, "", chosen_at, *elsewhere(bench), "", *_accuracies(bench)])
+
+
+def elsewhere(bench: Bench) -> list[str]:
+    """What the table leaves out: methods that were run in some of its comparisons only."""
+    found: dict[str, list[str]] = {}
+    for seed, by_label in bench.found.items():
+        for label, own in by_label.items():
+            place = label if len(bench.found) == 1 else f"{label}, seed {seed}"
+            for name, row in own.rows.items():
+                if row.role == "peer" and name not in bench.merges:
+                    mean = bench.of(seed).mean(name, [label])
+                    found.setdefault(name, []).append(f"{place}: {interval(mean)}")
+    told = "; ".join(f"{name} ({', '.join(places)})" for name, places in found.items())
+    return ["", f"Run in some comparisons only, and not in the table: {told}."] if told else []
 
 
 def ends(of_methods: Mapping[str, Sequence[Row]]) -> str:

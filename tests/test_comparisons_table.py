@@ -45,6 +45,7 @@ def read(cells: str) -> list[str]:
 
 
 ONE, TWO = comparison(18, 5.0, equal=True), comparison(20, 3.2, equal=False)
+TWO_ALONE = Bench({1: {"one": TWO}})
 
 
 @pytest.fixture
@@ -120,10 +121,14 @@ def test_the_zoos_tables_are_printed_of_what_is_committed(
     assert f"| {' | '.join((name, *cells))} |" in page
 
 
-def test_a_method_of_some_seeds_only_is_left_out() -> None:
+def test_a_method_of_some_seeds_only_is_left_out_and_told() -> None:
     without = replace(ONE, rows=ONE.rows[:-1])
     bench = Bench({0: {"one": without}, 1: {"one": TWO}})
     assert "linear" not in bench.merges and bench.peers == ["ties"]
+    told = tables(bench).partition("not in the table: ")[2]
+    mean = TWO_ALONE.mean("linear", ["one"])
+    assert told.startswith(f"linear (one, seed 1: 0.40 [{mean.low:.2f}, {mean.high:.2f}]).")
+    assert "not in the table" not in tables(TWO_ALONE)
 
 
 def test_what_is_recorded_is_read_where_nothing_was_compared(
