@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import yaml
 
-from benchmarks.family import Family
+from benchmarks.family import Family, only_option
 from benchmarks.files import REPO, command, dtype, local
 from benchmarks.fit_table import FitTable, prompts_option, split_options
 from benchmarks.perplexity import TEXTS
@@ -111,23 +111,27 @@ def compare(
 def run(
     family: Family, methods: str | None, only: str | None, fit: str, n: int, max_new_tokens: int
 ) -> None:
-    """Make what is missing and compare: merges by fitted gates, by scores, and the peers'."""
+    """Make what is missing and compare: merges by fitted gates, by scores, and the peers'.
+
+    Raises:
+        ClickException: ``only`` is no combination of the family.
+    """
+    combinations = family.chosen(only)
     make_missing(family)
     table = FitTable(family, split_options(fit), n=n)
-    for experts in family.combinations:
-        if only in (None, "-".join(experts)):
-            chosen = methods.split(",") if methods else [OURS, ALONE, *peers(len(experts))]
-            recipes = [table.fitted(experts, max_new_tokens)]
-            if ALONE in chosen:
-                recipes.append(scored_alone(family, experts))
-            compare(table, experts, recipes, [m for m in chosen if m != ALONE], max_new_tokens)
+    for experts in combinations:
+        chosen = methods.split(",") if methods else [OURS, ALONE, *peers(len(experts))]
+        recipes = [table.fitted(experts, max_new_tokens)]
+        if ALONE in chosen:
+            recipes.append(scored_alone(family, experts))
+        compare(table, experts, recipes, [m for m in chosen if m != ALONE], max_new_tokens)
 
 
 def options(main: click.decorators.FC) -> click.decorators.FC:
     """The options of a family's command."""
     for add in (
         click.option("--seed", default=0, show_default=True, help="Of the experts' training."),
-        click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
+        only_option,
         click.option(
             "--methods", help=f"Only these methods, A,B,... (docs/peers.md, and {ALONE})."
         ),

@@ -16,7 +16,7 @@ import click
 import numpy as np
 from pydantic import TypeAdapter
 
-from benchmarks.family import Family
+from benchmarks.family import Family, only_option
 from benchmarks.fit_table import FitTable, prompts_option, seeds_option, split_options
 from benchmarks.pooled import Pooled
 from mergekit_wp.comparison.reading import read_comparison
@@ -230,15 +230,21 @@ def read_committed(path: Path) -> Comparison:
     return _FILE.validate_json(path.read_bytes())
 
 
-def find(table: FitTable, *, record: bool = False) -> dict[str, Comparison]:
+def find(
+    table: FitTable, only: str | None = None, *, record: bool = False
+) -> dict[str, Comparison]:
     """The comparisons of one training seed, by combination: made here, else committed.
 
     Args:
         table: its fits.
+        only: this one alone, such as A-B.
         record: write those that were made here to ``measured/``.
+
+    Raises:
+        ClickException: ``only`` is no combination of the family.
     """
     found = {}
-    for experts in table.family.combinations:
+    for experts in table.family.chosen(only):
         name = table.name(experts)
         folder, committed = table.family.folder / "compare" / name, _committed(table, name)
         if (folder / "summary.json").exists():
@@ -258,7 +264,13 @@ def _committed(table: FitTable, name: str) -> Path:
 
 
 def show(
-    family: Family, seeds: Sequence[int], fits: Sequence[str], n: int, *, record: bool = False
+    family: Family,
+    seeds: Sequence[int],
+    fits: Sequence[str],
+    n: int,
+    only: str | None = None,
+    *,
+    record: bool = False,
 ) -> str:
     """The tables of the combinations that were compared in every training seed.
 
@@ -267,6 +279,7 @@ def show(
         seeds: of the experts' training.
         fits: further options that it was fitted by, of all seeds or of each.
         n: prompts of each skill.
+        only: see `find`.
         record: see `find`.
 
     Raises:
@@ -275,7 +288,9 @@ def show(
     if len(fits) not in (1, len(seeds)):
         raise click.ClickException(f"--fit is given {len(fits)} times for {len(seeds)} seeds")
     found = {
-        seed: find(FitTable(replace(family, seed=seed), split_options(fit), n=n), record=record)
+        seed: find(
+            FitTable(replace(family, seed=seed), split_options(fit), n=n), only, record=record
+        )
         for seed, fit in zip(seeds, fits if len(fits) > 1 else [*fits] * len(seeds), strict=True)
     }
     labels = [c for c in found[seeds[0]] if all(c in by_label for by_label in found.values())]
@@ -304,6 +319,7 @@ def options(main: click.decorators.FC) -> click.decorators.FC:
             help="Write what was compared here, without answers, to measured/, to be committed.",
         ),
         seeds_option,
+        only_option,
     ):
         main = add(main)
     return main

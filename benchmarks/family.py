@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import click
+
 from benchmarks.files import REPO, local
 
 
@@ -72,3 +74,19 @@ class Family:
         """All pairs and larger sets of the skills."""
         sizes = range(2, len(self.skills) + 1)
         return tuple(chosen for size in sizes for chosen in combinations(self.skills, size))
+
+    def chosen(self, only: str | None) -> tuple[tuple[str, ...], ...]:
+        """The combination of a name such as A-B; all where it is None.
+
+        Raises:
+            ClickException: no combination is called so.
+        """
+        known = {"-".join(experts): experts for experts in self.combinations}
+        if only is None:
+            return self.combinations
+        if only not in known:
+            raise click.ClickException(f"'{only}' is no combination; known are {', '.join(known)}")
+        return (known[only],)
+
+
+only_option = click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B.")

@@ -26,7 +26,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.family import Family
+from benchmarks.family import Family, only_option
 from benchmarks.files import REPO, command, device, local, read_jsonl, write_jsonl
 from benchmarks.perplexity import RESAMPLES, ratio, registers, surprise
 from benchmarks.pooled import Pooled
@@ -326,14 +326,11 @@ def run(
         ClickException: ``only`` is no combination of the family.
     """
     family = seeds[0].family
-    known = {"-".join(experts): experts for experts in family.combinations}
-    if only is not None and only not in known:
-        raise click.ClickException(f"'{only}' is no combination; known are {', '.join(known)}")
+    combinations = family.chosen(only)
     for found in () if print_only else seeds:
         found.base_and_experts()
-        for name, experts in known.items():
-            if only in (None, name):
-                found.kept(found.name(experts), partial(found.merged, experts, max_new_tokens))
+        for experts in combinations:
+            found.kept(found.name(experts), partial(found.merged, experts, max_new_tokens))
     for found in seeds if record else ():
         found.record()
     rows = [row for found in seeds for row in found.rows()]
@@ -376,7 +373,7 @@ def options(main: Callable[..., None]) -> Callable[..., None]:
         ),
         prompts_option("Of each skill; results of other numbers are kept apart."),
         seeds_option,
-        click.option("--only", metavar="COMBINATION", help="Only this one, such as A-B."),
+        only_option,
     ):
         main = add(main)
     return main

@@ -147,10 +147,11 @@ def test_what_is_recorded_is_read_where_nothing_was_compared(
 
 
 @pytest.mark.parametrize(
-    ("seeds", "fits", "said"),
+    ("seeds", "fits", "only", "said"),
     [
-        ((0,), ("",), "run its bench first"),
-        ((0, 1, 2), ("", "--steps 3"), "2 times for 3 seeds"),
+        ((0,), ("",), None, "run its bench first"),
+        ((0, 1, 2), ("", "--steps 3"), None, "2 times for 3 seeds"),
+        ((0,), ("",), "a", "'a' is no combination; known are a-b"),
     ],
 )
 def test_what_cannot_be_shown_is_told(
@@ -158,8 +159,9 @@ def test_what_cannot_be_shown_is_told(
     monkeypatch: pytest.MonkeyPatch,
     seeds: tuple[int, ...],
     fits: tuple[str, ...],
+    only: str | None,
     said: str,
 ) -> None:
     monkeypatch.setattr("benchmarks.family.REPO", tmp_path)
     with pytest.raises(click.ClickException, match=said):
-        show(Family("gemma3", ("a", "b")), seeds, fits, 32)
+        show(Family("gemma3", ("a", "b")), seeds, fits, 32, only)

@@ -14,9 +14,11 @@ from benchmarks.gemma3.tasks import GEMMA3
 
 @click.command()
 @options
-def main(seeds: tuple[int, ...], fits: tuple[str, ...], n: int, record: bool) -> None:
+def main(
+    seeds: tuple[int, ...], fits: tuple[str, ...], n: int, only: str | None, record: bool
+) -> None:
     """Print the tables."""
-    click.echo(show(GEMMA3, seeds, fits, n, record=record))
+    click.echo(show(GEMMA3, seeds, fits, n, only, record=record))
 
 
 if __name__ == "__main__":

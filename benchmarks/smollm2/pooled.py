@@ -14,9 +14,11 @@ from benchmarks.smollm2.paths import SMOLLM2
 
 @click.command()
 @options
-def main(seeds: tuple[int, ...], fits: tuple[str, ...], n: int, record: bool) -> None:
+def main(
+    seeds: tuple[int, ...], fits: tuple[str, ...], n: int, only: str | None, record: bool
+) -> None:
     """Print the tables."""
-    click.echo(show(SMOLLM2, seeds, fits, n, record=record))
+    click.echo(show(SMOLLM2, seeds, fits, n, only, record=record))
 
 
 if __name__ == "__main__":
