@@ -56,12 +56,12 @@ PEERS = {
     "regmean": Entry(
         Peer(regmean.regressed, regmean.reg_mean, ("off_diagonal",), needs_prompts=True),
         {"off_diagonal": 0.5},
-        {"off_diagonal": (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)},
+        {"off_diagonal": (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)},
     ),
     "regmean++": Entry(
         Peer(regmean.regressed, regmean.reg_mean_plus, ("off_diagonal",), needs_prompts=True),
         {"off_diagonal": 0.1},
-        {"off_diagonal": (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)},
+        {"off_diagonal": (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)},
     ),
     "fisher": Entry(
         Peer(fisher.fisher_weighted, fisher.fisher_information, needs_prompts=True),
@@ -86,7 +86,7 @@ PEERS = {
             needs_prompts=True,
         ),
         AS_A_FIT | {"start": 0.1, "rate": 1e-3},
-        {"start": (0.1, 0.3), "rate": (1e-3, 1e-2, 3e-2, 1e-1)},
+        {"start": (0.1, 0.3), "rate": (3e-2, 1e-1, 3e-1, 1.0)},
     ),
     "localize_and_stitch": Entry(
         Peer(
